@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Drops a quarter of DeepSeek's experts by REAP; trailing words override: keep=6, preset=paper, out=DIR ...
+exec bash "$(dirname "$0")/../../run.sh" compress "expert_drop score=reap budget=layer ratio=0.25" model="${MODEL:-tiny-deepseek}" "$@"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lint, types and tests in the project's own environment; arguments go to pytest.
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+set -e
+"$python" -m ruff check src tests
+"$python" -m ruff format --check src tests
+"$python" -m mypy
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 "$@"

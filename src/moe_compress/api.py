@@ -1,0 +1,112 @@
+"""The Python functions behind the command line, one each, with the same names and the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_compress import evaluation, recipe
+from moe_compress.checkpoint.load import load_model
+from moe_compress.checkpoint.locate import config_folder, open_model
+from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.writer import manifest_of
+from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
+from moe_compress.forecast import Forecast, forecast
+from moe_compress.recipe import Options, Recipe
+from moe_compress.report.record import Record, load_records, now
+from moe_compress.report.table import Table, make_tables
+from moe_compress.run import Run
+from moe_compress.runtime import RunLog, threads
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command made: the checkpoint's folder, its record and the original's (None where not evaluated)."""
+
+    folder: Path | None
+    record: Record | None
+    original: Record | None
+
+
+def compress(sentence: str, *overrides: str, **options: Any) -> Result:
+    """Run a recipe (`"expert_drop score=reap keep=6"`, or a .yaml file) and evaluate the result.
+
+    Options are those of `recipe.Options`: model, out, seed, data, samples, length, dtype, device, ...
+    """
+    return run_recipe(recipe.parse(sentence, overrides, options))
+
+
+def run_recipe(parsed: Recipe) -> Result:
+    """Compress, evaluate, save the records."""
+    run = start(parsed.options)
+    with threads(parsed.options.threads):
+        outcome = compress_checkpoint(parsed, run)
+        return _evaluated(outcome, run)
+
+
+def apply(plan_file: str | Path, **options: Any) -> Result:
+    """Apply a saved plan, edited by hand or not, without calibration; then evaluate the result."""
+    given = Options.model_validate({"model": "", **options})
+    run = start(given)
+    with threads(given.threads):
+        outcome = apply_plan_file(Path(plan_file), given, run)
+        run.options = given.model_copy(update={"model": outcome.source.name}).resolved()
+        return _evaluated(outcome, run)
+
+
+def evaluate(model: str, original: str | None = None, **options: Any) -> Result:
+    """Measure a checkpoint against its original (the one it was made from, unless named)."""
+    checkpoint = open_model(model, options.get("revision"))
+    made_from = (manifest_of(checkpoint.folder) or {}).get("base", {}).get("model")
+    base = open_model(original or made_from, None) if original or made_from else checkpoint
+    run = start(Options.model_validate({**options, "model": base.name}).resolved())
+    with threads(run.options.threads):
+        return _record(checkpoint, base, run)
+
+
+def _evaluated(outcome: Outcome, run: Run) -> Result:
+    if not run.options.eval:
+        return Result(outcome.folder, None, None)
+    return _record(open_checkpoint(outcome.folder), outcome.source, run)
+
+
+def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
+    original = evaluation.original_record(base, run)
+    original = original.model_copy(update={"name": f"{original.model}-original-{original.protocol['id'][:6]}"})
+    original.save(run.results("records"))
+    if checkpoint.folder == base.folder:
+        return Result(checkpoint.folder, original, original)
+    record = evaluation.evaluate_checkpoint(checkpoint, base, run)
+    path = record.save(run.results("records"))
+    run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
+    return Result(checkpoint.folder, record, original)
+
+
+def plan(sentence: str, *overrides: str, **options: Any) -> Forecast:
+    """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
+    parsed = recipe.parse(sentence, overrides, options)
+    return forecast(parsed, config_folder(parsed.options.model, parsed.options.revision))
+
+
+def table(records: Sequence[str | Path] = ("results/records",)) -> list[Table]:
+    """Tables of records (files, or folders of them): one per protocol and original model."""
+    paths: list[Path] = []
+    for place in map(Path, records):
+        paths += sorted(place.glob("*.json")) if place.is_dir() else [place]
+    return make_tables(load_records(paths))
+
+
+def load(model: str, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
+    """A checkpoint (zoo name, folder or hub id), plain or edited, as an ordinary transformers model."""
+    return load_model(open_model(model).folder, dtype, **keywords)
+
+
+def start(options: Options) -> Run:
+    """A run with its own log file under results/logs."""
+    stamp = now().replace(":", "")
+    return Run(options, RunLog(Path(options.results) / "logs" / f"{stamp}.jsonl"))

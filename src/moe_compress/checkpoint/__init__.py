@@ -1,0 +1,1 @@
+"""Checkpoints on disk: opened lazily, written layer by layer, loaded whole and checked."""

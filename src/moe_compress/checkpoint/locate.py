@@ -1,0 +1,98 @@
+"""From what a user calls a model to a folder: a zoo name, a local path, or a hub id."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from moe_compress import zoo
+from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+
+
+def open_model(model: str, revision: str | None = None) -> Checkpoint:
+    """Open the checkpoint that the user means; fetches a hub model (weights included) if it is one."""
+    folder = local_folder(model)
+    if folder is not None:
+        if revision is not None:
+            raise ValueError(f"revision={revision} belongs to a hub model, but {model} is a local folder.")
+        return open_checkpoint(folder, model if model in zoo.NAMES else str(folder))
+    _require_hub_id(model)
+    with _hub_errors(model, revision):
+        path = snapshot_download(model, revision=revision, allow_patterns=list(FILES))
+    folder = Path(path)
+    return open_checkpoint(folder, model, commit=folder.name)
+
+
+def config_folder(model: str, revision: str | None = None) -> Path:
+    """A folder that holds at least the model's config.json; fetches no weights.
+
+    Configs of well-known models ship with the package, so that planning works offline.
+    """
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    shipped = zoo.config_path(model)
+    if shipped is not None and revision is None:
+        return shipped.parent
+    _require_hub_id(model)
+    with _hub_errors(model, revision):
+        return Path(hf_hub_download(model, "config.json", revision=revision)).parent
+
+
+def local_folder(model: str) -> Path | None:
+    """The folder of a zoo model or a local path; None for what can only be a hub id."""
+    if model in zoo.NAMES:
+        return zoo.path(model)
+    return Path(model) if Path(model).exists() else None
+
+
+def _require_hub_id(model: str) -> None:
+    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        return
+    near = difflib.get_close_matches(model, zoo.NAMES, 1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"there is no model {model!r}. {hint}Use a zoo name ({', '.join(zoo.NAMES)}), a local folder, or a hub id "
+        "such as mistralai/Mixtral-8x7B-v0.1."
+    )
+
+
+class _hub_errors:
+    """Turns the hub client's errors into one sentence that says what to do."""
+
+    def __init__(self, model: str, revision: str | None) -> None:
+        self.model, self.revision = model, revision
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
+        model = self.model
+        if isinstance(error, GatedRepoError):
+            text = f"{model} is gated: accept its licence on the hub, then log in with `hf auth login`."
+        elif isinstance(error, RevisionNotFoundError):
+            text = f"{model} has no revision {self.revision!r}."
+        elif isinstance(error, RepositoryNotFoundError):
+            text = f"the hub has no model {model}, or it is private: check the name, or log in with `hf auth login`."
+        elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | HfHubHTTPError | OSError):
+            text = f"{model} could not be fetched from the hub ({type(error).__name__}): use a local folder instead."
+        elif isinstance(error, HFValidationError):
+            text = f"{model} is neither a folder here nor a valid hub id."
+        else:
+            return
+        raise ValueError(text) from error

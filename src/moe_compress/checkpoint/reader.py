@@ -1,0 +1,200 @@
+"""Opened checkpoints: the config, where every tensor lies, and nothing read until it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from moe_compress.checkpoint import deepseek_v1
+from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
+from moe_compress.model import hf
+from moe_compress.runtime import fingerprint, read_json
+
+INDEX = "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
+SAMPLE_BYTES = 4096
+HASH_WHOLE_BELOW = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Virtual:
+    """A tensor that is not stored as it is: computed from a stored one, or constant."""
+
+    make: Callable[[Tensor | None], Tensor]
+    source: Region | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one."""
+
+    folder: Path
+    name: str
+    values: dict[str, Any]
+    tensors: dict[str, Region | Virtual] = field(repr=False)
+    commit: str | None = None
+
+    @functools.cached_property
+    def config(self) -> PreTrainedConfig:
+        """The config object."""
+        return hf.config_from(self.values)
+
+    @functools.cached_property
+    def num_layers(self) -> int:
+        """Decoder layers (extra prediction layers behind them are not counted)."""
+        return int(getattr(self.config, "num_layers", None) or self.config.num_hidden_layers)
+
+    def keys(self, layer: int | None) -> list[str]:
+        """Tensor names of one layer; None: all that belong to no decoder layer."""
+        return self._keys_by_layer.get(layer, [])
+
+    @functools.cached_property
+    def _keys_by_layer(self) -> dict[int | None, list[str]]:
+        groups: dict[int | None, list[str]] = {}
+        for key in self.tensors:
+            groups.setdefault(hf.layer_of(key), []).append(key)
+        return groups
+
+    @property
+    def extra_layers(self) -> list[int]:
+        """Indices of stored layers that the model does not have (multi-token prediction)."""
+        return sorted(i for i in self._keys_by_layer if i is not None and i >= self.num_layers)
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """A dtype that holds every stored value exactly: the common one, or fp32 where they differ."""
+        stored = {_region(entry).dtype for entry in self.tensors.values() if _region(entry) is not None}
+        floating = {STORED_DTYPES[name] for name in stored if STORED_DTYPES[name].is_floating_point}
+        return floating.pop() if len(floating) == 1 else torch.float32
+
+    @property
+    def bytes(self) -> int:
+        """Stored size of all tensors."""
+        return sum(_region(entry).bytes for entry in self.tensors.values() if _region(entry) is not None)
+
+    def layer_bytes(self, layer: int | None) -> int:
+        """Stored size of one layer."""
+        return sum(_region(self.tensors[key]).bytes for key in self.keys(layer) if _region(self.tensors[key]))
+
+    @contextlib.contextmanager
+    def read(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """Tensors by name, read lazily; the files are mapped only inside the block."""
+        with contextlib.ExitStack() as stack:
+            files: dict[Path, Any] = {}
+            found: dict[str, Any] = {}
+            for key in keys:
+                entry = self.tensors[key]
+                region = _region(entry)
+                stored = None
+                if region is not None:
+                    if region.file not in files:
+                        files[region.file] = stack.enter_context(safe_open(region.file, "pt"))
+                    stored = files[region.file].get_slice(region.key)
+                found[key] = stored if isinstance(entry, Region) else entry.make(None if stored is None else stored[:])
+            yield found
+            found.clear()
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identity of config and weights: all bytes of a small checkpoint, a sample of every tensor of a large one."""
+        whole = self.bytes < HASH_WHOLE_BELOW
+        return fingerprint(self.values, *(part for key in sorted(self.tensors) for part in self._sample(key, whole)))
+
+    def _sample(self, key: str, whole: bool) -> list[Any]:
+        entry = self.tensors[key]
+        region = _region(entry)
+        if region is None:
+            return [key]
+        with region.file.open("rb") as file:
+            file.seek(region.start)
+            return [key, region.dtype, region.shape, file.read(region.bytes if whole else SAMPLE_BYTES)]
+
+
+def _region(entry: Region | Virtual) -> Any:
+    return entry if isinstance(entry, Region) else entry.source
+
+
+def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = None) -> Checkpoint:
+    """Open a local checkpoint folder; ValueError says what is missing, truncated or left over."""
+    values = architecture_values(folder)
+    tensors: dict[str, Region | Virtual] = dict(_stored_tensors(folder))
+    if deepseek_v1.recognises(read_json(folder / "config.json")):
+        tensors = _reexpressed(values, tensors)
+    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
+    _require_layers(checkpoint)
+    return checkpoint
+
+
+def architecture_values(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder, of an architecture that transformers has (DeepSeek-MoE v1 re-expressed)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
+    read_json(folder / "config.json")
+    values = hf.read_values(folder)
+    if values.get("quantization_config"):
+        kind = values["quantization_config"].get("quant_method", "quantized")
+        raise ValueError(f"{folder} is stored in {kind} format, which is not read yet: use a bf16 or fp32 copy.")
+    return deepseek_v1.config_values(values) if deepseek_v1.recognises(values) else values
+
+
+def _stored_tensors(folder: Path) -> dict[str, Region]:
+    if (folder / INDEX).is_file():
+        return _sharded(folder)
+    single = folder / "model.safetensors"
+    if not single.is_file():
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor {INDEX}: only safetensors checkpoints are read."
+        )
+    return read_regions(single)
+
+
+def _sharded(folder: Path) -> dict[str, Region]:
+    index: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+    listed = sorted(set(index.values()))
+    missing = [name for name in listed if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(listed)} shards: {', '.join(missing[:3])}.")
+    extra = [
+        p.name for p in folder.glob("model-*.safetensors") if SHARD_NAME.fullmatch(p.name) and p.name not in listed
+    ]
+    if extra:
+        raise ValueError(f"{folder} holds shards that its index does not list: {', '.join(sorted(extra)[:3])}.")
+    regions = {key: region for name in listed for key, region in read_regions(folder / name).items()}
+    if regions.keys() != index.keys():
+        odd = sorted(regions.keys() ^ index.keys())
+        raise ValueError(f"the index and the shards of {folder} disagree about {len(odd)} tensors, such as {odd[0]}.")
+    return regions
+
+
+def _reexpressed(values: dict[str, Any], tensors: dict[str, Region | Virtual]) -> dict[str, Region | Virtual]:
+    out: dict[str, Region | Virtual] = {}
+    for key, entry in tensors.items():
+        region = _region(entry)
+        new_key, make = deepseek_v1.rename(key)
+        out[new_key] = region if make is None else Virtual(make, region)
+    dtype = STORED_DTYPES[_region(out["model.embed_tokens.weight"]).dtype]
+    zero_gate = torch.zeros(1, int(values["hidden_size"]), dtype=dtype)
+    for key in deepseek_v1.constant_keys(out):
+        out[key] = Virtual(lambda _: zero_gate, None)
+    return out
+
+
+def _require_layers(checkpoint: Checkpoint) -> None:
+    absent = [i for i in range(checkpoint.num_layers) if not checkpoint.keys(i)]
+    if absent:
+        raise ValueError(
+            f"{checkpoint.folder} holds no tensors for layers {absent[:5]}, though its config counts "
+            f"{checkpoint.num_layers} layers."
+        )

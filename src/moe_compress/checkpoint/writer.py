@@ -1,0 +1,132 @@
+"""Checkpoints written one layer at a time: a finished shard is a finished layer, the index and config come last.
+
+Everything is written into `<out>.partial`, which becomes `<out>` by one rename at the end: kill the process at
+any moment, run the same command again, and at most one layer is done twice. A folder named `<out>` is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe_compress.checkpoint.reader import INDEX, Checkpoint, Virtual
+from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions, write_shard
+from moe_compress.model import hf
+from moe_compress.runtime import read_json, write_json
+
+STATE = "state.json"
+MANIFEST = "moe_compress.json"
+COMPANIONS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+
+
+class CheckpointWriter:
+    """Writes one checkpoint beside its final place; `identity` says which run the partial work belongs to."""
+
+    def __init__(self, out: Path, source: Checkpoint, identity: str, *, keep_extra_layers: bool = True) -> None:
+        self.out = out
+        self.extra = source.extra_layers if keep_extra_layers else []
+        self.source = source
+        self.partial = partial_folder(out)
+        self.shards = source.num_layers + 1
+        self._begin(identity)
+
+    def _begin(self, identity: str) -> None:
+        state = self.partial / STATE
+        if self.partial.exists() and not (state.is_file() and read_json(state).get("identity") == identity):
+            require_ours(self.partial)
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_json(state, {"identity": identity})
+
+    def _shard(self, layer: int | None) -> Path:
+        number = 1 if layer is None else layer + 2
+        return self.partial / f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+
+    def has(self, layer: int | None) -> bool:
+        """Whether this layer (None: everything outside layers) is already on disk, whole."""
+        return self._shard(layer).is_file()
+
+    def copy(self, layer: int | None) -> None:
+        """Pass one layer through untouched, byte for byte."""
+        keys = list(self.source.keys(layer))
+        for extra in self.extra if layer is None else ():
+            keys += self.source.keys(extra)
+        stored = {key: self.source.tensors[key] for key in keys}
+        made = [key for key, entry in stored.items() if isinstance(entry, Virtual)]
+        with self.source.read(made) as values:
+            write_shard(self._shard(layer), {**stored, **values})  # type: ignore[dict-item]
+
+    def write(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one layer's tensors, each in the dtype it was stored in."""
+        default = self.source.tensors[self.source.keys(layer)[0]]
+        stored = {key: self.source.tensors.get(key, default) for key in tensors}
+        write_shard(self._shard(layer), {key: _as_stored(tensors[key], stored[key]) for key in tensors})
+
+    def finish(self, values: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+        """Write what makes it a checkpoint: companions, manifest, index, config; then give it its name."""
+        for name, text in hf.modelling_files(dict(values)).items():
+            (self.partial / name).write_text(text, encoding="utf-8")
+        copy_companions(self.source.folder, self.partial)
+        write_json(self.partial / MANIFEST, manifest)
+        shards = [self._shard(None), *(self._shard(layer) for layer in range(self.source.num_layers))]
+        regions = {path.name: read_regions(path) for path in shards}
+        weight_map = {key: name for name, found in regions.items() for key in found}
+        total = sum(region.bytes for found in regions.values() for region in found.values())
+        write_json(self.partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_config(self.partial / "config.json", values)
+        (self.partial / STATE).unlink()
+        self.partial.rename(self.out)
+
+
+def _as_stored(tensor: Tensor, like: Region | Virtual) -> Tensor:
+    if isinstance(like, Virtual) and like.source is None:
+        return tensor
+    region = like if isinstance(like, Region) else like.source
+    assert region is not None
+    dtype = STORED_DTYPES[region.dtype]
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def write_config(path: Path, values: Mapping[str, Any]) -> None:
+    """config.json; infinities, which JSON lacks, in transformers' own notation."""
+    encoded = hf.encode_values(values)
+    write_json(path, encoded)
+
+
+def partial_folder(out: Path) -> Path:
+    """Where an unfinished checkpoint is kept."""
+    return out.with_name(out.name + ".partial")
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer, chat template, generation config and licence files."""
+    for pattern in COMPANIONS:
+        for path in source.glob(pattern):
+            if path.is_file() and path.suffix != ".safetensors":
+                shutil.copyfile(path, target / path.name)
+
+
+def require_free(out: Path) -> None:
+    """Refuse an output folder that holds anything."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} already holds something: choose another folder with out=, or remove it first.")
+
+
+def require_ours(partial: Path) -> None:
+    """Refuse to clear a folder that this package did not begin."""
+    if any(partial.iterdir()) and not (partial / STATE).is_file():
+        raise ValueError(f"{partial} is not unfinished work of moe-compress: move it away, or choose another out=.")
+
+
+def manifest_of(folder: Path) -> dict[str, Any] | None:
+    """What a finished checkpoint of ours says about itself; None for any other folder."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

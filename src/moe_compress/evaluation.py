@@ -1,0 +1,146 @@
+"""Evaluating checkpoints: the original once, every variant against it, one record each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_compress.checkpoint.load import load_model, load_tokenizer
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.writer import manifest_of
+from moe_compress.harness import perplexity, statistics
+from moe_compress.harness.flops import sizes
+from moe_compress.harness.perplexity import Measurement, Original
+from moe_compress.model import hf
+from moe_compress.recipe import Options
+from moe_compress.report.record import Metric, Record, environment, now
+from moe_compress.run import Run
+from moe_compress.runtime import dtype_name, fingerprint, log, peak_memory_bytes
+from moe_compress.stream.data import DataSpec, Windows, make_windows
+from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
+from moe_compress.terminal import progress_bar
+from moe_compress.zoo import tasks
+
+ITEMS = 500
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What all models of one table are measured on: the text, the items, and what identifies both."""
+
+    windows: Windows
+    items: tuple[tasks.Item, ...]
+    protocol: dict[str, Any]
+
+
+def evaluation_spec(options: Options) -> DataSpec:
+    """The evaluation text of a run: the same windows whatever the seed."""
+    return DataSpec(
+        source=options.eval_data,
+        use="heldout",
+        samples=options.eval_samples,
+        length=options.eval_length,
+        config=options.eval_config,
+        split=options.eval_split,
+        field=options.eval_field,
+    )
+
+
+def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
+    """Tokenize the evaluation text with the checkpoint's own tokenizer."""
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    windows = make_windows(evaluation_spec(run.options), tokenizer)
+    items = tasks.items("heldout", ITEMS) if run.options.eval_data == "zoo" else ()
+    text = {**windows.description, "fingerprint": windows.fingerprint}
+    protocol = {
+        "version": VERSION,
+        "text": text,
+        "items": len(items),
+        "dtype": dtype_name(run.dtype),
+        "device": run.device.type,
+    }
+    return Yardstick(windows, items, {**protocol, "id": fingerprint(protocol)})
+
+
+def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> Original:
+    """The original's measurement and final hidden states, measured once and kept under results/originals."""
+    identity = fingerprint(checkpoint.fingerprint, stick.protocol["id"])
+    path = run.results("originals") / f"{identity}.safetensors"
+    if not path.is_file():
+        log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
+        layers = layers_of(checkpoint, run)
+        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None, run)
+        perplexity.save_original(path, measurement, hidden_NSD)
+    outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    return perplexity.load_original(path, outer.model, stick.windows)
+
+
+def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
+    """Streamed layers, or the whole model in memory with `resident=true`; the numbers are the same."""
+    if not run.options.resident:
+        return StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
+    return ResidentLayers(load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords))
+
+
+def _measure(
+    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None, run: Run
+) -> tuple[Measurement, Any]:
+    with run.timed("evaluation"), progress_bar("evaluating") as progress:
+        measurement, hidden_NSD = perplexity.measure(layers, stick.windows, original, progress=progress)
+        if stick.items:
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            correct = perplexity.answers(layers, stick.items, tokenizer)
+            measurement = dataclasses.replace(measurement, correct=correct)
+    return measurement, hidden_NSD
+
+
+def evaluate_checkpoint(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Record:
+    """Measure a checkpoint against its original on the same text; returns its record (unsaved)."""
+    stick = yardstick(base, run)
+    original = original_of(base, stick, run)
+    layers = layers_of(checkpoint, run)
+    measurement, _ = _measure(layers, checkpoint, stick, original, run)
+    manifest = manifest_of(checkpoint.folder) or {}
+    return make_record(checkpoint, base, stick, statistics.metrics(measurement, original.measurement), manifest, run)
+
+
+def original_record(base: Checkpoint, run: Run) -> Record:
+    """The original's own row."""
+    stick = yardstick(base, run)
+    original = original_of(base, stick, run)
+    return make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
+
+
+def make_record(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    stick: Yardstick,
+    metrics: dict[str, Any],
+    manifest: dict[str, Any],
+    run: Run,
+) -> Record:
+    """Everything that a row of a table needs."""
+    skeleton = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
+    counted = sizes(skeleton, stick.windows.ids_NS.shape[1], checkpoint.stored_dtype)
+    seconds = {f"{what}_seconds": round(value, 3) for what, value in (manifest.get("seconds") or {}).items()}
+    cost = {**seconds, **{f"{w}_seconds": round(v, 3) for w, v in run.seconds.items()}}
+    cost["peak_bytes"] = peak_memory_bytes(run.device)
+    is_original = checkpoint.folder == base.folder
+    return Record(
+        name=run.options.name or checkpoint.folder.name,
+        model=Path(base.name).name,
+        recipe=manifest.get("stages") or [],
+        seed=run.options.seed,
+        form="original" if is_original else manifest.get("form", "plain"),
+        protocol=stick.protocol,
+        metrics={name: Metric(**value) for name, value in metrics.items()},
+        sizes={**counted.to_json(), "bytes": checkpoint.bytes},
+        cost=cost,
+        report=manifest.get("report") or [],
+        environment=environment(),
+        written=now(),
+    )

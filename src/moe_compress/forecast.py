@@ -1,0 +1,83 @@
+"""What a recipe would give, from config.json alone: sizes before and after, the form, memory. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_compress.checkpoint.reader import architecture_values
+from moe_compress.harness.flops import Sizes, sizes
+from moe_compress.model import hf
+from moe_compress.model.edits import edited_values
+from moe_compress.planning import dry_run
+from moe_compress.recipe import Recipe
+from moe_compress.runtime import DTYPES, gigabytes, resolve_device, resolve_dtype
+
+LAYERS_AT_PEAK = 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Sizes before and after, whether stock transformers loads the result, and peak memory in bytes."""
+
+    model: str
+    before: Sizes
+    after: Sizes
+    form: str
+    layer_bytes: int
+    outer_bytes: int
+    boundary_bytes: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Above the bare process: layers in the making, embeddings and head, hidden states between layers."""
+        return int(LAYERS_AT_PEAK * self.layer_bytes) + self.outer_bytes + self.boundary_bytes
+
+
+def forecast(recipe: Recipe, folder: Path) -> Forecast:
+    """Check the recipe against the model's shapes and count what it would leave."""
+    options = recipe.options
+    values = architecture_values(folder)
+    config = hf.config_from(values)
+    stored = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    model = hf.skeleton(config, stored, options.attn)
+    before = sizes(model, options.length, stored)
+    compute = resolve_dtype(options.dtype, resolve_device(options.device))
+    itemsize = torch.finfo(compute).bits // 8
+    layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
+    inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
+    edits = dry_run(recipe, model)
+    _, plain = edited_values(values, edits)
+    return Forecast(
+        model=options.model,
+        before=before,
+        after=sizes(model, options.length, stored),
+        form="plain" if plain else "edited",
+        layer_bytes=layer * itemsize,
+        outer_bytes=(before.parameters - inside) * itemsize,
+        boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
+    )
+
+
+def as_markdown(found: Forecast) -> str:
+    """The forecast as a table, with what the numbers mean below."""
+    rows = [
+        ("stored parameters", *(f"{s.parameters / 1e9:.3f} B" for s in (found.before, found.after))),
+        ("on disk", *(gigabytes(s.bytes) for s in (found.before, found.after))),
+        ("touched per token", *(f"{s.touched / 1e9:.3f} B" for s in (found.before, found.after))),
+        (
+            f"FLOPs per token at {found.before.context} tokens",
+            *(f"{s.flops_per_token / 1e9:.2f} G" for s in (found.before, found.after)),
+        ),
+    ]
+    lines = [f"### {found.model}", "", "| | before | after |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += [
+        "",
+        f"{found.form} checkpoint. Peak memory about {gigabytes(found.peak_bytes)}: {LAYERS_AT_PEAK} layers of "
+        f"{gigabytes(found.layer_bytes)}, embeddings and head {gigabytes(found.outer_bytes)}, hidden states of the "
+        f"calibration text {gigabytes(found.boundary_bytes)}.",
+    ]
+    return "\n".join(lines)

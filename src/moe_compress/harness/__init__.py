@@ -1,0 +1,1 @@
+"""Measuring: perplexity and closeness to the original, sizes and FLOPs, statistics."""

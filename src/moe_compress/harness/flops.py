@@ -1,0 +1,92 @@
+"""Four different sizes of a model, from its skeleton alone: stored, on disk, touched per token, computed per token.
+
+Two floating-point operations a multiply-add; attention over the full T x T square, not the causal half; the head on
+every token; recurrent scans and convolutions are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_compress.model import hf
+from moe_compress.model.families import family_of
+
+ATTENTION_CHILDREN = ("self_attn", "self_attention", "attention", "attn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """parameters: stored; bytes: on disk; touched: distinct parameters one token uses; flops_per_token at `context`."""
+
+    parameters: int
+    bytes: int
+    touched: int
+    flops_per_token: int
+    context: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
+    """Count a model or a skeleton; `context` tokens attend to each other, `stored` is the dtype on disk."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    total = touched = multiplied = 0
+    for _, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None or (tied and module is head):
+                continue
+            active = _active_fraction(model, module, parameter)
+            total += parameter.numel()
+            if module is embedding:
+                touched += parameter.shape[1]
+                continue
+            touched += round(parameter.numel() * active)
+            multiplied += round(parameter.numel() * active) if parameter.dim() > 1 else 0
+    if tied and isinstance(embedding, nn.Embedding):
+        touched += embedding.weight.numel() - embedding.weight.shape[1]
+        multiplied += embedding.weight.numel()
+    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in model.state_dict())
+    size = (total + buffers) * torch.empty(0, dtype=stored).element_size()
+    flops = 2 * multiplied + attention_flops(model, context)
+    return Sizes(parameters=total, bytes=size, touched=touched, flops_per_token=flops, context=context)
+
+
+def _active_fraction(model: PreTrainedModel, module: nn.Module, parameter: torch.Tensor) -> float:
+    """The share of a fused experts tensor that one token uses; 1 for everything else."""
+    if parameter.dim() < 2 or type(module).__name__.endswith(("Router", "Gate", "Gating")):
+        return 1.0
+    experts = parameter.shape[0]
+    is_experts = hasattr(module, "_apply_gate") or (parameter.dim() == 3 and "xpert" in type(module).__name__)
+    if not is_experts:
+        return 1.0
+    top_k = int(getattr(model.config, family_of(model.config).top_k_key))
+    return min(top_k, experts) / experts
+
+
+def attention_flops(model: PreTrainedModel, context: int) -> int:
+    """Scores and weighted values of all attention layers, per token."""
+    config = model.config
+    heads = int(getattr(config, "num_attention_heads", 0))
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
+    if getattr(config, "kv_lora_rank", None):
+        query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+    else:
+        query = value = head_dim
+    layers = sum(_has_attention(layer) for layer in hf.decoder_layers(model))
+    return 2 * context * heads * (query + value) * layers
+
+
+def _has_attention(layer: nn.Module) -> bool:
+    return any(
+        name in ATTENTION_CHILDREN or (name == "mixer" and "Attention" in type(child).__name__)
+        for name, child in layer.named_children()
+    )

@@ -1,0 +1,1 @@
+"""Expert Trimming: methods that remove whole experts."""

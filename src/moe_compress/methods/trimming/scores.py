@@ -1,0 +1,128 @@
+"""Scores that rank whole experts, from the sums of one calibration pass. Higher means: keep.
+
+x tokens, X_e those routed to expert e, g_e the gate weight the model really applied, f_e the expert's output
+before the gate. All are float64 [E]. Sources: the papers named at each function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Score = Literal[
+    "random", "frequency", "gate_mass", "router_norm", "weight_norm", "ean", "man", "msan", "weighted_ean", "reap",
+    "aimer", "easy_ep", "max_activation",
+]  # fmt: skip
+Sums = Mapping[str, Tensor]
+WEIGHT_SCORES = ("router_norm", "weight_norm", "aimer")
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """Mean over routed tokens; NaN marks an expert that no token reached."""
+    return torch.where(count > 0, total / count, torch.nan)
+
+
+def frequency(sums: Sums) -> Tensor:
+    """|X_e|, how many tokens were routed to the expert."""
+    return sums["count"]
+
+
+def gate_mass(sums: Sums) -> Tensor:
+    """Sum of g_e over X_e (SEER-MoE, Muzio et al. 2024)."""
+    return sums["gate"]
+
+
+def gate_mass_full(sums: Sums) -> Tensor:
+    """Sum of the router's probability over all tokens, routed to the expert or not (Unified-MoE-Compression)."""
+    return sums["probability"]
+
+
+def router_norm(sums: Sums) -> Tensor:
+    """Length of the expert's router row."""
+    return sums["weight_router_norm"]
+
+
+def weight_norm(sums: Sums) -> Tensor:
+    """Frobenius norm of all the expert's weights."""
+    return sums["weight_square"].sqrt()
+
+
+def ean(sums: Sums) -> Tensor:
+    """Expert activation norm: sum of |f_e| over X_e."""
+    return sums["norm"]
+
+
+def man(sums: Sums) -> Tensor:
+    """Mean activation norm: mean of |f_e| over X_e (arXiv 2606.15716)."""
+    return _mean(sums["norm"], sums["count"])
+
+
+def msan(sums: Sums) -> Tensor:
+    """Mean squared activation norm: mean of |f_e|^2 over X_e (arXiv 2606.15716)."""
+    return _mean(sums["norm_square"], sums["count"])
+
+
+def weighted_ean(sums: Sums) -> Tensor:
+    """Sum of g_e |f_e| over X_e."""
+    return sums["gated_norm"]
+
+
+def reap(sums: Sums) -> Tensor:
+    """Router-weighted expert activation: mean of g_e |f_e| over X_e (REAP, arXiv 2510.13999)."""
+    return _mean(sums["gated_norm"], sums["count"])
+
+
+def aimer(sums: Sums) -> Tensor:
+    """Minus mean|W| / rms(W) over all the expert's weights (AIMER, arXiv 2603.18492, prunes the highest ratio)."""
+    mean_abs = sums["weight_abs"] / sums["weight_count"]
+    return -mean_abs / (sums["weight_square"] / sums["weight_count"]).sqrt()
+
+
+def easy_ep(sums: Sums) -> Tensor:
+    """Sum over X_e of g_e |f_e| times one minus the token's cosine before and after the routed experts.
+
+    EASY-EP, arXiv 2504.06792. Raises ValueError where the experts work in another space than the stream.
+    """
+    if bool(sums["easy_ep"].isnan().any()):
+        raise ValueError("score=easy_ep is not defined here: this family's experts work in a latent space.")
+    return sums["easy_ep"]
+
+
+def max_activation(sums: Sums) -> Tensor:
+    """Largest |entry| of f_e over X_e (super experts, arXiv 2507.23279)."""
+    return sums["max"]
+
+
+FUNCTIONS: dict[str, Callable[[Sums], Tensor]] = {
+    function.__name__: function
+    for function in (
+        frequency, gate_mass, gate_mass_full, router_norm, weight_norm, ean, man, msan, weighted_ean, reap, aimer,
+        easy_ep, max_activation,
+    )
+}  # fmt: skip
+assert {*get_args(Score), "gate_mass_full"} == {*FUNCTIONS, "random"}
+
+
+def random_score(experts: int, layer: int, seed: int) -> Tensor:
+    """Uniform numbers that depend on seed and layer alone."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + layer)
+    return torch.rand(experts, generator=generator, dtype=torch.float64)
+
+
+def super_experts(max_LE: Mapping[int, Tensor], total_layers: int) -> dict[int, list[int]]:
+    """Experts with massive activations, by real layer id (arXiv 2507.23279).
+
+    Those above both the 99.5th percentile over the model and a tenth of the largest, in the first three
+    quarters of the layers (counted over all decoder layers, dense ones included).
+    """
+    everything = torch.cat(list(max_LE.values()))
+    threshold = max(float(torch.quantile(everything, 0.995)), float(everything.max()) / 10)
+    found = {}
+    for layer, max_E in max_LE.items():
+        ids = (max_E > threshold).nonzero().flatten().tolist()
+        if ids and layer < 0.75 * total_layers:
+            found[layer] = ids
+    return found

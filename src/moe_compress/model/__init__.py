@@ -1,0 +1,1 @@
+"""Models with their storage hidden: transformers' seams, families, MoE views, edits."""

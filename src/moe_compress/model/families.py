@@ -1,0 +1,109 @@
+"""What differs between families, as data. Most need no entry: they are recognised by structure and config keys.
+
+A new family that keeps its experts, router and shared experts where others keep them works at once; one that
+does not gets one `Family` entry below. Nothing here asks for a model's class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from transformers import PreTrainedConfig
+
+COUNT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """One architecture, by its `model_type`.
+
+    count_key, top_k_key: config keys of the routed experts per layer and of those active per token;
+    router: child of the MoE block that routes (None: the one whose class name says so);
+    shared: dotted names, inside the layer, of experts that every token passes (None: looked for in the block);
+    router_scores: the function the router applies to its logits before it selects;
+    paper_gate: which gate mass the Unified-MoE-Compression code sums for this family;
+    min_per_group: fewest experts a group may keep, where routing is limited to groups;
+    logits_at: which of the router's outputs of width E are its logits;
+    gate_on_input: the gate weight multiplies the expert's input instead of its output;
+    no_expert_edits: why experts cannot be dropped here, if they cannot.
+    """
+
+    model_type: str
+    count_key: str = ""
+    top_k_key: str = ""
+    router: str | None = None
+    shared: str | None = None
+    router_scores: Literal["softmax", "sigmoid"] = "softmax"
+    paper_gate: Literal["full", "topk"] = "full"
+    min_per_group: int = 1
+    logits_at: int = 0
+    gate_on_input: bool = False
+    no_expert_edits: str | None = None
+
+
+def _sigmoid(model_type: str, **more: Any) -> Family:
+    return Family(model_type=model_type, router_scores="sigmoid", min_per_group=2, **more)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(model_type="deepseek_v2", paper_gate="topk"),
+        _sigmoid("deepseek_v3", paper_gate="topk"),
+        _sigmoid("glm4_moe"),
+        _sigmoid("dots1"),
+        _sigmoid("nemotron_h"),
+        _sigmoid("minimax_m2"),
+        _sigmoid("afmoe"),
+        _sigmoid("lfm2_moe"),
+        _sigmoid("llama4_text", logits_at=1, gate_on_input=True),
+        Family(model_type="granitemoeshared", shared="shared_mlp"),
+        Family(model_type="granitemoehybrid", shared="shared_mlp"),
+        Family(
+            model_type="jetmoe",
+            no_expert_edits="its attention is routed by the same expert count as its MLP, so neither can be cut alone",
+        ),
+        Family(
+            model_type="longcat_flash",
+            no_expert_edits="its zero-computation experts share the router's numbering with the routed ones",
+        ),
+    )
+}
+
+# Architectures that transformers 5.23 cannot build, but another one expresses exactly (see checkpoint/reader.py).
+ALIASES = {"deepseek": "qwen2_moe"}
+
+REFUSED = {
+    "dbrx": "its experts are one flat matrix per projection, which no edit here can cut yet",
+    "llama4": "it is a multimodal wrapper: extract its language model (model_type llama4_text) first",
+}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family entry of a config, completed from the config's own keys.
+
+    Raises ValueError for an architecture that has no experts or is known not to work, with the reason.
+    """
+    base_type = getattr(config, "moe_compress", {}).get("base_model_type", config.model_type)
+    if base_type in REFUSED:
+        raise ValueError(f"{base_type} is not supported: {REFUSED[base_type]}.")
+    family = FAMILIES.get(base_type, Family(model_type=base_type))
+    stored = config.to_dict()
+    count_key = family.count_key or next((k for k in COUNT_KEYS if stored.get(k)), "")
+    top_k_key = family.top_k_key or next((k for k in TOP_K_KEYS if stored.get(k)), "")
+    if not count_key or not top_k_key:
+        raise ValueError(
+            f"{base_type} is not a Mixture-of-Experts architecture that is known here: its config has none of "
+            f"{', '.join(COUNT_KEYS)} or none of {', '.join(TOP_K_KEYS)}."
+        )
+    return replace(family, count_key=count_key, top_k_key=top_k_key)
+
+
+def groups_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """(number of router groups, groups a token may use); (1, 1) where routing is not limited to groups."""
+    if getattr(config, "topk_method", None) == "greedy":
+        return 1, 1
+    groups = getattr(config, "n_group", None) or 1
+    return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)

@@ -1,0 +1,202 @@
+"""A decoder layer and its MoE block with the storage hidden.
+
+E experts, D model width, F inner width of an expert. Whatever the fused layout (transposed, interleaved,
+without a gate), `MoEView.expert(e)` gives plain `[out, in]` matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moe_compress.model.families import Family, family_of, groups_of
+from moe_compress.model.hf import decoder_layers
+
+ROUTER_WORDS = ("Router", "Gate", "Gating")
+SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEShape:
+    """The numbers that decide what may be dropped from one layer's MoE block."""
+
+    layer: int
+    num_experts: int
+    top_k: int
+    groups: int = 1
+    groups_used: int = 1
+    min_per_group: int = 1
+
+    def require(self, kept: int) -> None:
+        """Raise ValueError unless the layer still works with `kept` experts (equally many in every group)."""
+        where = f"layer {self.layer}"
+        if not 0 < kept <= self.num_experts:
+            raise ValueError(f"{where} has {self.num_experts} experts, so keep={kept} is not possible.")
+        if kept < self.top_k:
+            raise ValueError(
+                f"keep={kept} is fewer than the {self.top_k} experts each token uses: keep at least {self.top_k}."
+            )
+        if self.groups == 1:
+            return
+        reachable = self.groups_used * (kept // self.groups)
+        if kept % self.groups or kept // self.groups < self.min_per_group or reachable < self.top_k:
+            raise ValueError(
+                f"{where} routes within {self.groups} groups and each token sees {self.groups_used} of them, so "
+                f"keep={kept} is not possible: {self._allowed()}."
+            )
+
+    def _allowed(self) -> str:
+        return f"possible counts are {', '.join(map(str, range(self.floor, self.num_experts + 1, self.groups)))}"
+
+    @property
+    def floor(self) -> int:
+        """Fewest experts with which the layer still works."""
+        if self.groups == 1:
+            return self.top_k
+        per_group = max(self.min_per_group, -(-self.top_k // self.groups_used))
+        return per_group * self.groups
+
+    def require_ids(self, kept: tuple[int, ...]) -> None:
+        """Raise ValueError unless exactly these experts may stay."""
+        if sorted(set(kept)) != list(kept) or (kept and not 0 <= kept[0] <= kept[-1] < self.num_experts):
+            raise ValueError(
+                f"layer {self.layer}: kept experts must be ascending ids below {self.num_experts}, not {list(kept)}."
+            )
+        self.require(len(kept))
+        size = self.num_experts // self.groups
+        per_group = [sum(g * size <= e < (g + 1) * size for e in kept) for g in range(self.groups)]
+        if len(set(per_group)) > 1:
+            raise ValueError(
+                f"layer {self.layer} routes within {self.groups} groups, which must keep equally many experts; "
+                f"this plan keeps {per_group}."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One expert: gate and up [F, D], down [D, F]; gate is None where the family has none; biases or None."""
+
+    gate: Tensor | None
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoEView:
+    """The MoE block of one decoder layer."""
+
+    block: nn.Module
+    experts: Any
+    router: nn.Module
+    names: dict[str, str]
+
+    @property
+    def num_experts(self) -> int:
+        """Routed experts that the block holds."""
+        return int(self.experts.down_proj.shape[0])
+
+    @property
+    def router_rows_ED(self) -> Tensor:
+        """The router's weight, one row an expert."""
+        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.num_experts)
+
+    @property
+    def matrices(self) -> list[Tensor]:
+        """The fused weights [E, ...], without biases."""
+        return [p for p in self.experts.parameters(recurse=False) if p.dim() == 3]
+
+    def expert(self, index: int) -> Expert:
+        """Expert `index` as plain matrices, whatever the storage."""
+        fused = self.experts
+        transposed = getattr(fused, "is_transposed", True)
+        down = fused.down_proj[index].T if transposed else fused.down_proj[index]
+        down_bias = fused.down_proj_bias[index] if getattr(fused, "has_bias", False) else None
+        if not getattr(fused, "has_gate", True):
+            return Expert(None, fused.up_proj[index], down, down_bias=down_bias)
+        both = fused.gate_up_proj[index].T if transposed else fused.gate_up_proj[index]
+        gate, up = self._halves(both)
+        if not getattr(fused, "has_bias", False):
+            return Expert(gate, up, down)
+        gate_bias, up_bias = self._halves(fused.gate_up_proj_bias[index])
+        return Expert(gate, up, down, gate_bias, up_bias, down_bias)
+
+    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        if getattr(self.experts, "is_concatenated", True):
+            gate, up = both.chunk(2)
+            return gate, up
+        return both[0::2], both[1::2]
+
+
+def moe_view(layer: nn.Module, family: Family) -> MoEView | None:
+    """The MoE block of a decoder layer; None if the layer has none (or none that experts can be cut from)."""
+    for name, module in layer.named_modules():
+        down = module._parameters.get("down_proj")
+        if down is None or down.dim() != 3 or name.count(".") < 1:
+            continue
+        block_name = name.rpartition(".")[0]
+        block = layer.get_submodule(block_name)
+        router_name = family.router or _router_child(block)
+        names = {"block": block_name, "experts": name, "router": f"{block_name}.{router_name}"}
+        return MoEView(block, module, block.get_submodule(router_name), names)
+    return None
+
+
+def _router_child(block: nn.Module) -> str:
+    named = [
+        name
+        for name, child in block.named_children()
+        if any(word in type(child).__name__ for word in ROUTER_WORDS) and not name.startswith("shared")
+    ]
+    if len(named) != 1:
+        raise ValueError(
+            f"{type(block).__name__} has {len(named)} children that look like a router: name it in a Family entry."
+        )
+    return named[0]
+
+
+def moe_views(model: PreTrainedModel) -> dict[int, MoEView]:
+    """The MoE blocks of a model by layer index."""
+    family = family_of(model.config)
+    views = {index: moe_view(layer, family) for index, layer in enumerate(decoder_layers(model))}
+    return {index: view for index, view in views.items() if view is not None}
+
+
+def moe_shapes(model: PreTrainedModel) -> list[MoEShape]:
+    """The MoE blocks of a model as numbers; a skeleton is enough."""
+    config = model.config
+    family = family_of(config)
+    groups, groups_used = groups_of(config)
+    return [
+        MoEShape(
+            layer=index,
+            num_experts=view.num_experts,
+            top_k=getattr(config, family.top_k_key),
+            groups=groups,
+            groups_used=groups_used,
+            min_per_group=family.min_per_group,
+        )
+        for index, view in moe_views(model).items()
+    ]
+
+
+def count_key_values(config: PreTrainedConfig, experts: int) -> dict[str, int]:
+    """The config entries that say how many routed experts each layer has."""
+    return {family_of(config).count_key: experts}
+
+
+def weight_sums(view: MoEView) -> dict[str, Tensor]:
+    """Sums over each expert's weights, float64 [E]: `abs`, `square`, `count`; and `router_norm`."""
+    sums = {key: torch.zeros(view.num_experts, dtype=torch.float64) for key in ("abs", "square", "count")}
+    for weight in view.matrices:
+        sums["abs"] += torch.linalg.vector_norm(weight, 1, dim=(1, 2)).double().cpu()
+        sums["square"] += torch.linalg.vector_norm(weight, 2, dim=(1, 2)).double().square().cpu()
+        sums["count"] += weight[0].numel()
+    sums["router_norm"] = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
+    return sums

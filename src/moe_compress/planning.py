@@ -1,0 +1,177 @@
+"""Deciding what to do: recipes tried on a skeleton, calibration found or made, plans made, saved and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moe_compress import registry
+from moe_compress.checkpoint.load import load_tokenizer
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.model import hf
+from moe_compress.model.edits import Edit, Plan, apply_edits, from_json, refuse_if_uneditable, to_json
+from moe_compress.model.families import family_of
+from moe_compress.model.moe import moe_shapes, moe_view, weight_sums
+from moe_compress.recipe import Options, Recipe, Stage
+from moe_compress.run import Run
+from moe_compress.runtime import log, read_json
+from moe_compress.stream.calibration import (
+    Calibration,
+    calibrate,
+    calibration_identity,
+    component_weights,
+    mix_components,
+)
+from moe_compress.stream.data import FOLDS, DataSpec, make_windows
+from moe_compress.stream.fold import StreamedLayers
+from moe_compress.stream.observers import LayerSums
+from moe_compress.terminal import progress_bar
+
+PLAN_VERSION = 1
+Sums = Mapping[int, Mapping[str, torch.Tensor]]
+
+
+def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
+    """Carry the recipe out on a skeleton, with arbitrary experts in the right numbers; returns all edits.
+
+    Raises ValueError for whatever can be known to fail before a weight is read.
+    """
+    edits: list[Edit] = []
+    for stage in recipe.stages:
+        method = registry.find(stage.method)
+        if method.check is None:
+            continue
+        refuse_if_uneditable(model.config)
+        shapes = moe_shapes(model)
+        if not shapes:
+            raise ValueError(f"{type(model).__name__} has no layer whose experts can be told apart.")
+        planned = method.check(shapes, **stage.parameters).edits
+        apply_edits(model, planned)
+        edits += planned
+    return edits
+
+
+def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, dict[str, Any]]:
+    """What a stage will do, and a description of the calibration it used ({} for none)."""
+    method = registry.find(stage.method)
+    if stage.needs != "text":
+        sums = _weight_sums(checkpoint) if stage.needs == "weights" else {}
+        return method.run(_layers(checkpoint, sums), **stage.parameters), {}
+    calibration = calibration_for(checkpoint, run)
+    mix = parse_mix(run.options.mix)
+    plan = method.run(_mixed(checkpoint, calibration, mix, None), **stage.parameters)
+    without = [method.run(_mixed(checkpoint, calibration, mix, n), **stage.parameters).edits for n in range(FOLDS)]
+    plan.report["same_choice_without_a_quarter_of_the_text"] = _agreement(plan.edits, without)
+    return plan, {**calibration.description, "fingerprint": calibration.identity}
+
+
+def _agreement(edits: list[Edit], others: list[list[Edit]]) -> float:
+    """Mean overlap (Jaccard) of the experts kept by `edits` and by each of `others`."""
+    kept = {(edit.layer, expert) for edit in edits for expert in edit.experts}
+    shares = []
+    for other in others:
+        again = {(edit.layer, expert) for edit in other for expert in edit.experts}
+        shares.append(len(kept & again) / max(1, len(kept | again)))
+    return sum(shares) / len(shares)
+
+
+def _mixed(
+    checkpoint: Checkpoint, calibration: Calibration, mix: Mapping[str, float], left_out: int | None
+) -> list[LayerSums]:
+    weights = component_weights(calibration, mix, left_out)
+    return _layers(checkpoint, {i: mix_components(table, weights) for i, table in calibration.layers.items()})
+
+
+def _layers(checkpoint: Checkpoint, sums: Sums) -> list[LayerSums]:
+    model = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
+    gate = family_of(checkpoint.config).paper_gate
+    return [LayerSums(shape, sums.get(shape.layer, {}), checkpoint.num_layers, gate) for shape in moe_shapes(model)]
+
+
+def _weight_sums(checkpoint: Checkpoint) -> Sums:
+    """Sums over weights alone: one layer at a time, no forward."""
+    layers = StreamedLayers(checkpoint, torch.device("cpu"), checkpoint.stored_dtype)
+    family = family_of(checkpoint.config)
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for index in range(checkpoint.num_layers):
+        with layers.layer(index) as layer:
+            view = moe_view(layer, family)
+            if view is not None:
+                found[index] = {f"weight_{name}": value for name, value in weight_sums(view).items()}
+    return found
+
+
+# --- calibration ----------------------------------------------------------------------------------------------
+
+
+def calibration_spec(options: Options) -> DataSpec:
+    """The calibration text of a run."""
+    return DataSpec(
+        source=options.data,
+        use="calibration",
+        samples=options.samples,
+        length=options.length,
+        seed=options.seed,
+        packed=options.pack,
+        config=options.data_config,
+        split=options.data_split,
+        field=options.data_field,
+    )
+
+
+def parse_mix(text: str) -> dict[str, float]:
+    """`prose:2,code:1` -> shares of the domains; empty for none."""
+    mix: dict[str, float] = {}
+    for word in filter(None, text.split(",")):
+        name, _, share = word.partition(":")
+        try:
+            mix[name.strip()] = float(share)
+        except ValueError as error:
+            raise ValueError(f"mix={text}: write domain:share,domain:share, such as prose:2,code:1.") from error
+    return mix
+
+
+def calibration_for(checkpoint: Checkpoint, run: Run) -> Calibration:
+    """The artefact of an earlier run on the same model, text and arithmetic; else one pass makes it."""
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    windows = make_windows(calibration_spec(run.options), tokenizer)
+    identity = calibration_identity(checkpoint, windows, run.dtype)
+    path = run.results("calibrations") / f"{identity}.safetensors"
+    if path.is_file():
+        log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
+        return Calibration.load(path)
+    log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
+    with run.timed("calibration"), progress_bar("measuring") as progress:
+        layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+        calibration = calibrate(checkpoint, layers, windows, path, identity, progress)
+    run.log.event("calibrated", tokens=windows.tokens, path=str(path), seconds_used=run.seconds["calibration"])
+    return calibration
+
+
+# --- plans as files ---------------------------------------------------------------------------------------------
+
+
+def plan_values(plan: Plan, base: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """A plan as JSON that a person can read and change; the edits are what counts."""
+    return {
+        "version": PLAN_VERSION,
+        "method": method,
+        "base": dict(base),
+        "edits": [to_json(edit) for edit in plan.edits],
+        "scores": {str(layer): values for layer, values in plan.scores.items()},
+        "report": plan.report,
+    }
+
+
+def read_plan(path: Path) -> tuple[list[Edit], dict[str, Any]]:
+    """(edits, the model they were made for) of a plan file."""
+    values = read_json(path)
+    if not isinstance(values, dict) or not isinstance(values.get("edits"), list) or "base" not in values:
+        raise ValueError(f"{path} is not a plan of moe-compress: it needs `base` and a list of `edits`.")
+    if values.get("version") != PLAN_VERSION:
+        raise ValueError(f"{path} is a plan of version {values.get('version')}; this version reads {PLAN_VERSION}.")
+    return [from_json(edit) for edit in values["edits"]], values["base"]

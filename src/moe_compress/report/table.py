@@ -1,0 +1,121 @@
+"""Tables from records: one per protocol and original model, the original as the first row. Missing stays missing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from moe_compress.report.record import Record
+
+BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows that may be compared: same original model, same protocol."""
+
+    title: str
+    protocol: dict[str, Any]
+    frame: pd.DataFrame
+
+    def markdown(self) -> str:
+        """Title, protocol in a line, and the table."""
+        text = self.protocol["text"]
+        how = (
+            f"{text['tokens']:,} tokens of {text['source']} ({text['windows']} windows of {text['length']}), "
+            f"{self.protocol['dtype']} on {self.protocol['device']}, protocol `{self.protocol['id']}`"
+        )
+        return f"### {self.title}\n\n{how}\n\n{self.frame.to_markdown(index=False, disable_numparse=True)}\n"
+
+    def csv(self) -> str:
+        """The same cells as CSV."""
+        out = io.StringIO()
+        self.frame.to_csv(out, index=False)
+        return out.getvalue()
+
+
+def make_tables(records: Iterable[Record]) -> list[Table]:
+    """Group records by model and protocol; several seeds of one recipe become one row with their spread."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.model, record.protocol["id"]), []).append(record)
+    if not groups:
+        raise ValueError("there are no records to make a table of: run a recipe first.")
+    return [Table(model, group[0].protocol, _frame(group)) for (model, _), group in sorted(groups.items())]
+
+
+def _frame(records: Sequence[Record]) -> pd.DataFrame:
+    rows: dict[str, list[Record]] = {}
+    for record in sorted(records, key=_order):
+        rows.setdefault(_row_name(record), []).append(record)
+    return pd.DataFrame([_row(name, found) for name, found in rows.items()]).fillna("")
+
+
+def _order(record: Record) -> tuple[bool, float, float]:
+    return (record.form != "original", -record.sizes["parameters"], record.metrics["perplexity"].value)
+
+
+def _row_name(record: Record) -> str:
+    """The recipe as a sentence, without what is at its default; seeds of one recipe share a row."""
+    if record.form == "original":
+        return "original"
+    if not record.recipe:
+        return record.name
+    return " + ".join(_sentence(stage) for stage in record.recipe)
+
+
+def _sentence(stage: dict[str, Any]) -> str:
+    given = {k: v for k, v in stage["given"].items() if k != "seed"}
+    return " ".join([stage["method"], *(f"{key}={value}" for key, value in given.items())])
+
+
+def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
+    first = records[0]
+    cells = {
+        "recipe": name + (f" ({len(records)} seeds)" if len(records) > 1 else ""),
+        "form": first.form,
+        "parameters": f"{first.sizes['parameters'] / 1e6:,.2f} M",
+        "MiB": f"{first.sizes['bytes'] / BYTES:,.2f}",
+        "touched per token": f"{first.sizes['touched'] / 1e6:,.2f} M",
+        "MFLOPs per token": f"{first.sizes['flops_per_token'] / 1e6:,.2f}",
+        "perplexity": _cell(records, "perplexity", 2),
+        "change of NLL": _cell(records, "delta_nll", 4, sign=True),
+        "KL": _cell(records, "kl", 4),
+        "same top token": _cell(records, "top1_agreement", 3),
+        "tasks right": _cell(records, "task_accuracy", 3),
+    }
+    seconds = sum(v for k, v in first.cost.items() if k in ("calibration_seconds", "surgery_seconds"))
+    cells["compression s"] = "" if first.form == "original" else f"{seconds:.1f}"
+    cells["peak MiB"] = f"{first.cost['peak_bytes'] / BYTES:,.0f}"
+    return cells
+
+
+def _cell(records: Sequence[Record], name: str, digits: int, sign: bool = False) -> str:
+    """value [low, high] of one record; mean and smallest to largest of several seeds."""
+    found = [record.metrics[name] for record in records if name in record.metrics]
+    if not found:
+        return ""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if len(found) == 1:
+        interval = found[0].interval
+        ends = f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""
+        return f"{found[0].value:{form}}{ends}"
+    values = [metric.value for metric in found]
+    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """tables.md with all of them, and one CSV each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "tables.md"]
+    written[0].write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
+    for table in tables:
+        path = folder / f"{table.title}-{table.protocol['id'][:6]}.csv"
+        path.write_text(table.csv(), encoding="utf-8")
+        written.append(path)
+    return written

@@ -1,0 +1,1 @@
+"""The engine: text, observers, the fold over layers, the calibration artefact, surgery."""

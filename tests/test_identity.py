@@ -1,0 +1,81 @@
+"""The engine is exact: fold = full forward, names and bytes written back, on every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import tiny
+from moe_compress.checkpoint.reader import open_checkpoint
+from moe_compress.checkpoint.shards import read_regions
+from moe_compress.checkpoint.writer import CheckpointWriter
+from moe_compress.model import hf
+from moe_compress.stream.data import Windows
+from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
+from moe_compress.stream.surgery import rewrite
+
+CPU = torch.device("cpu")
+
+
+def windows_of(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Windows:
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    number = torch.arange(len(ids))
+    return Windows(ids, mask, number[:, None].expand_as(ids), torch.zeros_like(number), ("text",), "test", {})
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
+    ids = tiny.token_ids()
+    model = AutoModelForCausalLM.from_pretrained(family_folder(family)).eval()
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+    layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
+    _, hidden = fold(layers, windows_of(ids))
+    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
+    assert torch.equal(logits, expected)
+    _, resident = fold(ResidentLayers(model), windows_of(ids))
+    assert torch.equal(resident, hidden)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_fold_with_padding_equals_full_forward(family, family_folder, family_checkpoint):
+    ids = tiny.token_ids()
+    mask = torch.arange(ids.shape[1])[None] < torch.tensor([12, 7, 3])[:, None]
+    model = AutoModelForCausalLM.from_pretrained(family_folder(family)).eval()
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask.long(), use_cache=False).logits
+    layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
+    _, hidden = fold(layers, windows_of(ids, mask))
+    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
+    assert torch.equal(logits[mask], expected[mask])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_identity_writes_the_same_names_and_bytes(family, dtype, tmp_path):
+    source = open_checkpoint(tiny.save(tiny.make(family), tmp_path / "source", dtype))
+    for through_model in (True, False):
+        out = tmp_path / f"out{through_model}"
+        writer = CheckpointWriter(out, source, "identity")
+        rewrite(source, [], writer, through_model=through_model)
+        writer.finish(source.values, {})
+        written = open_checkpoint(out)
+        assert written.tensors.keys() == source.tensors.keys()
+        with source.read(source.tensors) as before, written.read(written.tensors) as after:
+            for name in before:
+                a, b = before[name][...], after[name][...]
+                assert a.dtype == b.dtype and torch.equal(a, b), name
+        _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+
+
+def test_shards_are_one_layer_each(family_checkpoint, tmp_path):
+    source = family_checkpoint("mixtral")
+    writer = CheckpointWriter(tmp_path / "out", source, "identity")
+    rewrite(source, [], writer)
+    writer.finish(source.values, {})
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == tiny.LAYERS + 1
+    for number, file in enumerate(files[1:]):
+        assert {hf.layer_of(key) for key in read_regions(file)} == {number}
