@@ -41,7 +41,7 @@ class Plan:
     """What a method decided: edits, the scores [layer][expert] behind them, and what should be reported."""
 
     edits: list[Edit]
-    scores: dict[int, list[float]]
+    scores: dict[int, list[float | None]]
     report: dict[str, Any]
 
 

@@ -195,8 +195,14 @@ def weight_sums(view: MoEView) -> dict[str, Tensor]:
     """Sums over each expert's weights, float64 [E]: `abs`, `square`, `count`; and `router_norm`."""
     sums = {key: torch.zeros(view.num_experts, dtype=torch.float64) for key in ("abs", "square", "count")}
     for weight in view.matrices:
-        sums["abs"] += torch.linalg.vector_norm(weight, 1, dim=(1, 2)).double().cpu()
-        sums["square"] += torch.linalg.vector_norm(weight, 2, dim=(1, 2)).double().square().cpu()
+        sums["abs"] += _row_norms(weight, 1).sum(1)
+        sums["square"] += _row_norms(weight, 2).square().sum(1)
         sums["count"] += weight[0].numel()
     sums["router_norm"] = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
     return sums
+
+
+def _row_norms(weight_EOI: Tensor, order: int) -> Tensor:
+    """Norm of every row, float64 [E, O]. One sum over a whole matrix, in its own dtype, would be percents off."""
+    rows = [torch.linalg.vector_norm(weight_OI, order, dim=1, dtype=torch.float32) for weight_OI in weight_EOI]
+    return torch.stack(rows).double().cpu()

@@ -25,7 +25,7 @@ from moe_compress.model import hf
 from moe_compress.stream.data import Windows
 from moe_compress.stream.observers import BatchInfo, Observer
 
-TOKENS_PER_BATCH = 8192
+TOKENS_PER_BATCH = 2048
 BOUNDARY = "boundary.safetensors"
 Progress = Callable[[int, int], None]
 

@@ -6,18 +6,22 @@ and processes, and can be mixed afterwards. T tokens, R routed (token, expert) p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from moe_compress.model import hf
 from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEShape, MoEView, moe_view, weight_sums
 
+# Config keys of a factor on what the MoE block adds to the stream (Granite, MiniMax).
+RESIDUAL_SCALES = ("residual_multiplier", "mlp_beta_factor")
 ROW_SUMS = ("count", "gate", "norm", "norm_square", "gated_norm")
 
 
@@ -66,7 +70,7 @@ class ExpertSums:
     def __init__(self, family: Family, config: Any, components: int) -> None:
         self.family = family
         self.components = components
-        self.residual_scale = float(getattr(config, "residual_multiplier", 1.0))
+        self.residual_scale = math.prod(float(getattr(config, key, 1.0)) for key in RESIDUAL_SCALES)
         self.view: MoEView | None = None
 
     def enter(self, index: int, layer: nn.Module) -> None:
@@ -129,7 +133,8 @@ class ExpertSums:
             self.easy_ep.fill_(torch.nan)
             return
         before_TD = after_TD.float() - self.residual_scale * routed_TD.float()
-        turn_T = (1 - torch.cosine_similarity(before_TD, after_TD.float(), dim=-1)).clamp_min(0)
+        # |a/|a| - b/|b||^2 = 2 (1 - cos): 1 - cos itself would cancel where the experts hardly turn the token.
+        turn_T = (normalize(before_TD, dim=-1) - normalize(after_TD.float(), dim=-1)).square().sum(-1) / 2
         self.easy_ep.index_add_(0, cell_R, turn_T.double()[token_R] * gated_R)
 
     def leave(self) -> dict[str, Tensor]:

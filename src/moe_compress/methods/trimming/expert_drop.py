@@ -5,6 +5,7 @@ Dropping experts at an unchanged top-k shrinks what is stored, not what is compu
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -78,7 +79,7 @@ def expert_drop(
         "experts_without_tokens": {i: ids for i, ids in missed.items() if ids},
         "protected": protected,
     }
-    return Plan(edits, {index: values.tolist() for index, values in table.items()}, report)
+    return Plan(edits, {index: _reported(score_E) for index, score_E in table.items()}, report)
 
 
 def _kept(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None) -> list[int]:
@@ -99,7 +100,7 @@ def _score(layer: LayerSums, score: str, gate: str, seed: int) -> Tensor:
         return scores.random_score(layer.shape.num_experts, layer.shape.layer, seed)
     if score == "gate_mass" and (layer.paper_gate if gate == "paper" else gate) == "full":
         score = "gate_mass_full"
-    return scores.FUNCTIONS[score](layer.sums).clone()
+    return scores.FUNCTIONS[score](layer.sums)
 
 
 def _unseen(layer: LayerSums) -> list[int]:
@@ -114,10 +115,16 @@ def _with_unseen(index: int, score_E: Tensor, unseen: Sequence[int], policy: str
             f"layer {index}: no calibration token reached experts {list(unseen)[:8]}: use more text (samples=), or "
             "unseen=drop or unseen=keep."
         )
+    score_E = score_E.clone()
     score_E[list(unseen)] = torch.inf if policy == "keep" else -torch.inf
     if bool(score_E.isnan().any()):
         raise ValueError(f"layer {index}: a score is not a number.")
     return score_E
+
+
+def _reported(score_E: Tensor) -> list[float | None]:
+    """The scores as they were measured; None where no token reached the expert."""
+    return [value if math.isfinite(value) else None for value in score_E.tolist()]
 
 
 def _protected(text: str, layers: Sequence[LayerSums]) -> dict[int, list[int]]:

@@ -1,0 +1,53 @@
+"""The seam to transformers: the only files that touch its internals; pinned to 5.23, held by identity tests.
+
+skeleton: models without weights; architectures: edited model types; names: checkpoint tensors <-> parameters;
+calls: how each layer is called; experts: what was routed where.
+"""
+
+from moe_compress.model.hf.architectures import (
+    edited_config_values,
+    modelling_files,
+    register_edited_architectures,
+)
+from moe_compress.model.hf.calls import LayerCall, enter, head, run_layer
+from moe_compress.model.hf.experts import EXPERTS_FUNCTION, RoutedRows, tap, use_experts_function
+from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize
+from moe_compress.model.hf.skeleton import (
+    buffers_to,
+    config_from,
+    decoder_layers,
+    encode_values,
+    layers_prefix,
+    quiet,
+    read_values,
+    shapes,
+    skeleton,
+)
+
+__all__ = [
+    "EXPERTS_FUNCTION",
+    "LayerCall",
+    "RoutedRows",
+    "buffers_to",
+    "checkpoint_tensors",
+    "config_from",
+    "decoder_layers",
+    "edited_config_values",
+    "encode_values",
+    "enter",
+    "head",
+    "layer_of",
+    "layer_state",
+    "layers_prefix",
+    "materialize",
+    "modelling_files",
+    "quiet",
+    "read_values",
+    "run_layer",
+    "shapes",
+    "skeleton",
+    "tap",
+    "use_experts_function",
+]
+
+register_edited_architectures()

@@ -1,0 +1,106 @@
+"""Models with every parameter on the meta device: built from config.json values, nothing read."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values of a config.json (or of the folder that holds it), special floats decoded."""
+    values, _ = PreTrainedConfig.get_config_dict(path)
+    return values
+
+
+def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config object of config.json values."""
+    model_type = values.get("model_type")
+    if model_type is None:
+        raise ValueError("config.json names no model_type, so nothing can tell which architecture this is.")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
+        )
+    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+
+
+def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values with infinities and NaN in transformers' own JSON notation."""
+    return PreTrainedConfig._encode_special_floats(dict(values))
+
+
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
+    """The model with every parameter on the meta device and every buffer real; nothing is read."""
+    config = copy.deepcopy(config)
+    keywords: dict[str, Any] = {"dtype": dtype}
+    if attn is not None:
+        keywords["attn_implementation"] = attn
+    try:
+        with quiet(), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, **keywords)
+    except ImportError as error:
+        raise ValueError(f"attn={attn} is not available here: {error}") from error
+    return model.eval().requires_grad_(False)
+
+
+def stack(model: PreTrainedModel) -> Any:
+    """The module that holds the list of decoder layers."""
+    holders: tuple[Any, ...] = (model.base_model, getattr(model, "model", None))
+    for holder in holders:
+        if isinstance(getattr(holder, "layers", None), nn.ModuleList):
+            return holder
+    raise ValueError(f"{type(model).__name__} keeps its decoder layers under a name that is not known here.")
+
+
+def shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of everything that a checkpoint of this model holds."""
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def buffers_to(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the real tensors of a skeleton (rotary tables, embeddings, head) to the device."""
+    for module in model.modules():
+        tables: tuple[dict[str, Any], ...] = (module._buffers, module._parameters)
+        for table in tables:
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.is_meta and tensor.device != device:
+                    moved = tensor.detach().to(device)
+                    table[name] = nn.Parameter(moved, requires_grad=False) if table is module._parameters else moved
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The list of decoder layers of a causal language model."""
+    layers: nn.ModuleList = stack(model).layers
+    return layers
+
+
+def layers_prefix(model: PreTrainedModel) -> str:
+    """The dotted module name of the list of decoder layers, with a final dot."""
+    layers = decoder_layers(model)
+    return next(name for name, module in model.named_modules() if module is layers) + "."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' notes and bars; what matters is checked and raised by our own code."""
+    hf = transformers.utils.logging
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity(logging.ERROR)
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
