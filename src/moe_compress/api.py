@@ -76,12 +76,8 @@ def _evaluated(outcome: Outcome, run: Run) -> Result:
 
 
 def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
-    original = evaluation.original_record(base, run)
-    original = original.model_copy(update={"name": f"{original.model}-original-{original.protocol['id'][:6]}"})
+    record, original = evaluation.evaluate_pair(checkpoint, base, run)
     original.save(run.results("records"))
-    if checkpoint.folder == base.folder:
-        return Result(checkpoint.folder, original, original)
-    record = evaluation.evaluate_checkpoint(checkpoint, base, run)
     path = record.save(run.results("records"))
     run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
     return Result(checkpoint.folder, record, original)

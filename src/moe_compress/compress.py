@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moe_compress import registry
 from moe_compress.checkpoint.locate import open_model
@@ -17,11 +20,20 @@ from moe_compress.model.edits import Plan, check_edits, edited_values, split_val
 from moe_compress.planning import calibration_spec, dry_run, plan_stage, plan_values, read_plan
 from moe_compress.recipe import Options, Recipe, Stage
 from moe_compress.run import Run
-from moe_compress.runtime import dtype_name, fingerprint, log, require_disk, write_json
+from moe_compress.runtime import (
+    dtype_name,
+    fingerprint,
+    log,
+    peak_memory_bytes,
+    require_disk,
+    reset_peak_memory,
+    write_json,
+)
 from moe_compress.stream.surgery import rewrite
 from moe_compress.terminal import progress_bar
 
 PLAN = "plan.json"
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True)
@@ -79,13 +91,18 @@ def apply_plan(method: str, plan: Plan, source: Checkpoint, target: Path, about:
     check_edits(skeleton, plan.edits)
     through_model = registry.METHODS[method].scope == "layer" if method in registry.METHODS else False
     values, plain = edited_values(source.values, plan.edits)
-    with run.timed("surgery"), progress_bar("writing") as progress:
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    started = time.perf_counter()
+    with progress_bar("writing") as progress:
         writer = CheckpointWriter(target, source, str(about["identity"]), keep_extra_layers=not plan.edits)
         rewrite(source, plan.edits, writer, through_model=through_model, progress=progress)
         write_json(writer.partial / PLAN, plan_values(plan, about["base"], method))
         form = "plain" if plain and "moe_compress" not in values else "edited"
-        writer.finish(values, {**about, "form": form, "seconds": dict(run.seconds)})
-    run.log.event("written", method=method, folder=str(target), form=form, seconds_used=run.seconds["surgery"])
+        cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
+        (writer.partial / RECIPE).write_text(about["recipe"] or "", encoding="utf-8")
+        writer.finish(values, {**about, "form": form, "cost": cost})
+    run.log.event("written", method=method, folder=str(target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, target)
 
 

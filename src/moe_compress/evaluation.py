@@ -17,7 +17,7 @@ from moe_compress.model import hf
 from moe_compress.recipe import Options
 from moe_compress.report.record import Metric, Record, environment, now
 from moe_compress.run import Run
-from moe_compress.runtime import dtype_name, fingerprint, log, peak_memory_bytes
+from moe_compress.runtime import dtype_name, fingerprint, log
 from moe_compress.stream.data import DataSpec, Windows, make_windows
 from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
 from moe_compress.terminal import progress_bar
@@ -72,7 +72,7 @@ def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> Original:
     if not path.is_file():
         log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
         layers = layers_of(checkpoint, run)
-        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None, run)
+        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None)
         perplexity.save_original(path, measurement, hidden_NSD)
     outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
     return perplexity.load_original(path, outer.model, stick.windows)
@@ -87,9 +87,9 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
 
 
 def _measure(
-    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None, run: Run
+    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None
 ) -> tuple[Measurement, Any]:
-    with run.timed("evaluation"), progress_bar("evaluating") as progress:
+    with progress_bar("evaluating") as progress:
         measurement, hidden_NSD = perplexity.measure(layers, stick.windows, original, progress=progress)
         if stick.items:
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
@@ -98,21 +98,16 @@ def _measure(
     return measurement, hidden_NSD
 
 
-def evaluate_checkpoint(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Record:
-    """Measure a checkpoint against its original on the same text; returns its record (unsaved)."""
+def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[Record, Record]:
+    """Records (unsaved) of a checkpoint and of its original, measured on the same text; the same one if it is it."""
     stick = yardstick(base, run)
     original = original_of(base, stick, run)
-    layers = layers_of(checkpoint, run)
-    measurement, _ = _measure(layers, checkpoint, stick, original, run)
-    manifest = manifest_of(checkpoint.folder) or {}
-    return make_record(checkpoint, base, stick, statistics.metrics(measurement, original.measurement), manifest, run)
-
-
-def original_record(base: Checkpoint, run: Run) -> Record:
-    """The original's own row."""
-    stick = yardstick(base, run)
-    original = original_of(base, stick, run)
-    return make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
+    first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
+    if checkpoint.folder == base.folder:
+        return first, first
+    measurement, _ = _measure(layers_of(checkpoint, run), checkpoint, stick, original)
+    found = statistics.metrics(measurement, original.measurement)
+    return make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run), first
 
 
 def make_record(
@@ -126,12 +121,10 @@ def make_record(
     """Everything that a row of a table needs."""
     skeleton = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
     counted = sizes(skeleton, stick.windows.ids_NS.shape[1], checkpoint.stored_dtype)
-    seconds = {f"{what}_seconds": round(value, 3) for what, value in (manifest.get("seconds") or {}).items()}
-    cost = {**seconds, **{f"{w}_seconds": round(v, 3) for w, v in run.seconds.items()}}
-    cost["peak_bytes"] = peak_memory_bytes(run.device)
     is_original = checkpoint.folder == base.folder
+    name = f"{Path(base.name).name}-original-{stick.protocol['id'][:6]}"
     return Record(
-        name=run.options.name or checkpoint.folder.name,
+        name=name if is_original else run.options.name or checkpoint.folder.name,
         model=Path(base.name).name,
         recipe=manifest.get("stages") or [],
         seed=run.options.seed,
@@ -139,8 +132,21 @@ def make_record(
         protocol=stick.protocol,
         metrics={name: Metric(**value) for name, value in metrics.items()},
         sizes={**counted.to_json(), "bytes": checkpoint.bytes},
-        cost=cost,
+        cost=_cost(manifest),
         report=manifest.get("report") or [],
         environment=environment(),
         written=now(),
     )
+
+
+def _cost(manifest: dict[str, Any]) -> dict[str, float]:
+    """What the compression took: its calibration (whenever that was made), its surgery, the larger peak."""
+    if not manifest:
+        return {}
+    measured = [stage["calibration"] for stage in manifest["report"] if stage.get("calibration")]
+    peaks = [manifest["cost"]["peak_bytes"], *(found["peak_bytes"] for found in measured)]
+    return {
+        "calibration_seconds": round(sum(found["seconds"] for found in measured), 3),
+        "surgery_seconds": round(manifest["cost"]["surgery_seconds"], 3),
+        "peak_bytes": max(peaks),
+    }

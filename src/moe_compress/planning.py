@@ -145,10 +145,10 @@ def calibration_for(checkpoint: Checkpoint, run: Run) -> Calibration:
         log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
         return Calibration.load(path)
     log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
-    with run.timed("calibration"), progress_bar("measuring") as progress:
+    with progress_bar("measuring") as progress:
         layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
         calibration = calibrate(checkpoint, layers, windows, path, identity, progress)
-    run.log.event("calibrated", tokens=windows.tokens, path=str(path), seconds_used=run.seconds["calibration"])
+    run.log.event("calibrated", path=str(path), **calibration.description)
     return calibration
 
 

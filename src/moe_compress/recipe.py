@@ -30,9 +30,13 @@ class Stage(BaseModel):
 
     @property
     def given(self) -> dict[str, Any]:
-        """The parameters that say something: neither unset nor at their default."""
-        defaults = registry.find(self.method).parameters
-        return {k: v for k, v in self.parameters.items() if v is not None and v != defaults[k].default}
+        """The parameters that say something: the method's headline, and what is set and not at its default."""
+        method = registry.find(self.method)
+        return {
+            key: value
+            for key, value in self.parameters.items()
+            if value is not None and (key in method.headline or value != method.parameters[key].default)
+        }
 
     @property
     def needs(self) -> registry.Need:

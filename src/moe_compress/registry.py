@@ -37,6 +37,7 @@ class Method:
     hints: Mapping[str, Any]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rivals: tuple[tuple[str, ...], ...] = ()
+    headline: tuple[str, ...] = ()
 
     def bind(self, given: Mapping[str, str]) -> dict[str, Any]:
         """Typed and complete parameters: unknown names and bad values are errors, defaults are filled in."""
@@ -94,12 +95,14 @@ def method(
     check: Callable[..., Any] | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     rivals: tuple[tuple[str, ...], ...] = (),
+    headline: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its own name.
 
     scope: what it is handed, see docs/design.md; needs: calibration text, the weights, or nothing (may
     depend on its parameters); check: same parameters, run on shapes alone before any weight is read; presets: named
-    sets of parameters (`preset=paper`); rivals: groups of parameters of which a recipe sets at most one.
+    sets of parameters (`preset=paper`); rivals: groups of parameters of which a recipe sets at most one;
+    headline: parameters that names and tables always show.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,6 +123,7 @@ def method(
             hints=typing.get_type_hints(run),
             presets=presets or {},
             rivals=rivals,
+            headline=headline,
         )
         return run
 

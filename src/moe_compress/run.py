@@ -1,11 +1,8 @@
-"""What the parts of one run share: its options, its arithmetic, its log and what it has cost so far."""
+"""What the parts of one run share: its options, its arithmetic, its log and its folders."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +17,6 @@ class Run:
 
     options: Options
     log: RunLog
-    seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -35,12 +31,3 @@ class Run:
     def results(self, folder: str) -> Path:
         """A folder under results/."""
         return Path(self.options.results) / folder
-
-    @contextlib.contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds that the block takes to `seconds[what]`."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - started

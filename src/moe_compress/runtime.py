@@ -130,6 +130,15 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Forget the highest memory use so far, where the system lets a process do so."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 class RunLog:
     """One JSONL file a run: a line per event, with seconds since the start."""
 

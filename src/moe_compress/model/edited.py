@@ -76,10 +76,17 @@ def edited_classes(config_class: Any, model_class: Any) -> tuple[type, type]:
 
     config_name = f"Edited{config_class.__name__}"
     edited_config = type(config_name, (config_class,), {"model_type": PREFIX + base_type, "__module__": __name__})
+    # transformers answers these two by searching the source of the class's module, which here is this file.
     edited_model = type(
         f"Edited{model_class.__name__}",
         (model_class,),
-        {"__init__": __init__, "config_class": edited_config, "__module__": __name__},
+        {
+            "__init__": __init__,
+            "config_class": edited_config,
+            "_can_set_attn_implementation": classmethod(lambda _: model_class._can_set_attn_implementation()),
+            "_can_set_experts_implementation": classmethod(lambda _: model_class._can_set_experts_implementation()),
+            "__module__": __name__,
+        },
     )
     mapping = get_checkpoint_conversion_mapping(base_type)
     if mapping is not None:

@@ -89,9 +89,9 @@ def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
         "same top token": _cell(records, "top1_agreement", 3),
         "tasks right": _cell(records, "task_accuracy", 3),
     }
-    seconds = sum(v for k, v in first.cost.items() if k in ("calibration_seconds", "surgery_seconds"))
-    cells["compression s"] = "" if first.form == "original" else f"{seconds:.1f}"
-    cells["peak MiB"] = f"{first.cost['peak_bytes'] / BYTES:,.0f}"
+    if first.cost:
+        cells["compression s"] = f"{first.cost['calibration_seconds'] + first.cost['surgery_seconds']:.1f}"
+        cells["peak MiB"] = f"{first.cost['peak_bytes'] / BYTES:,.0f}"
     return cells
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model.families import family_of
-from moe_compress.runtime import fingerprint, log, require_disk
+from moe_compress.runtime import fingerprint, log, peak_memory_bytes, require_disk, reset_peak_memory
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import Layers, Progress, fold
 from moe_compress.stream.observers import ExpertSums
@@ -95,9 +96,12 @@ def calibrate(
     require_disk(path.parent, 2 * boundary, "the calibration pass")
     components = len(windows.domains) * FOLDS
     observer = ExpertSums(family_of(checkpoint.config), checkpoint.config, components)
+    started = time.perf_counter()
+    reset_peak_memory(layers.device)
     seen, _ = fold(layers, windows, [observer], state=state, progress=progress)
     sums = {index: parts[0] for index, parts in enumerate(seen) if parts and parts[0]}
-    calibration = Calibration(sums, windows.domains, identity, windows.description)
+    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(layers.device)}
+    calibration = Calibration(sums, windows.domains, identity, {**windows.description, **cost})
     calibration.save(path)
     shutil.rmtree(state, ignore_errors=True)
     log.info("calibration saved as %s", path)

@@ -6,6 +6,7 @@ domain and fold can be re-weighted and its stability judged afterwards. N window
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:
 def read_documents(spec: DataSpec) -> list[Document] | Iterable[Document]:
     """The documents of a source, shuffled by the seed: a list, or a stream from the hub."""
     if spec.source == "zoo":
-        return _shuffled(list(zoo_text.documents(spec.use)), spec.seed)
+        return _shuffled(list(_zoo_documents(spec.use)), spec.seed)
     path = Path(spec.source)
     if path.suffix in (".txt", ".jsonl", ".parquet"):
         if not path.is_file():
@@ -194,6 +195,11 @@ def read_documents(spec: DataSpec) -> list[Document] | Iterable[Document]:
     if spec.source not in NAMED and "/" not in spec.source:
         one_of(spec.source, ["zoo", *NAMED], "data set")
     return _hub_documents(spec)
+
+
+@functools.cache
+def _zoo_documents(use: Use) -> tuple[Document, ...]:
+    return zoo_text.documents(use)
 
 
 def _shuffled(documents: list[Document], seed: int) -> list[Document]:

@@ -143,6 +143,8 @@ class ExpertSums:
             return {}
         hf.tap(self.view.block, self.view.experts, None)
         self.hook.remove()
+        heard = float(self.row_sums[:, 0].sum()) > 0 or float(self.tokens.sum()) == 0
+        assert heard, f"layer {self.index}: tokens were routed, but no expert reported one"
         shape = (self.components, self.view.num_experts)
         sums = {name: self.row_sums[:, i].reshape(shape) for i, name in enumerate(ROW_SUMS)}
         for name, table in sums.items():

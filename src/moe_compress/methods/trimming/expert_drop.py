@@ -43,6 +43,7 @@ def check(shapes: Sequence[MoEShape], *, keep: int | None, ratio: float | None, 
     check=check,
     presets={"paper": {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25}},
     rivals=(("keep", "ratio"),),
+    headline=("score", "keep", "ratio"),
 )
 def expert_drop(
     layers: Sequence[LayerSums],

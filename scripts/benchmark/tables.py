@@ -1,0 +1,77 @@
+"""Every score x 25 % and 50 % on the zoo's models: records, then tables. What is already recorded is not run again."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import moe_compress
+from moe_compress import zoo
+from moe_compress.methods.trimming.scores import Score
+from moe_compress.report.table import write_tables
+from moe_compress.terminal import set_up_logging
+
+RATIOS = (0.25, 0.5)
+RANDOM_SEEDS = range(5)
+CONTROLS = (
+    "expert_drop score=reap ratio=0.25 reverse=true",
+    "expert_drop score=reap ratio=0.25 budget=global",
+    "expert_drop score=reap ratio=0.5 budget=global",
+    "expert_drop preset=paper",
+    "expert_drop preset=paper ratio=0.5",
+)
+CALIBRATION_SEEDS = (1, 2)
+
+
+def recipes() -> list[tuple[str, int]]:
+    """(sentence, seed) of every run on one model."""
+    grid = itertools.product(get_args(Score), RATIOS)
+    found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
+    found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
+    found += [(sentence, 0) for sentence in CONTROLS]
+    found += [(f"expert_drop score=reap ratio={r}", seed) for r in RATIOS for seed in CALIBRATION_SEEDS]
+    return found
+
+
+def run_model(model: str, results: Path) -> None:
+    """All recipes on one model; checkpoints are measured and removed."""
+    records = results / "records"
+    for sentence, seed in recipes():
+        words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-")
+        name = f"{model}-{words}-seed{seed}"
+        if (records / f"{name}.json").is_file():
+            continue
+        out = results / "checkpoints" / name
+        shutil.rmtree(out, ignore_errors=True)
+        moe_compress.compress(sentence, model=model, seed=seed, name=name, out=str(out), results=str(results))
+        shutil.rmtree(out)
+
+
+def main() -> None:
+    """Without --model: each model in a process of its own, two at a time; then the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=zoo.NAMES)
+    parser.add_argument("--results", type=Path, default=Path("results"))
+    given = parser.parse_args()
+    set_up_logging(verbose=False)
+    if given.model:
+        run_model(given.model, given.results)
+        return
+    names = list(zoo.NAMES)
+    for pair in (names[0::2], names[1::2]):
+        command = [sys.executable, __file__, "--results", str(given.results), "--model"]
+        running = [subprocess.Popen([*command, name]) for name in pair]
+        failed = [process.args for process in running if process.wait() != 0]
+        if failed:
+            sys.exit(f"error: {failed} failed; run the same command again to go on.")
+    for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
