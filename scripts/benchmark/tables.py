@@ -25,7 +25,6 @@ CONTROLS = (
     "expert_drop preset=paper",
     "expert_drop preset=paper ratio=0.5",
 )
-CALIBRATION_SEEDS = (1, 2)
 
 
 def recipes() -> list[tuple[str, int]]:
@@ -34,7 +33,6 @@ def recipes() -> list[tuple[str, int]]:
     found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
     found += [(sentence, 0) for sentence in CONTROLS]
-    found += [(f"expert_drop score=reap ratio={r}", seed) for r in RATIOS for seed in CALIBRATION_SEEDS]
     return found
 
 

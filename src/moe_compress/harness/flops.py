@@ -41,7 +41,7 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     total = touched = multiplied = 0
     for _, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is None or (tied and module is head):
                 continue
             active = _active_fraction(model, module, parameter)
@@ -49,8 +49,9 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
             if module is embedding:
                 touched += parameter.shape[1]
                 continue
-            touched += round(parameter.numel() * active)
-            multiplied += round(parameter.numel() * active) if parameter.dim() > 1 else 0
+            used = round(parameter.numel() * active)
+            touched += used
+            multiplied += used if parameter.dim() > 1 and not name.endswith("bias") else 0
     if tied and isinstance(embedding, nn.Embedding):
         touched += embedding.weight.numel() - embedding.weight.shape[1]
         multiplied += embedding.weight.numel()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model.families import family_of
-from moe_compress.runtime import fingerprint, log, peak_memory_bytes, require_disk, reset_peak_memory
+from moe_compress.runtime import fingerprint, log, one_of, peak_memory_bytes, require_disk, reset_peak_memory
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import Layers, Progress, fold
 from moe_compress.stream.observers import ExpertSums
@@ -73,9 +73,19 @@ def mix_components(sums: Mapping[str, Tensor], weight_C: Tensor) -> dict[str, Te
 
 
 def component_weights(calibration: Calibration, mix: Mapping[str, float], fold_left_out: int | None) -> Tensor:
-    """One weight per component: the domain's share (1 where nothing is said), 0 for a fold left out."""
-    weights = torch.tensor([mix.get(d, 0.0 if mix else 1.0) for d in calibration.domains], dtype=torch.float64)
-    weight_C = weights.repeat_interleave(FOLDS)
+    """One weight per component, [C].
+
+    Without a mix every token counts once; with one, each domain's tokens together weigh its share. A fold that is
+    left out weighs nothing. Raises ValueError for a domain that the calibration text does not have.
+    """
+    for name in mix:
+        one_of(name, calibration.domains, "domain in mix=")
+    weight_C = torch.ones(len(calibration.domains) * FOLDS, dtype=torch.float64)
+    if mix:
+        tokens_C = next(iter(calibration.layers.values()))["tokens"]
+        tokens_D = tokens_C.reshape(-1, FOLDS).sum(1)
+        share_D = torch.tensor([mix.get(domain, 0.0) for domain in calibration.domains], dtype=torch.float64)
+        weight_C = (share_D / share_D.sum() * tokens_D.sum() / tokens_D).repeat_interleave(FOLDS)
     if fold_left_out is not None:
         weight_C[torch.arange(len(weight_C)) % FOLDS == fold_left_out] = 0
     return weight_C

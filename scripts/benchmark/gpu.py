@@ -1,0 +1,119 @@
+"""What only a GPU can show: CUDA against CPU on tiny models, bf16, and one full-size layer's time and memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+import tiny
+from moe_compress import zoo
+from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
+from moe_compress.model import hf
+from moe_compress.model.families import family_of
+from moe_compress.runtime import atomic_write, gigabytes
+from moe_compress.stream.data import FOLDS, Windows
+from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.stream.observers import BatchInfo, ExpertSums
+
+CUDA = torch.device("cuda")
+FULL_SIZE = ("mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base", "Qwen/Qwen3-30B-A3B")
+TOKENS, LENGTH = 16_384, 2048
+
+
+def windows(vocab: int, rows: int, length: int) -> Windows:
+    """Random token windows."""
+    ids = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+    number = torch.arange(rows)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return Windows(ids, mask, number[:, None].expand_as(ids), torch.zeros_like(number), ("text",), "", {})
+
+
+def same_on_cuda(family: str, place: Path) -> dict[str, float]:
+    """Largest relative difference of hidden states and scores, CUDA against CPU, fp32; bf16 stays finite."""
+    checkpoint = open_checkpoint(tiny.save(tiny.make(family), place / family))
+    text = windows(tiny.VOCAB, 4, 16)
+    found = {}
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
+        layers = StreamedLayers(checkpoint, torch.device(device), dtype)
+        observers = []
+        if family in tiny.EDITABLE:
+            observers = [ExpertSums(family_of(checkpoint.config), checkpoint.config, FOLDS)]
+        seen, hidden = fold(layers, text, observers)
+        found[device, dtype] = hidden.float().cpu(), [part for layer in seen for part in layer if part]
+    (cpu, cpu_sums), (gpu, gpu_sums) = found["cpu", torch.float32], found["cuda", torch.float32]
+    worst = max([0.0, *(float((a["norm"] - b["norm"]).abs().max()) for a, b in zip(cpu_sums, gpu_sums, strict=True))])
+    finite = bool(found["cuda", torch.bfloat16][0].isfinite().all())
+    return {"hidden": float((gpu - cpu).abs().max() / cpu.abs().max()), "norm_sums": worst, "bf16_finite": finite}
+
+
+@torch.no_grad()
+def full_size_layer(hub_id: str) -> dict[str, float]:
+    """Seconds and peak memory of one MoE layer in bf16 with all scores measured, on 16,384 tokens."""
+    folder = zoo.config_path(hub_id)
+    assert folder is not None
+    config = hf.config_from({**architecture_values(folder.parent), "num_hidden_layers": 2})
+    model = hf.skeleton(config, torch.bfloat16)
+    hf.use_experts_function(model)
+    model.to_empty(device=CUDA)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.02)
+    text = windows(config.vocab_size, TOKENS // LENGTH, LENGTH)
+    layer = hf.decoder_layers(model)[1]
+    hidden, calls = hf.enter(model, text.ids_NS[:1].cuda(), None)
+    observer = ExpertSums(family_of(config), config, FOLDS)
+    torch.cuda.reset_peak_memory_stats()
+    seconds = {}
+    for what in ("plain", "scores"):
+        if what == "scores":
+            observer.enter(1, layer)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(TOKENS // LENGTH):
+            if what == "scores":
+                observer.begin(all_real(LENGTH))
+            out = hf.run_layer(layer, hidden, calls[1])
+            if what == "scores":
+                observer.end(out)
+        torch.cuda.synchronize()
+        seconds[what] = time.perf_counter() - started
+    observer.leave()
+    return {**seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
+
+
+def all_real(tokens: int) -> BatchInfo:
+    """A batch of real tokens of one component."""
+    return BatchInfo(
+        torch.ones(tokens, dtype=torch.bool, device=CUDA), torch.zeros(tokens, dtype=torch.long, device=CUDA)
+    )
+
+
+def main() -> None:
+    """Run all checks, print them, keep them as JSON; one line where there is no GPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: the CUDA checks are skipped.")
+        return
+    figures: dict[str, object] = {"device": torch.cuda.get_device_name()}
+    with tempfile.TemporaryDirectory() as place:
+        for family in tiny.CONFIGS:
+            figures[family] = same_on_cuda(family, Path(place))
+            print(family, figures[family])
+    for hub_id in FULL_SIZE:
+        found = full_size_layer(hub_id)
+        figures[hub_id] = found
+        print(f"{hub_id}: scores over plain {found['scores'] / found['plain']:.2f}, {gigabytes(found['peak_bytes'])}")
+    atomic_write(given.out, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

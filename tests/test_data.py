@@ -1,0 +1,94 @@
+"""Text into windows: packing, padding, one BOS, shares of domains, the same windows for the same seed."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from moe_compress.stream.data import DataSpec, make_windows
+
+WORDS = [f"w{i}" for i in range(50)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    vocab = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def spec(source, **changes):
+    return DataSpec(**{"source": str(source), "use": "calibration", "samples": 4, "length": 8, **changes})
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    documents = [" ".join(WORDS[i : i + 12]) for i in range(8)]
+    path = tmp_path / "text.txt"
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+def test_packed_windows_join_documents_that_each_begin_with_one_bos(text_file, tokenizer):
+    found = make_windows(spec(text_file), tokenizer)
+    assert found.ids_NS.shape == (4, 8) and found.mask_NS.all() and found.tokens == 32
+    flat, number = found.ids_NS.flatten(), found.document_NS.flatten()
+    begins = [0, *((number[1:] != number[:-1]).nonzero().flatten() + 1).tolist()]
+    assert (flat == tokenizer.bos_token_id).nonzero().flatten().tolist() == begins
+
+
+def test_text_that_already_begins_with_bos_gets_no_second_one(tmp_path, tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("<s> " + " ".join(WORDS[:20]))
+    ids = make_windows(spec(path, samples=1), tokenizer).ids_NS[0].tolist()
+    assert ids[0] == 1 and ids.count(1) == 1
+
+
+def test_one_padded_document_a_window(text_file, tokenizer):
+    found = make_windows(spec(text_file, packed=False, length=20), tokenizer)
+    assert found.mask_NS.sum(1).tolist() == [13, 13, 13, 13]
+    assert (found.ids_NS[~found.mask_NS] == tokenizer.pad_token_id).all()
+    assert found.document_NS[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_seed_decides_the_order_and_the_fingerprint(text_file, tokenizer):
+    first, again = (make_windows(spec(text_file, seed=1), tokenizer) for _ in range(2))
+    other = make_windows(spec(text_file, seed=2), tokenizer)
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_rows_carry_domains_that_are_mixed_as_asked(kind, tmp_path, tokenizer):
+    rows = [{"body": " ".join(WORDS[i : i + 16]), "domain": "ab"[i % 2]} for i in range(20)]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pd.DataFrame(rows).to_parquet(path)
+    found = make_windows(spec(path, field="body", samples=8, mix=(("a", 3.0), ("b", 1.0))), tokenizer)
+    assert found.domains == ("a", "b") and found.domain_N.tolist() == [0] * 6 + [1] * 2
+    with pytest.raises(ValueError, match="unknown domain"):
+        make_windows(spec(path, field="body", mix=(("c", 1.0),)), tokenizer)
+    with pytest.raises(ValueError, match="unknown field"):
+        make_windows(spec(path), tokenizer)
+
+
+def test_too_little_text_says_so(tmp_path, tokenizer):
+    path = tmp_path / "short.txt"
+    path.write_text("w1 w2")
+    with pytest.raises(ValueError, match="fewer tokens than one window"):
+        make_windows(spec(path), tokenizer)
+
+
+def test_what_there_is_is_used_when_it_is_less_than_asked(text_file, tokenizer, caplog):
+    found = make_windows(spec(text_file, samples=100), tokenizer)
+    assert len(found) == 8 * 13 // 8
+    assert found.description["windows"] == len(found)

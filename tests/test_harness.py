@@ -1,0 +1,125 @@
+"""Perplexity, KL, intervals, sizes: against stock transformers and against sums done by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_identity import CPU, windows_of
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from moe_compress.harness import perplexity, statistics
+from moe_compress.harness.flops import sizes
+from moe_compress.harness.perplexity import Measurement
+from moe_compress.model import hf
+from moe_compress.model.edits import KeepExperts, apply_edits
+from moe_compress.stream.fold import ResidentLayers, StreamedLayers
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "granitemoe"])
+def test_perplexity_is_the_stock_loss(family, family_folder, family_checkpoint):
+    ids = tiny.token_ids()
+    model = AutoModelForCausalLM.from_pretrained(family_folder(family)).eval()
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[:, :-1].double()
+    nll = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
+    found, _ = perplexity.measure(layers, windows_of(ids))
+    assert torch.allclose(found.nll, nll.view(3, -1).sum(1), rtol=1e-5)
+    assert found.tokens.tolist() == [11, 11, 11]
+    resident, _ = perplexity.measure(ResidentLayers(model), windows_of(ids))
+    assert torch.equal(resident.nll, found.nll)
+
+
+def test_padding_predicts_nothing(family_checkpoint):
+    ids = tiny.token_ids()
+    mask = torch.arange(12)[None] < torch.tensor([12, 7, 3])[:, None]
+    layers = StreamedLayers(family_checkpoint("mixtral"), CPU, torch.float32)
+    padded, _ = perplexity.measure(layers, windows_of(ids, mask))
+    alone, _ = perplexity.measure(layers, windows_of(ids[1:2, :7]))
+    assert padded.tokens.tolist() == [11, 6, 2]
+    assert math.isclose(float(padded.nll[1]), float(alone.nll[0]), rel_tol=1e-5)
+
+
+def test_chunks_of_logits_change_nothing(family_checkpoint, monkeypatch):
+    layers = StreamedLayers(family_checkpoint("mixtral"), CPU, torch.float32)
+    whole, hidden = perplexity.measure(layers, windows_of(tiny.token_ids()))
+    monkeypatch.setattr(perplexity, "LOGITS_PER_CHUNK", 5 * tiny.VOCAB)
+    chunked = perplexity.score_hidden(layers.model, hidden, windows_of(tiny.token_ids()))
+    assert torch.allclose(chunked.nll, whole.nll, rtol=1e-6)
+
+
+def test_kl_and_agreement_against_the_original(family_folder, family_checkpoint, tmp_path):
+    ids, windows = tiny.token_ids(), windows_of(tiny.token_ids())
+    model = AutoModelForCausalLM.from_pretrained(family_folder("mixtral")).eval()
+    with torch.no_grad():
+        log_q = model(ids).logits[:, :-1].double().log_softmax(-1)
+    layers = StreamedLayers(family_checkpoint("mixtral"), CPU, torch.float32)
+    first, hidden = perplexity.measure(layers, windows)
+    perplexity.save_original(tmp_path / "original.safetensors", first, hidden)
+    original = perplexity.load_original(tmp_path / "original.safetensors", layers.model, windows)
+    same, _ = perplexity.measure(layers, windows, original)
+    assert same.kl is not None and float(same.kl.abs().max()) < 1e-6
+    assert torch.equal(same.agree, same.tokens)
+    apply_edits(model, [KeepExperts(1, (0, 1, 2, 5))])
+    with torch.no_grad():
+        log_p = model(ids).logits[:, :-1].double().log_softmax(-1)
+    other, _ = perplexity.measure(ResidentLayers(model), windows, original)
+    expected = (log_q.exp() * (log_q - log_p)).sum(-1).sum(1)
+    assert torch.allclose(other.kl, expected, rtol=1e-4, atol=1e-7)
+    assert torch.equal(other.agree, (log_q.argmax(-1) == log_p.argmax(-1)).sum(1).double())
+
+
+def measurement(nll: list[float], tokens: list[float]) -> Measurement:
+    zeros = torch.zeros(len(nll), dtype=torch.long)
+    return Measurement(torch.tensor(nll).double(), torch.tensor(tokens).double(), zeros, ("text",))
+
+
+def test_paired_interval_is_narrower_than_the_unpaired_one():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(50, 200, 120).astype(float)
+    difficulty = rng.normal(3, 0.8, 120)
+    base = measurement((difficulty * tokens).tolist(), tokens.tolist())
+    worse = measurement(((difficulty + rng.normal(0.05, 0.02, 120)) * tokens).tolist(), tokens.tolist())
+    found = statistics.metrics(worse, base)
+    low, high = found["delta_nll"]["interval"]
+    assert low < 0.05 < high and high - low < 0.02
+    perplexity_low, perplexity_high = found["perplexity"]["interval"]
+    assert math.log(perplexity_high / perplexity_low) > 5 * (high - low)
+
+
+def test_one_document_has_no_interval():
+    assert statistics.metrics(measurement([30.0], [10.0]), None)["perplexity"]["interval"] is None
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "gpt_oss", "glm4_moe"])
+def test_flops_agree_with_torchs_counter(family):
+    model = tiny.make(family)
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    length = 16
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(tiny.token_ids(1, length), use_cache=False)
+    counted = sizes(model, length, torch.float32).flops_per_token * length
+    assert counted == pytest.approx(counter.get_total_flops(), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_sizes_from_a_skeleton(family, family_checkpoint):
+    checkpoint = family_checkpoint(family)
+    counted = sizes(hf.skeleton(checkpoint.config, torch.float32), 16, torch.float32)
+    assert counted.bytes == checkpoint.bytes
+    assert counted.touched < counted.parameters
+
+
+def test_dropping_experts_leaves_flops_alone():
+    model = tiny.make("mixtral")
+    before = sizes(model, 16, torch.float32)
+    apply_edits(model, [KeepExperts(layer, (0, 2, 5)) for layer in range(tiny.LAYERS)])
+    after = sizes(model, 16, torch.float32)
+    assert after.parameters < before.parameters
+    assert after.flops_per_token == pytest.approx(before.flops_per_token, rel=0.02)
