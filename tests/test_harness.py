@@ -6,18 +6,18 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from test_identity import CPU, windows_of
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
+import tiny
 from moe_compress.harness import perplexity, statistics
 from moe_compress.harness.flops import sizes
 from moe_compress.harness.perplexity import Measurement
 from moe_compress.model import hf
 from moe_compress.model.edits import KeepExperts, apply_edits
 from moe_compress.stream.fold import ResidentLayers, StreamedLayers
+from test_identity import CPU, windows_of
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "granitemoe"])
@@ -96,7 +96,9 @@ def test_one_document_has_no_interval():
     assert statistics.metrics(measurement([30.0], [10.0]), None)["perplexity"]["interval"] is None
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize(
+    "family", ["mixtral", "deepseek_v2", "deepseek_v3", "qwen2_moe", "olmoe", "gpt_oss", "glm4_moe"]
+)
 def test_flops_agree_with_torchs_counter(family):
     model = tiny.make(family)
     model.set_experts_implementation("eager")

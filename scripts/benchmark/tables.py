@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import get_args
 
+from summary import write_summary
+
 import moe_compress
 from moe_compress import zoo
 from moe_compress.methods.trimming.scores import Score
@@ -69,6 +71,7 @@ def main() -> None:
             sys.exit(f"error: {failed} failed; run the same command again to go on.")
     for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
         print(path)
+    write_summary(given.results, Path("README.md"))
 
 
 if __name__ == "__main__":
