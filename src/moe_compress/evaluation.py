@@ -60,6 +60,7 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
         "text": text,
         "items": len(items),
         "dtype": dtype_name(run.dtype),
+        "stored": dtype_name(checkpoint.stored_dtype),
         "device": run.device.type,
     }
     return Yardstick(windows, items, {**protocol, "id": fingerprint(protocol)})
@@ -126,6 +127,7 @@ def make_record(
     return Record(
         name=name if is_original else run.options.name or checkpoint.folder.name,
         model=Path(base.name).name,
+        base={"commit": base.commit, "fingerprint": base.fingerprint},
         recipe=manifest.get("stages") or [],
         seed=run.options.seed,
         form="original" if is_original else manifest.get("form", "plain"),

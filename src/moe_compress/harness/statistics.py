@@ -17,7 +17,10 @@ Metric = dict[str, Any]
 
 def metrics(this: Measurement, original: Measurement | None) -> dict[str, Metric]:
     """Every metric of a measurement: value, unit, 95 % interval (None where none can be given)."""
-    out = {"perplexity": _perplexity(this, None)}
+    out = {
+        "perplexity": _perplexity(this, None),
+        "nll": _per_token(this.nll.numpy(), this.tokens.numpy(), "nats/token"),
+    }
     for index, domain in enumerate(this.domains):
         if len(this.domains) > 1:
             out[f"perplexity_{domain}"] = _perplexity(this, index)

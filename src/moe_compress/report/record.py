@@ -28,7 +28,7 @@ class Metric(BaseModel):
 class Record(BaseModel):
     """A run. A table holds records of one protocol; what was not measured is absent.
 
-    name: the row's name; model: the original; recipe: resolved stages ({} for the original itself);
+    name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages ({} for the original itself);
     protocol: everything a number depends on besides the model; sizes: parameters, bytes, touched, FLOPs;
     cost: seconds and peak bytes; report: what the method had to say (experts without tokens, stability).
     """
@@ -37,6 +37,7 @@ class Record(BaseModel):
     version: int = 1
     name: str
     model: str
+    base: dict[str, Any]
     recipe: list[dict[str, Any]]
     seed: int
     form: str
