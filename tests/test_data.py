@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from moe_compress.stream.data import DataSpec, make_windows
+from moe_compress.stream.data import make_windows
+from moe_compress.stream.documents import DataSpec
 
 WORDS = [f"w{i}" for i in range(50)]
 

@@ -18,7 +18,8 @@ from moe_compress.recipe import Options
 from moe_compress.report.record import Metric, Record, environment, now
 from moe_compress.run import Run
 from moe_compress.runtime import dtype_name, fingerprint, log
-from moe_compress.stream.data import DataSpec, Windows, make_windows
+from moe_compress.stream.data import Windows, make_windows
+from moe_compress.stream.documents import DataSpec
 from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
 from moe_compress.terminal import progress_bar
 from moe_compress.zoo import tasks

@@ -26,7 +26,8 @@ from moe_compress.stream.calibration import (
     component_weights,
     mix_components,
 )
-from moe_compress.stream.data import FOLDS, DataSpec, make_windows
+from moe_compress.stream.data import FOLDS, make_windows
+from moe_compress.stream.documents import DataSpec
 from moe_compress.stream.fold import StreamedLayers
 from moe_compress.stream.observers import LayerSums
 from moe_compress.terminal import progress_bar
