@@ -79,3 +79,18 @@ def test_shards_are_one_layer_each(family_checkpoint, tmp_path):
     assert len(files) == tiny.LAYERS + 1
     for number, file in enumerate(files[1:]):
         assert {hf.layer_of(key) for key in read_regions(file)} == {number}
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
+    family, family_folder, family_checkpoint, monkeypatch
+):
+    ids = tiny.token_ids(4, 12)
+    model = AutoModelForCausalLM.from_pretrained(family_folder(family)).eval()
+    with torch.no_grad():
+        expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(2)])
+    monkeypatch.setattr("moe_compress.stream.fold.TOKENS_PER_BATCH", 24)
+    layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
+    _, hidden = fold(layers, windows_of(ids))
+    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
+    assert torch.equal(logits, expected)

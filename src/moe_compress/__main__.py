@@ -12,13 +12,15 @@ from typing import Annotated
 
 import typer
 
+INTERRUPTED = 130
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-Words = Annotated[list[str], typer.Argument(help="recipe and key=value words", metavar="WORDS...")]
+Words = Annotated[list[str], typer.Argument(help="recipe and key=value words", metavar="WORDS")]
 
 
 @app.callback()
@@ -121,14 +123,20 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     try:
         app()
-    except (ValueError, OSError) as error:
-        if os.environ.get("MOE_COMPRESS_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
+        typer.echo(f"error: {' '.join(str(error).split())}{hint}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: run the same command again to go on where it stopped.", err=True)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            typer.echo("interrupted: run the same command again to go on where it stopped.", err=True)
+        raise
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ in ("MemoryError", "OutOfMemoryError")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ class Result:
     original: Record | None
 
 
-def compress(sentence: str, *overrides: str, **options: Any) -> Result:
+def compress(sentence: str, /, *overrides: str, **options: Any) -> Result:
     """Run a recipe (`"expert_drop score=reap keep=6"`, or a .yaml file) and evaluate the result.
 
     Options are those of `recipe.Options`: model, out, seed, data, samples, length, dtype, device, ...
@@ -49,9 +49,9 @@ def run_recipe(parsed: Recipe) -> Result:
         return _evaluated(outcome, run)
 
 
-def apply(plan_file: str | Path, **options: Any) -> Result:
+def apply(plan_file: str | Path, /, **options: Any) -> Result:
     """Apply a saved plan, edited by hand or not, without calibration; then evaluate the result."""
-    given = Options.model_validate({"model": "", **options})
+    given = recipe.make_options({"model": "", **options})
     run = start(given)
     with threads(given.threads):
         outcome = apply_plan_file(Path(plan_file), given, run)
@@ -59,14 +59,23 @@ def apply(plan_file: str | Path, **options: Any) -> Result:
         return _evaluated(outcome, run)
 
 
-def evaluate(model: str, original: str | None = None, **options: Any) -> Result:
-    """Measure a checkpoint against its original (the one it was made from, unless named)."""
-    checkpoint = open_model(model, options.get("revision"))
-    made_from = (manifest_of(checkpoint.folder) or {}).get("base", {}).get("model")
-    base = open_model(original or made_from, None) if original or made_from else checkpoint
-    run = start(Options.model_validate({**options, "model": base.name}).resolved())
+def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
+    """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
+    if "model" in options:
+        raise ValueError("evaluate takes the checkpoint as its first word; what it is compared with is original=.")
+    given = recipe.make_options({**options, "model": checkpoint})
+    opened = open_model(given.model, given.revision)
+    base = _original(opened, original)
+    run = start(given.model_copy(update={"model": base.name}).resolved())
     with threads(run.options.threads):
-        return _record(checkpoint, base, run)
+        return _record(opened, base, run)
+
+
+def _original(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
+    if named is not None:
+        return open_model(str(named))
+    base = (manifest_of(checkpoint.folder) or {}).get("base")
+    return open_model(base["model"], base["commit"]) if base else checkpoint
 
 
 def _evaluated(outcome: Outcome, run: Run) -> Result:
@@ -83,7 +92,7 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
     return Result(checkpoint.folder, record, original)
 
 
-def plan(sentence: str, *overrides: str, **options: Any) -> Forecast:
+def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
     parsed = recipe.parse(sentence, overrides, options)
     return forecast(parsed, config_folder(parsed.options.model, parsed.options.revision))
@@ -93,13 +102,15 @@ def table(records: Sequence[str | Path] = ("results/records",)) -> list[Table]:
     """Tables of records (files, or folders of them): one per protocol and original model."""
     paths: list[Path] = []
     for place in map(Path, records):
+        if not place.exists():
+            raise ValueError(f"there is no record or folder of records {place}: run a recipe first.")
         paths += sorted(place.glob("*.json")) if place.is_dir() else [place]
     return make_tables(load_records(paths))
 
 
-def load(model: str, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
+def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
     """A checkpoint (zoo name, folder or hub id), plain or edited, as an ordinary transformers model."""
-    return load_model(open_model(model).folder, dtype, **keywords)
+    return load_model(open_model(str(model)).folder, dtype, **keywords)
 
 
 def start(options: Options) -> Run:

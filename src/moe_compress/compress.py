@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
+import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,26 +13,30 @@ from typing import Any
 import torch
 
 from moe_compress import registry
-from moe_compress.checkpoint.locate import open_model
+from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import CheckpointWriter, manifest_of, require_free
+from moe_compress.checkpoint.writer import CheckpointWriter, begun_bytes, manifest_of, remove_checkpoint, require_free
+from moe_compress.forecast import forecast
 from moe_compress.model import hf
-from moe_compress.model.edits import Plan, check_edits, edited_values, split_values
-from moe_compress.planning import calibration_spec, dry_run, plan_stage, plan_values, read_plan
+from moe_compress.model.edits import Edit, Plan, check_edits, edited_values
+from moe_compress.planning import parse_mix, plan_after, plan_stage, plan_values, read_plan
 from moe_compress.recipe import Options, Recipe, Stage
-from moe_compress.run import Run
+from moe_compress.run import Run, text_spec
 from moe_compress.runtime import (
+    as_json,
     dtype_name,
     fingerprint,
     log,
     peak_memory_bytes,
     require_disk,
     reset_peak_memory,
-    write_json,
 )
+from moe_compress.stream.documents import DataSpec, Use, read_documents
 from moe_compress.stream.surgery import rewrite
 from moe_compress.terminal import progress_bar
+from moe_compress.zoo import text as zoo_text
 
+MAX_NAME = 120
 PLAN = "plan.json"
 RECIPE = "recipe.yaml"
 
@@ -48,89 +53,145 @@ class Outcome:
 def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     """Run every stage; a recipe whose checkpoint is already there is not run again.
 
-    Raises ValueError before any weight is read for all that the config can tell.
+    Raises ValueError before any weight is fetched or read for all that can be known by then.
     """
-    source = open_model(recipe.options.model, recipe.options.revision)
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
+    _preflight(recipe, out, run)
+    source = open_model(recipe.options.model, recipe.options.revision)
     identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
-    if (manifest_of(out) or {}).get("identity") == identities[-1]:
+    targets = [*(_stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
+    if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
-        return Outcome(out, source, manifest_of(out) or {})
-    require_free(out)
-    dry_run(recipe, hf.skeleton(source.config, source.stored_dtype, recipe.options.attn))
-    require_disk(out.parent, source.bytes * min(2, len(recipe.stages)), "the new checkpoint")
-    current = source
-    for number, stage in enumerate(recipe.stages):
-        last = number == len(recipe.stages) - 1
-        target = out if last else _stage_folder(out, number)
-        if (manifest_of(target) or {}).get("identity") != identities[number]:
-            about = {"identity": identities[number], "base": _base(source), "recipe": recipe.to_yaml()}
-            _run_stage(stage, current, target, about, run)
-        current = open_checkpoint(target)
-    for number in range(len(recipe.stages) - 1):
-        shutil.rmtree(_stage_folder(out, number))
+    else:
+        require_free(out)
+        _read_texts(recipe, source, run)
+        _run_stages(recipe, source, targets, identities, run)
+    for folder in targets[:-1]:
+        remove_checkpoint(folder)
     return Outcome(out, source, manifest_of(out) or {})
 
 
-def _run_stage(stage: Stage, source: Checkpoint, target: Path, about: dict[str, Any], run: Run) -> None:
-    require_free(target)
-    earlier = (manifest_of(source.folder) or {}).get("report", [])
-    if registry.find(stage.method).scope == "layer":
-        plan, calibration = Plan([], {}, {}), dict[str, Any]()
-    else:
-        plan, calibration = plan_stage(stage, source, run)
-    about["report"] = [*earlier, {"method": stage.method, "calibration": calibration, **plan.report}]
-    stages = (manifest_of(source.folder) or {}).get("stages", [])
-    about["stages"] = [*stages, {"method": stage.method, "given": stage.given, "parameters": stage.parameters}]
-    apply_plan(stage.method, plan, source, target, about, run)
+def _preflight(recipe: Recipe, out: Path, run: Run) -> None:
+    """Whatever can fail before a weight is fetched or read: counts, texts, the folder, the disk."""
+    options = recipe.options
+    expected = forecast(recipe, config_folder(options.model, options.revision))
+    parse_mix(options.mix)
+    uses = _uses(recipe)
+    for use in uses:
+        read_documents(text_spec(options, use))
+    if manifest_of(out) is None:
+        require_free(out)
+        checkpoints = expected.before.bytes * min(2, len(recipe.stages))
+        boundaries = 2 * expected.boundary_bytes if "calibration" in uses else 0
+        require_disk(out.parent, checkpoints + boundaries - begun_bytes(out), "the new checkpoint")
 
 
-def apply_plan(method: str, plan: Plan, source: Checkpoint, target: Path, about: Mapping[str, Any], run: Run) -> None:
+def _uses(recipe: Recipe) -> list[Use]:
+    text = any(stage.needs == "text" for stage in recipe.stages)
+    uses: dict[Use, bool] = {"calibration": text, "heldout": recipe.options.eval}
+    return [use for use, needed in uses.items() if needed]
+
+
+def _read_texts(recipe: Recipe, source: Checkpoint, run: Run) -> None:
+    """Tokenize all texts before the first forward, so that none can fail after it."""
+    for use in _uses(recipe):
+        windows = run.windows(use, source)
+        if use == "calibration":
+            parse_mix(run.options.mix, windows.domains)
+
+
+def _run_stages(
+    recipe: Recipe, source: Checkpoint, targets: Sequence[Path], identities: Sequence[str], run: Run
+) -> None:
+    current, earlier = source, None
+    for stage, target, identity in zip(recipe.stages, targets, identities, strict=True):
+        if not _made_by(target, identity):
+            if target is not targets[-1]:
+                remove_checkpoint(target)
+            require_free(target)
+            job = _plan_job(stage, current, target, earlier, run)
+            about: dict[str, Any] = {"identity": identity, "base": _base(source)}
+            plan_file = plan_values(job.plan, about["base"], stage.method)
+            _write(job, about, {PLAN: as_json(plan_file), RECIPE: recipe.to_yaml()}, run)
+        current, earlier = open_checkpoint(target), target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A checkpoint to be written: from what, with which edits; `plan` has them in the first model's numbering."""
+
+    source: Checkpoint
+    target: Path
+    edits: Sequence[Edit]
+    plan: Plan
+    report: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    through_model: bool = False
+
+
+def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | None, run: Run) -> _Job:
+    before = (manifest_of(earlier) if earlier else None) or {"report": [], "stages": []}
+    through_model = registry.find(stage.method).scope == "layer"
+    plan, calibration = (Plan([], {}, {}), dict[str, Any]()) if through_model else plan_stage(stage, source, run)
+    report = {"method": stage.method, "calibration": calibration, **plan.report}
+    done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
+    return _Job(
+        source=source,
+        target=target,
+        edits=plan.edits,
+        plan=plan_after(earlier / PLAN, plan) if earlier else plan,
+        report=[*before["report"], report],
+        stages=[*before["stages"], done],
+        through_model=through_model,
+    )
+
+
+def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:
     """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
-    skeleton = hf.skeleton(source.config, source.stored_dtype)
-    check_edits(skeleton, plan.edits)
-    through_model = registry.METHODS[method].scope == "layer" if method in registry.METHODS else False
-    values, plain = edited_values(source.values, plan.edits)
+    if job.edits:
+        check_edits(hf.skeleton(job.source.config, job.source.stored_dtype), job.edits)
+    values, plain = edited_values(job.source.values, job.edits)
+    form = "plain" if plain and "moe_compress" not in values else "edited"
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     started = time.perf_counter()
     with progress_bar("writing") as progress:
-        writer = CheckpointWriter(target, source, str(about["identity"]), keep_extra_layers=not plan.edits)
-        rewrite(source, plan.edits, writer, through_model=through_model, progress=progress)
-        write_json(writer.partial / PLAN, plan_values(plan, about["base"], method))
-        form = "plain" if plain and "moe_compress" not in values else "edited"
+        writer = CheckpointWriter(job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits)
+        rewrite(job.source, job.edits, writer, through_model=job.through_model, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
-        (writer.partial / RECIPE).write_text(about["recipe"] or "", encoding="utf-8")
-        writer.finish(values, {**about, "form": form, "cost": cost})
-    run.log.event("written", method=method, folder=str(target), form=form, **cost)
-    log.info("%s checkpoint written: %s", form, target)
+        manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
+        writer.finish(values, manifest, files)
+    run.log.event("written", folder=str(job.target), form=form, **cost)
+    log.info("%s checkpoint written: %s", form, job.target)
 
 
 def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
     """Apply a saved (perhaps hand-edited) plan to the model it names, or to `model=`; runs no calibration."""
     edits, base = read_plan(path)
     model = options.model or base["model"]
-    source = open_model(model, options.revision)
+    source = open_model(model, options.revision or (None if options.model else base.get("commit")))
     if base.get("fingerprint") != source.fingerprint:
         log.warning("the plan was made for %s; it is applied to %s, which differs.", base.get("model"), model)
     identity = fingerprint(source.fingerprint, [repr(edit) for edit in edits])
     name = f"{Path(source.name).name}-plan-{identity[:6]}"
     out = Path(options.out) if options.out else run.results("checkpoints") / name
-    if (manifest_of(out) or {}).get("identity") != identity:
+    if not _made_by(out, identity):
         require_free(out)
-        require_disk(out.parent, source.bytes, "the new checkpoint")
-        about = {"identity": identity, "base": _base(source), "recipe": None, "report": [{"method": "plan"}]}
-        apply_plan("plan", Plan(edits, {}, {}), source, out, about, run)
+        require_disk(out.parent, source.bytes - begun_bytes(out), "the new checkpoint")
+        about: dict[str, Any] = {"identity": identity, "base": _base(source)}
+        plan = Plan(edits, {}, {})
+        job = _Job(source=source, target=out, edits=edits, plan=plan, report=[{"method": "plan"}], stages=[])
+        _write(job, about, {PLAN: as_json(plan_values(plan, about["base"], "plan"))}, run)
     return Outcome(out, source, manifest_of(out) or {})
 
 
 def default_name(recipe: Recipe) -> str:
     """A name for folder and record: model, methods with what differs from their defaults, a short identity."""
-    parts = [Path(recipe.options.model).name]
+    parts = [Path(recipe.options.model).resolve().name]
     for stage in recipe.stages:
         parts += [stage.method, *(f"{key}-{value}" for key, value in stage.given.items())]
-    name = "-".join([*parts, fingerprint(recipe.to_yaml())[:6]])
-    return "".join(c if c.isalnum() or c in "-_." else "." for c in name)
+    name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
+    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
 
 
 def _stage_folder(out: Path, number: int) -> Path:
@@ -140,15 +201,29 @@ def _stage_folder(out: Path, number: int) -> Path:
 def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
     steps = [stage.model_dump(mode="json") for stage in stages]
-    text = any(stage.needs == "text" for stage in stages)
-    measured = [repr(calibration_spec(run.options)), run.options.mix, dtype_name(run.dtype)] if text else []
-    return fingerprint(source.fingerprint, steps, measured)
+    if all(stage.needs != "text" for stage in stages):
+        return fingerprint(source.fingerprint, steps)
+    options = run.options
+    arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]
+    return fingerprint(
+        source.fingerprint, steps, _text_identity(text_spec(options, "calibration")), options.mix, arithmetic
+    )
+
+
+def _text_identity(spec: DataSpec) -> list[Any]:
+    """A text by its settings, and by its content where that is at hand."""
+    path = Path(spec.source)
+    if spec.source == "zoo":
+        content = zoo_text.fingerprint()
+    else:
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return [repr(dataclasses.replace(spec, source=path.name if content else spec.source)), content]
+
+
+def _made_by(folder: Path, identity: str) -> bool:
+    """Whether a finished checkpoint is the one that this identity stands for."""
+    return (manifest_of(folder) or {}).get("identity") == identity
 
 
 def _base(source: Checkpoint) -> dict[str, Any]:
     return {"model": source.name, "commit": source.commit, "fingerprint": source.fingerprint}
-
-
-def edits_so_far(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """The edits that an edited checkpoint replays; none for a plain one."""
-    return split_values(checkpoint.values)[1]

@@ -14,12 +14,10 @@ from moe_compress.harness import perplexity, statistics
 from moe_compress.harness.flops import sizes
 from moe_compress.harness.perplexity import Measurement, Original
 from moe_compress.model import hf
-from moe_compress.recipe import Options
 from moe_compress.report.record import Metric, Record, environment, now
 from moe_compress.run import Run
 from moe_compress.runtime import dtype_name, fingerprint, log
-from moe_compress.stream.data import Windows, make_windows
-from moe_compress.stream.documents import DataSpec
+from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
 from moe_compress.terminal import progress_bar
 from moe_compress.zoo import tasks
@@ -37,23 +35,9 @@ class Yardstick:
     protocol: dict[str, Any]
 
 
-def evaluation_spec(options: Options) -> DataSpec:
-    """The evaluation text of a run: the same windows whatever the seed."""
-    return DataSpec(
-        source=options.eval_data,
-        use="heldout",
-        samples=options.eval_samples,
-        length=options.eval_length,
-        config=options.eval_config,
-        split=options.eval_split,
-        field=options.eval_field,
-    )
-
-
 def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
     """Tokenize the evaluation text with the checkpoint's own tokenizer."""
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-    windows = make_windows(evaluation_spec(run.options), tokenizer)
+    windows = run.windows("heldout", checkpoint)
     items = tasks.items("heldout", ITEMS) if run.options.eval_data == "zoo" else ()
     text = {**windows.description, "fingerprint": windows.fingerprint}
     protocol = {
@@ -102,6 +86,9 @@ def _measure(
 
 def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[Record, Record]:
     """Records (unsaved) of a checkpoint and of its original, measured on the same text; the same one if it is it."""
+    words, others = base.config.vocab_size, checkpoint.config.vocab_size
+    if words != others:
+        raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
     stick = yardstick(base, run)
     original = original_of(base, stick, run)
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
@@ -124,9 +111,9 @@ def make_record(
     skeleton = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
     counted = sizes(skeleton, stick.windows.ids_NS.shape[1], checkpoint.stored_dtype)
     is_original = checkpoint.folder == base.folder
-    name = f"{Path(base.name).name}-original-{stick.protocol['id'][:6]}"
+    title = f"{Path(base.name).name}-original" if is_original else checkpoint.folder.name
     return Record(
-        name=name if is_original else run.options.name or checkpoint.folder.name,
+        name=(not is_original and run.options.name) or f"{title}-{stick.protocol['id'][:6]}",
         model=Path(base.name).name,
         base={"commit": base.commit, "fingerprint": base.fingerprint},
         recipe=manifest.get("stages") or [],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_compress import registry
-from moe_compress.checkpoint.load import load_tokenizer
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit, Plan, apply_edits, from_json, refuse_if_uneditable, to_json
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_shapes, moe_view, weight_sums
-from moe_compress.recipe import Options, Recipe, Stage
+from moe_compress.recipe import Recipe, Stage
 from moe_compress.run import Run
-from moe_compress.runtime import log, read_json
+from moe_compress.runtime import log, one_of, read_json
 from moe_compress.stream.calibration import (
     Calibration,
     calibrate,
@@ -26,8 +27,7 @@ from moe_compress.stream.calibration import (
     component_weights,
     mix_components,
 )
-from moe_compress.stream.data import FOLDS, make_windows
-from moe_compress.stream.documents import DataSpec
+from moe_compress.stream.data import FOLDS
 from moe_compress.stream.fold import StreamedLayers
 from moe_compress.stream.observers import LayerSums
 from moe_compress.terminal import progress_bar
@@ -63,21 +63,28 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
         sums = _weight_sums(checkpoint) if stage.needs == "weights" else {}
         return method.run(_layers(checkpoint, sums), **stage.parameters), {}
     calibration = calibration_for(checkpoint, run)
-    mix = parse_mix(run.options.mix)
-    plan = method.run(_mixed(checkpoint, calibration, mix, None), **stage.parameters)
-    without = [method.run(_mixed(checkpoint, calibration, mix, n), **stage.parameters).edits for n in range(FOLDS)]
-    plan.report["same_choice_without_a_quarter_of_the_text"] = _agreement(plan.edits, without)
+    mix = parse_mix(run.options.mix, calibration.domains)
+    layers = _mixed(checkpoint, calibration, mix, None)
+    plan = method.run(layers, **stage.parameters)
+    kept = _kept(plan.edits, layers)
+    overlaps = []
+    for fold in range(FOLDS):
+        try:
+            without = method.run(_mixed(checkpoint, calibration, mix, fold), **stage.parameters)
+        except ValueError:
+            continue  # what is left of the text does not do for this recipe, for example with unseen=error
+        again = _kept(without.edits, layers)
+        overlaps.append(len(kept & again) / len(kept | again))
+    if overlaps:
+        plan.report["same_choice_without_a_quarter_of_the_text"] = sum(overlaps) / len(overlaps)
     return plan, {**calibration.description, "fingerprint": calibration.identity}
 
 
-def _agreement(edits: list[Edit], others: list[list[Edit]]) -> float:
-    """Mean overlap (Jaccard) of the experts kept by `edits` and by each of `others`."""
-    kept = {(edit.layer, expert) for edit in edits for expert in edit.experts}
-    shares = []
-    for other in others:
-        again = {(edit.layer, expert) for edit in other for expert in edit.experts}
-        shares.append(len(kept & again) / max(1, len(kept | again)))
-    return sum(shares) / len(shares)
+def _kept(edits: Sequence[Edit], layers: Sequence[LayerSums]) -> set[tuple[int, int]]:
+    """(layer, expert) of everything that stays."""
+    by_layer: dict[int, Sequence[int]] = {layer.shape.layer: range(layer.shape.num_experts) for layer in layers}
+    by_layer |= {edit.layer: edit.experts for edit in edits}
+    return {(layer, expert) for layer, experts in by_layer.items() for expert in experts}
 
 
 def _mixed(
@@ -109,23 +116,8 @@ def _weight_sums(checkpoint: Checkpoint) -> Sums:
 # --- calibration ----------------------------------------------------------------------------------------------
 
 
-def calibration_spec(options: Options) -> DataSpec:
-    """The calibration text of a run."""
-    return DataSpec(
-        source=options.data,
-        use="calibration",
-        samples=options.samples,
-        length=options.length,
-        seed=options.seed,
-        packed=options.pack,
-        config=options.data_config,
-        split=options.data_split,
-        field=options.data_field,
-    )
-
-
-def parse_mix(text: str) -> dict[str, float]:
-    """`prose:2,code:1` -> shares of the domains; empty for none."""
+def parse_mix(text: str, domains: Sequence[str] | None = None) -> dict[str, float]:
+    """`prose:2,code:1` -> shares of the domains; empty for none. ValueError for a domain that the text lacks."""
     mix: dict[str, float] = {}
     for word in filter(None, text.split(",")):
         name, _, share = word.partition(":")
@@ -133,14 +125,17 @@ def parse_mix(text: str) -> dict[str, float]:
             mix[name.strip()] = float(share)
         except ValueError as error:
             raise ValueError(f"mix={text}: write domain:share,domain:share, such as prose:2,code:1.") from error
+    if mix and not (0 < sum(mix.values()) < math.inf and min(mix.values()) >= 0):
+        raise ValueError(f"mix={text}: shares are numbers from 0 up, and not all 0.")
+    for name in mix if domains is not None else ():
+        one_of(name, domains or (), "domain of the calibration text")
     return mix
 
 
 def calibration_for(checkpoint: Checkpoint, run: Run) -> Calibration:
     """The artefact of an earlier run on the same model, text and arithmetic; else one pass makes it."""
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-    windows = make_windows(calibration_spec(run.options), tokenizer)
-    identity = calibration_identity(checkpoint, windows, run.dtype)
+    windows = run.windows("calibration", checkpoint)
+    identity = calibration_identity(checkpoint, windows, run.dtype, run.device, run.options.attn)
     path = run.results("calibrations") / f"{identity}.safetensors"
     if path.is_file():
         log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
@@ -175,4 +170,26 @@ def read_plan(path: Path) -> tuple[list[Edit], dict[str, Any]]:
         raise ValueError(f"{path} is not a plan of moe-compress: it needs `base` and a list of `edits`.")
     if values.get("version") != PLAN_VERSION:
         raise ValueError(f"{path} is a plan of version {values.get('version')}; this version reads {PLAN_VERSION}.")
-    return [from_json(edit) for edit in values["edits"]], values["base"]
+    if not isinstance(values["base"], dict) or not isinstance(values["base"].get("model"), str):
+        raise ValueError(f"{path} does not say which model it is for: it needs `base` with a `model`.")
+    edits = []
+    for number, edit in enumerate(values["edits"], 1):
+        if not isinstance(edit, dict) or not isinstance(edit.get("experts", []), list):
+            raise ValueError(f"{path}: edit {number} needs a layer and a list of experts, not {edit}.")
+        edits.append(from_json(edit))
+    return edits, values["base"]
+
+
+def plan_after(path: Path, plan: Plan) -> Plan:
+    """A later stage's plan, renumbered to follow the plan file of the stage before it: one plan for the first model."""
+    earlier, scores = read_plan(path)[0], read_json(path)["scores"]
+    edits, shown = {edit.layer: edit for edit in earlier}, dict(plan.scores)
+    for edit in earlier:
+        if edit.layer in shown and str(edit.layer) in scores:
+            by_expert = dict(zip(edit.experts, shown[edit.layer], strict=True))
+            shown[edit.layer] = [by_expert.get(e) for e in range(len(scores[str(edit.layer)]))]
+    for edit in plan.edits:
+        before = edits.get(edit.layer)
+        experts = edit.experts if before is None else tuple(before.experts[e] for e in edit.experts)
+        edits[edit.layer] = dataclasses.replace(edit, experts=experts)
+    return Plan([edits[layer] for layer in sorted(edits)], shown, plan.report)

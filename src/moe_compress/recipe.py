@@ -2,23 +2,29 @@
 
     expert_drop score=reap keep=6 + expert_drop keep=4
 
-is a recipe; words that follow it override (`samples=32`, `expert_drop.keep=5` where a key fits several stages).
+is a recipe; words that follow it override: `samples=32`, and where a key fits several stages `expert_drop.keep=5` or,
+by the stage's number, `2.keep=5`.
 The same as YAML: `{model: ..., stages: [{expert_drop: {score: reap, keep: 6}}], samples: 32}`.
 """
 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from moe_compress import methods, registry, zoo
 
 methods.register_all()
+
+COUNTS = ("samples", "length", "eval_samples", "eval_length")
+MAX_SEED = 2**31
 
 
 class Stage(BaseModel):
@@ -102,8 +108,12 @@ class Recipe(BaseModel):
     options: Options
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that rebuilds the checkpoint."""
-        stages = [{stage.method: stage.parameters} for stage in self.stages]
+        """The recipe as a YAML file that rebuilds the checkpoint; a stage's seed only where it is not the run's."""
+        seed = self.options.seed
+        stages = [
+            {stage.method: {k: v for k, v in stage.parameters.items() if (k, v) != ("seed", seed)}}
+            for stage in self.stages
+        ]
         options = self.options.model_dump(exclude={"out", "name", "results"})
         return yaml.safe_dump({"stages": stages, **options}, sort_keys=False)
 
@@ -117,7 +127,7 @@ def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
     if not words:
         raise ValueError(f"the recipe names no method; methods: {', '.join(sorted(registry.METHODS))}.")
     if "+" in words:
-        return " ".join(words), []
+        return " ".join(word if " " in word.partition("=")[0] else shlex.quote(word) for word in words), []
     return words[0], list(words[1:])
 
 
@@ -130,58 +140,107 @@ def parse(sentence: str, overrides: Sequence[str] = (), options: Mapping[str, An
     if sentence.endswith((".yaml", ".yml")):
         stages, chosen = _read_yaml(Path(sentence))
     else:
-        stages = _sentence(sentence.split(), chosen)
+        stages = _sentence(_words(sentence), chosen)
     chosen |= options or {}
-    for word in overrides:
-        _override(word, stages, chosen)
-    return build(stages, chosen)
+    _override(overrides, stages, chosen)
+    return build([(stage.method, stage.given) for stage in stages], chosen)
 
 
 def build(stages: Sequence[tuple[str, Mapping[str, Any]]], options: Mapping[str, Any]) -> Recipe:
     """A complete recipe from stages and options, as given by any of the three ways to write one."""
     if not stages:
         raise ValueError(f"the recipe names no method; methods: {', '.join(sorted(registry.METHODS))}.")
-    try:
-        parsed = Options.model_validate(dict(options)).resolved()
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}={first['input']}: {first['msg']}.") from error
+    complete = make_options(options).resolved()
     bound = []
     for name, given in stages:
         method = registry.find(name)
-        with_seed = {"seed": parsed.seed, **given} if "seed" in method.parameters else given
+        with_seed = {"seed": complete.seed, **given} if "seed" in method.parameters else given
         bound.append(Stage(method=name, parameters=method.bind(with_seed)))
-    return Recipe(stages=bound, options=parsed)
+    return Recipe(stages=bound, options=complete)
 
 
-def _sentence(words: Sequence[str], options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    stages: list[tuple[str, dict[str, Any]]] = []
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Typed options from words or Python values; ValueError says what would have worked."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in Options.model_fields:
+            raise ValueError(_unknown_key(key, []))
+        values[key] = registry.coerce(Options.model_fields[key].annotation, value, key)
+    options = Options(**values)
+    for key in COUNTS:
+        if getattr(options, key) < 0:
+            raise ValueError(f"{key}={getattr(options, key)}: a count is needed (0: the default for this model).")
+    if not 0 <= options.seed < MAX_SEED:
+        raise ValueError(f"seed={options.seed}: a number from 0 to {MAX_SEED - 1} is needed.")
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"threads={options.threads}: at least 1 is needed.")
+    if "/" in options.name:
+        raise ValueError(f"name={options.name}: a record's name has no `/`; the checkpoint's folder is out=.")
+    return options
+
+
+@dataclass
+class _Draft:
+    """A stage as it was written: its number in the recipe, and the text of its parameters."""
+
+    number: int
+    method: str
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def takes(self, key: str) -> bool:
+        """Whether the stage has such a parameter."""
+        method = registry.find(self.method)
+        return key in method.parameters or (key == "preset" and bool(method.presets))
+
+
+def _words(sentence: str) -> list[str]:
+    try:
+        return shlex.split(sentence)
+    except ValueError as error:
+        raise ValueError(f"the recipe {sentence} has a quotation mark too many or too few.") from error
+
+
+def _sentence(words: Sequence[str], options: dict[str, Any]) -> list[_Draft]:
+    stages: list[_Draft] = []
     expect_method = True
     for word in words:
         if word == "+":
             expect_method = True
         elif expect_method:
             registry.find(word)
-            stages.append((word, {}))
+            stages.append(_Draft(len(stages) + 1, word))
             expect_method = False
         else:
             key, value = _key_value(word)
-            _put(key, value, stages[-1:], options, replace=False)
+            target = _target(key, stages[-1:], options)
+            if key in target:
+                raise ValueError(f"{key}= is given twice.")
+            target[key] = value
     if expect_method:
         raise ValueError("a method name is missing in the recipe: write `method key=value + method key=value`.")
     return stages
 
 
-def _override(word: str, stages: list[tuple[str, dict[str, Any]]], options: dict[str, Any]) -> None:
-    key, value = _key_value(word)
-    name, dot, parameter = key.partition(".")
-    if dot:
-        named = [stage for stage in stages if stage[0] == name]
-        if not named:
-            raise ValueError(f"{word}: the recipe has no stage {name!r}; stages: {', '.join(s[0] for s in stages)}.")
-        _put(parameter, value, named, {}, replace=True, only_stages=True)
-    else:
-        _put(key, value, stages, options, replace=True)
+def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str, Any]) -> None:
+    """Let trailing words replace what the recipe says, and what cannot stand beside them."""
+    trailing = [_Draft(stage.number, stage.method) for stage in stages]
+    for word in words:
+        key, value = _key_value(word)
+        label, dot, parameter = key.rpartition(".")
+        if dot:
+            named = [draft for draft in trailing if label in (draft.method, str(draft.number))]
+            if not named:
+                names = ", ".join(draft.method for draft in trailing)
+                raise ValueError(f"{word}: the recipe has no stage {label!r}; stages: {names}.")
+            if not named[0].takes(parameter):
+                raise ValueError(registry.find(named[0].method).unknown(parameter))
+            _target(parameter, named, None)[parameter] = value
+        else:
+            _target(key, trailing, options)[key] = value
+    for stage, later in zip(stages, trailing, strict=True):
+        for key in registry.find(stage.method).displaced_by(later.given):
+            stage.given.pop(key, None)
+        stage.given |= later.given
 
 
 def _key_value(word: str) -> tuple[str, str]:
@@ -191,68 +250,48 @@ def _key_value(word: str) -> tuple[str, str]:
     return key, value
 
 
-def _put(
-    key: str,
-    value: str,
-    stages: Sequence[tuple[str, dict[str, Any]]],
-    options: dict[str, Any],
-    *,
-    replace: bool,
-    only_stages: bool = False,
-) -> None:
-    """Give a value to the one stage or option whose key it is."""
-    takers = [(registry.find(name), given) for name, given in stages]
-    takers = [(method, given) for method, given in takers if key in method.parameters or key == "preset"]
-    if key in Options.model_fields and not only_stages:
-        options[key] = value
-    elif len(takers) > 1:
-        names = " or ".join(f"{name}.{key}" for name in sorted({name for name, _ in stages}))
-        raise ValueError(f"{key}= fits more than one stage: write {names}.")
-    elif not takers:
+def _target(key: str, stages: Sequence[_Draft], options: dict[str, Any] | None) -> dict[str, Any]:
+    """What the key belongs to: the options (if they may be set here), or the one stage that has it."""
+    if options is not None and key in Options.model_fields:
+        return options
+    takers = [stage for stage in stages if stage.takes(key)]
+    if len(takers) == 1:
+        return takers[0].given
+    if not takers:
         raise ValueError(_unknown_key(key, stages))
-    elif key in takers[0][1] and not replace:
-        raise ValueError(f"{key}= is given twice in one stage.")
-    else:
-        method, given = takers[0]
-        for rival in method.rivals_of(key) if replace else ():
-            given.pop(rival, None)
-        given[key] = value
+    names = [stage.method for stage in takers]
+    labels = names if len(set(names)) == len(names) else [str(stage.number) for stage in takers]
+    raise ValueError(f"{key}= fits more than one stage: write {' or '.join(f'{label}.{key}=' for label in labels)}.")
 
 
-def _unknown_key(key: str, stages: Sequence[tuple[str, dict[str, Any]]]) -> str:
-    known = [*Options.model_fields, *(p for name, _ in stages for p in registry.find(name).parameters)]
+def option_pairs(words: Sequence[str]) -> dict[str, str]:
+    """Options from `key=value` words."""
+    return dict(_key_value(word) for word in words)
+
+
+def _unknown_key(key: str, stages: Sequence[_Draft]) -> str:
+    parameters = [name for stage in stages for name in registry.find(stage.method).parameters]
+    known = list(dict.fromkeys([*parameters, *Options.model_fields]))
     near = difflib.get_close_matches(key, known, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return f"unknown key {key!r}: {hint}known: {', '.join(known)}."
 
 
-def option_pairs(words: Sequence[str]) -> dict[str, str]:
-    """Options from `key=value` words; ValueError for a key that is none (`original` belongs to evaluate)."""
-    pairs = dict(_key_value(word) for word in words)
-    for key in pairs:
-        if key not in Options.model_fields and key != "original":
-            raise ValueError(_unknown_key(key, []))
-    return pairs
-
-
-def _read_yaml(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], dict[str, Any]]:
+def _read_yaml(path: Path) -> tuple[list[_Draft], dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ValueError(f"there is no recipe file {path}.") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
         raise ValueError(f"{path} needs a list under `stages:`, such as `- expert_drop: {{keep: 6}}`.")
     stages = []
-    for entry in content.pop("stages"):
-        if isinstance(entry, str):
-            entry = {entry: {}}
-        if not isinstance(entry, dict) or len(entry) != 1:
-            raise ValueError(f"{path}: a stage is one method with its parameters, not {entry!r}.")
-        name, given = next(iter(entry.items()))
-        stages.append((name, dict(given or {})))
-    unknown = [key for key in content if key not in Options.model_fields]
-    if unknown:
-        raise ValueError(_unknown_key(unknown[0], []))
-    return stages, content
+    for number, entry in enumerate(content.pop("stages"), 1):
+        one = {entry: {}} if isinstance(entry, str) else entry
+        match [*one.items()] if isinstance(one, dict) else []:
+            case [(str(name), dict() | None as given)]:
+                stages.append(_Draft(number, name, {str(key): value for key, value in (given or {}).items()}))
+            case _:
+                raise ValueError(f"{path}: a stage is one method with its parameters, not {entry!r}.")
+    return stages, {str(key): value for key, value in content.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -39,35 +40,34 @@ class Method:
     rivals: tuple[tuple[str, ...], ...] = ()
     headline: tuple[str, ...] = ()
 
-    def bind(self, given: Mapping[str, str]) -> dict[str, Any]:
+    def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Typed and complete parameters: unknown names and bad values are errors, defaults are filled in."""
-        given = dict(given)
-        preset = given.pop("preset", None)
+        typed = self._typed(given)
         bound = {name: parameter.default for name, parameter in self.parameters.items()}
-        bound |= self._preset(preset)
-        bound |= dict.fromkeys(self._outdone(given))
-        for name, text in given.items():
-            if name not in self.parameters:
-                raise ValueError(self._unknown(name))
-            bound[name] = coerce(self.hints[name], text, f"{self.name}.{name}")
+        bound |= self._preset(given.get("preset"))
+        for group in self.rivals:
+            named = [name for name in group if typed.get(name) is not None]
+            if len(named) > 1:
+                raise ValueError(f"{self.name} takes {'= or '.join(group)}=, not both.")
+            bound |= dict.fromkeys(group if named else ())
+        bound |= typed
         for name, value in bound.items():
             if value is inspect.Parameter.empty:
                 raise ValueError(f"{self.name} needs {name}=.")
         return bound
 
-    def _outdone(self, given: Mapping[str, Any]) -> list[str]:
-        """Parameters that give way to a rival which the recipe names (`keep` instead of `ratio`)."""
-        outdone: list[str] = []
-        for group in self.rivals:
-            named = [name for name in group if given.get(name) is not None]
-            if len(named) > 1:
-                raise ValueError(f"{self.name} takes {'= or '.join(group)}=, not both.")
-            outdone += [name for name in group if named and name not in named]
-        return outdone
+    def displaced_by(self, given: Mapping[str, Any]) -> set[str]:
+        """Parameters that give way to later words: whatever a preset sets, and the rivals of all that is set."""
+        preset = self._preset(given.get("preset"))
+        named = {name for name, value in {**preset, **self._typed(given)}.items() if value is not None}
+        rivals = {other for group in self.rivals if named & set(group) for other in group}
+        return (rivals | set(preset)) - set(given)
 
-    def rivals_of(self, name: str) -> set[str]:
-        """Parameters that cannot be set together with `name`."""
-        return {other for group in self.rivals if name in group for other in group} - {name}
+    def _typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name not in self.parameters and name != "preset":
+                raise ValueError(self.unknown(name))
+        return {k: coerce(self.hints[k], v, f"{self.name}.{k}") for k, v in given.items() if k != "preset"}
 
     def _preset(self, name: str | None) -> Mapping[str, Any]:
         if name is None:
@@ -77,7 +77,8 @@ class Method:
             raise ValueError(f"{self.name} has no preset {name!r}; presets: {known}.")
         return self.presets[name]
 
-    def _unknown(self, name: str) -> str:
+    def unknown(self, name: str) -> str:
+        """What to say of a parameter that the method does not have."""
         near = difflib.get_close_matches(name, self.parameters, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         return f"{self.name} has no parameter {name!r}.{hint} It takes: {', '.join(self.parameters)}."
@@ -140,21 +141,22 @@ def find(name: str) -> Method:
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
-    """Turn recipe text into the type of an annotation, or say what would have worked."""
-    if not isinstance(value, str):
-        return value
-    if typing.get_origin(hint) is Literal:
-        return _choice(typing.get_args(hint), value, where)
+    """Turn a recipe's word (or a value from YAML or Python) into the type of an annotation, or say what would do."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        inner = [arm for arm in typing.get_args(hint) if arm is not type(None)]
-        return None if value in ("none", "null") else coerce(inner[0], value, where)
+        inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
+        return None if value in (None, "none", "null") else coerce(inner, value, where)
+    if not isinstance(value, str | int | float | os.PathLike):
+        raise ValueError(f"{where}={value}: one word or number is needed.")
+    text = str(value)
+    if typing.get_origin(hint) is Literal:
+        return _choice(typing.get_args(hint), text, where)
     if hint is bool:
-        return _choice(("true", "false"), value.lower(), where) == "true"
+        return _choice(("true", "false"), text.lower(), where) == "true"
     try:
-        return hint(value)
-    except (TypeError, ValueError) as error:
-        kind = {int: "a whole number", float: "a number"}.get(hint, f"a {hint.__name__}")
-        raise ValueError(f"{where}={value}: {kind} is needed.") from error
+        return hint(text)
+    except ValueError as error:
+        kind = {int: "a whole number", float: "a number"}[hint]
+        raise ValueError(f"{where}={text}: {kind} is needed.") from error
 
 
 def _choice(allowed: tuple[str, ...], value: str, where: str) -> str:

@@ -1,33 +1,67 @@
-"""What the parts of one run share: its options, its arithmetic, its log and its folders."""
+"""What the parts of one run share: its options, its arithmetic, its texts, its log and its folders."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from moe_compress.checkpoint.load import load_tokenizer
+from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.recipe import Options
 from moe_compress.runtime import RunLog, resolve_device, resolve_dtype
+from moe_compress.stream.data import Windows, make_windows
+from moe_compress.stream.documents import DataSpec, Use
 
 
 @dataclass
 class Run:
-    """One run of a command."""
+    """One run of a command: layers are computed on `device` in `dtype`."""
 
     options: Options
     log: RunLog
+    device: torch.device = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    cut: dict[DataSpec, Windows] = field(default_factory=dict, init=False)
 
-    @property
-    def device(self) -> torch.device:
-        """Where layers are computed."""
-        return resolve_device(self.options.device)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which precision."""
-        return resolve_dtype(self.options.dtype, self.device)
+    def __post_init__(self) -> None:
+        self.device = resolve_device(self.options.device)
+        self.dtype = resolve_dtype(self.options.dtype, self.device)
 
     def results(self, folder: str) -> Path:
         """A folder under results/."""
         return Path(self.options.results) / folder
+
+    def windows(self, use: Use, checkpoint: Checkpoint) -> Windows:
+        """The calibration or the held-out text of this run in the tokens of the checkpoint, cut once."""
+        spec = text_spec(self.options, use)
+        if spec not in self.cut:
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            self.cut[spec] = make_windows(spec, tokenizer)
+        return self.cut[spec]
+
+
+def text_spec(options: Options, use: Use) -> DataSpec:
+    """Which text serves which use. The held-out windows are the same whatever the seed."""
+    if use == "calibration":
+        return DataSpec(
+            source=options.data,
+            use=use,
+            samples=options.samples,
+            length=options.length,
+            seed=options.seed,
+            packed=options.pack,
+            config=options.data_config,
+            split=options.data_split,
+            field=options.data_field,
+        )
+    return DataSpec(
+        source=options.eval_data,
+        use=use,
+        samples=options.eval_samples,
+        length=options.eval_length,
+        config=options.eval_config,
+        split=options.eval_split,
+        field=options.eval_field,
+    )

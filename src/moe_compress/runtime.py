@@ -76,7 +76,12 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    atomic_write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(path, as_json(value).encode())
+
+
+def as_json(value: Any) -> str:
+    """JSON that a person can read."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def atomic_write(path: Path, content: bytes) -> None:
@@ -145,14 +150,13 @@ class RunLog:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.started = time.perf_counter()
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one line; also say it at debug level."""
         line = {"event": name, "seconds": round(time.perf_counter() - self.started, 3), **fields}
         log.debug("%s", line)
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 

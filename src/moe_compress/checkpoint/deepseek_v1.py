@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from moe_compress.model.families import ORIGIN_KEY
+
 COPIED = (
     "vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range",
@@ -35,6 +37,7 @@ def config_values(values: Mapping[str, Any]) -> dict[str, Any]:
         **{key: values[key] for key in COPIED if key in values},
         "model_type": "qwen2_moe",
         "architectures": ["Qwen2MoeForCausalLM"],
+        "num_key_value_heads": values.get("num_key_value_heads", values["num_attention_heads"]),
         "num_experts": values["n_routed_experts"],
         "shared_expert_intermediate_size": values["n_shared_experts"] * values["moe_intermediate_size"],
         "mlp_only_layers": list(range(values.get("first_k_dense_replace", 0))),
@@ -42,6 +45,7 @@ def config_values(values: Mapping[str, Any]) -> dict[str, Any]:
         "norm_topk_prob": values.get("norm_topk_prob", False),
         "qkv_bias": False,
         "use_sliding_window": False,
+        ORIGIN_KEY: "deepseek",
     }
 
 

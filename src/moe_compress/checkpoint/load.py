@@ -23,12 +23,16 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     return model.eval()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer; ValueError if there is none or it has ids that the embedding lacks."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read: {error}") from error
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read ({_first_line(error)}).") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab_size:
         raise ValueError(

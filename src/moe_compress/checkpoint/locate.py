@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
 
 
 def open_model(model: str, revision: str | None = None) -> Checkpoint:
@@ -56,7 +56,7 @@ def local_folder(model: str) -> Path | None:
     """The folder of a zoo model or a local path; None for what can only be a hub id."""
     if model in zoo.NAMES:
         return zoo.path(model)
-    return Path(model) if Path(model).exists() else None
+    return Path(model).resolve() if model and Path(model).exists() else None
 
 
 def _require_hub_id(model: str) -> None:
@@ -88,9 +88,15 @@ class _hub_errors:
         elif isinstance(error, RevisionNotFoundError):
             text = f"{model} has no revision {self.revision!r}."
         elif isinstance(error, RepositoryNotFoundError):
-            text = f"the hub has no model {model}, or it is private: check the name, or log in with `hf auth login`."
+            text = (
+                f"there is no folder {model} here, and the hub has no such model or keeps it private: check the name, "
+                "or log in with `hf auth login`."
+            )
         elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | HfHubHTTPError | OSError):
-            text = f"{model} could not be fetched from the hub ({type(error).__name__}): use a local folder instead."
+            text = (
+                f"there is no folder {model} here, and it could not be fetched from the hub ({type(error).__name__}): "
+                "check the name and the connection, or use a local folder."
+            )
         elif isinstance(error, HFValidationError):
             text = f"{model} is neither a folder here nor a valid hub id."
         else:

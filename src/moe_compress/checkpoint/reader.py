@@ -127,7 +127,13 @@ def _region(entry: Region | Virtual) -> Any:
 def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = None) -> Checkpoint:
     """Open a local checkpoint folder; ValueError says what is missing, truncated or left over."""
     values = architecture_values(folder)
-    tensors: dict[str, Region | Virtual] = dict(_stored_tensors(folder))
+    stored = _stored_tensors(folder)
+    foreign = sorted({region.dtype for region in stored.values()} - STORED_DTYPES.keys())
+    if foreign:
+        raise ValueError(
+            f"{folder} holds tensors of type {foreign[0]}, which is not read yet: use a bf16 or fp32 copy."
+        )
+    tensors: dict[str, Region | Virtual] = dict(stored)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
@@ -145,14 +151,16 @@ def architecture_values(folder: Path) -> dict[str, Any]:
     values = hf.read_values(folder)
     if values.get("quantization_config"):
         kind = values["quantization_config"].get("quant_method", "quantized")
-        raise ValueError(f"{folder} is stored in {kind} format, which is not read yet: use a bf16 or fp32 copy.")
+        raise ValueError(f"{folder} is stored in {kind} format, which is not read: use a bf16 or fp32 copy.")
     return deepseek_v1.config_values(values) if deepseek_v1.recognises(values) else values
 
 
 def _stored_tensors(folder: Path) -> dict[str, Region]:
-    if (folder / INDEX).is_file():
-        return _sharded(folder)
     single = folder / "model.safetensors"
+    if (folder / INDEX).is_file():
+        if single.is_file():
+            raise ValueError(f"{folder} holds both {single.name} and {INDEX}: remove the one that does not belong.")
+        return _sharded(folder)
     if not single.is_file():
         raise ValueError(
             f"{folder} holds neither model.safetensors nor {INDEX}: only safetensors checkpoints are read."
@@ -161,7 +169,7 @@ def _stored_tensors(folder: Path) -> dict[str, Region]:
 
 
 def _sharded(folder: Path) -> dict[str, Region]:
-    index: dict[str, str] = read_json(folder / INDEX).get("weight_map", {})
+    index = _weight_map(folder / INDEX)
     listed = sorted(set(index.values()))
     missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
@@ -171,11 +179,19 @@ def _sharded(folder: Path) -> dict[str, Region]:
     ]
     if extra:
         raise ValueError(f"{folder} holds shards that its index does not list: {', '.join(sorted(extra)[:3])}.")
-    regions = {key: region for name in listed for key, region in read_regions(folder / name).items()}
-    if regions.keys() != index.keys():
-        odd = sorted(regions.keys() ^ index.keys())
+    found = [(key, region) for name in listed for key, region in read_regions(folder / name).items()]
+    odd = sorted({key for key, region in found if index.get(key) != region.file.name} | (index.keys() - dict(found)))
+    if odd:
         raise ValueError(f"the index and the shards of {folder} disagree about {len(odd)} tensors, such as {odd[0]}.")
-    return regions
+    return dict(found)
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    content = read_json(path)
+    index = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise ValueError(f"{path} lists no tensors: it is broken; fetch it again.")
+    return index
 
 
 def _reexpressed(values: dict[str, Any], tensors: dict[str, Region | Virtual]) -> dict[str, Region | Virtual]:

@@ -6,10 +6,12 @@ A file is an 8-byte length, a JSON header (name -> dtype, shape, byte range), th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,20 +58,24 @@ def read_regions(file: Path) -> dict[str, Region]:
         length = int.from_bytes(handle.read(8), "little")
         if not 2 <= length <= size - 8:
             raise ValueError(f"{file} is truncated or not a safetensors file: fetch it again.")
+        base = 8 + length
         try:
             header = json.loads(handle.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            regions = {key: _region(file, key, entry, base) for key, entry in header.items() if key != "__metadata__"}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{file} has a broken safetensors header: fetch it again.") from error
-    header.pop("__metadata__", None)
-    base = 8 + length
-    regions = {
-        key: Region(file, key, entry["dtype"], tuple(entry["shape"]), *(base + o for o in entry["data_offsets"]))
-        for key, entry in header.items()
-    }
     end = max((region.stop for region in regions.values()), default=base)
     if end != size:
         raise ValueError(f"{file} is {size} bytes long where its header says {end}: it is truncated; fetch it again.")
     return regions
+
+
+def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> Region:
+    start, stop = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] in STORED_DTYPES and stop - start != math.prod(shape) * STORED_DTYPES[entry["dtype"]].itemsize:
+        raise ValueError(f"{key} has {stop - start} bytes for the shape {shape}")
+    return Region(file, key, entry["dtype"], shape, base + start, base + stop)
 
 
 def write_shard(file: Path, tensors: Mapping[str, Tensor | Region]) -> None:

@@ -6,7 +6,6 @@ any moment, run the same command again, and at most one layer is done twice. A f
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,12 +38,15 @@ class CheckpointWriter:
         self._begin(identity)
 
     def _begin(self, identity: str) -> None:
-        state = self.partial / STATE
-        if self.partial.exists() and not (state.is_file() and read_json(state).get("identity") == identity):
-            require_ours(self.partial)
+        begun = _begun_identity(self.partial)
+        if begun is not None and begun != identity:
             shutil.rmtree(self.partial)
+        elif begun is None and any(path.name != STATE + ".tmp" for path in self.partial.glob("*")):
+            raise ValueError(
+                f"{self.partial} is not unfinished work of moe-compress: move it away, or choose another out=."
+            )
         self.partial.mkdir(parents=True, exist_ok=True)
-        write_json(state, {"identity": identity})
+        write_json(self.partial / STATE, {"identity": identity})
 
     def _shard(self, layer: int | None) -> Path:
         number = 1 if layer is None else layer + 2
@@ -70,9 +72,11 @@ class CheckpointWriter:
         stored = {key: self.source.tensors.get(key, default) for key in tensors}
         write_shard(self._shard(layer), {key: _as_stored(tensors[key], stored[key]) for key in tensors})
 
-    def finish(self, values: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Write what makes it a checkpoint: companions, manifest, index, config; then give it its name."""
-        for name, text in hf.modelling_files(dict(values)).items():
+    def finish(
+        self, values: Mapping[str, Any], manifest: Mapping[str, Any], files: Mapping[str, str] | None = None
+    ) -> None:
+        """Write what makes it a checkpoint: companions, `files`, manifest, index, config; then give it its name."""
+        for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         copy_companions(self.source.folder, self.partial)
         write_json(self.partial / MANIFEST, manifest)
@@ -120,13 +124,36 @@ def require_free(out: Path) -> None:
         raise ValueError(f"{out} already holds something: choose another folder with out=, or remove it first.")
 
 
-def require_ours(partial: Path) -> None:
-    """Refuse to clear a folder that this package did not begin."""
-    if any(partial.iterdir()) and not (partial / STATE).is_file():
-        raise ValueError(f"{partial} is not unfinished work of moe-compress: move it away, or choose another out=.")
+def _begun_identity(partial: Path) -> str | None:
+    """Which run began this folder; None if this package did not. Killed just before its renaming, it has no state."""
+    for name in (STATE, MANIFEST):
+        if (partial / name).is_file():
+            return str(read_json(partial / name).get("identity"))
+    return None
+
+
+def begun_bytes(out: Path) -> int:
+    """What an interrupted run has already written of a checkpoint."""
+    return sum(path.stat().st_size for path in partial_folder(out).glob("*.safetensors"))
 
 
 def manifest_of(folder: Path) -> dict[str, Any] | None:
     """What a finished checkpoint of ours says about itself; None for any other folder."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or "identity" not in manifest:
+        raise ValueError(
+            f"{path} is not what moe-compress writes into a checkpoint: remove it, or make the folder anew."
+        )
+    return manifest
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove an intermediate checkpoint of ours, and nothing else; what names it goes last, in case of a kill."""
+    if manifest_of(folder) is None:
+        return
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
+        path.unlink()
+    folder.rmdir()

@@ -106,6 +106,9 @@ def edited_values(values: Mapping[str, Any], edits: Sequence[Edit]) -> tuple[dic
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
         return base, True
+    if base.get("num_nextn_predict_layers"):
+        # Their experts are not cut, and engines read one expert count for all layers: they are left out.
+        base["num_nextn_predict_layers"] = 0
     config = hf.config_from(base)
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)

@@ -21,12 +21,11 @@ class Family:
 
     count_key, top_k_key: config keys of the routed experts per layer and of those active per token;
     router: child of the MoE block that routes (None: the one whose class name says so);
-    shared: dotted names, inside the layer, of experts that every token passes (None: looked for in the block);
     router_scores: the function the router applies to its logits before it selects;
     paper_gate: which gate mass the Unified-MoE-Compression code sums for this family;
-    min_per_group: fewest experts a group may keep, where routing is limited to groups;
+    min_per_group: fewest experts a group may keep, where routing is limited to groups (most add up the best two);
     logits_at: which of the router's outputs of width E are its logits;
-    gate_on_input: the gate weight multiplies the expert's input instead of its output;
+    normed_output: a norm stands between the experts and the stream, so their share of it is not known;
     no_expert_edits: why experts cannot be dropped here, if they cannot.
     """
 
@@ -34,33 +33,37 @@ class Family:
     count_key: str = ""
     top_k_key: str = ""
     router: str | None = None
-    shared: str | None = None
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     paper_gate: Literal["full", "topk"] = "full"
-    min_per_group: int = 1
+    min_per_group: int = 2
     logits_at: int = 0
-    gate_on_input: bool = False
+    normed_output: bool = False
     no_expert_edits: str | None = None
 
 
 def _sigmoid(model_type: str, **more: Any) -> Family:
-    return Family(model_type=model_type, router_scores="sigmoid", min_per_group=2, **more)
+    return Family(model_type=model_type, router_scores="sigmoid", **more)
 
 
+SIGMOID_ROUTERS = (
+    "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe",
+    "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna",
+    "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open",
+)  # fmt: skip
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(model_type="deepseek_v2", paper_gate="topk"),
+        *map(_sigmoid, SIGMOID_ROUTERS),
+        Family(model_type="deepseek", paper_gate="topk"),
+        Family(model_type="deepseek_v2", paper_gate="topk", min_per_group=1),
         _sigmoid("deepseek_v3", paper_gate="topk"),
-        _sigmoid("glm4_moe"),
-        _sigmoid("dots1"),
-        _sigmoid("nemotron_h"),
-        _sigmoid("minimax_m2"),
-        _sigmoid("afmoe"),
-        _sigmoid("lfm2_moe"),
-        _sigmoid("llama4_text", logits_at=1, gate_on_input=True),
-        Family(model_type="granitemoeshared", shared="shared_mlp"),
-        Family(model_type="granitemoehybrid", shared="shared_mlp"),
+        _sigmoid("llama4_text", logits_at=1),
+        Family(model_type="flex_olmo", normed_output=True),
+        *(_sigmoid(name, normed_output=True) for name in ("afmoe", "beam", "kolibri1")),
+        Family(
+            model_type="deepseek_v4",
+            no_expert_edits="its first layers look experts up in a table of token ids, which no edit here rewrites yet",
+        ),
         Family(
             model_type="jetmoe",
             no_expert_edits="its attention is routed by the same expert count as its MLP, so neither can be cut alone",
@@ -74,6 +77,7 @@ FAMILIES: dict[str, Family] = {
 
 # Architectures that transformers 5.23 cannot build, but another one expresses exactly (see checkpoint/reader.py).
 ALIASES = {"deepseek": "qwen2_moe"}
+ORIGIN_KEY = "reexpressed_from"
 
 REFUSED = {
     "dbrx": "its experts are one flat matrix per projection, which no edit here can cut yet",
@@ -98,7 +102,8 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"{base_type} is not a Mixture-of-Experts architecture that is known here: its config has none of "
             f"{', '.join(COUNT_KEYS)} or none of {', '.join(TOP_K_KEYS)}."
         )
-    return replace(family, count_key=count_key, top_k_key=top_k_key)
+    origin = FAMILIES.get(getattr(config, ORIGIN_KEY, ""), family)
+    return replace(family, count_key=count_key, top_k_key=top_k_key, paper_gate=origin.paper_gate)
 
 
 def groups_of(config: PreTrainedConfig) -> tuple[int, int]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe_compress.model.families import Family, family_of, groups_of
 from moe_compress.model.hf import decoder_layers
 
 ROUTER_WORDS = ("Router", "Gate", "Gating")
-SHARED_NAMES = ("shared_experts", "shared_expert", "shared_mlp")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,11 +183,6 @@ def moe_shapes(model: PreTrainedModel) -> list[MoEShape]:
         )
         for index, view in moe_views(model).items()
     ]
-
-
-def count_key_values(config: PreTrainedConfig, experts: int) -> dict[str, int]:
-    """The config entries that say how many routed experts each layer has."""
-    return {family_of(config).count_key: experts}
 
 
 def weight_sums(view: MoEView) -> dict[str, Tensor]:

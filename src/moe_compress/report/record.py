@@ -28,8 +28,8 @@ class Metric(BaseModel):
 class Record(BaseModel):
     """A run. A table holds records of one protocol; what was not measured is absent.
 
-    name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages ({} for the original itself);
-    protocol: everything a number depends on besides the model; sizes: parameters, bytes, touched, FLOPs;
+    name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages (none for
+    the original itself); protocol: all that a number depends on besides the model; sizes: parameters, bytes, ...
     cost: seconds and peak bytes; report: what the method had to say (experts without tokens, stability).
     """
 

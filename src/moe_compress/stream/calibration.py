@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -50,11 +50,14 @@ class Calibration:
     def load(cls, path: Path) -> Calibration:
         """Read an artefact back."""
         layers: dict[int, dict[str, Tensor]] = {}
-        with safe_open(path, "pt") as file:
-            meta = json.loads(file.metadata()["moe_compress"])
-            for key in file.keys():  # noqa: SIM118 - not a mapping
-                layer, _, name = key.partition(".")
-                layers.setdefault(int(layer), {})[name] = file.get_tensor(key)
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads(file.metadata()["moe_compress"])
+                for key in file.keys():  # noqa: SIM118 - not a mapping
+                    layer, _, name = key.partition(".")
+                    layers.setdefault(int(layer), {})[name] = file.get_tensor(key)
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not a whole calibration: remove it, and it is measured anew.") from error
         ordered = dict(sorted(layers.items()))
         return cls(ordered, tuple(meta["domains"]), meta["identity"], meta["description"])
 
@@ -91,9 +94,11 @@ def component_weights(calibration: Calibration, mix: Mapping[str, float], fold_l
     return weight_C
 
 
-def calibration_identity(checkpoint: Checkpoint, windows: Windows, dtype: torch.dtype) -> str:
-    """What a calibration depends on."""
-    return fingerprint(VERSION, checkpoint.fingerprint, windows.fingerprint, str(dtype))
+def calibration_identity(
+    checkpoint: Checkpoint, windows: Windows, dtype: torch.dtype, device: torch.device, attn: str | None
+) -> str:
+    """What a calibration depends on: model, text and arithmetic."""
+    return fingerprint(VERSION, checkpoint.fingerprint, windows.fingerprint, str(dtype), device.type, attn)
 
 
 def calibrate(

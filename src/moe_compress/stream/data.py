@@ -109,7 +109,9 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
     }
     if spec.source == "zoo":
         description["text"] = zoo_text.fingerprint()
-    identity = fingerprint(tensor_bytes(ids), tensor_bytes(mask), tensor_bytes(document), list(domains), spec.length)
+    identity = fingerprint(
+        tensor_bytes(ids), tensor_bytes(mask), tensor_bytes(document), tensor_bytes(domain), list(domains), spec.length
+    )
     return Windows(ids, mask, document, domain, domains, identity, description)
 
 

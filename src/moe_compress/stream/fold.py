@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import ctypes.util
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,52 +114,64 @@ def fold(
     run goes on where it stopped.
     """
     size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
-    slices = list(windows.batches(size))
-    hidden, calls = _enter(layers, windows, slices)
-    infos = [_batch_info(windows, batch, layers.device) for batch in slices]
-    seen, start = _resume(state, hidden, slices)
+    batches = [_Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
+    hidden_NSD = _enter(layers, windows, batches)
+    seen, start = _resume(state, hidden_NSD)
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
-            seen.append(_run_layer(index, layer, hidden, [call[index] for call in calls], infos, observers))
+            seen.append(_run_layer(index, layer, hidden_NSD, batches, observers))
         if state is not None:
-            _save(state, index, seen[-1], hidden)
+            _save(state, index, seen[-1], hidden_NSD)
         if progress is not None:
             progress(index + 1, count)
-    return seen, torch.cat(hidden)
+    return seen, hidden_NSD
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Windows that run together, and how each layer is called for them."""
+
+    rows: slice
+    info: BatchInfo
+    calls: list[hf.LayerCall] = field(default_factory=list)
 
 
 def _run_layer(
     index: int,
     layer: nn.Module,
-    hidden: list[Tensor],
-    calls: Sequence[hf.LayerCall],
-    infos: Sequence[BatchInfo],
+    hidden_NSD: Tensor,
+    batches: Sequence[_Batch],
     observers: Sequence[Observer],
 ) -> list[dict[str, Tensor]]:
+    """Run one layer on every batch; the hidden states are replaced in place."""
     for observer in observers:
         observer.enter(index, layer)
-    for number, call in enumerate(calls):
+    for batch in batches:
         for observer in observers:
-            observer.begin(infos[number])
-        hidden[number] = hf.run_layer(layer, hidden[number], call)
+            observer.begin(batch.info)
+        out_BSD = hf.run_layer(layer, hidden_NSD[batch.rows], batch.calls[index])
         for observer in observers:
-            observer.end(hidden[number])
+            observer.end(out_BSD)
+        hidden_NSD[batch.rows] = out_BSD
     return [observer.leave() for observer in observers]
 
 
-def _enter(layers: Layers, windows: Windows, slices: Sequence[slice]) -> tuple[list[Tensor], list[list[hf.LayerCall]]]:
-    """Embed every batch; batches that are called alike share one record of their calls."""
-    hidden: list[Tensor] = []
-    calls: list[list[hf.LayerCall]] = []
-    alike: dict[tuple[int, ...], list[hf.LayerCall]] = {}
-    for batch in slices:
-        ids = windows.ids_NS[batch].to(layers.device)
-        mask = windows.mask_of(batch, layers.device)
-        entered, made = hf.enter(layers.model, ids, mask)
-        hidden.append(entered)
-        calls.append(alike.setdefault(tuple(ids.shape), made) if mask is None else made)
-    return hidden, calls
+def _enter(layers: Layers, windows: Windows, batches: Sequence[_Batch]) -> Tensor:
+    """Embed every batch, [N, S, D], and note how layers are called; batches called alike share one note."""
+    hidden_NSD: Tensor | None = None
+    first: list[hf.LayerCall] = []
+    for batch in batches:
+        ids_BS = windows.ids_NS[batch.rows].to(layers.device)
+        mask_BS = windows.mask_of(batch.rows, layers.device)
+        entered_BSD, calls = hf.enter(layers.model, ids_BS, mask_BS)
+        first = first or calls
+        batch.calls = first if hf.called_alike(first, calls) else calls
+        if hidden_NSD is None:
+            hidden_NSD = entered_BSD.new_empty((len(windows), *entered_BSD.shape[1:]))
+        hidden_NSD[batch.rows] = entered_BSD
+    assert hidden_NSD is not None
+    return hidden_NSD
 
 
 def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchInfo:
@@ -170,26 +183,24 @@ def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchIn
 # --- resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden: Sequence[Tensor]) -> None:
+def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden_NSD: Tensor) -> None:
     """First what was seen of the layer, then the hidden states that leave it: a kill in between repeats it."""
     state.mkdir(parents=True, exist_ok=True)
     write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
-    write_shard(state / BOUNDARY, {"next": torch.tensor(index + 1), "hidden": torch.cat(list(hidden))})
+    write_shard(state / BOUNDARY, {"next": torch.tensor(index + 1), "hidden": hidden_NSD})
 
 
 def _layer_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
-def _resume(
-    state: Path | None, hidden: list[Tensor], slices: Sequence[slice]
-) -> tuple[list[list[dict[str, Tensor]]], int]:
+def _resume(state: Path | None, hidden_NSD: Tensor) -> tuple[list[list[dict[str, Tensor]]], int]:
+    """What was seen of finished layers, and the first layer to run; the hidden states are read back in place."""
     if state is None or not (state / BOUNDARY).is_file():
         return [], 0
     with safe_open(state / BOUNDARY, "pt") as kept:
         start = int(kept.get_tensor("next"))
-        for number, batch in enumerate(slices):
-            hidden[number] = kept.get_slice("hidden")[batch].to(hidden[number].device).clone()
+        hidden_NSD.copy_(kept.get_tensor("hidden"))
     seen = []
     for index in range(start):
         parts: dict[int, dict[str, Tensor]] = {}

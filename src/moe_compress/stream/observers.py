@@ -112,6 +112,7 @@ class ExpertSums:
     def _router(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self.view is not None
         experts = self.view.num_experts
+        assert isinstance(output, tuple), "a router returns (logits, weights, indices)"
         logits_TE = [t for t in output if t.is_floating_point() and t.shape[-1] == experts][self.family.logits_at]
         logits_TE = logits_TE.reshape(-1, experts)[self.batch.real_T].double()
         if self.family.router_scores == "sigmoid":
@@ -129,7 +130,7 @@ class ExpertSums:
             return
         cell_R, token_R, gated_R, routed_TD = self.pending
         after_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-        if after_TD.shape != routed_TD.shape:
+        if self.family.normed_output or after_TD.shape != routed_TD.shape:
             self.easy_ep.fill_(torch.nan)
             return
         before_TD = after_TD.float() - self.residual_scale * routed_TD.float()

@@ -21,6 +21,8 @@ from moe_compress.registry import Need, method
 from moe_compress.stream.observers import LayerSums
 
 PROTECTED = re.compile(r"(\d+):(\d+)")
+# Where experts that no token reached rank: beyond every score, but short of the infinity of protected experts.
+EXTREME = 1e300
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
@@ -29,10 +31,21 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
     return "weights" if parameters["score"] in WEIGHT_SCORES else "nothing"
 
 
-def check(shapes: Sequence[MoEShape], *, keep: int | None, ratio: float | None, budget: str, **_: Any) -> Plan:
-    """Whether the counts are possible, from shapes alone: a plan with the right counts and arbitrary ids."""
-    blank = {shape.layer: torch.zeros(shape.num_experts, dtype=torch.float64) for shape in shapes}
-    return Plan(_choose(shapes, blank, _kept(shapes, keep, ratio), budget), {}, {})
+def check(
+    shapes: Sequence[MoEShape], *, keep: int | None, ratio: float | None, budget: str, protect: str, **_: Any
+) -> Plan:
+    """Whether the counts are possible, from shapes alone: a plan with the right counts and arbitrary ids.
+
+    A global budget is spread evenly but for one layer, so that the plan is as uneven as the real one will be, and
+    later stages are refused only where they must be.
+    """
+    blank = {shape.layer: torch.arange(shape.num_experts, dtype=torch.float64) for shape in shapes}
+    blank[shapes[0].layer] -= 1
+    protected = {} if protect == "super" else _protected(protect, shapes)
+    _put_last(blank, protected)
+    edits = _choose(shapes, blank, _kept(shapes, keep, ratio), budget)
+    _require_protected(edits, protected)
+    return Plan(edits, {}, {})
 
 
 @method(
@@ -63,7 +76,7 @@ def expert_drop(
     keep: experts left per layer (on average, with budget=global), or ratio: fraction removed;
     budget: the same count in every layer, or one threshold over the model with a floor of top-k per layer;
     gate: what gate_mass sums: top-k gates, the full softmax, or what the paper's code sums for this family;
-    reverse: drop the highest instead, as a control; protect: `layer:expert,...`, or `super` for super experts;
+    reverse: drop the highest instead, as a control (experts without tokens as `unseen` says); protect: `layer:expert,...`, or `super` for super experts;
     unseen: experts that no token reached go first, stay, or are an error.
     """
     shapes = [layer.shape for layer in layers]
@@ -71,9 +84,8 @@ def expert_drop(
     table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in layers}
     missed = {layer.shape.layer: _unseen(layer) for layer in layers}
     ranked = {i: _with_unseen(i, -s if reverse else s, missed[i], unseen) for i, s in table.items()}
-    protected = _protected(protect, layers)
-    for index, ids in protected.items():
-        ranked[index][ids] = torch.inf
+    protected = _super(layers) if protect == "super" else _protected(protect, shapes)
+    _put_last(ranked, protected)
     edits = _choose(shapes, ranked, kept, budget)
     _require_protected(edits, protected)
     report = {
@@ -117,9 +129,10 @@ def _with_unseen(index: int, score_E: Tensor, unseen: Sequence[int], policy: str
             "unseen=drop or unseen=keep."
         )
     score_E = score_E.clone()
-    score_E[list(unseen)] = torch.inf if policy == "keep" else -torch.inf
-    if bool(score_E.isnan().any()):
-        raise ValueError(f"layer {index}: a score is not a number.")
+    score_E[list(unseen)] = EXTREME if policy == "keep" else -EXTREME
+    bad = (~score_E.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"layer {index}: the scores of experts {bad[:8]} are not finite: choose another score=.")
     return score_E
 
 
@@ -128,21 +141,31 @@ def _reported(score_E: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in score_E.tolist()]
 
 
-def _protected(text: str, layers: Sequence[LayerSums]) -> dict[int, list[int]]:
+def _super(layers: Sequence[LayerSums]) -> dict[int, list[int]]:
+    maxima = {layer.shape.layer: layer.sums["max"] for layer in layers}
+    return scores.super_experts(maxima, layers[0].total_layers)
+
+
+def _put_last(ranked: Mapping[int, Tensor], protected: Mapping[int, Sequence[int]]) -> None:
+    """Let the protected experts outrank all others."""
+    for index, ids in protected.items():
+        ranked[index][list(ids)] = torch.inf
+
+
+def _protected(text: str, shapes: Sequence[MoEShape]) -> dict[int, list[int]]:
     if text == "none":
         return {}
-    if text == "super":
-        maxima = {layer.shape.layer: layer.sums["max"] for layer in layers}
-        return scores.super_experts(maxima, layers[0].total_layers)
     found: dict[int, list[int]] = {}
-    counts = {layer.shape.layer: layer.shape.num_experts for layer in layers}
+    counts = {shape.layer: shape.num_experts for shape in shapes}
     for word in text.split(","):
         match = PROTECTED.fullmatch(word.strip())
         if match is None:
             raise ValueError(f"expert_drop.protect={text}: `super`, `none` or a list such as 0:3,2:7 (layer:expert).")
         index, expert = int(match.group(1)), int(match.group(2))
-        if expert >= counts.get(index, 0):
-            raise ValueError(f"expert_drop.protect={word}: there is no such routed expert; MoE layers: {list(counts)}.")
+        if index not in counts:
+            raise ValueError(f"expert_drop.protect={word}: layer {index} has no experts; MoE layers: {list(counts)}.")
+        if expert >= counts[index]:
+            raise ValueError(f"expert_drop.protect={word}: layer {index} has experts 0 to {counts[index] - 1}.")
         found.setdefault(index, []).append(expert)
     return found
 

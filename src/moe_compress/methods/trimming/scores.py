@@ -84,10 +84,13 @@ def aimer(sums: Sums) -> Tensor:
 def easy_ep(sums: Sums) -> Tensor:
     """Sum over X_e of g_e |f_e| times one minus the token's cosine before and after the routed experts.
 
-    EASY-EP, arXiv 2504.06792. Raises ValueError where the experts work in another space than the stream.
+    EASY-EP, arXiv 2504.06792. Raises ValueError where the experts' share of the stream is not known.
     """
     if bool(sums["easy_ep"].isnan().any()):
-        raise ValueError("score=easy_ep is not defined here: this family's experts work in a latent space.")
+        raise ValueError(
+            "score=easy_ep is not defined here: this family's experts work in a latent space, or a norm stands "
+            "between them and the stream."
+        )
     return sums["easy_ep"]
 
 

@@ -9,7 +9,7 @@ from moe_compress.model.hf.architectures import (
     modelling_files,
     register_edited_architectures,
 )
-from moe_compress.model.hf.calls import LayerCall, enter, head, run_layer
+from moe_compress.model.hf.calls import LayerCall, called_alike, enter, head, run_layer
 from moe_compress.model.hf.experts import EXPERTS_FUNCTION, RoutedRows, tap, use_experts_function
 from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize
 from moe_compress.model.hf.skeleton import (
@@ -29,6 +29,7 @@ __all__ = [
     "LayerCall",
     "RoutedRows",
     "buffers_to",
+    "called_alike",
     "checkpoint_tensors",
     "config_from",
     "decoder_layers",

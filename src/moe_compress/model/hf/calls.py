@@ -25,6 +25,25 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
+def called_alike(these: list[LayerCall], others: list[LayerCall]) -> bool:
+    """Whether two recordings hold the same arguments, so that one of them is enough to keep."""
+    seen: dict[tuple[int, int], bool] = {}
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            pair = id(a), id(b)
+            if pair not in seen:
+                seen[pair] = a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+            return seen[pair]
+        if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        if isinstance(a, dict) and isinstance(b, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+    return all(same(a.args, b.args) and same(a.kwargs, b.kwargs) for a, b in zip(these, others, strict=True))
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer: keeps the call and returns `output`, or what it was given."""
 

@@ -14,6 +14,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
@@ -51,7 +52,24 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = No
             model = AutoModelForCausalLM.from_config(config, **keywords)
     except ImportError as error:
         raise ValueError(f"attn={attn} is not available here: {error}") from error
+    _keep_in_fp32(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give fp32 to what `from_pretrained` keeps in fp32 in a half-precision model: above all, selection biases."""
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    kept, _, _ = build_glob_alternation(list(plan))
+    for name, tensor in model.state_dict().items():
+        if kept.search(name) and tensor.is_floating_point():
+            module_name, _, leaf = name.rpartition(".")
+            module = model.get_submodule(module_name)
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
+            else:
+                module._buffers[leaf] = tensor.float()
 
 
 def stack(model: PreTrainedModel) -> Any:

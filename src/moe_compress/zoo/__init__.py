@@ -1,0 +1,32 @@
+"""The zoo: tiny trained models that ship with the package, and the text they are measured on.
+
+A folder of the zoo is an ordinary Hugging Face checkpoint with a card. `text` and `tasks` need
+the standard library only; `train` and `card` are how the models came to be.
+"""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+
+NAMES = ("tiny-mixtral", "tiny-mixtral-seed1", "tiny-deepseek", "tiny-deepseek-seed1")
+
+
+def path(name: str) -> Path:
+    """Return the folder of a shipped model."""
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no shipped model {name!r}: there are {', '.join(NAMES)}.{hint}")
+    return Path(str(resources.files(__name__) / "models" / name))
+
+
+def config_path(hub_id: str) -> Path | None:
+    """Return the shipped config.json of a well-known model, by its hub id; None for any other."""
+    found = Path(str(resources.files(__name__) / "configs" / hub_id.replace("/", "--") / "config.json"))
+    return found if found.is_file() else None
+
+
+def known_configs() -> tuple[str, ...]:
+    """Return the hub ids whose shapes ship with the package, so that planning needs no network."""
+    folders = Path(str(resources.files(__name__) / "configs"))
+    return tuple(sorted(folder.name.replace("--", "/") for folder in folders.iterdir()))

@@ -1,0 +1,312 @@
+"""Recipes: three ways to write one, what overrides what, and an answer to every word that means nothing."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from moe_compress import registry
+from moe_compress.recipe import Options, make_options, parse, split_words
+from moe_compress.registry import coerce, method
+
+
+def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:
+    """The parameters of a recipe's one stage."""
+    (stage,) = parse(sentence, overrides, options).stages
+    return stage.parameters
+
+
+@pytest.fixture
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second method that takes `keep` too, for one test."""
+    monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
+
+    @method("model", group="test", paper="none")
+    def shrink(layers: object, *, keep: int = 4, width: float | None = None, must: str) -> None:
+        """Exists for a test."""
+
+
+# --- sentences ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sentence_has_every_default_written_out():
+    parameters = only("expert_drop score=ean")
+    assert parameters == {
+        "score": "ean",
+        "keep": None,
+        "ratio": 0.25,
+        "budget": "layer",
+        "gate": "topk",
+        "reverse": False,
+        "protect": "none",
+        "unseen": "drop",
+        "seed": 0,
+    }
+    options = parse("expert_drop").options
+    assert (options.data, options.samples, options.length) == ("zoo", 64, 256)
+    assert (options.eval_data, options.eval_length) == ("zoo", 256)
+
+
+def test_models_from_elsewhere_use_the_field_s_own_texts():
+    options = parse("expert_drop", options={"model": "mistralai/Mixtral-8x7B-v0.1"}).options
+    assert (options.data, options.samples, options.length, options.eval_data) == ("c4", 128, 2048, "wikitext2")
+
+
+def test_words_are_typed():
+    parameters = only("expert_drop keep=6 reverse=true protect=0:1,2:3 seed=7")
+    assert (parameters["keep"], parameters["reverse"], parameters["protect"]) == (6, True, "0:1,2:3")
+    assert only("expert_drop ratio=1e-1")["ratio"] == 0.1
+    assert only("expert_drop keep=none ratio=0.5")["ratio"] == 0.5
+
+
+def test_stages_are_joined_by_plus():
+    recipe = parse("expert_drop keep=6 score=ean + identity + expert_drop keep=4")
+    assert [stage.method for stage in recipe.stages] == ["expert_drop", "identity", "expert_drop"]
+    assert [stage.parameters.get("keep") for stage in recipe.stages] == [6, None, 4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["expert_drop keep=6 score=ean", "samples=3"],
+        ["expert_drop", "keep=6", "score=ean", "samples=3"],
+        ["expert_drop score=ean", "samples=3", "keep=6"],
+        ["expert_drop score=ean keep=6 samples=3"],
+    ],
+)
+def test_quoted_and_unquoted_are_one(words):
+    sentence, overrides = split_words(words)
+    recipe = parse(sentence, overrides)
+    assert recipe.stages[0].given == {"score": "ean", "keep": 6}
+    assert recipe.options.samples == 3
+
+
+def test_several_stages_without_quotes_take_all_words():
+    sentence, overrides = split_words(["expert_drop", "keep=6", "+", "expert_drop", "keep=4", "out=my folder"])
+    recipe = parse(sentence, overrides)
+    assert [stage.parameters["keep"] for stage in recipe.stages] == [6, 4]
+    assert recipe.options.out == "my folder"
+    sentence, overrides = split_words(["expert_drop keep=6", "+", "identity"])
+    assert [stage.method for stage in parse(sentence, overrides).stages] == ["expert_drop", "identity"]
+
+
+# --- what overrides what --------------------------------------------------------------------------------------------
+
+
+def test_trailing_words_override():
+    assert only("expert_drop score=reap ratio=0.25", "score=ean")["score"] == "ean"
+    assert only("expert_drop", "expert_drop.score=ean")["score"] == "ean"
+    assert only("expert_drop", "1.score=ean")["score"] == "ean"
+    assert only("expert_drop", "score=ean", "score=man")["score"] == "man"
+
+
+def test_options_by_keyword_yield_to_words():
+    assert parse("expert_drop seed=1", options={"seed": 2}).options.seed == 2
+    assert parse("expert_drop seed=1", ["seed=3"], {"seed": 2}).options.seed == 3
+
+
+def test_a_rival_displaces_what_the_sentence_says():
+    parameters = only("expert_drop score=reap ratio=0.25", "keep=6")
+    assert (parameters["keep"], parameters["ratio"]) == (6, None)
+    parameters = only("expert_drop keep=6", "ratio=0.5")
+    assert (parameters["keep"], parameters["ratio"]) == (None, 0.5)
+    assert only("expert_drop ratio=0.5", "keep=none")["ratio"] == 0.5
+
+
+@pytest.mark.parametrize("words", [["expert_drop keep=6 ratio=0.5"], ["expert_drop", "keep=6", "ratio=0.5"]])
+def test_rivals_side_by_side_are_an_error(words):
+    with pytest.raises(ValueError, match="keep= or ratio=, not both"):
+        parse(*split_words(words))
+
+
+def test_a_preset_fills_in_what_is_not_said():
+    paper = {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25}
+    assert paper.items() <= only("expert_drop preset=paper").items()
+    assert only("expert_drop preset=paper ratio=0.5")["ratio"] == 0.5
+    parameters = only("expert_drop preset=paper keep=6")
+    assert (parameters["keep"], parameters["ratio"], parameters["budget"]) == (6, None, "global")
+
+
+def test_a_trailing_preset_overrides_the_script_s_own_words():
+    script = "expert_drop score=reap budget=layer ratio=0.25"
+    assert only(script, "preset=paper") == only("expert_drop preset=paper")
+    assert only("expert_drop keep=4", "preset=paper")["keep"] is None
+    for words in (["preset=paper", "ratio=0.5"], ["ratio=0.5", "preset=paper"]):
+        assert only(script, *words) == only("expert_drop preset=paper ratio=0.5")
+
+
+def test_one_seed_for_text_and_methods_unless_a_stage_has_its_own():
+    recipe = parse("expert_drop + identity + expert_drop", ["seed=5", "1.seed=9"])
+    assert recipe.options.seed == 5
+    assert [stage.parameters.get("seed") for stage in recipe.stages] == [9, None, 5]
+
+
+@pytest.mark.usefixtures("shrink")
+def test_a_key_of_two_stages_must_say_which():
+    with pytest.raises(ValueError, match=r"keep= fits more than one stage: write expert_drop\.keep= or shrink\.keep="):
+        parse("expert_drop + shrink must=x", ["keep=6"])
+    recipe = parse("expert_drop + shrink must=x", ["shrink.keep=6", "score=ean"])
+    assert [stage.parameters["keep"] for stage in recipe.stages] == [None, 6]
+    assert recipe.stages[0].parameters["score"] == "ean"
+
+
+def test_two_stages_of_one_method_go_by_number():
+    for word in ("keep=5", "expert_drop.keep=5"):
+        with pytest.raises(ValueError, match=r"keep= fits more than one stage: write 1\.keep= or 2\.keep="):
+            parse("expert_drop keep=6 + expert_drop keep=4", [word])
+    recipe = parse("expert_drop keep=6 + expert_drop keep=4", ["1.keep=5"])
+    assert [stage.parameters["keep"] for stage in recipe.stages] == [5, 4]
+
+
+# --- words that mean nothing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sentence", "overrides", "said"),
+    [
+        ("exper_drop", [], r"unknown method 'exper_drop': did you mean 'expert_drop'\? known: expert_drop, identity"),
+        ("expert_drop scor=reap", [], r"unknown key 'scor': did you mean 'score'\? known: .*ratio.*samples"),
+        ("expert_drop", ["sampels=3"], r"unknown key 'sampels': did you mean 'samples'\?"),
+        ("expert_drop score=reep", [], r"expert_drop\.score=reep: did you mean 'reap'\? allowed: random, "),
+        ("expert_drop budget=loyer", [], r"expert_drop\.budget=loyer: did you mean 'layer'\?"),
+        ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: paper"),
+        ("identity preset=paper", [], "unknown key 'preset'"),
+        ("expert_drop keep=six", [], r"expert_drop\.keep=six: a whole number is needed"),
+        ("expert_drop keep=6.5", [], r"expert_drop\.keep=6\.5: a whole number is needed"),
+        ("expert_drop keep=", [], r"expert_drop\.keep=: a whole number is needed"),
+        ("expert_drop ratio=25%", [], r"expert_drop\.ratio=25%: a number is needed"),
+        ("expert_drop reverse=perhaps", [], r"expert_drop\.reverse=perhaps: allowed: true, false"),
+        ("expert_drop keep=6 keep=5", [], "keep= is given twice"),
+        ("expert_drop samples=3 samples=4", [], "samples= is given twice"),
+        ("expert_drop keep", [], r"'keep' is not key=value; stages are joined by \+"),
+        ("expert_drop +", [], "a method name is missing"),
+        ("", [], "a method name is missing"),
+        ("expert_drop out='x", [], "a quotation mark too many or too few"),
+        ("expert_drop", ["foo.keep=3"], r"foo\.keep=3: the recipe has no stage 'foo'; stages: expert_drop"),
+        ("expert_drop", ["2.keep=3"], r"the recipe has no stage '2'"),
+        ("expert_drop", ["expert_drop.kep=3"], r"expert_drop has no parameter 'kep'\. Did you mean 'keep'\?"),
+        ("expert_drop", ["samples=-1"], "samples=-1: a count is needed"),
+        ("expert_drop", ["samples=many"], "samples=many: a whole number is needed"),
+        ("expert_drop", ["eval=maybe"], "eval=maybe: allowed: true, false"),
+        ("expert_drop", ["seed=-1"], "seed=-1: a number from 0 to"),
+        ("expert_drop", [f"seed={10**30}"], "a number from 0 to"),
+        ("expert_drop", ["threads=0"], "threads=0: at least 1 is needed"),
+        ("expert_drop", ["name=a/b"], "name=a/b: a record's name has no `/`"),
+    ],
+)
+def test_mistakes_are_answered(sentence, overrides, said):
+    with pytest.raises(ValueError, match=said):
+        parse(sentence, overrides)
+
+
+def test_no_words_name_the_methods():
+    with pytest.raises(ValueError, match="names no method; methods: expert_drop, identity"):
+        split_words([])
+
+
+@pytest.mark.usefixtures("shrink")
+def test_a_parameter_without_default_must_be_given():
+    with pytest.raises(ValueError, match="shrink needs must="):
+        parse("shrink")
+    assert only("shrink must=x width=0.5")["width"] == 0.5
+
+
+def test_a_method_is_registered_once():
+    with pytest.raises(ValueError, match="'identity' is registered twice"):
+
+        @method("layer", group="test", paper="none")
+        def identity() -> None:
+            """Is there already."""
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "typed"),
+    [(int, "3", 3), (float, 1, 1.0), (float | None, None, None), (int | None, "none", None), (bool, True, True)],
+)
+def test_values_become_what_is_annotated(hint, value, typed):
+    got = coerce(hint, value, "x")
+    assert got == typed and type(got) is type(typed)
+
+
+@pytest.mark.parametrize(("hint", "value"), [(int, [3]), (str, {"a": 1}), (int, None), (int, True), (int, 6.0)])
+def test_values_that_do_not_fit_are_named(hint, value):
+    with pytest.raises(ValueError, match="x="):
+        coerce(hint, value, "x")
+
+
+def test_options_take_paths_and_refuse_strangers(tmp_path):
+    assert make_options({"out": tmp_path}).out == str(tmp_path)
+    with pytest.raises(ValueError, match="unknown key 'modle': did you mean 'model'"):
+        make_options({"modle": "x"})
+
+
+# --- YAML ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "expert_drop score=ean keep=6 samples=3 seed=4",
+        "expert_drop preset=paper",
+        "expert_drop ratio=0.1 protect=1:3,2:4 unseen=keep reverse=true",
+        "expert_drop keep=6 + identity + expert_drop ratio=0.5 mix=prose:2,code:1 pack=false",
+    ],
+)
+def test_a_recipe_survives_its_yaml(sentence, tmp_path):
+    recipe = parse(sentence, ["1.seed=9"] if "+" not in sentence else ["3.seed=9"])
+    path = tmp_path / "my recipe.yaml"
+    path.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert parse(str(path)) == recipe
+    assert set(yaml.safe_load(recipe.to_yaml())) == {"stages", *Options.model_fields} - {"out", "name", "results"}
+
+
+def test_words_override_yaml_too(tmp_path):
+    path = tmp_path / "recipe.yml"
+    path.write_text(parse("expert_drop keep=6 samples=3").to_yaml(), encoding="utf-8")
+    recipe = parse(str(path), ["ratio=0.5", "seed=7"], {"samples": 4})
+    assert recipe.stages[0].given == {"score": "reap", "ratio": 0.5, "seed": 7}
+    assert (recipe.options.samples, recipe.options.seed) == (4, 7)
+
+
+def test_yaml_may_be_short(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("stages: [identity, {expert_drop: {keep: 6, reverse: true}}]\nsamples: 5\n", encoding="utf-8")
+    recipe = parse(str(path))
+    assert recipe.stages[1].given == {"score": "reap", "keep": 6, "reverse": True}
+    assert recipe.options.samples == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stages: [", "is not valid YAML"),
+        ("stages: [\x00]", "is not valid YAML"),
+        ("just words", "needs a list under `stages:`"),
+        ("stages: []", "names no method"),
+        ("stages: [3]", "a stage is one method with its parameters, not 3"),
+        ("stages: [{3: {}}]", "a stage is one method"),
+        ("stages: [{expert_drop: 6}]", "a stage is one method"),
+        ("stages: [{expert_drop: {}, identity: {}}]", "a stage is one method"),
+        ("stages: [exper_drop]", "did you mean 'expert_drop'"),
+        ("stages: [{expert_drop: {kep: 6}}]", "Did you mean 'keep'"),
+        ("stages: [{expert_drop: {6: keep}}]", "has no parameter '6'"),
+        ("stages: [{expert_drop: {keep: 6.5}}]", "a whole number is needed"),
+        ("stages: [{expert_drop: {keep: true}}]", "a whole number is needed"),
+        ("stages: [{expert_drop: {keep: [6]}}]", "one word or number is needed"),
+        ("stages: [{expert_drop: {score: 3}}]", "allowed: random"),
+        ("stages: [{expert_drop: {score: null}}]", "one word or number is needed"),
+        ("stages: [{expert_drop: {keep: 6, ratio: 0.5}}]", "not both"),
+        ("stages: [identity]\nsampels: 3", "did you mean 'samples'"),
+        ("stages: [identity]\nsamples: {a: 1}", "one word or number is needed"),
+    ],
+)
+def test_broken_yaml_is_answered(text, said, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=said):
+        parse(str(path))
+
+
+def test_a_missing_yaml_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no recipe file .*none\.yaml"):
+        parse(str(tmp_path / "none.yaml"))

@@ -1,0 +1,239 @@
+"""What one fold records of routed experts equals the naive float64 reference, and does not depend on how it was cut."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import naive
+import tiny
+from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+from moe_compress.methods.trimming import scores
+from moe_compress.methods.trimming.expert_drop import expert_drop
+from moe_compress.model import hf
+from moe_compress.model.families import FAMILIES, family_of
+from moe_compress.model.moe import MoEView, moe_shapes, weight_sums
+from moe_compress.stream import fold as fold_module
+from moe_compress.stream.calibration import Calibration, component_weights, mix_components
+from moe_compress.stream.data import FOLDS, Windows
+from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.stream.observers import ExpertSums, LayerSums
+from test_identity import windows_of
+
+Sums = dict[int, dict[str, torch.Tensor]]
+CPU = torch.device("cpu")
+IDS = tiny.token_ids(rows=4, length=12)
+PADDED = torch.arange(12)[None] < torch.tensor([12, 7, 3, 10])[:, None]
+# A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.
+NORM_AFTER_EXPERTS = ("flex_olmo", "afmoe")
+TEXT_SCORES = sorted(set(scores.FUNCTIONS) - set(scores.WEIGHT_SCORES) - {"gate_mass_full"})
+
+
+def measured(checkpoint: Checkpoint, windows: Windows, left_out: int | None = None) -> Sums:
+    """Layer -> [E] sums, as a method is given them."""
+    observer = ExpertSums(family_of(checkpoint.config), checkpoint.config, FOLDS)
+    seen, _ = fold(StreamedLayers(checkpoint, CPU, torch.float32), windows, [observer])
+    calibration = Calibration({i: parts[0] for i, parts in enumerate(seen) if parts[0]}, windows.domains, "", {})
+    weights = component_weights(calibration, {}, left_out)
+    return {index: mix_components(table, weights) for index, table in calibration.layers.items()}
+
+
+def assert_scores(sums: Sums, expected: dict[int, naive.LayerReference], names: set[str], rtol: float = 1e-5) -> None:
+    assert sums.keys() == expected.keys()
+    for layer, reference in expected.items():
+        for name, value in reference.scores().items():
+            if name in names:
+                got = scores.FUNCTIONS[name](sums[layer])
+                torch.testing.assert_close(
+                    got, value, rtol=rtol, atol=1e-12, equal_nan=True, msg=lambda m, at=(layer, name): f"{at}: {m}"
+                )
+
+
+def assert_same_sums(a: Sums, b: Sums) -> None:
+    assert a.keys() == b.keys()
+    for layer, table in a.items():
+        assert torch.equal(table["count"], b[layer]["count"])
+        for name, value in table.items():
+            torch.testing.assert_close(
+                value, b[layer][name], rtol=1e-5, atol=1e-9, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+@pytest.mark.parametrize("family", tiny.EDITABLE)
+def test_every_score_equals_the_naive_reference(family, family_checkpoint):
+    expected = naive.reference(tiny.make(family), family, IDS, PADDED)
+    names = set(scores.FUNCTIONS) - ({"easy_ep"} if family in NORM_AFTER_EXPERTS else set())
+    assert_scores(measured(family_checkpoint(family), windows_of(IDS, PADDED)), expected, names)
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides"),
+    [("granitemoe", {"residual_multiplier": 0.22}), ("minimax", {"mlp_beta_factor": 0.5})],
+)
+def test_easy_ep_subtracts_what_the_block_really_adds(family, overrides, tmp_path):
+    checkpoint = open_checkpoint(tiny.save(tiny.make(family, **overrides), tmp_path))
+    expected = naive.reference(tiny.make(family, **overrides), family, IDS)
+    assert_scores(measured(checkpoint, windows_of(IDS)), expected, {"easy_ep"})
+
+
+def test_easy_ep_keeps_its_digits_where_experts_hardly_turn_the_token(tmp_path):
+    model = tiny.make("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.down_proj.data *= 3e-3
+    checkpoint = open_checkpoint(tiny.save(model, tmp_path))
+    sums = measured(checkpoint, windows_of(IDS))
+    assert_scores(sums, naive.reference(model, "mixtral", IDS), {"easy_ep"}, rtol=2e-3)
+
+
+def test_easy_ep_is_refused_in_a_latent_space(tmp_path):
+    checkpoint = open_checkpoint(tiny.save(tiny.make("nemotron_h", moe_latent_size=16), tmp_path))
+    for sums in measured(checkpoint, windows_of(IDS)).values():
+        assert scores.ean(sums).sum() > 0
+        with pytest.raises(ValueError, match="latent"):
+            scores.easy_ep(sums)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weight_scores_keep_their_digits_on_wide_experts(dtype):
+    generator = torch.Generator().manual_seed(0)
+    experts, router = nn.Module(), nn.Linear(8, 2, bias=False)
+    experts.gate_up_proj = nn.Parameter(torch.randn(2, 2048, 1024, generator=generator).to(dtype))
+    experts.down_proj = nn.Parameter(torch.randn(2, 1024, 1024, generator=generator).to(dtype))
+    sums = {f"weight_{k}": v for k, v in weight_sums(MoEView(nn.Module(), experts, router, {})).items()}
+    flat = torch.cat([experts.gate_up_proj.flatten(1), experts.down_proj.flatten(1)], dim=1).double()
+    expected = -flat.abs().mean(1) / flat.square().mean(1).sqrt()
+    torch.testing.assert_close(scores.aimer(sums), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(scores.weight_norm(sums), flat.norm(dim=1), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [*((family, torch.bfloat16) for family in tiny.CONFIGS), ("gpt_oss", torch.float16), ("afmoe", torch.float16)],
+)
+def test_half_precision_layers_are_the_stock_models(family, dtype, family_folder, family_checkpoint):
+    """Selection biases stay in fp32: rounded to bf16, they would choose other experts."""
+    expected = AutoModelForCausalLM.from_pretrained(family_folder(family), dtype=dtype).state_dict()
+    layers = StreamedLayers(family_checkpoint(family), CPU, dtype)
+    for index in range(family_checkpoint(family).num_layers):
+        with layers.layer(index):
+            for name, tensor in hf.layer_state(layers.model, index).items():
+                assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
+
+
+def test_every_sigmoid_router_of_transformers_is_known():
+    """Read from the modelling files, so that the next release of transformers names the families it adds."""
+    router = re.compile(r"^class \w+(?:Top[kK]|TokenChoice)Router\(.*?(?=^\S|\Z)", re.M | re.S)
+    found: set[str] = set()
+    for file in Path(transformers.models.__file__).parent.glob("*/modeling_*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "@use_experts" in text and any("sigmoid" in r and "softmax(" not in r for r in router.findall(text)):
+            config = file.with_name(file.name.replace("modeling_", "configuration_")).read_text(encoding="utf-8")
+            found |= set(re.findall(r"model_type = \"(\w+)\"", config))
+    known = {name for name, family in FAMILIES.items() if family.router_scores == "sigmoid"}
+    assert {"deepseek_v3", "glm4_moe", "nemotron_h"} <= found
+    # A multimodal wrapper, and a router that ranks its shared experts, too.
+    unusual = {"dots3_note", "inkling_text"}
+    assert found & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= known | unusual
+
+
+@pytest.mark.parametrize("family", tiny.EDITABLE)
+def test_sums_do_not_depend_on_the_batch_size(family, family_checkpoint, monkeypatch):
+    checkpoint = family_checkpoint(family)
+    whole = measured(checkpoint, windows_of(IDS))
+    monkeypatch.setattr(fold_module, "TOKENS_PER_BATCH", 12 * 3)
+    assert_same_sums(measured(checkpoint, windows_of(IDS)), whole)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text"])
+def test_sums_do_not_depend_on_order_or_padding(family, family_checkpoint, monkeypatch):
+    checkpoint = family_checkpoint(family)
+    whole = measured(checkpoint, windows_of(IDS, PADDED))
+    monkeypatch.setattr(fold_module, "TOKENS_PER_BATCH", 12 * 2)
+    order = torch.tensor([2, 0, 3, 1])
+    assert_same_sums(measured(checkpoint, windows_of(IDS[order], PADDED[order])), whole)
+    alone = [measured(checkpoint, windows_of(row[m][None])) for row, m in zip(IDS, PADDED, strict=True)]
+    total: Sums = {i: {k: torch.stack([a[i][k] for a in alone]) for k in alone[0][i]} for i in alone[0]}
+    joined = {i: {k: t[0] if "weight" in k else t.amax(0) if k == "max" else t.sum(0) for k, t in table.items()}
+              for i, table in total.items()}  # fmt: skip
+    assert_same_sums(joined, whole)
+
+
+def test_a_fold_left_out_is_its_windows_left_out(family_checkpoint):
+    checkpoint = family_checkpoint("mixtral")
+    without = measured(checkpoint, windows_of(IDS), left_out=1)
+    assert_same_sums(without, measured(checkpoint, windows_of(IDS[[0, 2, 3]])))
+
+
+def test_experts_that_do_not_report_are_noticed(family_checkpoint, monkeypatch):
+    monkeypatch.setattr(fold_module.hf, "use_experts_function", lambda model: None)
+    with pytest.raises(AssertionError, match="layer 0: tokens were routed, but no expert reported one"):
+        measured(family_checkpoint("mixtral"), windows_of(IDS))
+
+
+# --- from sums to a plan --------------------------------------------------------------------------------------
+
+
+def layer_sums(checkpoint: Checkpoint, sums: Sums) -> list[LayerSums]:
+    model = StreamedLayers(checkpoint, CPU, torch.float32).model
+    return [LayerSums(shape, sums[shape.layer], checkpoint.num_layers, "full") for shape in moe_shapes(model)]
+
+
+@pytest.mark.parametrize("score", ["reap", "frequency", "aimer"])
+def test_expert_drop_keeps_the_best_of_each_real_layer(score, family_checkpoint):
+    """DeepSeek-V2's first layer is dense: layers keep their own numbers."""
+    checkpoint = family_checkpoint("deepseek_v2")
+    expected = naive.reference(tiny.make("deepseek_v2"), "deepseek_v2", IDS)
+    plan = expert_drop(layer_sums(checkpoint, measured(checkpoint, windows_of(IDS))), score=score, keep=5)
+    assert [edit.layer for edit in plan.edits] == [1, 2] == sorted(expected)
+    for edit in plan.edits:
+        values = expected[edit.layer].scores()[score].nan_to_num(-torch.inf)
+        assert set(edit.experts) == set(values.topk(5).indices.tolist())
+
+
+@pytest.fixture(scope="module")
+def unreached(tmp_path_factory) -> SimpleNamespace:
+    """GPT-OSS whose expert 3 of layer 1 is never chosen: its router bias is out of reach."""
+    model = tiny.make("gpt_oss")
+    model.model.layers[1].mlp.router.bias.data[3] = -1e4
+    folder: Path = tiny.save(model, tmp_path_factory.mktemp("unreached"))
+    checkpoint = open_checkpoint(folder)
+    ids = tiny.token_ids(rows=16, length=32, seed=3)
+    return SimpleNamespace(layers=layer_sums(checkpoint, measured(checkpoint, windows_of(ids))))
+
+
+def test_only_the_unreachable_expert_is_unseen(unreached):
+    unseen = {layer.shape.layer: (layer.sums["count"] == 0).nonzero().flatten().tolist() for layer in unreached.layers}
+    assert unseen == {0: [], 1: [3], 2: []}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("score", TEXT_SCORES)
+def test_an_expert_without_tokens_obeys_the_policy(score, reverse, unreached):
+    kept = {}
+    for policy in ("drop", "keep"):
+        plan = expert_drop(unreached.layers, score=score, keep=6, unseen=policy, reverse=reverse)
+        kept[policy] = {edit.layer: set(edit.experts) for edit in plan.edits}
+        assert plan.report["experts_without_tokens"] == {1: [3]}
+        assert all(len(ids) == 6 for ids in kept[policy].values())
+        measured_scores = [value for values in plan.scores.values() for value in values if value is not None]
+        assert len(measured_scores) >= 23 and torch.tensor(measured_scores).isfinite().all()
+    assert 3 not in kept["drop"][1] and 3 in kept["keep"][1]
+    assert kept["drop"][0] == kept["keep"][0] and kept["drop"][2] == kept["keep"][2]
+    with pytest.raises(ValueError, match=r"layer 1: no calibration token reached experts \[3\]"):
+        expert_drop(unreached.layers, score=score, keep=6, unseen="error", reverse=reverse)
+
+
+def test_protecting_an_expert_leaves_the_reported_scores_alone(unreached):
+    plain = expert_drop(unreached.layers, keep=6)
+    spared = expert_drop(unreached.layers, keep=6, protect="0:2,1:3")
+    assert spared.scores == plain.scores
+    kept = {edit.layer: edit.experts for edit in spared.edits}
+    assert 2 in kept[0] and 3 in kept[1]
