@@ -51,13 +51,16 @@ def make_tables(records: Iterable[Record]) -> list[Table]:
 
 def _frame(records: Sequence[Record]) -> pd.DataFrame:
     rows: dict[str, list[Record]] = {}
-    for record in sorted(records, key=_order):
+    for record in records:
         rows.setdefault(_row_name(record), []).append(record)
-    return pd.DataFrame([_row(name, found) for name, found in rows.items()]).fillna("")
+    ordered = sorted(rows.items(), key=lambda row: _order(row[1]))
+    return pd.DataFrame([_row(name, found) for name, found in ordered]).fillna("")
 
 
-def _order(record: Record) -> tuple[bool, float, float]:
-    return (record.form != "original", -record.sizes["parameters"], record.metrics["perplexity"].value)
+def _order(records: Sequence[Record]) -> tuple[bool, float, float]:
+    """The original first, then larger before smaller, then better before worse."""
+    perplexity = sum(record.metrics["perplexity"].value for record in records) / len(records)
+    return (records[0].form != "original", -records[0].sizes["parameters"], perplexity)
 
 
 def _row_name(record: Record) -> str:
