@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_compress.stream.data import make_windows
 from moe_compress.stream.documents import DataSpec
+from moe_compress.zoo import text as zoo_text
 
 WORDS = [f"w{i}" for i in range(50)]
 
@@ -93,3 +94,11 @@ def test_what_there_is_is_used_when_it_is_less_than_asked(text_file, tokenizer, 
     found = make_windows(spec(text_file, samples=100), tokenizer)
     assert len(found) == 8 * 13 // 8
     assert found.description["windows"] == len(found)
+
+
+def test_another_text_than_the_shipped_one_is_said(tokenizer, caplog, monkeypatch):
+    zoo = spec("zoo", samples=2, use="heldout")
+    assert make_windows(zoo, tokenizer).description["text"] == zoo_text.SHIPPED_FINGERPRINT and not caplog.records
+    monkeypatch.setattr(zoo_text, "fingerprint", lambda: "0" * 16)
+    assert make_windows(zoo, tokenizer).description["text"] == "0" * 16
+    assert "a table of their own" in caplog.text

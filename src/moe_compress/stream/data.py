@@ -109,6 +109,12 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
     }
     if spec.source == "zoo":
         description["text"] = zoo_text.fingerprint()
+        if description["text"] != zoo_text.SHIPPED_FINGERPRINT:
+            log.warning(
+                "the zoo's text here is %s, not %s as in the shipped tables: these numbers go to a table of their own.",
+                description["text"],
+                zoo_text.SHIPPED_FINGERPRINT,
+            )
     identity = fingerprint(
         tensor_bytes(ids), tensor_bytes(mask), tensor_bytes(document), tensor_bytes(domain), list(domains), spec.length
     )
