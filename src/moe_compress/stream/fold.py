@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import ctypes.util
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,7 +214,12 @@ def _resume(state: Path | None, hidden_NSD: Tensor) -> tuple[list[list[dict[str,
 
 def return_memory() -> None:
     """Give freed memory back to the system, which glibc otherwise keeps."""
-    name = ctypes.util.find_library("c")
-    libc: Any = ctypes.CDLL(name) if name else None
+    libc = _libc()
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> Any:
+    name = ctypes.util.find_library("c")
+    return ctypes.CDLL(name) if name else None

@@ -76,8 +76,9 @@ def expert_drop(
     keep: experts left per layer (on average, with budget=global), or ratio: fraction removed;
     budget: the same count in every layer, or one threshold over the model with a floor of top-k per layer;
     gate: what gate_mass sums: top-k gates, the full softmax, or what the paper's code sums for this family;
-    reverse: drop the highest instead, as a control (experts without tokens as `unseen` says); protect: `layer:expert,...`, or `super` for super experts;
-    unseen: experts that no token reached go first, stay, or are an error.
+    reverse: drop the highest instead, as a control (experts without tokens still go as `unseen` says);
+    protect: `layer:expert,...`, or `super` for super experts; unseen: experts that no token reached go first, stay,
+    or are an error.
     """
     shapes = [layer.shape for layer in layers]
     kept = _kept(shapes, keep, ratio)
