@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_compress.stream.data import make_windows
-from moe_compress.stream.documents import DataSpec
+from moe_compress.stream.documents import DataSpec, read_documents
 from moe_compress.zoo import text as zoo_text
 
 WORDS = [f"w{i}" for i in range(50)]
@@ -102,3 +102,24 @@ def test_another_text_than_the_shipped_one_is_said(tokenizer, caplog, monkeypatc
     monkeypatch.setattr(zoo_text, "fingerprint", lambda: "0" * 16)
     assert make_windows(zoo, tokenizer).description["text"] == "0" * 16
     assert "a table of their own" in caplog.text
+
+
+HUB_ROWS = ["", " = First = \n", " a line \n", " = = Section = = \n", " b \n", " = Second = \n", " c \n"]
+
+
+def test_wikitext_lines_become_articles_in_their_own_order(tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [{"text": row} for row in HUB_ROWS])
+    first, second = read_documents(spec("wikitext2", use="heldout"))
+    assert first.text == " = First = \n a line \n = = Section = = \n b \n" and second.text == " = Second = \n c \n"
+
+
+def test_one_split_for_both_uses_is_dealt_out(monkeypatch):
+    class Rows(list):
+        def shuffle(self, **_):
+            return self
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Rows({"text": f"document {i}"} for i in range(40)))
+    calibration, heldout = (
+        {d.text for d in read_documents(spec("pile", use=use))} for use in ("calibration", "heldout")
+    )
+    assert calibration and heldout and not calibration & heldout and len(calibration | heldout) == 40

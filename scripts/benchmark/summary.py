@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_compress.report.record import Record, load_records
+from moe_compress.report.table import one_row_each
 
 BEGIN, END = "<!-- summary: made by scripts/benchmark/tables.sh -->", "<!-- end of summary -->"
 METRIC = "delta_nll"
+OTHERS = {"budget", "reverse", "protect", "unseen", "keep"}
 
 
 def cell(records: Sequence[Record]) -> str:
@@ -26,14 +28,13 @@ def cell(records: Sequence[Record]) -> str:
 def summary(records: Sequence[Record]) -> str:
     """Rows: scores with a uniform budget, best first by their mean over the columns; columns: model and ratio."""
     grid: dict[str, dict[tuple[str, float], list[Record]]] = {}
-    for record in records:
-        if len(record.recipe) != 1 or record.recipe[0]["method"] != "expert_drop":
+    for found in one_row_each(records):
+        stages = found[0].recipe
+        given = dict(stages[0]["given"]) if len(stages) == 1 else {}
+        if "score" not in given or "ratio" not in given or not OTHERS.isdisjoint(given):
             continue
-        given = dict(record.recipe[0]["given"])
-        row, ratio = given.pop("score"), given.pop("ratio", None)
-        given.pop("seed", None)
-        if ratio is not None and not given:
-            grid.setdefault(row, {}).setdefault((record.model, ratio), []).append(record)
+        row = given["score"] + (f", {given['gate']} softmax" if "gate" in given else "")
+        grid.setdefault(row, {})[found[0].model, given["ratio"]] = found
     columns = sorted({column for found in grid.values() for column in found}, key=lambda c: (c[1], c[0]))
     complete = {row: found for row, found in grid.items() if len(found) == len(columns)}
     order = sorted(complete, key=lambda row: sum(_mean(found) for found in complete[row].values()))

@@ -21,6 +21,8 @@ from moe_compress.terminal import set_up_logging
 RATIOS = (0.25, 0.5)
 RANDOM_SEEDS = range(5)
 CONTROLS = (
+    "expert_drop score=gate_mass gate=full ratio=0.25",
+    "expert_drop score=gate_mass gate=full ratio=0.5",
     "expert_drop score=reap ratio=0.25 reverse=true",
     "expert_drop score=reap ratio=0.25 budget=global",
     "expert_drop score=reap ratio=0.5 budget=global",

@@ -74,11 +74,11 @@ def table(
     """Make Markdown and CSV tables from records, one per protocol and model."""
     from moe_compress import api
     from moe_compress.report.table import write_tables
-    from moe_compress.terminal import show_markdown
+    from moe_compress.terminal import show_tables
 
     tables = api.table(records or ["results/records"])
     written = write_tables(tables, Path(out))
-    show_markdown("\n".join(found.markdown() for found in tables))
+    show_tables(tables)
     typer.echo(f"written: {', '.join(map(str, written))}", err=True)
 
 
@@ -109,20 +109,20 @@ def _pairs(words: list[str]) -> dict[str, str]:
 def _show(result: object) -> None:
     from moe_compress.api import Result
     from moe_compress.report.table import make_tables
-    from moe_compress.terminal import show_markdown
+    from moe_compress.terminal import show_tables
 
     assert isinstance(result, Result)
     rows = [record for record in (result.original, result.record) if record is not None]
     unique = list({record.name: record for record in rows}.values())
     if unique:
-        show_markdown("\n".join(found.markdown() for found in make_tables(unique)))
+        show_tables(make_tables(unique))
     typer.echo(f"checkpoint: {result.folder}")
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     try:
-        app()
+        app(args=words_of(sys.argv[1:]))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
@@ -133,6 +133,23 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             typer.echo("interrupted: run the same command again to go on where it stopped.", err=True)
         raise
+
+
+def words_of(arguments: list[str]) -> list[str]:
+    """`--out DIR` and `--out=DIR` are as good as `out=DIR`, for every option of a run."""
+    from moe_compress.recipe import Options
+
+    if arguments[:1] == ["table"]:
+        return arguments
+    words: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key not in Options.model_fields:
+            words.append(argument)
+        else:
+            words.append(f"{key}={value if equals else next(rest, '')}")
+    return words
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from moe_compress.recipe import Options, Recipe
 from moe_compress.report.record import Record, load_records, now
 from moe_compress.report.table import Table, make_tables
 from moe_compress.run import Run
-from moe_compress.runtime import RunLog, threads
+from moe_compress.runtime import RunLog, log, threads
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ def apply(plan_file: str | Path, /, **options: Any) -> Result:
     run = start(given)
     with threads(given.threads):
         outcome = apply_plan_file(Path(plan_file), given, run)
-        run.options = given.model_copy(update={"model": outcome.source.name}).resolved()
         return _evaluated(outcome, run)
 
 
@@ -75,7 +75,15 @@ def _original(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
     if named is not None:
         return open_model(str(named))
     base = (manifest_of(checkpoint.folder) or {}).get("base")
-    return open_model(base["model"], base["commit"]) if base else checkpoint
+    if base is None:
+        return checkpoint
+    try:
+        original = open_model(base["model"], base["commit"])
+    except ValueError as error:
+        raise ValueError(f"the original of {checkpoint.name} is needed (or original=): {error}") from error
+    if original.fingerprint != base["fingerprint"]:
+        log.warning("%s is not what it was when %s was made from it.", original.name, checkpoint.name)
+    return original
 
 
 def _evaluated(outcome: Outcome, run: Run) -> Result:
@@ -86,7 +94,8 @@ def _evaluated(outcome: Outcome, run: Run) -> Result:
 
 def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
     record, original = evaluation.evaluate_pair(checkpoint, base, run)
-    original.save(run.results("records"))
+    if not (run.results("records") / f"{original.name}.json").is_file():
+        original.save(run.results("records"))
     path = record.save(run.results("records"))
     run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
     return Result(checkpoint.folder, record, original)
@@ -116,4 +125,6 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
 def start(options: Options) -> Run:
     """A run with its own log file under results/logs."""
     stamp = now().replace(":", "")
-    return Run(options, RunLog(Path(options.results) / "logs" / f"{stamp}.jsonl"))
+    run = Run(options, RunLog(Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"))
+    run.log.event("started", options=options.model_dump())
+    return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,9 +176,12 @@ def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
     identity = fingerprint(source.fingerprint, [repr(edit) for edit in edits])
     name = f"{Path(source.name).name}-plan-{identity[:6]}"
     out = Path(options.out) if options.out else run.results("checkpoints") / name
+    run.options = options.model_copy(update={"model": source.name}).resolved()
     if not _made_by(out, identity):
         require_free(out)
         require_disk(out.parent, source.bytes - begun_bytes(out), "the new checkpoint")
+        if options.eval:
+            run.windows("heldout", source)
         about: dict[str, Any] = {"identity": identity, "base": _base(source)}
         plan = Plan(edits, {}, {})
         job = _Job(source=source, target=out, edits=edits, plan=plan, report=[{"method": "plan"}], stages=[])
@@ -187,7 +191,7 @@ def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
 
 def default_name(recipe: Recipe) -> str:
     """A name for folder and record: model, methods with what differs from their defaults, a short identity."""
-    parts = [Path(recipe.options.model).resolve().name]
+    parts = [Path(os.path.abspath(recipe.options.model)).name]
     for stage in recipe.stages:
         parts += [stage.method, *(f"{key}-{value}" for key, value in stage.given.items())]
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.reader import Checkpoint
@@ -47,21 +50,29 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
         "dtype": dtype_name(run.dtype),
         "stored": dtype_name(checkpoint.stored_dtype),
         "device": run.device.type,
+        "attn": run.options.attn or hf.skeleton(checkpoint.config, run.dtype).config._attn_implementation,
     }
     return Yardstick(windows, items, {**protocol, "id": fingerprint(protocol)})
 
 
 def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> Original:
     """The original's measurement and final hidden states, measured once and kept under results/originals."""
-    identity = fingerprint(checkpoint.fingerprint, stick.protocol["id"])
-    path = run.results("originals") / f"{identity}.safetensors"
+    path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
     if not path.is_file():
         log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
         layers = layers_of(checkpoint, run)
-        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None)
+        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None, run)
         perplexity.save_original(path, measurement, hidden_NSD)
     outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
-    return perplexity.load_original(path, outer.model, stick.windows)
+    try:
+        return perplexity.load_original(path, outer.model, stick.windows)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole measurement: remove it, and it is measured anew.") from error
+
+
+def _pair(checkpoint: Checkpoint, stick: Yardstick) -> str:
+    """Identity of a model on a yardstick."""
+    return fingerprint(checkpoint.fingerprint, stick.protocol["id"])
 
 
 def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
@@ -73,14 +84,17 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
 
 
 def _measure(
-    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None
+    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None, run: Run
 ) -> tuple[Measurement, Any]:
+    """Measure; the layers that an interrupted run has done are not run again."""
+    state = run.results("originals") / f"{_pair(checkpoint, stick)}.partial"
     with progress_bar("evaluating") as progress:
-        measurement, hidden_NSD = perplexity.measure(layers, stick.windows, original, progress=progress)
+        measurement, hidden_NSD = perplexity.measure(layers, stick.windows, original, state=state, progress=progress)
         if stick.items:
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
             correct = perplexity.answers(layers, stick.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
+    shutil.rmtree(state)
     return measurement, hidden_NSD
 
 
@@ -94,9 +108,12 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
     if checkpoint.folder == base.folder:
         return first, first
-    measurement, _ = _measure(layers_of(checkpoint, run), checkpoint, stick, original)
+    measurement, _ = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
     found = statistics.metrics(measurement, original.measurement)
-    return make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run), first
+    record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run)
+    for name, sums in ((first.name, original.measurement), (record.name, measurement)):
+        perplexity.save_documents(run.results("documents") / f"{name}.safetensors", sums)
+    return record, first
 
 
 def make_record(
@@ -113,7 +130,7 @@ def make_record(
     is_original = checkpoint.folder == base.folder
     title = f"{Path(base.name).name}-original" if is_original else checkpoint.folder.name
     return Record(
-        name=(not is_original and run.options.name) or f"{title}-{stick.protocol['id'][:6]}",
+        name=(not is_original and run.options.name) or f"{title}-{_pair(base, stick)[:6]}",
         model=Path(base.name).name,
         base={"commit": base.commit, "fingerprint": base.fingerprint},
         recipe=manifest.get("stages") or [],

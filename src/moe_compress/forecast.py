@@ -63,14 +63,12 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
 
 def as_markdown(found: Forecast) -> str:
     """The forecast as a table, with what the numbers mean below."""
+    sides = (found.before, found.after)
     rows = [
-        ("stored parameters", *(f"{s.parameters / 1e9:.3f} B" for s in (found.before, found.after))),
-        ("on disk", *(gigabytes(s.bytes) for s in (found.before, found.after))),
-        ("touched per token", *(f"{s.touched / 1e9:.3f} B" for s in (found.before, found.after))),
-        (
-            f"FLOPs per token at {found.before.context} tokens",
-            *(f"{s.flops_per_token / 1e9:.2f} G" for s in (found.before, found.after)),
-        ),
+        ("stored parameters", *(_short(s.parameters, "B") for s in sides)),
+        ("on disk", *(gigabytes(s.bytes) for s in sides)),
+        ("touched per token", *(_short(s.touched, "B") for s in sides)),
+        (f"FLOPs per token at {found.before.context} tokens", *(_short(s.flops_per_token, "G") for s in sides)),
     ]
     lines = [f"### {found.model}", "", "| | before | after |", "|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
@@ -81,3 +79,11 @@ def as_markdown(found: Forecast) -> str:
         f"calibration text {gigabytes(found.boundary_bytes)}.",
     ]
     return "\n".join(lines)
+
+
+def _short(count: int, billions: str) -> str:
+    """A count in thousands, millions or billions."""
+    for size, unit in ((10**9, billions), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.3f} {unit}"
+    return f"{count / 1000:.3f} K"

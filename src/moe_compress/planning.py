@@ -25,6 +25,7 @@ from moe_compress.stream.calibration import (
     calibrate,
     calibration_identity,
     component_weights,
+    kept,
     mix_components,
 )
 from moe_compress.stream.data import FOLDS
@@ -63,10 +64,10 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
         sums = _weight_sums(checkpoint) if stage.needs == "weights" else {}
         return method.run(_layers(checkpoint, sums), **stage.parameters), {}
     calibration = calibration_for(checkpoint, run)
-    mix = parse_mix(run.options.mix, calibration.domains)
+    mix = parse_mix(run.options.mix)
     layers = _mixed(checkpoint, calibration, mix, None)
     plan = method.run(layers, **stage.parameters)
-    kept = _kept(plan.edits, layers)
+    stays = _kept(plan.edits, layers)
     overlaps = []
     for fold in range(FOLDS):
         try:
@@ -74,10 +75,10 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
         except ValueError:
             continue  # what is left of the text does not do for this recipe, for example with unseen=error
         again = _kept(without.edits, layers)
-        overlaps.append(len(kept & again) / len(kept | again))
+        overlaps.append(len(stays & again) / len(stays | again))
     if overlaps:
         plan.report["same_choice_without_a_quarter_of_the_text"] = sum(overlaps) / len(overlaps)
-    return plan, {**calibration.description, "fingerprint": calibration.identity}
+    return plan, {**calibration.description, "fingerprint": calibration.identity, "mix": mix}
 
 
 def _kept(edits: Sequence[Edit], layers: Sequence[LayerSums]) -> set[tuple[int, int]]:
@@ -137,9 +138,10 @@ def calibration_for(checkpoint: Checkpoint, run: Run) -> Calibration:
     windows = run.windows("calibration", checkpoint)
     identity = calibration_identity(checkpoint, windows, run.dtype, run.device, run.options.attn)
     path = run.results("calibrations") / f"{identity}.safetensors"
-    if path.is_file():
+    earlier = kept(path)
+    if earlier is not None:
         log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
-        return Calibration.load(path)
+        return earlier
     log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
     with progress_bar("measuring") as progress:
         layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
@@ -174,8 +176,9 @@ def read_plan(path: Path) -> tuple[list[Edit], dict[str, Any]]:
         raise ValueError(f"{path} does not say which model it is for: it needs `base` with a `model`.")
     edits = []
     for number, edit in enumerate(values["edits"], 1):
-        if not isinstance(edit, dict) or not isinstance(edit.get("experts", []), list):
-            raise ValueError(f"{path}: edit {number} needs a layer and a list of experts, not {edit}.")
+        kinds = {"edit": str, "layer": int, "experts": list}
+        if not isinstance(edit, dict) or not all(isinstance(edit.get(key), kind) for key, kind in kinds.items()):
+            raise ValueError(f"{path}: edit {number} needs its kind, a layer and a list of experts, not {edit}.")
         edits.append(from_json(edit))
     return edits, values["base"]
 

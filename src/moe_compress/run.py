@@ -10,7 +10,7 @@ import torch
 from moe_compress.checkpoint.load import load_tokenizer
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.recipe import Options
-from moe_compress.runtime import RunLog, resolve_device, resolve_dtype
+from moe_compress.runtime import RunLog, log, resolve_device, resolve_dtype
 from moe_compress.stream.data import Windows, make_windows
 from moe_compress.stream.documents import DataSpec, Use
 
@@ -39,6 +39,9 @@ class Run:
         if spec not in self.cut:
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
             self.cut[spec] = make_windows(spec, tokenizer)
+            positions = getattr(checkpoint.config, "max_position_embeddings", None) or spec.length
+            if spec.length > positions:
+                log.warning("windows of %d tokens: %s was made for %d.", spec.length, checkpoint.name, positions)
         return self.cut[spec]
 
 

@@ -33,8 +33,12 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"device={name} is not a device: use auto, cpu or cuda[:N].") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is not supported: use auto, cpu or cuda[:N].")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name} was asked for, but torch sees no GPU: use device=cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name} was asked for, but torch sees only {torch.cuda.device_count()} GPUs.")
     return device
 
 
@@ -103,6 +107,8 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"there is no file {path}.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str) -> None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+import rich.box
+import rich.table
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
+from moe_compress.report.table import Table
+
+ROWS_AS_COLUMNS = 3
 console = Console(stderr=True)
 
 
@@ -46,3 +52,29 @@ def show_markdown(text: str) -> None:
         Console().print(Markdown(text))
     else:
         sys.stdout.write(text.rstrip() + "\n")
+
+
+def show_tables(tables: Sequence[Table]) -> None:
+    """Print tables: Markdown in a pipe; on a terminal too narrow for a few rows, those as columns."""
+    out = Console()
+    for found in tables:
+        text = found.markdown()
+        wide = max(map(len, text.splitlines())) > out.width
+        if not sys.stdout.isatty() or (wide and len(found.frame) > ROWS_AS_COLUMNS):
+            sys.stdout.write(text + "\n")
+        elif not wide:
+            out.print(Markdown(text))
+        else:
+            heading, how = text.split("\n\n")[:2]
+            out.print(Markdown(heading), Markdown(how), _turned(found))
+
+
+def _turned(found: Table) -> rich.table.Table:
+    """Rows as columns, without what none of them has."""
+    turned = rich.table.Table(box=rich.box.SIMPLE_HEAD)
+    for title in ("", *found.frame["recipe"]):
+        turned.add_column(Text(title), overflow="fold")
+    for name in found.frame.columns[1:]:
+        if any(found.frame[name]):
+            turned.add_row(Text(name), *(Text(cell) for cell in found.frame[name]))
+    return turned

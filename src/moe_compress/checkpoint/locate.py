@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
@@ -17,9 +18,11 @@ from huggingface_hub.errors import (
 )
 
 from moe_compress import zoo
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoint.reader import Checkpoint, architecture_values, open_checkpoint
 
-FILES = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICENSE*", "NOTICE*")
+FILES = (
+    "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
 
 
 def open_model(model: str, revision: str | None = None) -> Checkpoint:
@@ -30,6 +33,9 @@ def open_model(model: str, revision: str | None = None) -> Checkpoint:
             raise ValueError(f"revision={revision} belongs to a hub model, but {model} is a local folder.")
         return open_checkpoint(folder, model if model in zoo.NAMES else str(folder))
     _require_hub_id(model)
+    with _hub_errors(model, revision):
+        config = hf_hub_download(model, "config.json", revision=revision)
+    architecture_values(Path(config).parent)  # refuses what cannot be read, before gigabytes are fetched
     with _hub_errors(model, revision):
         path = snapshot_download(model, revision=revision, allow_patterns=list(FILES))
     folder = Path(path)
@@ -56,7 +62,7 @@ def local_folder(model: str) -> Path | None:
     """The folder of a zoo model or a local path; None for what can only be a hub id."""
     if model in zoo.NAMES:
         return zoo.path(model)
-    return Path(model).resolve() if model and Path(model).exists() else None
+    return Path(os.path.abspath(model)) if model and Path(model).exists() else None
 
 
 def _require_hub_id(model: str) -> None:

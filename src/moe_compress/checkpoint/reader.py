@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 from moe_compress.checkpoint import deepseek_v1
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
 from moe_compress.model import hf
+from moe_compress.model.families import family_of
 from moe_compress.runtime import fingerprint, read_json
 
 INDEX = "model.safetensors.index.json"
@@ -147,12 +149,24 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} is not a folder.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
-    read_json(folder / "config.json")
+    if not isinstance(read_json(folder / "config.json"), dict):
+        raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
     values = hf.read_values(folder)
     if values.get("quantization_config"):
         kind = values["quantization_config"].get("quant_method", "quantized")
         raise ValueError(f"{folder} is stored in {kind} format, which is not read: use a bf16 or fp32 copy.")
-    return deepseek_v1.config_values(values) if deepseek_v1.recognises(values) else values
+    if deepseek_v1.recognises(values):
+        values = deepseek_v1.config_values(values)
+    _require_supported(folder, values)
+    return values
+
+
+def _require_supported(folder: Path, values: dict[str, Any]) -> None:
+    """Raise ValueError unless the values make a config of a family that is known and not refused."""
+    try:
+        family_of(hf.config_from(values))
+    except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(f"{folder / 'config.json'} is no {values['model_type']} config: {error}") from error
 
 
 def _stored_tensors(folder: Path) -> dict[str, Region]:

@@ -38,13 +38,9 @@ class CheckpointWriter:
         self._begin(identity)
 
     def _begin(self, identity: str) -> None:
-        begun = _begun_identity(self.partial)
-        if begun is not None and begun != identity:
+        _require_ours(self.partial)
+        if _begun_identity(self.partial) not in (None, identity):
             shutil.rmtree(self.partial)
-        elif begun is None and any(path.name != STATE + ".tmp" for path in self.partial.glob("*")):
-            raise ValueError(
-                f"{self.partial} is not unfinished work of moe-compress: move it away, or choose another out=."
-            )
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / STATE, {"identity": identity})
 
@@ -119,9 +115,16 @@ def copy_companions(source: Path, target: Path) -> None:
 
 
 def require_free(out: Path) -> None:
-    """Refuse an output folder that holds anything."""
+    """Refuse an output folder that holds anything, or beside which something stands where ours would be begun."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something: choose another folder with out=, or remove it first.")
+    _require_ours(partial_folder(out))
+
+
+def _require_ours(partial: Path) -> None:
+    strange = [path.name for path in partial.glob("*") if path.name != STATE + ".tmp"]
+    if strange and _begun_identity(partial) is None:
+        raise ValueError(f"{partial} is not unfinished work of moe-compress: move it away, or choose another out=.")
 
 
 def _begun_identity(partial: Path) -> str | None:

@@ -143,7 +143,13 @@ def answers(layers: Layers, items: Sequence[Item], tokenizer: PreTrainedTokenize
     return ~wrong
 
 
-# --- the original as an artefact ------------------------------------------------------------------------------
+# --- what is kept ------------------------------------------------------------------------------
+
+
+def save_documents(path: Path, measurement: Measurement) -> None:
+    """Keep the sums per document, so that any two models measured on one text can be compared in pairs."""
+    sums = {name: getattr(measurement, name) for name in ("nll", "tokens", "domain", "kl", "agree", "correct")}
+    _save({name: tensor for name, tensor in sums.items() if tensor is not None}, path)
 
 
 def save_original(path: Path, measurement: Measurement, hidden_NSD: Tensor) -> None:
@@ -151,6 +157,10 @@ def save_original(path: Path, measurement: Measurement, hidden_NSD: Tensor) -> N
     tensors = {"hidden": hidden_NSD, "nll": measurement.nll, "tokens": measurement.tokens, "domain": measurement.domain}
     if measurement.correct is not None:
         tensors["correct"] = measurement.correct
+    _save(tensors, path)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)

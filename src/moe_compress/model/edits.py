@@ -123,12 +123,12 @@ def edited_values(values: Mapping[str, Any], edits: Sequence[Edit]) -> tuple[dic
 def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """config.json values -> (those of the original architecture, the edits already carried out)."""
     base = copy.deepcopy(dict(values))
+    base.pop("auto_map", None)  # the architecture is transformers' own, and its remote code is not copied
     manifest = base.pop("moe_compress", None)
     if manifest is None:
         return base, []
     base["model_type"] = manifest["base_model_type"]
     base["architectures"] = manifest["base_architectures"]
-    base.pop("auto_map", None)
     return base, list(manifest["edits"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,21 +41,53 @@ class Table:
 
 
 def make_tables(records: Iterable[Record]) -> list[Table]:
-    """Group records by model and protocol; several seeds of one recipe become one row with their spread."""
-    groups: dict[tuple[str, str], list[Record]] = {}
+    """Group records by original model and protocol; several seeds of one recipe become one row with their spread."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
-        groups.setdefault((record.model, record.protocol["id"]), []).append(record)
+        key = record.model, str(record.base["fingerprint"]), str(record.protocol["id"])
+        groups.setdefault(key, []).append(record)
     if not groups:
         raise ValueError("there are no records to make a table of: run a recipe first.")
-    return [Table(model, group[0].protocol, _frame(group)) for (model, _), group in sorted(groups.items())]
+    return [Table(model, group[0].protocol, _frame(group)) for (model, *_), group in sorted(groups.items())]
 
 
 def _frame(records: Sequence[Record]) -> pd.DataFrame:
-    rows: dict[str, list[Record]] = {}
-    for record in records:
-        rows.setdefault(_row_name(record), []).append(record)
-    ordered = sorted(rows.items(), key=lambda row: _order(row[1]))
-    return pd.DataFrame([_row(name, found) for name, found in ordered]).fillna("")
+    rows = sorted(one_row_each(records), key=_order)
+    named = [_row_name(row[0]) for row in rows]
+    names = [
+        f"{name} [{_text_of(row[0])}]" if named.count(name) > 1 else name for name, row in zip(named, rows, strict=True)
+    ]
+    return pd.DataFrame([_row(name, found) for name, found in zip(names, rows, strict=True)]).fillna("")
+
+
+def one_row_each(records: Sequence[Record]) -> list[list[Record]]:
+    """Records that differ in nothing but the seed, together; of several runs with one seed, the latest."""
+    rows: dict[str, dict[int, Record]] = {}
+    for record in sorted(records, key=lambda record: record.written):
+        stages = [{k: v for k, v in stage["parameters"].items() if k != "seed"} for stage in record.recipe]
+        methods = [stage["method"] for stage in record.recipe]
+        plain_name = record.name if not record.recipe and record.form != "original" else ""
+        key = json.dumps([methods, stages, _calibrations(record), plain_name], sort_keys=True)
+        rows.setdefault(key, {})[record.seed] = record
+    return [list(row.values()) for row in rows.values()]
+
+
+def _calibrations(record: Record) -> list[dict[str, Any]]:
+    """The calibration settings of each stage, without what follows from the seed or the clock."""
+    chance = ("seed", "hash", "fingerprint", "seconds", "peak_bytes", "tokens", "domains", "windows")
+    measured = [stage.get("calibration") or {} for stage in record.report]
+    return [
+        {**{k: v for k, v in found.items() if k not in chance}, "asked": found.get("windows")} for found in measured
+    ]
+
+
+def _text_of(record: Record) -> str:
+    """The calibration text in a few words, for rows that differ in it alone."""
+    words = []
+    for found in _calibrations(record):
+        mix = "".join(f", {domain} {share:g}" for domain, share in found.get("mix", {}).items())
+        words.append(f"{found.get('asked')} x {found.get('length')} of {found.get('source')}{mix}")
+    return "; ".join(words)
 
 
 def _order(records: Sequence[Record]) -> tuple[bool, float, float]:

@@ -20,7 +20,15 @@ from torch import Tensor
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model.families import family_of
-from moe_compress.runtime import fingerprint, log, one_of, peak_memory_bytes, require_disk, reset_peak_memory
+from moe_compress.runtime import (
+    dtype_name,
+    fingerprint,
+    log,
+    one_of,
+    peak_memory_bytes,
+    require_disk,
+    reset_peak_memory,
+)
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import Layers, Progress, fold
 from moe_compress.stream.observers import ExpertSums
@@ -101,11 +109,23 @@ def calibration_identity(
     return fingerprint(VERSION, checkpoint.fingerprint, windows.fingerprint, str(dtype), device.type, attn)
 
 
+def kept(path: Path) -> Calibration | None:
+    """The calibration of an earlier run, if there is one; what made that run resumable goes."""
+    if not path.is_file():
+        return None
+    shutil.rmtree(_state_folder(path), ignore_errors=True)
+    return Calibration.load(path)
+
+
+def _state_folder(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
 def calibrate(
     checkpoint: Checkpoint, layers: Layers, windows: Windows, path: Path, identity: str, progress: Progress | None
 ) -> Calibration:
     """One pass over the calibration text; resumed if an earlier one was interrupted; saved at `path`."""
-    state = path.with_name(path.name + ".partial")
+    state = _state_folder(path)
     itemsize = torch.finfo(layers.model.dtype).bits // 8
     boundary = windows.ids_NS.numel() * checkpoint.config.hidden_size * itemsize
     require_disk(path.parent, 2 * boundary, "the calibration pass")
@@ -115,8 +135,10 @@ def calibrate(
     reset_peak_memory(layers.device)
     seen, _ = fold(layers, windows, [observer], state=state, progress=progress)
     sums = {index: parts[0] for index, parts in enumerate(seen) if parts and parts[0]}
+    how = {"hash": windows.fingerprint, "dtype": dtype_name(layers.model.dtype), "device": layers.device.type}
+    how["attn"] = layers.model.config._attn_implementation
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(layers.device)}
-    calibration = Calibration(sums, windows.domains, identity, {**windows.description, **cost})
+    calibration = Calibration(sums, windows.domains, identity, {**windows.description, **how, **cost})
     calibration.save(path)
     shutil.rmtree(state, ignore_errors=True)
     log.info("calibration saved as %s", path)

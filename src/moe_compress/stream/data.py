@@ -103,6 +103,7 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
         "windows": len(windows),
         "length": spec.length,
         "packed": spec.packed,
+        "subset": [spec.config, spec.split, spec.field],
         "seed": spec.seed,
         "tokens": int(mask.sum()),
         "domains": {name: len(by_domain[name]) for name in domains},

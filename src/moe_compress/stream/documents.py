@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +19,23 @@ Use = Literal["calibration", "heldout"]
 
 @dataclass(frozen=True, slots=True)
 class NamedSet:
-    """A data set known by a short name: where the hub keeps it and which split serves which use."""
+    """A data set known by a short name: where the hub keeps it and which split serves which use.
+
+    lines: its rows are lines of articles, which are joined again.
+    """
 
     path: str
     config: str | None
     field: str
     calibration: str
     heldout: str
+    lines: bool = False
 
 
+HEADING = re.compile(r"= [^=].*[^=] =")
 NAMED = {
     "c4": NamedSet("allenai/c4", "en", "text", "train", "validation"),
-    "wikitext2": NamedSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
+    "wikitext2": NamedSet("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test", lines=True),
     "pile": NamedSet("mit-han-lab/pile-val-backup", None, "text", "validation", "validation"),
 }
 
@@ -105,20 +111,49 @@ def _file_documents(path: Path, spec: DataSpec) -> list[Document]:
 
 
 def _hub_documents(spec: DataSpec) -> Iterator[Document]:
+    """Calibration text in the order of the seed, held-out text in its own order; nothing is fetched before it is used.
+
+    Where one split has to serve both uses, its documents are dealt out by their hash, so that none serves both.
+    """
     import datasets
 
     known = NAMED.get(spec.source) or NamedSet(spec.source, spec.config, spec.field, "train", "validation")
     split = spec.split or (known.calibration if spec.use == "calibration" else known.heldout)
+    shared = known.calibration == known.heldout and spec.split is None
     try:
         rows = datasets.load_dataset(known.path, known.config, split=split, streaming=True)
-        shuffled = rows.shuffle(seed=spec.seed, buffer_size=10_000)
-        for row in shuffled:
-            if known.field not in row:
-                raise ValueError(f"{known.path} has no field {known.field!r}; fields: {', '.join(row)}.")
-            if row[known.field].strip():
-                yield Document(row[known.field], "text", known.path)
+        if spec.use == "calibration" and not known.lines:
+            rows = rows.shuffle(seed=spec.seed, buffer_size=10_000)
+        texts = _texts(rows, known)
+        for text in _articles(texts) if known.lines else texts:
+            if not shared or _half(text) == spec.use:
+                yield Document(text, "text", known.path)
     except (OSError, ConnectionError, RuntimeError) as error:
         raise ValueError(
             f"the data set {known.path} cannot be reached ({type(error).__name__}): use a local file with "
             "data=FILE.txt, or data=zoo, which needs no download."
         ) from error
+
+
+def _texts(rows: Iterable[dict[str, str]], known: NamedSet) -> Iterator[str]:
+    for row in rows:
+        if known.field not in row:
+            raise ValueError(f"{known.path} has no field {known.field!r}; fields: {', '.join(row)}.")
+        if row[known.field].strip():
+            yield row[known.field]
+
+
+def _articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText's lines joined into articles, each of which begins with a heading of the first level."""
+    article: list[str] = []
+    for line in lines:
+        if HEADING.fullmatch(line.strip()) and article:
+            yield "".join(article)
+            article = []
+        article.append(line)
+    if article:
+        yield "".join(article)
+
+
+def _half(text: str) -> Use:
+    return "heldout" if hashlib.sha256(text.encode()).digest()[0] % 2 else "calibration"
