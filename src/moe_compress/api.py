@@ -125,6 +125,5 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
 def start(options: Options) -> Run:
     """A run with its own log file under results/logs."""
     stamp = now().replace(":", "")
-    run = Run(options, RunLog(Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"))
-    run.log.event("started", options=options.model_dump())
-    return run
+    path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
+    return Run(options, RunLog(path, options=options.model_dump()))

@@ -16,7 +16,7 @@ import torch
 from moe_compress import registry
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import CheckpointWriter, begun_bytes, manifest_of, remove_checkpoint, require_free
+from moe_compress.checkpoint.writer import CheckpointWriter, begun_bytes, manifest_of, remove_intermediate, require_free
 from moe_compress.forecast import forecast
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit, Plan, check_edits, edited_values
@@ -68,7 +68,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
         _read_texts(recipe, source, run)
         _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
-        remove_checkpoint(folder)
+        remove_intermediate(folder)
     return Outcome(out, source, manifest_of(out) or {})
 
 
@@ -107,11 +107,11 @@ def _run_stages(
     current, earlier = source, None
     for stage, target, identity in zip(recipe.stages, targets, identities, strict=True):
         if not _made_by(target, identity):
-            if target is not targets[-1]:
-                remove_checkpoint(target)
+            remove_intermediate(target)
             require_free(target)
             job = _plan_job(stage, current, target, earlier, run)
             about: dict[str, Any] = {"identity": identity, "base": _base(source)}
+            about["intermediate"] = target is not targets[-1]
             plan_file = plan_values(job.plan, about["base"], stage.method)
             _write(job, about, {PLAN: as_json(plan_file), RECIPE: recipe.to_yaml()}, run)
         current, earlier = open_checkpoint(target), target

@@ -151,10 +151,11 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 class RunLog:
-    """One JSONL file a run: a line per event, with seconds since the start."""
+    """One JSONL file a run: a line per event, with seconds since the start; a run that does nothing leaves none."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, **options: Any) -> None:
         self.path = path
+        self.options = options
         self.started = time.perf_counter()
 
     def event(self, name: str, **fields: Any) -> None:
@@ -163,8 +164,9 @@ class RunLog:
         log.debug("%s", line)
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            first = [] if self.path.exists() else [{"event": "started", "seconds": 0.0, **self.options}]
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.writelines(json.dumps(each) + "\n" for each in [*first, line])
 
 
 @contextlib.contextmanager

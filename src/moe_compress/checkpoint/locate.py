@@ -21,7 +21,8 @@ from moe_compress import zoo
 from moe_compress.checkpoint.reader import Checkpoint, architecture_values, open_checkpoint
 
 FILES = (
-    "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
+    "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja",
+    "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
 

@@ -153,9 +153,9 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def remove_checkpoint(folder: Path) -> None:
-    """Remove an intermediate checkpoint of ours, and nothing else; what names it goes last, in case of a kill."""
-    if manifest_of(folder) is None:
+def remove_intermediate(folder: Path) -> None:
+    """Remove a checkpoint between two stages, and nothing else; what marks it as such goes last, in case of a kill."""
+    if not (manifest_of(folder) or {}).get("intermediate"):
         return
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         path.unlink()

@@ -67,7 +67,7 @@ def one_row_each(records: Sequence[Record]) -> list[list[Record]]:
         stages = [{k: v for k, v in stage["parameters"].items() if k != "seed"} for stage in record.recipe]
         methods = [stage["method"] for stage in record.recipe]
         plain_name = record.name if not record.recipe and record.form != "original" else ""
-        key = json.dumps([methods, stages, _calibrations(record), plain_name], sort_keys=True)
+        key = json.dumps([record.base, methods, stages, _calibrations(record), plain_name], sort_keys=True)
         rows.setdefault(key, {})[record.seed] = record
     return [list(row.values()) for row in rows.values()]
 
