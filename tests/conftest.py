@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+import readers
 import tiny
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 
@@ -43,3 +44,29 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def family_checkpoint(family_folder: Callable[[str], Path]) -> Callable[[str], Checkpoint]:
     """family -> its opened tiny checkpoint."""
     return lambda family: open_checkpoint(family_folder(family), family)
+
+
+@pytest.fixture(scope="session")
+def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> folder of a tiny checkpoint with a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = readers.save_model(family, tmp_path_factory.mktemp("readers") / family)
+        return made[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small text files."""
+    return readers.save_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture
+def options(texts: Path, tmp_path: Path) -> dict[str, object]:
+    """What a run on a tiny reader is told, besides its model; its results are the test's own."""
+    files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt")}
+    return {**readers.OPTIONS, **files, "results": str(tmp_path / "results")}

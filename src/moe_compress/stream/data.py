@@ -77,7 +77,9 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
             first_document = 1 + max(int(window.document_S.max()) for window in windows)
     found = sum(map(len, by_domain.values()))
     if found == 0:
-        raise ValueError(f"{spec.source} holds fewer tokens than one window of {spec.length}: lower length=.")
+        raise ValueError(
+            f"{spec.source} holds fewer tokens than one window of {spec.length}: lower length= (or eval_length=)."
+        )
     if found < spec.samples:
         log.warning("%s holds only %d windows of the %d asked for; all are used.", spec.source, found, spec.samples)
     return _stack(by_domain, spec)

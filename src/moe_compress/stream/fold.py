@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,9 +54,11 @@ class StreamedLayers:
         hf.use_experts_function(self.model)
         self._load(None)
         self.model.tie_weights()
+        _require_finite({n: t for n, t in self.model.state_dict().items() if not t.is_meta}, "outside the layers")
         hf.buffers_to(self.model, device)
 
     def _load(self, index: int | None) -> None:
+        """Read one layer, or (None) embeddings, final norm and head."""
         with self.checkpoint.read(self.checkpoint.keys(index)) as tensors:
             hf.materialize(self.model, tensors, self.device)
 
@@ -91,12 +93,15 @@ def require_real(layer: nn.Module, index: int) -> None:
     for name, tensor in layer.state_dict().items():
         if tensor.is_meta:
             raise ValueError(f"the checkpoint holds no tensor for {name} of layer {index}.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())) and not _finite(tensor):
-            raise ValueError(f"the weights of layer {index} hold NaN or infinity in {name}.")
+    _require_finite(layer.state_dict(), f"of layer {index}")
 
 
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        # The sum is one cheap pass; only where it is not finite is it worth asking whether an entry is to blame.
+        doubtful = tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum()))
+        if doubtful and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"the weights {where} hold NaN or infinity in {name}.")
 
 
 @torch.no_grad()
