@@ -27,7 +27,7 @@ from moe_compress.model import hf
 from moe_compress.stream.data import Windows
 from moe_compress.stream.observers import BatchInfo, Observer
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 BOUNDARY = "boundary.safetensors"
 Progress = Callable[[int, int], None]
 
@@ -68,6 +68,7 @@ class StreamedLayers:
         layer = hf.decoder_layers(self.model)[index]
         self._load(index)
         require_real(layer, index)
+        return_memory()
         try:
             yield layer
         finally:
