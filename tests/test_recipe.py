@@ -310,3 +310,10 @@ def test_broken_yaml_is_answered(text, said, tmp_path):
 def test_a_missing_yaml_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"there is no recipe file .*none\.yaml"):
         parse(str(tmp_path / "none.yaml"))
+
+
+def test_a_checkpoint_made_from_a_zoo_model_has_the_zoos_defaults(tmp_path):
+    (tmp_path / "moe_compress.json").write_text('{"base": {"model": "tiny-mixtral"}}')
+    assert make_options({"model": str(tmp_path)}).resolved().data == "zoo"
+    (tmp_path / "moe_compress.json").write_text("broken")
+    assert make_options({"model": str(tmp_path)}).resolved().data == "c4"

@@ -180,7 +180,9 @@ def report(place: Path) -> dict[str, object]:
         synthesise(place / f"{layers}", layers)
     figures: dict[str, object] = {}
     for layers in (8, 32):
-        found = measured("fold_peak", place / f"{layers}", 16 * LENGTH)
+        # Twice, because what the allocator keeps varies by a tenth from process to process.
+        runs = [measured("fold_peak", place / f"{layers}", 16 * LENGTH) for _ in range(2)]
+        found = min(runs, key=lambda run: run["peak"])
         above = found["peak"] - found["boundary"]
         size = gigabytes(open_checkpoint(place / f"{layers}").bytes)
         print(

@@ -88,7 +88,7 @@ class Options(BaseModel):
 
     def resolved(self) -> Options:
         """Every default written out. Zoo models use the zoo's own text in short windows, others C4 and WikiText-2."""
-        small = self.model in zoo.NAMES
+        small = zoo.descends_from(self.model)
         filled: dict[str, Any] = {
             "data": self.data or ("zoo" if small else "c4"),
             "samples": self.samples or (64 if small else 128),

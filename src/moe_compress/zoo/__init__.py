@@ -5,6 +5,7 @@ the standard library only; `train` and `card` are how the models came to be.
 """
 
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -18,6 +19,17 @@ def path(name: str) -> Path:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no shipped model {name!r}: there are {', '.join(NAMES)}.{hint}")
     return Path(str(resources.files(__name__) / "models" / name))
+
+
+def descends_from(model: str) -> bool:
+    """Return whether `model` is a shipped model, or the folder of a checkpoint that was made from one."""
+    manifest = Path(model) / "moe_compress.json"
+    if model in NAMES or not manifest.is_file():
+        return model in NAMES
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["base"]["model"] in NAMES
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def config_path(hub_id: str) -> Path | None:
