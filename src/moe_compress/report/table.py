@@ -74,11 +74,9 @@ def one_row_each(records: Sequence[Record]) -> list[list[Record]]:
 
 def _calibrations(record: Record) -> list[dict[str, Any]]:
     """The calibration settings of each stage, without what follows from the seed or the clock."""
-    chance = ("seed", "hash", "fingerprint", "seconds", "peak_bytes", "tokens", "domains", "windows")
+    chance = ("seed", "hash", "fingerprint", "seconds", "peak_bytes", "tokens", "domains")
     measured = [stage.get("calibration") or {} for stage in record.report]
-    return [
-        {**{k: v for k, v in found.items() if k not in chance}, "asked": found.get("windows")} for found in measured
-    ]
+    return [{key: value for key, value in found.items() if key not in chance} for found in measured]
 
 
 def _text_of(record: Record) -> str:
@@ -86,7 +84,7 @@ def _text_of(record: Record) -> str:
     words = []
     for found in _calibrations(record):
         mix = "".join(f", {domain} {share:g}" for domain, share in found.get("mix", {}).items())
-        words.append(f"{found.get('asked')} x {found.get('length')} of {found.get('source')}{mix}")
+        words.append(f"{found.get('windows')} x {found.get('length')} of {found.get('source')}{mix}")
     return "; ".join(words)
 
 
