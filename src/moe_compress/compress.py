@@ -18,9 +18,12 @@ from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter, begun_bytes, manifest_of, remove_intermediate, require_free
 from moe_compress.forecast import forecast
+from moe_compress.measuring import parse_mix
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, Plan, check_edits, edited_values
-from moe_compress.planning import parse_mix, plan_after, plan_stage, plan_values, read_plan
+from moe_compress.model.edits import Edit, Plan, check_edits, to_json
+from moe_compress.model.forms import form_after, kept_layers
+from moe_compress.planning import plan_stage
+from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values, read_plan
 from moe_compress.recipe import Options, Recipe, Stage
 from moe_compress.run import Run, text_spec
 from moe_compress.runtime import (
@@ -38,7 +41,6 @@ from moe_compress.terminal import progress_bar
 from moe_compress.zoo import text as zoo_text
 
 MAX_NAME = 120
-PLAN = "plan.json"
 RECIPE = "recipe.yaml"
 
 
@@ -88,7 +90,7 @@ def _preflight(recipe: Recipe, out: Path, run: Run) -> None:
 
 
 def _uses(recipe: Recipe) -> list[Use]:
-    text = any(stage.needs == "text" for stage in recipe.stages)
+    text = any(stage.needs in ("text", "probe") for stage in recipe.stages)
     uses: dict[Use, bool] = {"calibration": text, "heldout": recipe.options.eval}
     return [use for use, needed in uses.items() if needed]
 
@@ -112,19 +114,18 @@ def _run_stages(
             job = _plan_job(stage, current, target, earlier, run)
             about: dict[str, Any] = {"identity": identity, "base": _base(source)}
             about["intermediate"] = target is not targets[-1]
-            plan_file = plan_values(job.plan, about["base"], stage.method)
-            _write(job, about, {PLAN: as_json(plan_file), RECIPE: recipe.to_yaml()}, run)
+            _write(job, about, {RECIPE: recipe.to_yaml()}, run)
         current, earlier = open_checkpoint(target), target
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """A checkpoint to be written: from what, with which edits; `plan` has them in the first model's numbering."""
+    """A checkpoint to be written: from what, with which edits; `plan` is that of all stages up to this one."""
 
     source: Checkpoint
     target: Path
     edits: Sequence[Edit]
-    plan: Plan
+    plan: list[StagePlan]
     report: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     through_model: bool = False
@@ -140,7 +141,7 @@ def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | No
         source=source,
         target=target,
         edits=plan.edits,
-        plan=plan_after(earlier / PLAN, plan) if earlier else plan,
+        plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan)],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
         through_model=through_model,
@@ -151,24 +152,29 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
     if job.edits:
         check_edits(hf.skeleton(job.source.config, job.source.stored_dtype), job.edits)
-    values, plain = edited_values(job.source.values, job.edits)
-    form = "plain" if plain and "moe_compress" not in values else "edited"
+    after = form_after(job.source.values, job.edits)
+    form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     started = time.perf_counter()
     with progress_bar("writing") as progress:
-        writer = CheckpointWriter(job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits)
-        rewrite(job.source, job.edits, writer, through_model=job.through_model, progress=progress)
+        layers = kept_layers([to_json(edit) for edit in job.edits], job.source.num_layers)
+        writer = CheckpointWriter(
+            job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
+        )
+        rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
-        writer.finish(values, manifest, files)
+        plan = as_json(plan_values(job.plan, about["base"]))
+        writer.finish(after.values, manifest, {**files, PLAN: plan}, {ARRAYS: plan_arrays(job.plan)})
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
 
 
 def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
     """Apply a saved (perhaps hand-edited) plan to the model it names, or to `model=`; runs no calibration."""
-    edits, base = read_plan(path)
+    stages, base = read_plan(path)
+    edits = [edit for stage in stages for edit in stage.plan.edits]
     model = options.model or base["model"]
     source = open_model(model, options.revision or (None if options.model else base.get("commit")))
     if base.get("fingerprint") != source.fingerprint:
@@ -183,9 +189,8 @@ def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
         if options.eval:
             run.windows("heldout", source)
         about: dict[str, Any] = {"identity": identity, "base": _base(source)}
-        plan = Plan(edits, {}, {})
-        job = _Job(source=source, target=out, edits=edits, plan=plan, report=[{"method": "plan"}], stages=[])
-        _write(job, about, {PLAN: as_json(plan_values(plan, about["base"], "plan"))}, run)
+        job = _Job(source=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=[])
+        _write(job, about, {}, run)
     return Outcome(out, source, manifest_of(out) or {})
 
 
@@ -205,7 +210,7 @@ def _stage_folder(out: Path, number: int) -> Path:
 def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
     steps = [stage.model_dump(mode="json") for stage in stages]
-    if all(stage.needs != "text" for stage in stages):
+    if all(stage.needs not in ("text", "probe") for stage in stages):
         return fingerprint(source.fingerprint, steps)
     options = run.options
     arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]

@@ -10,7 +10,7 @@ import torch
 from moe_compress.checkpoint.reader import architecture_values
 from moe_compress.harness.flops import Sizes, sizes
 from moe_compress.model import hf
-from moe_compress.model.edits import edited_values
+from moe_compress.model.forms import form_after
 from moe_compress.planning import dry_run
 from moe_compress.recipe import Recipe
 from moe_compress.runtime import DTYPES, gigabytes, resolve_device, resolve_dtype
@@ -49,7 +49,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
     edits = dry_run(recipe, model)
-    _, plain = edited_values(values, edits)
+    plain = form_after(values, edits).plain
     return Forecast(
         model=options.model,
         before=before,

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Scope = Literal["layer", "model"]
-Need = Literal["text", "weights", "nothing"]
+Need = Literal["text", "probe", "noise", "weights", "nothing"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

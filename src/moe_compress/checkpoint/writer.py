@@ -7,7 +7,7 @@ any moment, run the same command again, and at most one layer is done twice. A f
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,25 @@ COMPANIONS = (
 
 
 class CheckpointWriter:
-    """Writes one checkpoint beside its final place; `identity` says which run the partial work belongs to."""
+    """Writes one checkpoint beside its final place; `identity` says which run the partial work belongs to.
 
-    def __init__(self, out: Path, source: Checkpoint, identity: str, *, keep_extra_layers: bool = True) -> None:
+    `layers`: the layers of the source that it will have, in order (None: all); methods take the source's numbers.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        source: Checkpoint,
+        identity: str,
+        *,
+        keep_extra_layers: bool = True,
+        layers: Sequence[int] | None = None,
+    ) -> None:
         self.out = out
         self.extra = source.extra_layers if keep_extra_layers else []
         self.source = source
         self.partial = partial_folder(out)
-        self.shards = source.num_layers + 1
+        self.layers = list(range(source.num_layers) if layers is None else layers)
         self._begin(identity)
 
     def _begin(self, identity: str) -> None:
@@ -45,8 +56,8 @@ class CheckpointWriter:
         write_json(self.partial / STATE, {"identity": identity})
 
     def _shard(self, layer: int | None) -> Path:
-        number = 1 if layer is None else layer + 2
-        return self.partial / f"model-{number:05d}-of-{self.shards:05d}.safetensors"
+        number = 1 if layer is None else self.layers.index(layer) + 2
+        return self.partial / f"model-{number:05d}-of-{len(self.layers) + 1:05d}.safetensors"
 
     def has(self, layer: int | None) -> bool:
         """Whether this layer (None: everything outside layers) is already on disk, whole."""
@@ -60,23 +71,40 @@ class CheckpointWriter:
         stored = {key: self.source.tensors[key] for key in keys}
         made = [key for key, entry in stored.items() if isinstance(entry, Virtual)]
         with self.source.read(made) as values:
-            write_shard(self._shard(layer), {**stored, **values})  # type: ignore[dict-item]
+            self._put(layer, {**stored, **values})
 
     def write(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in."""
         default = self.source.tensors[self.source.keys(layer)[0]]
         stored = {key: self.source.tensors.get(key, default) for key in tensors}
-        write_shard(self._shard(layer), {key: _as_stored(tensors[key], stored[key]) for key in tensors})
+        self._put(layer, {key: _as_stored(tensors[key], stored[key]) for key in tensors})
+
+    def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
+        """Write a shard, its tensors named by the place that the layer will have."""
+        if layer is not None:
+            place = self.layers.index(layer)
+            tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
+        write_shard(self._shard(layer), tensors)
 
     def finish(
-        self, values: Mapping[str, Any], manifest: Mapping[str, Any], files: Mapping[str, str] | None = None
+        self,
+        values: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        files: Mapping[str, str] | None = None,
+        arrays: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        """Write what makes it a checkpoint: companions, `files`, manifest, index, config; then give it its name."""
+        """Write what makes it a checkpoint: companions, `files`, manifest, index, config; then give it its name.
+
+        files: texts by file name; arrays: tensors by file name (none where there are none).
+        """
         for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
             (self.partial / name).write_text(text, encoding="utf-8")
+        for name, tensors in (arrays or {}).items():
+            if tensors:
+                write_shard(self.partial / name, tensors)
         copy_companions(self.source.folder, self.partial)
         write_json(self.partial / MANIFEST, manifest)
-        shards = [self._shard(None), *(self._shard(layer) for layer in range(self.source.num_layers))]
+        shards = [self._shard(None), *map(self._shard, self.layers)]
         regions = {path.name: read_regions(path) for path in shards}
         weight_map = {key: name for name, found in regions.items() for key in found}
         total = sum(region.bytes for found in regions.values() for region in found.values())

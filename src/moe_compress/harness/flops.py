@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
+from moe_compress.model.moe import moe_views
 
 ATTENTION_CHILDREN = ("self_attn", "self_attention", "attention", "attn")
 
@@ -39,12 +40,14 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    active_experts = {id(view.experts): view.active for view in moe_views(model).values()}
+    top_k = float(getattr(model.config, family_of(model.config).top_k_key))
     total = touched = multiplied = 0
     for _, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or (tied and module is head):
                 continue
-            active = _active_fraction(model, module, parameter)
+            active = _active_fraction(module, parameter, active_experts.get(id(module), top_k))
             total += parameter.numel()
             if module is embedding:
                 touched += parameter.shape[1]
@@ -61,16 +64,12 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     return Sizes(parameters=total, bytes=size, touched=touched, flops_per_token=flops, context=context)
 
 
-def _active_fraction(model: PreTrainedModel, module: nn.Module, parameter: torch.Tensor) -> float:
-    """The share of a fused experts tensor that one token uses; 1 for everything else."""
-    if parameter.dim() < 2 or type(module).__name__.endswith(("Router", "Gate", "Gating")):
+def _active_fraction(module: nn.Module, parameter: torch.Tensor, active: float | None) -> float:
+    """The share of a fused experts tensor that one token uses on average; 1 for everything else."""
+    if active is None or parameter.dim() < 2 or type(module).__name__.endswith(("Router", "Gate", "Gating")):
         return 1.0
-    experts = parameter.shape[0]
     is_experts = hasattr(module, "_apply_gate") or (parameter.dim() == 3 and "xpert" in type(module).__name__)
-    if not is_experts:
-        return 1.0
-    top_k = int(getattr(model.config, family_of(model.config).top_k_key))
-    return min(top_k, experts) / experts
+    return min(active, parameter.shape[0]) / parameter.shape[0] if is_experts else 1.0
 
 
 def attention_flops(model: PreTrainedModel, context: int) -> int:

@@ -1,69 +1,81 @@
 """Models whose layers differ: rebuilt by replaying edits on the original architecture.
 
-This file needs torch and transformers alone. It is shipped, word for word, inside every edited checkpoint, so
-that `trust_remote_code=True` loads it where moe-compress is not installed; inside moe-compress the same code
-applies edits to real and to meta tensors alike. An edit is a JSON object, for example
-`{"edit": "keep_experts", "layer": 3, "experts": [0, 2, 5]}`.
+This file and edited_layers.py need torch and transformers alone. They are shipped, word for word, inside every
+edited checkpoint, so that `trust_remote_code=True` loads it where moe-compress is not installed; inside
+moe-compress the same code applies edits to real and to meta tensors alike. An edit is a JSON object, for example
+`{"edit": "keep_experts", "layer": 3, "experts": [0, 2, 5]}`; edits follow each other, so each names layers and
+experts as they are numbered when it is reached.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
+from .edited_layers import drop_layer, keep_experts, merge_experts, set_top_k, skip_experts, skip_sublayer
+
 PREFIX = "moe_compress_"
+LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
 
 
-def keep_experts(layer: nn.Module, names: Mapping[str, str], *, experts: Sequence[int]) -> None:
-    """Cut one MoE block down to `experts`, in that order: weights, router rows and biases together."""
-    fused: Any = layer.get_submodule(names["experts"])
-    router = layer.get_submodule(names["router"])
-    count = fused.down_proj.shape[0]
-    _slice(fused, count, experts, dims=(0,))
-    _slice(layer.get_submodule(names["block"]), count, experts, dims=(0,), flat_only=True)
-    for module in router.modules():
-        _slice(module, count, experts, dims=(0, 1))
+# --- whole models -------------------------------------------------------------------------------------------
+
+EDITS: dict[str, Callable[..., None]] = {
+    edit.__name__: edit for edit in (keep_experts, merge_experts, set_top_k, skip_experts, skip_sublayer)
+}
 
 
-def _slice(module: nn.Module, count: int, kept: Sequence[int], dims: tuple[int, ...], flat_only: bool = False) -> None:
-    """Select along the first of `dims` that has `count` entries, in every tensor that the module itself owns."""
-    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for table in tables:
-        for name, tensor in table.items():
-            if tensor is None or (flat_only and tensor.dim() != 1):
-                continue
-            dim = next((d for d in dims if d < tensor.dim() and tensor.shape[d] == count), None)
-            if dim is None:
-                continue
-            index = torch.tensor(kept, device=tensor.device)
-            part = tensor.detach().index_select(dim, index)
-            table[name] = nn.Parameter(part, requires_grad=False) if table is module._parameters else part
-    for attribute in ("num_experts", "n_routed_experts", "num_local_experts", "out_features"):
-        if module.__dict__.get(attribute) == count:
-            setattr(module, attribute, len(kept))
-
-
-EDITS: dict[str, Callable[..., None]] = {"keep_experts": keep_experts}
-
-
-def apply(layer: nn.Module, names: Mapping[str, str], edit: Mapping[str, Any]) -> None:
-    """Carry out one edit on one decoder layer."""
+def apply(
+    stack: Any, names: Mapping[str, Any], edit: Mapping[str, Any], arrays: Mapping[str, Tensor] | None = None
+) -> None:
+    """Carry out one edit on the decoder layers of `stack`; `arrays` are the tensors it brings along."""
     arguments = {key: value for key, value in edit.items() if key not in ("edit", "layer")}
-    EDITS[edit["edit"]](layer, names, **arguments)
+    if edit["edit"] == "drop_layer":
+        drop_layer(stack, edit["layer"])
+    else:
+        EDITS[edit["edit"]](stack.layers[edit["layer"]], names, **arguments, **(arrays or {}))
 
 
 def replay(model: Any, manifest: Mapping[str, Any]) -> None:
     """Carry out all edits of a manifest, in order, on a whole model."""
-    base = model.base_model if hasattr(model.base_model, "layers") else model.model
+    stack = model.base_model if hasattr(model.base_model, "layers") else model.model
     for edit in manifest["edits"]:
-        apply(base.layers[edit["layer"]], manifest["moe"], edit)
+        apply(stack, manifest["moe"], edit)
+
+
+@contextlib.contextmanager
+def config_values(config: Any, values: Mapping[str, Any]) -> Iterator[None]:
+    """The config with other values, inside the block."""
+    before = {key: getattr(config, key) for key in values}
+    try:
+        for key, value in values.items():
+            setattr(config, key, value)
+        yield
+    finally:
+        for key, value in before.items():
+            setattr(config, key, value)
+
+
+def _is_derived(config_class: Any, name: str) -> bool:
+    return isinstance(getattr(config_class, name, None), property)
+
+
+def _listed(config_class: Any, name: str) -> property:
+    """A list by layer that the config derives from a period: once layers are gone, what is left of it."""
+    derived = getattr(config_class, name).fget
+
+    def listed(config: Any) -> Any:
+        left = getattr(config, "moe_compress", {}).get("lists", {}).get(name)
+        return left if left is not None and len(left) == config.num_hidden_layers else derived(config)
+
+    return property(listed)
 
 
 def edited_classes(config_class: Any, model_class: Any) -> tuple[type, type]:
@@ -71,11 +83,14 @@ def edited_classes(config_class: Any, model_class: Any) -> tuple[type, type]:
     base_type = config_class.model_type
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
-        model_class.__init__(self, config, *args, **kwargs)
+        # The model is built as it was and then edited; from there on the config counts the layers that are left.
+        with config_values(config, config.moe_compress.get("original", {})):
+            model_class.__init__(self, config, *args, **kwargs)
         replay(self, config.moe_compress)
 
-    config_name = f"Edited{config_class.__name__}"
-    edited_config = type(config_name, (config_class,), {"model_type": PREFIX + base_type, "__module__": __name__})
+    body: dict[str, Any] = {"model_type": PREFIX + base_type, "__module__": __name__}
+    body |= {name: _listed(config_class, name) for name in LISTS if _is_derived(config_class, name)}
+    edited_config = type(f"Edited{config_class.__name__}", (config_class,), body)
     # transformers answers these two by searching the source of the class's module, which here is this file.
     edited_model = type(
         f"Edited{model_class.__name__}",

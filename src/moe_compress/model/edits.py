@@ -1,39 +1,183 @@
 """Edits: everything a method changes about the structure, as values that can be read, saved and replayed.
 
-An edit names its layer, goes to JSON and back, says whether a layer can take it, and is carried out by
-`model/edited.py` on real and meta tensors alike.
+Edits are carried out in order, by `model/edited.py`, on real and meta tensors alike; each names layers and experts
+as they are numbered when its turn comes. E experts, F neurons of an expert, D model width.
 """
 
 from __future__ import annotations
 
-import copy
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any, ClassVar, Literal
 
-import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.model import edited, hf
-from moe_compress.model.families import COUNT_KEYS, family_of
-from moe_compress.model.moe import MoEShape, moe_shapes, moe_views
+from moe_compress.model.edited_layers import Nothing
+from moe_compress.model.families import family_of
+from moe_compress.model.moe import MoEShape, moe_shape, moe_view, moe_views, permute_neurons
+from moe_compress.model.sublayers import is_whole_layer, sublayer_names
+
+Arrays = Mapping[str, Tensor]
+LINEAR_MIXERS = ("linear_attention", "conv", "mamba")
 
 
 @dataclass(frozen=True, slots=True)
-class KeepExperts:
-    """Keep these routed experts of one layer, drop the others; router rows and biases go with them."""
+class _OnLayer:
+    """What all edits have: a layer, and the tensors they bring along, which are kept beside the JSON."""
 
-    kind: ClassVar[str] = "keep_experts"
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
     layer: int
+    arrays: Annotated[Any, Field(exclude=True)] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+
+    @property
+    def needed_array(self) -> str | None:
+        """The tensor without which the edit cannot be carried out on weights."""
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class KeepExperts(_OnLayer):
+    """Keep these routed experts of one layer, drop the others; router rows and biases go with them.
+
+    With `novices` the router stays as it is, and each dropped expert leaves a constant: a row of arrays["outputs"].
+    `active`: how many of the experts that stay a token then uses on average.
+    """
+
     experts: tuple[int, ...]
+    novices: bool = False
+    active: float | None = None
+    edit: Literal["keep_experts"] = field(default="keep_experts", kw_only=True)
 
-    def check(self, shape: MoEShape) -> None:
+    @property
+    def needed_array(self) -> str | None:
+        """The constants of dropped experts."""
+        return "outputs" if self.novices else None
+
+    def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer cannot work with these experts."""
-        shape.require_ids(self.experts)
+        shape = _shape(model, self.layer)
+        if self.novices:
+            _require_reroutable(model, self.layer, "novice=mean")
+            shape.require_known(self.experts)
+        else:
+            shape.require_ids(self.experts)
 
 
-Edit = KeepExperts
-KINDS = {cls.kind: cls for cls in (KeepExperts,)}
+@dataclass(frozen=True, slots=True)
+class MergeExperts(_OnLayer):
+    """Replace groups of experts by their weighted means; a group's first member is its representative.
+
+    `aligned`: each expert's neurons are first reordered as arrays["order"] says, [E, F].
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...]
+    router: Literal["centroid", "sum"]
+    aligned: bool = False
+    edit: Literal["merge_experts"] = field(default="merge_experts", kw_only=True)
+
+    @property
+    def needed_array(self) -> str | None:
+        """The order of neurons."""
+        return "order" if self.aligned else None
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError unless the groups share out exactly the layer's experts."""
+        shape = _shape(model, self.layer)
+        members = [expert for group in self.groups for expert in group]
+        if sorted(members) != list(range(shape.num_experts)) or not all(self.groups):
+            raise ValueError(
+                f"layer {self.layer}: groups must share out its {shape.num_experts} experts, each once; "
+                f"this plan has {[list(group) for group in self.groups]}."
+            )
+        sizes = [len(group) for group in self.groups]
+        if [len(w) for w in self.weights] != sizes or any(s < 0 for w in self.weights for s in w):
+            raise ValueError(f"layer {self.layer}: every member of a group needs one weight, from 0 up.")
+        if any(sum(w) <= 0 for w in self.weights):
+            raise ValueError(f"layer {self.layer}: a group whose weights are all 0 has no mean.")
+        if self.router == "centroid":
+            shape.require_ids(tuple(group[0] for group in self.groups))
+        else:
+            _require_reroutable(model, self.layer, "router=sum")
+
+
+@dataclass(frozen=True, slots=True)
+class SkipSublayer(_OnLayer):
+    """Remove the MoE block (with its shared experts) or the attention of one layer, always with its norms."""
+
+    part: Literal["moe", "attention"]
+    edit: Literal["skip_sublayer"] = field(default="skip_sublayer", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the layer has no such part, or the model no other layer with experts."""
+        if self.part == "moe":
+            _shape(model, self.layer)
+            _require_other_moe(model, self.layer, "the only layer left with experts")
+            if is_whole_layer(hf.decoder_layers(model)[self.layer], block_names(model)):
+                raise ValueError(f"layer {self.layer} is nothing but its MoE block: drop the layer (block_drop).")
+            return
+        with_attention = attention_layers(model)
+        if self.layer not in with_attention:
+            raise ValueError(
+                f"layer {self.layer} has no attention that could be removed; those that have: {with_attention}."
+            )
+        if with_attention == [self.layer]:
+            raise ValueError(f"layer {self.layer} is the only one left with attention, which has to stay.")
+
+
+@dataclass(frozen=True, slots=True)
+class DropLayer(_OnLayer):
+    """Remove a whole decoder layer; the layers behind it move up by one."""
+
+    edit: Literal["drop_layer"] = field(default="drop_layer", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if there is no such layer or it is the last one with experts."""
+        _require_layer(model, self.layer)
+        _require_other_moe(model, self.layer, "the only layer left with experts")
+
+
+@dataclass(frozen=True, slots=True)
+class SetTopK(_OnLayer):
+    """Let every token use `top_k` experts of one layer."""
+
+    top_k: int
+    edit: Literal["set_top_k"] = field(default="set_top_k", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the router cannot choose that many."""
+        shape = _shape(model, self.layer)
+        if shape.fixed_top_k:
+            raise ValueError(f"the router of {model.config.model_type} always uses {shape.top_k} experts.")
+        shape.require_top_k(self.top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class SkipExperts(_OnLayer):
+    """At run time, leave out experts whose gate is below `threshold` times the token's largest (NAEE).
+
+    `active`: how many experts a token then uses on average.
+    """
+
+    threshold: float
+    renormalise: bool
+    active: float | None = None
+    edit: Literal["skip_experts"] = field(default="skip_experts", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the threshold is no fraction or experts cannot be skipped here."""
+        _shape(model, self.layer)
+        _require_reroutable(model, self.layer, "skip")
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"layer {self.layer}: a threshold is a fraction from 0 to 1, not {self.threshold}.")
+
+
+Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts
+_ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 
 
 @dataclass(frozen=True)
@@ -45,37 +189,40 @@ class Plan:
     report: dict[str, Any]
 
 
+# --- as JSON ------------------------------------------------------------------------------------------------
+
+
 def to_json(edit: Edit) -> dict[str, Any]:
-    """An edit as a JSON object."""
-    return {"edit": edit.kind, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(edit).items()}}
+    """An edit as a JSON object, without its arrays."""
+    names = [f.name for f in fields(edit) if f.name not in ("edit", "arrays")]
+    return {"edit": edit.edit, **{name: _listed(getattr(edit, name)) for name in names}}
 
 
-def from_json(values: Mapping[str, Any]) -> Edit:
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+
+
+def from_json(values: Mapping[str, Any], arrays: Arrays | None = None) -> Edit:
     """An edit from a JSON object; ValueError says what is wrong with it."""
-    kind = values.get("edit")
-    if kind not in KINDS:
-        raise ValueError(f"unknown edit {kind!r} in the plan; known: {', '.join(KINDS)}.")
     try:
-        layer, experts = values["layer"], values["experts"]
-    except KeyError as error:
-        raise ValueError(f"an edit {kind!r} in the plan lacks {error}.") from error
-    if not isinstance(layer, int) or not all(isinstance(e, int) for e in experts):
-        raise ValueError(f"an edit {kind!r} in the plan needs whole numbers for layer and experts.")
-    return KINDS[kind](layer=layer, experts=tuple(experts))
+        edit: Edit = _ADAPTER.validate_json(json.dumps(dict(values)), strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        raise ValueError(f"the edit {dict(values)} is not valid: {where}: {first['msg'].lower()}.") from error
+    return replace(edit, arrays=dict(arrays or {}))
+
+
+# --- on models ----------------------------------------------------------------------------------------------
 
 
 def check_edits(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
-    """Raise ValueError if any edit does not fit the model; a skeleton is enough."""
+    """Carry edits out on a skeleton (which is used up), raising ValueError for the first that does not fit."""
     refuse_if_uneditable(model.config)
-    shapes = {shape.layer: shape for shape in moe_shapes(model)}
-    seen: set[int] = set()
+    names = block_names(model)
     for edit in edits:
-        if edit.layer not in shapes:
-            raise ValueError(f"the plan edits layer {edit.layer}, which has no experts; MoE layers: {list(shapes)}.")
-        if edit.layer in seen:
-            raise ValueError(f"the plan edits layer {edit.layer} twice.")
-        seen.add(edit.layer)
-        edit.check(shapes[edit.layer])
+        edit.check(model)
+        edited.apply(hf.stack(model), names, to_json(edit))
 
 
 def refuse_if_uneditable(config: PreTrainedConfig) -> None:
@@ -87,59 +234,61 @@ def refuse_if_uneditable(config: PreTrainedConfig) -> None:
 
 def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
     """Carry out edits on a whole model in memory (or on a skeleton)."""
-    if edits:
-        edited.replay(model, {"moe": block_names(model), "edits": [to_json(edit) for edit in edits]})
+    names = block_names(model) if edits else {}
+    for edit in edits:
+        apply_edit(model, names, edit)
 
 
-def block_names(model: PreTrainedModel) -> dict[str, str]:
-    """Where, inside a decoder layer, the MoE block, its experts and its router are."""
-    return next(iter(moe_views(model).values())).names
+def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:
+    """Carry out one edit: neurons are aligned first, where the edit says how."""
+    arrays = dict(edit.arrays)
+    order_EF = arrays.pop("order", None)
+    if order_EF is not None and not next(model.parameters()).is_meta:
+        view = moe_view(hf.decoder_layers(model)[edit.layer], family_of(model.config))
+        assert view is not None
+        permute_neurons(view, order_EF)
+    edited.apply(hf.stack(model), names, to_json(edit), arrays)
 
 
-def edited_values(values: Mapping[str, Any], edits: Sequence[Edit]) -> tuple[dict[str, Any], bool]:
-    """config.json values after the edits, and whether they describe a plain checkpoint.
-
-    Plain means: the ordinary architecture, built from the new values, has the very names and shapes of the
-    edited model. Nobody guesses; both are built without weights and compared.
-    """
-    base, earlier = split_values(values)
-    everything = [*earlier, *map(to_json, edits)]
-    if not everything:
-        return base, True
-    if base.get("num_nextn_predict_layers"):
-        # Their experts are not cut, and engines read one expert count for all layers: they are left out.
-        base["num_nextn_predict_layers"] = 0
-    config = hf.config_from(base)
-    model = hf.skeleton(config, torch.bfloat16)
-    names = block_names(model)
-    edited.replay(model, {"moe": names, "edits": everything})
-    plain = _plain_values(base, config, model)
-    if plain is not None:
-        return plain, True
-    manifest = {"base_model_type": config.model_type, "moe": names, "edits": everything}
-    return hf.edited_config_values(base, manifest), False
+def block_names(model: PreTrainedModel) -> dict[str, Any]:
+    """Where, inside a decoder layer, the MoE block, its experts, its router, the attention and their norms are."""
+    index, view = next(iter(moe_views(model).items()))
+    return sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
 
 
-def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """config.json values -> (those of the original architecture, the edits already carried out)."""
-    base = copy.deepcopy(dict(values))
-    base.pop("auto_map", None)  # the architecture is transformers' own, and its remote code is not copied
-    manifest = base.pop("moe_compress", None)
-    if manifest is None:
-        return base, []
-    base["model_type"] = manifest["base_model_type"]
-    base["architectures"] = manifest["base_architectures"]
-    return base, list(manifest["edits"])
+def _shape(model: PreTrainedModel, layer: int) -> MoEShape:
+    views = moe_views(model)
+    if layer not in views:
+        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(views)}.")
+    return moe_shape(model, layer, views[layer])
 
 
-def _plain_values(base: Mapping[str, Any], config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any] | None:
-    counts = {view.num_experts for view in moe_views(model).values()}
-    if len(counts) != 1:
-        return None
-    count = counts.pop()
-    family = family_of(config)
-    before = getattr(config, family.count_key)
-    present = [key for key in COUNT_KEYS if base.get(key) == before] or [family.count_key]
-    values = {**base, **dict.fromkeys(present, count)}
-    rebuilt = hf.skeleton(hf.config_from(values), torch.bfloat16)
-    return values if hf.shapes(rebuilt) == hf.shapes(model) else None
+def _require_layer(model: PreTrainedModel, layer: int) -> None:
+    count = len(hf.decoder_layers(model))
+    if not 0 <= layer < count:
+        raise ValueError(f"the plan drops layer {layer}, but there are layers 0 to {count - 1}.")
+
+
+def _require_other_moe(model: PreTrainedModel, layer: int, what: str) -> None:
+    if list(moe_views(model)) == [layer]:
+        raise ValueError(f"layer {layer} is {what}: without it this would be no Mixture-of-Experts model.")
+
+
+def _require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
+    if not hasattr(moe_views(model)[layer].experts, "_apply_gate"):
+        raise ValueError(
+            f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
+            "so nothing can come between router and experts."
+        )
+
+
+def attention_layers(model: PreTrainedModel) -> list[int]:
+    """The layers whose token mixer is attention."""
+    name, layers = block_names(model)["attention"], hf.decoder_layers(model)
+    kinds = getattr(model.config, "layer_types", None) or [""] * len(layers)
+    children = [dict(layer.named_children()).get(name) for layer in layers]
+    return [
+        index
+        for index, (child, kind) in enumerate(zip(children, kinds, strict=False))
+        if hasattr(child, "layer_idx") and not isinstance(child, Nothing) and kind not in LINEAR_MIXERS
+    ]

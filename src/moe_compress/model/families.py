@@ -26,6 +26,8 @@ class Family:
     min_per_group: fewest experts a group may keep, where routing is limited to groups (most add up the best two);
     logits_at: which of the router's outputs of width E are its logits;
     normed_output: a norm stands between the experts and the stream, so their share of it is not known;
+    block_outputs: how many values the MoE block returns;
+    fixed_top_k: the router is written for its number of experts per token;
     no_expert_edits: why experts cannot be dropped here, if they cannot.
     """
 
@@ -38,6 +40,8 @@ class Family:
     min_per_group: int = 2
     logits_at: int = 0
     normed_output: bool = False
+    block_outputs: int = 1
+    fixed_top_k: bool = False
     no_expert_edits: str | None = None
 
 
@@ -57,7 +61,9 @@ FAMILIES: dict[str, Family] = {
         Family(model_type="deepseek", paper_gate="topk"),
         Family(model_type="deepseek_v2", paper_gate="topk", min_per_group=1),
         _sigmoid("deepseek_v3", paper_gate="topk"),
-        _sigmoid("llama4_text", logits_at=1),
+        _sigmoid("llama4_text", logits_at=1, block_outputs=2),
+        Family(model_type="gpt_oss", block_outputs=2),
+        Family(model_type="phimoe", fixed_top_k=True),
         Family(model_type="flex_olmo", normed_output=True),
         *(_sigmoid(name, normed_output=True) for name in ("afmoe", "beam", "kolibri1")),
         Family(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_compress.model.edited_layers import REROUTE
 from moe_compress.model.families import Family, family_of, groups_of
 from moe_compress.model.hf import decoder_layers
 
@@ -29,6 +30,8 @@ class MoEShape:
     groups: int = 1
     groups_used: int = 1
     min_per_group: int = 1
+    fixed_top_k: bool = False
+    aliased: bool = False
 
     def require(self, kept: int) -> None:
         """Raise ValueError unless the layer still works with `kept` experts (equally many in every group)."""
@@ -59,11 +62,25 @@ class MoEShape:
         per_group = max(self.min_per_group, -(-self.top_k // self.groups_used))
         return per_group * self.groups
 
-    def require_ids(self, kept: tuple[int, ...]) -> None:
-        """Raise ValueError unless exactly these experts may stay."""
-        if sorted(set(kept)) != list(kept) or (kept and not 0 <= kept[0] <= kept[-1] < self.num_experts):
+    def require_top_k(self, top_k: int) -> None:
+        """Raise ValueError unless each token may use `top_k` experts."""
+        reachable = self.groups_used * (self.num_experts // self.groups)
+        if not 1 <= top_k <= reachable:
+            raise ValueError(f"layer {self.layer} cannot use {top_k} experts per token: 1 to {reachable} are possible.")
+
+    def require_known(self, kept: tuple[int, ...]) -> None:
+        """Raise ValueError unless these are ascending ids of experts."""
+        if not kept or sorted(set(kept)) != list(kept) or not 0 <= kept[0] <= kept[-1] < self.num_experts:
             raise ValueError(
                 f"layer {self.layer}: kept experts must be ascending ids below {self.num_experts}, not {list(kept)}."
+            )
+
+    def require_ids(self, kept: tuple[int, ...]) -> None:
+        """Raise ValueError unless exactly these experts may stay."""
+        self.require_known(kept)
+        if self.aliased and self.groups > 1:
+            raise ValueError(
+                f"layer {self.layer} was merged with router=sum and routes within groups: no more experts can go."
             )
         self.require(len(kept))
         size = self.num_experts // self.groups
@@ -102,9 +119,33 @@ class MoEView:
         return int(self.experts.down_proj.shape[0])
 
     @property
+    def alias(self) -> list[int] | None:
+        """Which expert (from num_experts on: which novice) each router row leads to; None: each to its own."""
+        return self.experts.__dict__.get(REROUTE, {}).get("alias")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the router: as many as experts, unless experts were merged with router=sum or left novices."""
+        return self.num_experts if self.alias is None else len(self.alias)
+
+    @property
+    def top_k(self) -> int | None:
+        """Experts per token in this layer; None where neither router nor block says so."""
+        for module in (self.router, self.block):
+            if isinstance(module.__dict__.get("top_k"), int):
+                return int(module.top_k)  # type: ignore[arg-type]
+        return None
+
+    @property
+    def active(self) -> float | None:
+        """Experts that a token uses on average: top_k, unless some are skipped or replaced by constants."""
+        measured = self.experts.__dict__.get(REROUTE, {}).get("active")
+        return self.top_k if measured is None else measured
+
+    @property
     def router_rows_ED(self) -> Tensor:
-        """The router's weight, one row an expert."""
-        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.num_experts)
+        """The router's weight, one row an expert (several, or rows of novices, once experts were rerouted)."""
+        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.rows)
 
     @property
     def matrices(self) -> list[Tensor]:
@@ -169,20 +210,48 @@ def moe_views(model: PreTrainedModel) -> dict[int, MoEView]:
 
 def moe_shapes(model: PreTrainedModel) -> list[MoEShape]:
     """The MoE blocks of a model as numbers; a skeleton is enough."""
+    return [moe_shape(model, index, view) for index, view in moe_views(model).items()]
+
+
+def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
+    """One MoE block as numbers."""
     config = model.config
     family = family_of(config)
     groups, groups_used = groups_of(config)
-    return [
-        MoEShape(
-            layer=index,
-            num_experts=view.num_experts,
-            top_k=getattr(config, family.top_k_key),
-            groups=groups,
-            groups_used=groups_used,
-            min_per_group=family.min_per_group,
-        )
-        for index, view in moe_views(model).items()
-    ]
+    return MoEShape(
+        layer=index,
+        num_experts=view.num_experts,
+        top_k=view.top_k or getattr(config, family.top_k_key),
+        groups=groups,
+        groups_used=groups_used,
+        min_per_group=family.min_per_group,
+        fixed_top_k=family.fixed_top_k,
+        aliased=view.rows != view.num_experts,
+    )
+
+
+def permute_neurons(view: MoEView, order_EF: Tensor) -> None:
+    """Reorder the neurons of every expert, in place; the experts compute what they did before.
+
+    order_EF[e, i]: which neuron of expert e comes to place i.
+    """
+    fused = view.experts
+    transposed = getattr(fused, "is_transposed", True)
+    inner = order_EF.shape[1]
+    both_EN = order_EF
+    if getattr(fused, "has_gate", True):
+        concatenated = getattr(fused, "is_concatenated", True)
+        parts = (order_EF, order_EF + inner) if concatenated else (2 * order_EF, 2 * order_EF + 1)
+        both_EN = torch.cat(parts, 1) if concatenated else torch.stack(parts, 2).flatten(1)
+    for name, parameter in fused.named_parameters(recurse=False):
+        into = not name.startswith("down")  # gate and up make neurons, down uses them
+        if name == "down_proj_bias" or name == "novices":
+            continue
+        dim = 1 if parameter.dim() == 2 or into != transposed else 2
+        index = (both_EN if into else order_EF).to(parameter.device)
+        shape = [len(index), index.shape[1], 1] if dim == 1 else [len(index), 1, index.shape[1]]
+        spread = index if parameter.dim() == 2 else index.reshape(shape).expand_as(parameter)
+        parameter.copy_(torch.gather(parameter.detach(), dim, spread))
 
 
 def weight_sums(view: MoEView) -> dict[str, Tensor]:
@@ -192,7 +261,13 @@ def weight_sums(view: MoEView) -> dict[str, Tensor]:
         sums["abs"] += _row_norms(weight, 1).sum(1)
         sums["square"] += _row_norms(weight, 2).square().sum(1)
         sums["count"] += weight[0].numel()
-    sums["router_norm"] = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
+    row_R = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
+    if view.alias is not None:  # an expert with several rows is as long as the longest of them
+        led = torch.tensor(view.alias)
+        row_R = torch.zeros(max(view.num_experts, 1 + int(led.max())), dtype=torch.float64).scatter_reduce(
+            0, led, row_R, "amax"
+        )[: view.num_experts]
+    sums["router_norm"] = row_R
     return sums
 
 

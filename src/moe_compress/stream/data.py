@@ -55,6 +55,12 @@ class Windows:
         mask = self.mask_NS[batch]
         return None if bool(mask.all()) else mask.long().to(device)
 
+    def select(self, chosen_N: Tensor) -> Windows:
+        """Some of the windows, as a text of their own."""
+        rows = (self.ids_NS[chosen_N], self.mask_NS[chosen_N], self.document_NS[chosen_N], self.domain_N[chosen_N])
+        identity = fingerprint(self.fingerprint, chosen_N.tolist())
+        return Windows(*rows, self.domains, identity, {**self.description, "windows": len(rows[0])})
+
     @property
     def component_N(self) -> Tensor:
         """domain * FOLDS + fold of each window."""

@@ -120,14 +120,13 @@ def fold(
     norm). With `state`, finished layers and the hidden states between layers are kept there, so that a killed
     run goes on where it stopped.
     """
-    size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
-    batches = [_Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
+    batches = _batches(layers, windows)
     hidden_NSD = _enter(layers, windows, batches)
     seen, start = _resume(state, hidden_NSD)
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
-            seen.append(_run_layer(index, layer, hidden_NSD, batches, observers))
+            seen.append(_run_layer(index, layer, hidden_NSD, batches, observers, hidden_NSD))
         if state is not None:
             _save(state, index, seen[-1], hidden_NSD)
         if progress is not None:
@@ -150,8 +149,9 @@ def _run_layer(
     hidden_NSD: Tensor,
     batches: Sequence[_Batch],
     observers: Sequence[Observer],
+    out_NSD: Tensor | None,
 ) -> list[dict[str, Tensor]]:
-    """Run one layer on every batch; the hidden states are replaced in place."""
+    """Run one layer on every batch; what leaves it goes to `out_NSD`, which may be where it came from."""
     for observer in observers:
         observer.enter(index, layer)
     for batch in batches:
@@ -160,8 +160,46 @@ def _run_layer(
         out_BSD = hf.run_layer(layer, hidden_NSD[batch.rows], batch.calls[index])
         for observer in observers:
             observer.end(out_BSD)
-        hidden_NSD[batch.rows] = out_BSD
+        if out_NSD is not None:
+            out_NSD[batch.rows] = out_BSD
     return [observer.leave() for observer in observers]
+
+
+Pass = Callable[[Sequence[Observer], bool], list[dict[str, Tensor]]]
+
+
+@torch.no_grad()
+def two_streams(
+    layers: Layers,
+    windows: Windows,
+    visit: Callable[[int, nn.Module, Pass, Pass], None],
+    progress: Progress | None = None,
+) -> None:
+    """Visit every layer with the original stream and with the one that has come through edited layers.
+
+    `visit(index, layer, original, compressed)` may edit the layer; `original(observers, go_on)` runs it over the
+    original stream and returns what was seen, and the stream goes on behind the layer if told to. Each has to go
+    on once.
+    """
+    batches = _batches(layers, windows)
+    streams = [_enter(layers, windows, batches)]
+    streams.append(streams[0].clone())
+    count = len(hf.decoder_layers(layers.model))
+    for index in range(count):
+        with layers.layer(index) as layer:
+
+            def run(hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool) -> list[dict[str, Tensor]]:
+                out_NSD = hidden_NSD if go_on else None
+                return _run_layer(index, layer, hidden_NSD, batches, observers, out_NSD)  # noqa: B023
+
+            visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams))
+        if progress is not None:
+            progress(index + 1, count)
+
+
+def _batches(layers: Layers, windows: Windows) -> list[_Batch]:
+    size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
+    return [_Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
 
 
 def _enter(layers: Layers, windows: Windows, batches: Sequence[_Batch]) -> Tensor:

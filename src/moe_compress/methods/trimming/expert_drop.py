@@ -1,115 +1,207 @@
-"""Expert Drop: remove whole routed experts, ranked by any of the scores in scores.py.
+"""Expert Drop: remove whole routed experts, ranked by a score or chosen as the set that rebuilds the layer best.
 
-Dropping experts at an unchanged top-k shrinks what is stored, not what is computed per token. L layers, E experts.
+Dropping experts at an unchanged top-k shrinks what is stored, not what is computed per token. E experts, D width.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from moe_compress.methods.trimming import scores
-from moe_compress.methods.trimming.scores import WEIGHT_SCORES, Score
-from moe_compress.model.edits import Edit, KeepExperts, Plan
+from moe_compress.methods.trimming import protection, reconstruction, scores
+from moe_compress.methods.trimming.allocation import Budget, Ladder, Search, Taken, allocate, kept_counts
+from moe_compress.methods.trimming.scores import PROBE_SCORES, WEIGHT_SCORES, Score
+from moe_compress.model.edits import KeepExperts, Plan
 from moe_compress.model.moe import MoEShape
+from moe_compress.model.shapes import ModelShape
 from moe_compress.registry import Need, method
-from moe_compress.stream.observers import LayerSums
+from moe_compress.stream.observed import LayerSums, Observed
 
-PROTECTED = re.compile(r"(\d+):(\d+)")
 # Where experts that no token reached rank: beyond every score, but short of the infinity of protected experts.
 EXTREME = 1e300
+Steps = list[tuple[float, list[int]]]
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
-    if parameters["protect"] == "super" or parameters["score"] not in (*WEIGHT_SCORES, "random"):
+    if parameters["score"] in PROBE_SCORES:
+        return "probe"
+    scored = parameters["score"] not in (*WEIGHT_SCORES, "random")
+    if scored or parameters["protect"] == "super" or parameters["novice"] == "mean" or parameters["budget"] == "search":
         return "text"
     return "weights" if parameters["score"] in WEIGHT_SCORES else "nothing"
 
 
 def check(
-    shapes: Sequence[MoEShape], *, keep: int | None, ratio: float | None, budget: str, protect: str, **_: Any
+    shape: ModelShape,
+    *,
+    keep: int | None,
+    ratio: float | None,
+    budget: Budget,
+    protect: str,
+    evaluations: int,
+    propagate: str,
+    score: str,
+    novice: str,
+    **_: Any,
 ) -> Plan:
     """Whether the counts are possible, from shapes alone: a plan with the right counts and arbitrary ids.
 
     A global budget is spread evenly but for one layer, so that the plan is as uneven as the real one will be, and
     later stages are refused only where they must be.
     """
-    blank = {shape.layer: torch.arange(shape.num_experts, dtype=torch.float64) for shape in shapes}
-    blank[shapes[0].layer] -= 1
-    protected = {} if protect == "super" else _protected(protect, shapes)
-    _put_last(blank, protected)
-    edits = _choose(shapes, blank, _kept(shapes, keep, ratio), budget)
-    _require_protected(edits, protected)
-    return Plan(edits, {}, {})
+    _require_compatible(budget, protect, evaluations, propagate, score)
+    blank = {moe.layer: torch.arange(moe.num_experts, dtype=torch.float64) for moe in shape.moe}
+    blank[shape.moe[0].layer] -= 1
+    protected = {} if protect == "super" else protection.parsed(protect, shape.moe)
+    protection.put_last(blank, protected)
+    steps = {moe.layer: _steps(moe, blank[moe.layer]) for moe in shape.moe}
+    even = _even(shape.moe, keep, ratio, novice == "mean")
+    taken, _report = allocate(_ladders(shape.moe, steps), even, "layer" if budget == "layer" else "global")
+    edits = _edits(shape.moe, steps, taken)
+    protection.require(edits, protected)
+    return Plan([KeepExperts(e.layer, e.experts, novice == "mean") for e in edits], {}, {})
+
+
+def _require_compatible(budget: str, protect: str, evaluations: int, propagate: str, score: str) -> None:
+    if budget == "search" and evaluations < 1:
+        raise ValueError(f"budget=search needs at least 1 evaluation, not evaluations={evaluations}.")
+    if propagate == "compressed" and (budget != "layer" or protect == "super"):
+        raise ValueError(
+            "propagate=compressed decides layer by layer, so it goes with budget=layer and without protect=super."
+        )
+    if score == "naee" and protect != "none":
+        raise ValueError("score=naee weighs whole sets of experts and cannot spare single ones: leave out protect=.")
 
 
 @method(
     "model",
     group="trimming",
-    paper="Unified-MoE-Compression (arXiv 2406.02500), REAP (arXiv 2510.13999) and the papers of each score",
+    paper="Unified-MoE-Compression (arXiv 2406.02500), NAEE (2402.14800), REAP (2510.13999) and those of each score",
     needs=_needs,
     check=check,
-    presets={"paper": {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25}},
+    presets={
+        "paper": {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25},
+        "naee": {"score": "naee", "keep": 6},
+        "mone": {"score": "reap", "novice": "mean"},
+    },
     rivals=(("keep", "ratio"),),
     headline=("score", "keep", "ratio"),
 )
-def expert_drop(
-    layers: Sequence[LayerSums],
+def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
+    model: Observed,
     *,
     score: Score = "reap",
     keep: int | None = None,
     ratio: float | None = 0.25,
-    budget: Literal["layer", "global"] = "layer",
+    budget: Budget = "layer",
+    propagate: Literal["original", "compressed"] = "original",
+    novice: Literal["none", "mean"] = "none",
     gate: Literal["topk", "full", "paper"] = "topk",
     reverse: bool = False,
     protect: str = "none",
     unseen: Literal["drop", "keep", "error"] = "drop",
+    evaluations: int = 100,
     seed: int = 0,
 ) -> Plan:
-    """Remove the lowest-scoring routed experts of every layer.
+    """Remove the lowest-scoring routed experts of every layer, or keep the set that rebuilds its output best (naee).
 
-    keep: experts left per layer (on average, with budget=global), or ratio: fraction removed;
-    budget: the same count in every layer, or one threshold over the model with a floor of top-k per layer;
-    gate: what gate_mass sums: top-k gates, the full softmax, or what the paper's code sums for this family;
-    reverse: drop the highest instead, as a control (experts without tokens still go as `unseen` says);
-    protect: `layer:expert,...`, or `super` for super experts; unseen: experts that no token reached go first, stay,
-    or are an error.
+    keep: experts left per layer (on average, unless budget=layer), or ratio: fraction removed; budget: the same
+    count in every layer; one threshold over the model; or counts searched for in so many evaluations of the agreement
+    with the original; propagate: judge later layers on the original activations, or on what the earlier cuts left;
+    novice: leave a dropped expert's mean output in its place; gate: what gate_mass sums: top-k gates, the full softmax,
+    or what the paper's code sums for this family; reverse: drop the highest instead, as a control (experts without
+    tokens still go as `unseen` says); protect: `layer:expert,...`, or `super` for super experts; unseen: experts
+    that no token reached go first, stay, or are an error.
     """
-    shapes = [layer.shape for layer in layers]
-    kept = _kept(shapes, keep, ratio)
-    table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in layers}
-    missed = {layer.shape.layer: _unseen(layer) for layer in layers}
+    shapes = [layer.shape for layer in model.layers]
+    even = _even(shapes, keep, ratio, novice == "mean")
+    table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in model.layers if score != "naee"}
+    missed = {layer.shape.layer: _unseen(layer) for layer in model.layers}
     ranked = {i: _with_unseen(i, -s if reverse else s, missed[i], unseen) for i, s in table.items()}
-    protected = _super(layers) if protect == "super" else _protected(protect, shapes)
-    _put_last(ranked, protected)
-    edits = _choose(shapes, ranked, kept, budget)
-    _require_protected(edits, protected)
-    report = {
-        "experts_without_tokens": {i: ids for i, ids in missed.items() if ids},
-        "protected": protected,
-    }
-    return Plan(edits, {index: _reported(score_E) for index, score_E in table.items()}, report)
-
-
-def _kept(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None) -> list[int]:
-    """Experts to keep in each layer, checked against every constraint."""
-    if keep is not None:
-        kept = [keep] * len(shapes)
-    elif ratio is not None and 0 <= ratio < 1:
-        kept = [shape.num_experts - int(ratio * shape.num_experts + 0.5) for shape in shapes]
+    protected = protection.super_experts(model.layers) if protect == "super" else protection.parsed(protect, shapes)
+    protection.put_last(ranked, protected)
+    if score == "naee":
+        steps = {layer.shape.layer: _rebuilding_steps(layer, budget) for layer in model.layers}
     else:
-        raise ValueError(f"expert_drop.ratio={ratio}: the fraction of experts removed is in [0, 1).")
-    for shape, count in zip(shapes, kept, strict=True):
-        shape.require(count)
-    return kept
+        steps = {shape.layer: _steps(shape, ranked[shape.layer]) for shape in shapes}
+    make = functools.partial(_edits, shapes, steps)
+    search = Search(edits=make, evaluate=model.evaluate, evaluations=evaluations, seed=seed)
+    taken, report = allocate(_ladders(shapes, steps), even, budget, search)
+    edits = make(taken)
+    if score == "naee":
+        edits, losses = _rebuilding(model.layers, edits)
+        report |= {"reconstruction": losses}
+    protection.require(edits, protected)
+    report |= {"experts_without_tokens": {i: ids for i, ids in missed.items() if ids}, "protected": protected}
+    if novice == "mean":
+        edits = [_with_novices(layer, edits) for layer in model.layers if _edit_of(layer, edits)]
+    return Plan(list(edits), {index: _reported(score_E) for index, score_E in table.items()}, report)
+
+
+def _edit_of(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts | None:
+    return next((edit for edit in edits if edit.layer == layer.shape.layer), None)
+
+
+def _with_novices(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts:
+    """Dropped experts leave their mean output over the tokens routed to them (MoNE, arXiv 2507.00390)."""
+    edit = _edit_of(layer, edits)
+    assert edit is not None
+    gone = [e for e in range(layer.shape.num_experts) if e not in edit.experts]
+    used_E = layer.sums["count"]
+    active = layer.shape.top_k * float(used_E[list(edit.experts)].sum() / used_E.sum())
+    outputs = {"outputs": layer.sums["mean_output"][gone].float()}
+    return KeepExperts(edit.layer, edit.experts, novices=True, active=active, arrays=outputs)
+
+
+def _rebuilding_steps(layer: LayerSums, budget: str) -> Steps:
+    """Greedy elimination: what each step adds to the layer's relative squared error. Not needed for even counts."""
+    if budget == "layer":
+        return _steps(layer.shape, torch.arange(layer.shape.num_experts, dtype=torch.float64))
+    before, steps = 0.0, []
+    for ids, loss in reconstruction.elimination_order(layer.probe(), layer.shape):
+        steps.append((loss**2 - before, list(ids)))
+        before = loss**2
+    return steps
+
+
+def _rebuilding(
+    layers: Sequence[LayerSums], edits: Sequence[KeepExperts]
+) -> tuple[list[KeepExperts], dict[int, dict[str, float]]]:
+    """The best set of as many experts as each edit keeps, and how far it is from the layer's output."""
+    found: list[KeepExperts] = []
+    losses: dict[int, dict[str, float]] = {}
+    for layer in layers:
+        edit = _edit_of(layer, edits)
+        if edit is not None:
+            choice = reconstruction.best_subset(layer.probe(), layer.shape, len(edit.experts))
+            found.append(KeepExperts(edit.layer, choice.kept))
+            losses[edit.layer] = {"relative_error": choice.loss, "tokens_with_unknown_experts": choice.exhausted}
+    return found, losses
+
+
+def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, free: bool) -> Taken:
+    """Steps that every layer takes alike, checked against every constraint (novices leave the router `free`)."""
+    counts = kept_counts(shapes, keep, ratio, "expert_drop")
+    for shape in shapes:
+        if not free:
+            shape.require(counts[shape.layer])
+        elif not 0 < counts[shape.layer] <= shape.num_experts:
+            raise ValueError(
+                f"layer {shape.layer} has {shape.num_experts} experts, so keep={counts[shape.layer]} is not possible."
+            )
+    return {s.layer: (s.num_experts - counts[s.layer]) // s.groups for s in shapes}
 
 
 def _score(layer: LayerSums, score: str, gate: str, seed: int) -> Tensor:
+    if score == "remove_one":
+        return reconstruction.remove_one(layer.probe(), layer.shape)
+    if score == "ranked_choice":
+        return reconstruction.ranked_choice(layer.probe())
     if score == "random":
         return scores.random_score(layer.shape.num_experts, layer.shape.layer, seed)
     if score == "gate_mass" and (layer.paper_gate if gate == "paper" else gate) == "full":
@@ -142,53 +234,28 @@ def _reported(score_E: Tensor) -> list[float | None]:
     return [value if math.isfinite(value) else None for value in score_E.tolist()]
 
 
-def _super(layers: Sequence[LayerSums]) -> dict[int, list[int]]:
-    maxima = {layer.shape.layer: layer.sums["max"] for layer in layers}
-    return scores.super_experts(maxima, layers[0].total_layers)
-
-
-def _put_last(ranked: Mapping[int, Tensor], protected: Mapping[int, Sequence[int]]) -> None:
-    """Let the protected experts outrank all others."""
-    for index, ids in protected.items():
-        ranked[index][list(ids)] = torch.inf
-
-
-def _protected(text: str, shapes: Sequence[MoEShape]) -> dict[int, list[int]]:
-    if text == "none":
-        return {}
-    found: dict[int, list[int]] = {}
-    counts = {shape.layer: shape.num_experts for shape in shapes}
-    for word in text.split(","):
-        match = PROTECTED.fullmatch(word.strip())
-        if match is None:
-            raise ValueError(f"expert_drop.protect={text}: `super`, `none` or a list such as 0:3,2:7 (layer:expert).")
-        index, expert = int(match.group(1)), int(match.group(2))
-        if index not in counts:
-            raise ValueError(f"expert_drop.protect={word}: layer {index} has no experts; MoE layers: {list(counts)}.")
-        if expert >= counts[index]:
-            raise ValueError(f"expert_drop.protect={word}: layer {index} has experts 0 to {counts[index] - 1}.")
-        found.setdefault(index, []).append(expert)
-    return found
-
-
-def _choose(shapes: Sequence[MoEShape], score_E: Mapping[int, Tensor], kept: Sequence[int], budget: str) -> list[Edit]:
-    """Drop in steps, one expert of every router group at a time, cheapest steps first."""
-    steps = {shape.layer: _steps(shape, score_E[shape.layer]) for shape in shapes}
-    if budget == "layer":
-        taken = {s.layer: (s.num_experts - count) // s.groups for s, count in zip(shapes, kept, strict=True)}
-    else:
-        total = sum(shape.num_experts - count for shape, count in zip(shapes, kept, strict=True))
-        taken = _global_steps(shapes, steps, total)
-    edits: list[Edit] = []
+def _edits(shapes: Sequence[MoEShape], steps: Mapping[int, Steps], taken: Taken) -> list[KeepExperts]:
+    """What is kept once every layer has taken its steps, cheapest first."""
+    edits: list[KeepExperts] = []
     for shape in shapes:
         gone = {expert for _, ids in steps[shape.layer][: taken[shape.layer]] for expert in ids}
         if gone:
-            left = tuple(e for e in range(shape.num_experts) if e not in gone)
-            edits.append(KeepExperts(shape.layer, left))
+            edits.append(KeepExperts(shape.layer, tuple(e for e in range(shape.num_experts) if e not in gone)))
     return edits
 
 
-def _steps(shape: MoEShape, score_E: Tensor) -> list[tuple[float, list[int]]]:
+def _ladders(shapes: Sequence[MoEShape], steps: Mapping[int, Steps]) -> dict[int, Ladder]:
+    """The steps that leave every layer the experts that its router needs."""
+    return {
+        shape.layer: Ladder(
+            tuple(cost for cost, _ in steps[shape.layer][: (shape.num_experts - shape.floor) // shape.groups]),
+            shape.groups,
+        )
+        for shape in shapes
+    }
+
+
+def _steps(shape: MoEShape, score_E: Tensor) -> Steps:
     """The order in which a layer gives up experts: (mean score, one expert of each group), ascending."""
     size = shape.num_experts // shape.groups
     grouped_GN = score_E.reshape(shape.groups, size)
@@ -198,33 +265,3 @@ def _steps(shape: MoEShape, score_E: Tensor) -> list[tuple[float, list[int]]]:
         (float(grouped_GN.gather(1, order_GN[:, n : n + 1]).mean()), (order_GN[:, n] + offset_G).tolist())
         for n in range(size)
     ]
-
-
-def _global_steps(
-    shapes: Sequence[MoEShape], steps: Mapping[int, list[tuple[float, list[int]]]], total: int
-) -> dict[int, int]:
-    """How many steps each layer takes so that `total` experts go, lowest scores first, none below its floor."""
-    allowed = {shape.layer: (shape.num_experts - shape.floor) // shape.groups for shape in shapes}
-    pool = sorted(
-        (score, index, n) for index, found in steps.items() for n, (score, _) in enumerate(found[: allowed[index]])
-    )
-    groups = shapes[0].groups
-    if total > len(pool) * groups:
-        raise ValueError(
-            f"budget=global would drop {total} experts, but only {len(pool) * groups} can go while every layer keeps "
-            "the experts that its router needs."
-        )
-    taken = dict.fromkeys(steps, 0)
-    for _, index, _ in pool[: total // groups]:
-        taken[index] += 1
-    return taken
-
-
-def _require_protected(edits: Sequence[Edit], protected: Mapping[int, Sequence[int]]) -> None:
-    for edit in edits:
-        lost = sorted(set(protected.get(edit.layer, ())) - set(edit.experts))
-        if lost:
-            raise ValueError(
-                f"layer {edit.layer} cannot keep only {len(edit.experts)} experts and spare the protected {lost}: "
-                "keep more, or protect fewer."
-            )

@@ -14,9 +14,11 @@ from torch import Tensor
 
 Score = Literal[
     "random", "frequency", "gate_mass", "router_norm", "weight_norm", "ean", "man", "msan", "weighted_ean", "reap",
-    "aimer", "easy_ep", "max_activation",
+    "aimer", "easy_ep", "max_activation", "remove_one", "ranked_choice", "naee",
 ]  # fmt: skip
 Sums = Mapping[str, Tensor]
+# From a probe: see reconstruction.py. naee chooses whole sets and has no score per expert.
+PROBE_SCORES = ("remove_one", "ranked_choice", "naee")
 WEIGHT_SCORES = ("router_norm", "weight_norm", "aimer")
 
 
@@ -106,7 +108,7 @@ FUNCTIONS: dict[str, Callable[[Sums], Tensor]] = {
         easy_ep, max_activation,
     )
 }  # fmt: skip
-assert {*get_args(Score), "gate_mass_full"} == {*FUNCTIONS, "random"}
+assert {*get_args(Score), "gate_mass_full"} == {*FUNCTIONS, "random", *PROBE_SCORES}
 
 
 def random_score(experts: int, layer: int, seed: int) -> Tensor:

@@ -10,8 +10,17 @@ from moe_compress.model.hf.architectures import (
     register_edited_architectures,
 )
 from moe_compress.model.hf.calls import LayerCall, called_alike, enter, head, run_layer
-from moe_compress.model.hf.experts import EXPERTS_FUNCTION, RoutedRows, tap, use_experts_function
-from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize
+from moe_compress.model.hf.experts import (
+    EXPERTS_FUNCTION,
+    AllExperts,
+    RoutedRows,
+    all_experts,
+    gate_on_input,
+    tap,
+    untap,
+    use_experts_function,
+)
+from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize, renumbered
 from moe_compress.model.hf.skeleton import (
     buffers_to,
     config_from,
@@ -22,12 +31,15 @@ from moe_compress.model.hf.skeleton import (
     read_values,
     shapes,
     skeleton,
+    stack,
 )
 
 __all__ = [
     "EXPERTS_FUNCTION",
+    "AllExperts",
     "LayerCall",
     "RoutedRows",
+    "all_experts",
     "buffers_to",
     "called_alike",
     "checkpoint_tensors",
@@ -36,6 +48,7 @@ __all__ = [
     "edited_config_values",
     "encode_values",
     "enter",
+    "gate_on_input",
     "head",
     "layer_of",
     "layer_state",
@@ -44,10 +57,13 @@ __all__ = [
     "modelling_files",
     "quiet",
     "read_values",
+    "renumbered",
     "run_layer",
     "shapes",
     "skeleton",
+    "stack",
     "tap",
+    "untap",
     "use_experts_function",
 ]
 

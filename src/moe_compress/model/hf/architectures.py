@@ -14,9 +14,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moe_compress.model import edited
+from moe_compress.model import edited, edited_layers
 
 MODELLING_FILE = "modeling_moe_compress"
+SHIPPED = {"edited": edited, "edited_layers": edited_layers}
 
 
 def _classes(base_type: str) -> tuple[Any, Any]:
@@ -73,10 +74,11 @@ def modelling_files(values: Mapping[str, Any]) -> dict[str, str]:
 from {config_class.__module__} import {config_class.__name__}
 from {model_class.__module__} import {model_class.__name__}
 
-from .moe_compress_edited import edited_classes
+from .edited import edited_classes
 
 Edited{config_class.__name__}, Edited{model_class.__name__} = edited_classes(
     {config_class.__name__}, {model_class.__name__}
 )
 '''
-    return {f"{MODELLING_FILE}.py": loader, "moe_compress_edited.py": inspect.getsource(edited)}
+    shipped = {f"{name}.py": inspect.getsource(module) for name, module in SHIPPED.items()}
+    return {f"{MODELLING_FILE}.py": loader, **shipped}

@@ -1,6 +1,6 @@
 """The experts function: what really went through the experts, for every family, without changing a bit of it.
 
-T tokens, K experts per token, E experts, D model width, F inner width, R = T*K routed (token, expert) pairs.
+T tokens, K experts per token, E experts, D model width, F inner width, R <= T*K routed (token, expert) pairs.
 """
 
 from __future__ import annotations
@@ -36,22 +36,47 @@ class RoutedRows:
     routed_TD: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class AllExperts:
+    """Every expert on the same tokens: un-gated outputs, and the inputs of the down projections."""
+
+    output_ETD: Tensor
+    inner_ETF: Tensor
+
+
 Listener = Callable[[RoutedRows], None]
+LISTENERS = "_moe_compress_listeners"
 
 
-def tap(block: nn.Module, experts: nn.Module, listener: Listener | None) -> None:
-    """Report every pass through the fused experts of a block to `listener` (None: stop).
+def gate_on_input(experts: nn.Module) -> bool:
+    """Whether the gate weight multiplies what the experts see, not what they return (Llama-4)."""
+    return not hasattr(experts, "_apply_gate")
+
+
+def tap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
+    """Report every pass through the fused experts of a block to `listener`, and to all others that were added.
 
     Experts that transformers dispatches (all families but Llama-4) report from the experts function; Llama-4's
     block, which runs every expert on every token, is replaced by a routed forward while it is listened to.
     """
-    experts.__dict__["_moe_compress_listener"] = listener
-    if hasattr(experts, "_apply_gate"):
-        return
-    if listener is None:
-        block.__dict__.pop("forward", None)
-    else:
+    experts.__dict__.setdefault(LISTENERS, []).append(listener)
+    if gate_on_input(experts):
         block.__dict__["forward"] = functools.partial(_gate_on_input_forward, block)
+
+
+def untap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
+    """Stop reporting to `listener`; with the last one gone, the block is as it was."""
+    experts.__dict__[LISTENERS].remove(listener)
+    if not experts.__dict__[LISTENERS] and gate_on_input(experts):
+        block.__dict__.pop("forward", None)
+
+
+def _report(experts: nn.Module, *rows: Tensor) -> None:
+    listeners = experts.__dict__.get(LISTENERS)
+    if listeners:
+        reported = RoutedRows(*rows)
+        for listener in tuple(listeners):
+            listener(reported)
 
 
 def _gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,13 +93,10 @@ def _gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tens
     experts = block.experts
     ends_E = torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32)
     input_RD = hidden_TD[token_R] * gate_R.unsqueeze(-1)
-    gate_RF, up_RF = _grouped_linear(input_RD, experts.gate_up_proj, ends_E, is_transposed=True).chunk(2, dim=-1)
-    inner_RF = up_RF * experts.act_fn(gate_RF)
-    added_RD = _grouped_linear(inner_RF, experts.down_proj, ends_E, is_transposed=True)
+    inner_RF, added_RD = _run(experts, input_RD, expert_R, ends_E)
     routed_TD = torch.zeros_like(hidden_TD).index_add_(0, token_R, added_RD)
     output_RD = added_RD / gate_R.unsqueeze(-1)
-    listener = experts.__dict__["_moe_compress_listener"]
-    listener(RoutedRows(token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD))
+    _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
     return block.shared_expert(hidden_TD) + routed_TD, logits_TE
 
 
@@ -83,12 +105,21 @@ def use_experts_function(model: PreTrainedModel) -> None:
     model.set_experts_implementation(EXPERTS_FUNCTION)
 
 
-def _experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The grouped-matmul experts of transformers, with the same operations in the same order, reporting rows."""
-    top_k = index_TK.shape[-1]
-    expert_R, order = torch.sort(index_TK.reshape(-1))
-    token_R, gate_R = order // top_k, weight_TK.reshape(-1)[order]
-    ends_E = torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32)
+def all_experts(experts: Any, hidden_TD: Tensor) -> AllExperts:
+    """Every expert on every token, with weight one; nobody who listens is told."""
+    count, tokens = int(experts.num_experts), len(hidden_TD)
+    number_E = torch.arange(count, device=hidden_TD.device)
+    ends_E = ((number_E + 1) * tokens).to(torch.int32)
+    inner_RF, output_RD = _run(experts, hidden_TD.repeat(count, 1), number_E.repeat_interleave(tokens), ends_E)
+    return AllExperts(output_RD.view(count, tokens, -1), inner_RF.view(count, tokens, -1))
+
+
+def _run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows sorted by expert: the inputs of the down projections [R, F] and the outputs before the gate [R, D]."""
+    if gate_on_input(experts):
+        gate_RF, up_RF = _grouped_linear(input_RD, experts.gate_up_proj, ends_E, is_transposed=True).chunk(2, dim=-1)
+        inner_RF = up_RF * experts.act_fn(gate_RF)
+        return inner_RF, _grouped_linear(inner_RF, experts.down_proj, ends_E, is_transposed=True)
 
     def linear(x_RI: Tensor, name: str) -> Tensor:
         bias_EO = getattr(experts, f"{name}_bias") if experts.has_bias else None
@@ -96,20 +127,41 @@ def _experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_T
         weight = getattr(experts, name)
         return _grouped_linear(x_RI, weight, ends_E, bias=bias_RO, is_transposed=experts.is_transposed)
 
-    input_RD = hidden_TD[token_R]
     inner_RF = linear(input_RD, "gate_up_proj" if experts.has_gate else "up_proj")
     inner_RF = experts._apply_gate(inner_RF) if experts.has_gate else experts.act_fn(inner_RF)
     output_RD = linear(inner_RF, "down_proj")
-    if experts.has_post_expert_norm:
-        output_RD = experts.post_expert_norm(output_RD)
+    return inner_RF, experts.post_expert_norm(output_RD) if experts.has_post_expert_norm else output_RD
+
+
+def _experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+    """The grouped-matmul experts of transformers, with the same operations in the same order, reporting rows.
+
+    An index that is no expert's number means nobody: such a slot adds nothing, costs nothing and is not reported.
+    """
+    top_k = index_TK.shape[-1]
+    expert_R, order = torch.sort(index_TK.reshape(-1))
+    counts = torch.bincount(expert_R, minlength=experts.num_experts)
+    ends_E = counts[: experts.num_experts].cumsum(0).to(torch.int32)
+    # The length of the counts is known without asking the device, unlike the largest index.
+    nobody = len(counts) > experts.num_experts
+    if nobody:
+        expert_R, order = expert_R[: int(ends_E[-1])], order[: int(ends_E[-1])]
+    token_R, gate_R = order // top_k, weight_TK.reshape(-1)[order]
+    input_RD = hidden_TD[token_R]
+    inner_RF, output_RD = _run(experts, input_RD, expert_R, ends_E)
+    weighted_RD = _in_order(output_RD * gate_R.unsqueeze(-1), order, index_TK.numel() if nobody else None)
+    routed_TD = weighted_RD.view(len(hidden_TD), top_k, -1).sum(dim=1).to(hidden_TD.dtype)
+    _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
+    return routed_TD
+
+
+def _in_order(sorted_RD: Tensor, order: Tensor, slots: int | None) -> Tensor:
+    """Rows back where they came from; of `slots` places, those without a row are zero."""
+    if slots is not None:
+        return sorted_RD.new_zeros(slots, sorted_RD.shape[-1]).index_copy_(0, order, sorted_RD)
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    weighted_RD = (output_RD * gate_R.unsqueeze(-1))[back]
-    routed_TD = weighted_RD.view(len(hidden_TD), top_k, -1).sum(dim=1).to(hidden_TD.dtype)
-    listener = experts.__dict__.get("_moe_compress_listener")
-    if listener is not None:
-        listener(RoutedRows(token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD))
-    return routed_TD
+    return sorted_RD[back]
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, _experts_forward)

@@ -36,6 +36,13 @@ def layer_of(key: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def renumbered(key: str, layer: int) -> str:
+    """The name of the same tensor in another decoder layer."""
+    found = LAYER_KEY.search(key)
+    assert found is not None, f"{key} belongs to no layer"
+    return f"{key[: found.start(1)]}{layer}{key[found.end(1) :]}"
+
+
 def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> None:
     """Put checkpoint tensors (or safetensors slices) into the skeleton's parameters, converted and cast.
 

@@ -1,0 +1,190 @@
+"""What a stage needs to know of a checkpoint: calibration found or made, weights on demand, a search's yardstick."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_compress.checkpoint.load import load_model
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.model import hf
+from moe_compress.model.families import family_of
+from moe_compress.model.moe import MoEView, moe_view, weight_sums
+from moe_compress.model.shapes import model_shape
+from moe_compress.run import Run
+from moe_compress.runtime import log, one_of
+from moe_compress.stream.calibration import (
+    Calibration,
+    calibrate,
+    calibration_identity,
+    component_weights,
+    domain_weights,
+    kept,
+    mix_components,
+)
+from moe_compress.stream.data import FOLDS, Windows
+from moe_compress.stream.fitness import Fitness
+from moe_compress.stream.fold import StreamedLayers
+from moe_compress.stream.observed import LayerSums, Observed
+from moe_compress.stream.observers import BatchInfo
+from moe_compress.stream.probe import Probe, ProbeObserver
+from moe_compress.terminal import progress_bar
+
+SEARCH_FOLD = FOLDS - 1
+NOISE_TOKENS = 1024
+
+
+def parse_mix(text: str, domains: Sequence[str] | None = None) -> dict[str, float]:
+    """`prose:2,code:1` -> shares of the domains; empty for none. ValueError for a domain that the text lacks."""
+    mix: dict[str, float] = {}
+    for word in filter(None, text.split(",")):
+        name, _, share = word.partition(":")
+        try:
+            mix[name.strip()] = float(share)
+        except ValueError as error:
+            raise ValueError(f"mix={text}: write domain:share,domain:share, such as prose:2,code:1.") from error
+    if mix and not (0 < sum(mix.values()) < math.inf and min(mix.values()) >= 0):
+        raise ValueError(f"mix={text}: shares are numbers from 0 up, and not all 0.")
+    for name in mix if domains is not None else ():
+        one_of(name, domains or (), "domain of the calibration text")
+    return mix
+
+
+def calibration_for(checkpoint: Checkpoint, run: Run, probes: bool = False) -> Calibration:
+    """The artefact of an earlier run on the same model, text and arithmetic; else one pass makes it."""
+    windows = run.windows("calibration", checkpoint)
+    identity = calibration_identity(checkpoint, windows, run.dtype, run.device, run.options.attn)
+    path = run.results("calibrations") / f"{identity}.safetensors"
+    earlier = kept(path, probes)
+    if earlier is not None:
+        log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
+        return earlier
+    log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
+    with progress_bar("measuring") as progress:
+        layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+        calibration = calibrate(checkpoint, layers, windows, path, identity, progress, probes=probes)
+    run.log.event("calibrated", path=str(path), **calibration.description)
+    return calibration
+
+
+class Weights:
+    """A checkpoint's layers by number, read when they are asked for, on the CPU in fp32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @functools.cached_property
+    def layers(self) -> StreamedLayers:
+        """The embeddings are read with the first layer."""
+        return StreamedLayers(self.checkpoint, torch.device("cpu"), torch.float32)
+
+    @contextlib.contextmanager
+    def view(self, index: int) -> Iterator[MoEView]:
+        """The experts of one layer."""
+        with self.layers.layer(index) as layer:
+            found = moe_view(layer, family_of(self.checkpoint.config))
+            assert found is not None
+            yield found
+
+
+def observed(
+    checkpoint: Checkpoint, calibration: Calibration, mix: Mapping[str, float], left_out: int | None = None
+) -> Observed:
+    """What a method is given, with the domains mixed, and perhaps one fold of the text left out."""
+    weight_C = component_weights(calibration, mix, left_out)
+    sums = {i: mix_components(table, weight_C) for i, table in calibration.layers.items()}
+    by_domain = {
+        i: {name: mix_components(table, domain_weights(calibration, d)) for d, name in enumerate(calibration.domains)}
+        for i, table in calibration.moe.items()
+    }
+    streams = {
+        i: {k.removeprefix("stream_"): float(v / found["stream_tokens"]) for k, v in found.items() if "stream_" in k}
+        for i, found in sums.items()
+    }
+    base = _layers(checkpoint, {i: sums[i] for i in calibration.moe})
+    layers = [
+        dataclasses.replace(
+            layer,
+            probe=functools.partial(calibration.probe, layer.shape.layer),
+            by_domain=by_domain[layer.shape.layer],
+        )
+        for layer in base.layers
+    ]
+    return Observed(shape=base.shape, layers=layers, streams=streams, runs_LL=calibration.runs_LL)
+
+
+def unobserved(checkpoint: Checkpoint, with_weights: bool) -> Observed:
+    """The same without a forward: shapes, and sums over weights alone."""
+    return _layers(checkpoint, _weight_sums(checkpoint) if with_weights else {})
+
+
+def noise_observed(checkpoint: Checkpoint, run: Run) -> Observed:
+    """The same with probes on standard normal inputs of every MoE block: no text, no stream."""
+    base = unobserved(checkpoint, with_weights=False)
+    layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    found = [
+        dataclasses.replace(layer, probe=functools.partial(_noise_probe, layers, layer.shape.layer))
+        for layer in base.layers
+    ]
+    return dataclasses.replace(base, layers=found)
+
+
+@torch.no_grad()
+def _noise_probe(layers: StreamedLayers, index: int) -> Probe:
+    """A probe of one block on NOISE_TOKENS inputs that depend on the layer's number alone."""
+    config = layers.checkpoint.config
+    generator = torch.Generator().manual_seed(index)
+    noise_TD = torch.randn(NOISE_TOKENS, config.hidden_size, generator=generator).to(layers.device, layers.model.dtype)
+    observer = ProbeObserver(family_of(config), config, NOISE_TOKENS)
+    real_T = torch.ones(NOISE_TOKENS, dtype=torch.bool, device=layers.device)
+    with layers.layer(index) as layer:
+        observer.enter(index, layer)
+        observer.begin(BatchInfo(real_T, torch.zeros(NOISE_TOKENS, dtype=torch.long, device=layers.device)))
+        view = moe_view(layer, family_of(config))
+        assert view is not None
+        view.block(noise_TD[None])
+        return Probe.from_tensors(observer.leave())
+
+
+def _layers(checkpoint: Checkpoint, sums: Mapping[int, Mapping[str, Tensor]]) -> Observed:
+    shape = model_shape(hf.skeleton(checkpoint.config, checkpoint.stored_dtype))
+    gate, weights = family_of(checkpoint.config).paper_gate, Weights(checkpoint)
+    layers = [
+        LayerSums(moe, sums.get(moe.layer, {}), shape.total, gate, functools.partial(weights.view, moe.layer))
+        for moe in shape.moe
+    ]
+    return Observed(shape=shape, layers=layers)
+
+
+def _weight_sums(checkpoint: Checkpoint) -> dict[int, dict[str, Tensor]]:
+    """Sums over weights alone: one layer at a time, no forward."""
+    layers = StreamedLayers(checkpoint, torch.device("cpu"), checkpoint.stored_dtype)
+    family = family_of(checkpoint.config)
+    found: dict[int, dict[str, Tensor]] = {}
+    for index in range(checkpoint.num_layers):
+        with layers.layer(index) as layer:
+            view = moe_view(layer, family)
+            if view is not None:
+                found[index] = {f"weight_{name}": value for name, value in weight_sums(view).items()}
+    return found
+
+
+def fitness(checkpoint: Checkpoint, run: Run) -> Fitness:
+    """Agreement with the original on the fold of the calibration text that a search's sums leave out."""
+    windows = run.windows("calibration", checkpoint)
+    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
+    model = load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords)
+    return Fitness(model, search_windows(windows))
+
+
+def search_windows(windows: Windows) -> Windows:
+    """The windows held aside for a search. ValueError if there are too few to share."""
+    if len(windows) < FOLDS:
+        raise ValueError(f"a search needs at least {FOLDS} windows of calibration text: raise samples=.")
+    return windows.select(windows.component_N % FOLDS == SEARCH_FOLD)

@@ -1,0 +1,274 @@
+"""Edits on one decoder layer: its experts, its routing, its sub-layers. For real and meta tensors alike.
+
+Shipped with edited.py inside every edited checkpoint, so it needs torch alone. T tokens, K experts per token,
+D model width, N novices (constants that dropped experts leave behind).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
+REROUTE = "_moe_compress_reroute"
+NOVICES = "novices"
+
+
+# --- experts ------------------------------------------------------------------------------------------------
+
+
+def keep_experts(
+    layer: nn.Module,
+    names: Mapping[str, Any],
+    *,
+    experts: Sequence[int],
+    novices: bool = False,
+    active: float | None = None,
+    outputs: Tensor | None = None,
+) -> None:
+    """Cut one MoE block down to `experts`, in that order: weights, router rows and biases together.
+
+    With `novices` the router stays whole and each dropped expert leaves a constant behind, its row of `outputs`;
+    `active`: how many of the experts that stay a token then uses on average.
+    """
+    fused: Any = layer.get_submodule(names["experts"])
+    count = fused.down_proj.shape[0]
+    gone = [e for e in range(count) if e not in set(experts)]
+    target: dict[int, int] = {old: new for new, old in enumerate(experts)}
+    kept_novices = _novice_count(layer, names)
+    target |= {count + n: len(experts) + n for n in range(kept_novices)}
+    if novices:
+        target |= {old: len(experts) + kept_novices + n for n, old in enumerate(gone)}
+        _add_novices(layer, names, len(gone), outputs)
+    _retarget(layer, names, target, len(experts) + kept_novices + (len(gone) if novices else 0))
+    _select(fused, count, experts, dims=(0,))
+    _reroute(fused)["active"] = active if active is not None else _reroute(fused)["active"]
+
+
+def mask_experts(layer: nn.Module, names: Mapping[str, Any], *, experts: Sequence[int]) -> None:
+    """Route as if only `experts` were there, while their weights stay where they are: nothing large is copied."""
+    fused: Any = layer.get_submodule(names["experts"])
+    count = fused.down_proj.shape[0]
+    ends = count + _novice_count(layer, names)
+    _retarget(layer, names, {end: end for end in (*experts, *range(count, ends))}, ends)
+
+
+def merge_experts(
+    layer: nn.Module,
+    names: Mapping[str, Any],
+    *,
+    groups: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float]],
+    router: str,
+    aligned: bool = False,
+) -> None:
+    """Replace each group of experts by its weighted mean (`aligned`: their neurons were put in one order before).
+
+    router="centroid": each group answers to the router row of its first member; "sum": to the rows of all its
+    members, so that a token's gates for them add up.
+    """
+    fused: Any = layer.get_submodule(names["experts"])
+    count, novices = fused.down_proj.shape[0], _novice_count(layer, names)
+    members = groups if router == "sum" else [group[:1] for group in groups]
+    target = {old: new for new, group in enumerate(members) for old in group}
+    target |= {count + n: len(groups) + n for n in range(novices)}
+    _retarget(layer, names, target, len(groups) + novices)
+    for name, tensor in fused._parameters.items():
+        if tensor is not None and tensor.shape[0] == count:
+            means = [_weighted_mean(tensor, group, shares) for group, shares in zip(groups, weights, strict=True)]
+            fused._parameters[name] = nn.Parameter(torch.stack(means), requires_grad=False)
+    _set_counts(fused, count, len(groups))
+
+
+def _weighted_mean(tensor: Tensor, group: Sequence[int], shares: Sequence[float]) -> Tensor:
+    """Mean over a group in fp32; an expert alone stays what it is to the last bit."""
+    if len(group) == 1:
+        return tensor.detach()[group[0]]
+    total = sum(shares)
+    mean = torch.zeros(tensor.shape[1:], dtype=torch.float32, device=tensor.device)
+    for member, share in zip(group, shares, strict=True):
+        mean += tensor.detach()[member].float() * (share / total)
+    return mean.to(tensor.dtype)
+
+
+def _novice_count(layer: nn.Module, names: Mapping[str, Any]) -> int:
+    novices = layer.get_submodule(names["experts"])._parameters.get(NOVICES)
+    return 0 if novices is None else len(novices)
+
+
+def _add_novices(layer: nn.Module, names: Mapping[str, Any], count: int, outputs: Tensor | None) -> None:
+    fused: Any = layer.get_submodule(names["experts"])
+    down = fused.down_proj
+    width = down.shape[2 if getattr(fused, "is_transposed", True) else 1]
+    rows = torch.empty(count, width, dtype=down.dtype, device=down.device) if outputs is None else outputs.to(down)
+    earlier = fused._parameters.get(NOVICES)
+    rows = rows if earlier is None else torch.cat([earlier.detach(), rows])
+    fused.register_parameter(NOVICES, nn.Parameter(rows, requires_grad=False))
+
+
+def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, int], ends: int) -> None:
+    """Send every router row that led to expert `old` to `target[old]`; rows that lead nowhere go."""
+    fused: Any = layer.get_submodule(names["experts"])
+    rerouted = _reroute(fused)
+    row_count = len(rerouted["alias"] or range(fused.down_proj.shape[0]))
+    led = rerouted["alias"] or list(range(row_count))
+    rows = [row for row in range(row_count) if led[row] in target]
+    alias = [target[led[row]] for row in rows]
+    _select(layer.get_submodule(names["block"]), row_count, rows, dims=(0,), flat_only=True)
+    for module in layer.get_submodule(names["router"]).modules():
+        _select(module, row_count, rows, dims=(0, 1))
+    plain = alias == list(range(len(alias))) and len(alias) == ends and not _novice_count(layer, names)
+    rerouted["alias"] = None if plain else alias
+    _listen(layer, names)
+
+
+def _select(module: nn.Module, count: int, kept: Sequence[int], dims: tuple[int, ...], flat_only: bool = False) -> None:
+    """Select along the first of `dims` that has `count` entries, in every tensor that the module itself owns."""
+    if list(kept) == list(range(count)):
+        return
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is None or name == NOVICES or (flat_only and tensor.dim() != 1):
+                continue
+            dim = next((d for d in dims if d < tensor.dim() and tensor.shape[d] == count), None)
+            if dim is None:
+                continue
+            index = torch.tensor(kept, device=tensor.device)
+            part = tensor.detach().index_select(dim, index)
+            table[name] = nn.Parameter(part, requires_grad=False) if table is module._parameters else part
+    _set_counts(module, count, len(kept))
+
+
+def _set_counts(module: nn.Module, before: int, after: int) -> None:
+    for attribute in COUNTS:
+        if module.__dict__.get(attribute) == before:
+            setattr(module, attribute, after)
+
+
+# --- routing ------------------------------------------------------------------------------------------------
+
+
+def set_top_k(layer: nn.Module, names: Mapping[str, Any], *, top_k: int) -> None:
+    """Let every token use `top_k` experts of this layer."""
+    for name in (names["block"], names["router"]):
+        module: Any = layer.get_submodule(name)
+        if "top_k" in module.__dict__:
+            module.top_k = top_k
+
+
+def skip_experts(
+    layer: nn.Module, names: Mapping[str, Any], *, threshold: float, renormalise: bool, active: float | None = None
+) -> None:
+    """At run time, leave out a token's experts whose gate is below `threshold` times its largest gate.
+
+    `renormalise`: the gates that remain are scaled to the former sum, as in models whose gates add up to one;
+    `active`: how many experts a token then uses on average.
+    """
+    rerouted = _reroute(layer.get_submodule(names["experts"]))
+    rerouted |= {"threshold": threshold, "renormalise": renormalise, "active": active}
+    _listen(layer, names)
+
+
+def _reroute(fused: nn.Module) -> dict[str, Any]:
+    """What happens between router and experts, kept on the experts module."""
+    nothing = {"alias": None, "threshold": None, "renormalise": False, "heard": False, "active": None}
+    return fused.__dict__.setdefault(REROUTE, nothing)
+
+
+def _listen(layer: nn.Module, names: Mapping[str, Any]) -> None:
+    fused: Any = layer.get_submodule(names["experts"])
+    rerouted = _reroute(fused)
+    if rerouted["alias"] is None and rerouted["threshold"] is None:
+        return
+    if rerouted["threshold"] is not None or fused._parameters.get(NOVICES) is not None:
+        # With expert parallelism transformers' kernels expect ids that mean nobody; only so do they leave them out.
+        fused._is_expert_parallel = True
+    if not rerouted["heard"]:
+        rerouted["heard"] = True
+        fused.register_forward_pre_hook(_before)
+        fused.register_forward_hook(_after)
+
+
+def _before(fused: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden_TD, index_TK, gate_TK = args
+    index_TK, gate_TK, _reroute(fused)["added"] = _rerouted(fused, index_TK, gate_TK)
+    return hidden_TD, index_TK, gate_TK
+
+
+def _after(fused: Any, _args: Any, output_TD: Tensor) -> Tensor:
+    added_TD = _reroute(fused).pop("added")
+    return output_TD if added_TD is None else output_TD + added_TD.to(output_TD.dtype)
+
+
+def _rerouted(fused: Any, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Experts, gates and what novices add. The id `num_experts` means nobody: its gate is 0 and it costs nothing."""
+    how, nobody, novices_ND = _reroute(fused), fused.down_proj.shape[0], fused._parameters.get(NOVICES)
+    weak_TK = None
+    if how["threshold"] is not None:
+        weak_TK = gate_TK < how["threshold"] * gate_TK.amax(-1, keepdim=True)
+        left_TK = gate_TK.masked_fill(weak_TK, 0)
+        if how["renormalise"]:
+            left_TK = left_TK * (gate_TK.sum(-1, keepdim=True) / left_TK.sum(-1, keepdim=True))
+        gate_TK = left_TK
+    if how["alias"] is not None:
+        index_TK = torch.as_tensor(how["alias"], device=index_TK.device, dtype=index_TK.dtype)[index_TK]
+    if weak_TK is not None:
+        index_TK = index_TK.masked_fill(weak_TK, nobody)
+    if novices_ND is None:
+        return index_TK, gate_TK, None
+    real_TK = index_TK < nobody
+    idle_TK = real_TK if weak_TK is None else real_TK | weak_TK
+    row_TK = torch.where(idle_TK, 0, index_TK - nobody)
+    added_TD = (novices_ND[row_TK] * gate_TK.masked_fill(idle_TK, 0).unsqueeze(-1).to(novices_ND.dtype)).sum(1)
+    return torch.where(real_TK, index_TK, nobody), gate_TK.masked_fill(~real_TK, 0), added_TD
+
+
+# --- layers -------------------------------------------------------------------------------------------------
+
+
+class Nothing(nn.Module):
+    """In place of a sub-layer that is gone: adds nothing to the stream.
+
+    In place of attention it still counts tokens in the cache, whose length the model reads off its first layer.
+    """
+
+    def __init__(self, outputs: int, layer_idx: int | None = None) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.layer_idx = layer_idx
+
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+        """Zeros in the shape of the input, and None for whatever else the sub-layer returned."""
+        if self.layer_idx is not None and past_key_values is not None:
+            empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(empty, empty, self.layer_idx)
+        zeros = torch.zeros_like(hidden_states)
+        return zeros if self.outputs == 1 else (zeros, *[None] * (self.outputs - 1))
+
+
+def skip_sublayer(layer: nn.Module, names: Mapping[str, Any], *, part: str) -> None:
+    """Remove the MoE block (with shared experts) or the attention of a layer, always with its norms."""
+    if part == "attention":
+        attention: Any = layer.get_submodule(names["attention"])
+        layer.set_submodule(names["attention"], Nothing(2, attention.layer_idx))
+    else:
+        layer.set_submodule(names["block"], Nothing(names["outputs"]))
+        for beside in names["beside"]:
+            layer.set_submodule(beside, Nothing(1))
+    for norm in names[f"{part}_norms"]:
+        layer.set_submodule(norm, nn.Identity())
+    for factor in names[f"{part}_factors"]:
+        setattr(layer, factor, 1.0)
+
+
+def drop_layer(stack: Any, index: int) -> None:
+    """Remove a whole decoder layer; those behind it move up."""
+    stack.layers = nn.ModuleList([layer for i, layer in enumerate(stack.layers) if i != index])
+    for new, layer in enumerate(stack.layers):
+        for module in layer.modules():
+            if module.__dict__.get("layer_idx") is not None:
+                module.layer_idx = new

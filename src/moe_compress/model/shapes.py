@@ -1,0 +1,44 @@
+"""A whole model as numbers: its layers, which of them have experts, what may be removed. A skeleton is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from moe_compress.model import hf
+from moe_compress.model.edits import DropLayer, Edit, attention_layers, block_names
+from moe_compress.model.moe import MoEShape, moe_shapes
+from moe_compress.model.sublayers import is_whole_layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """moe: the layers with experts; total: all decoder layers; whole_layers: a MoE block is a layer of its own;
+    attention: the layers whose attention could be removed.
+    """
+
+    moe: list[MoEShape]
+    total: int
+    whole_layers: bool = False
+    attention: list[int] = field(default_factory=list)
+
+    def moe_of(self, layer: int) -> MoEShape | None:
+        """The MoE block of a layer, if it has one."""
+        return next((shape for shape in self.moe if shape.layer == layer), None)
+
+
+def model_shape(model: PreTrainedModel) -> ModelShape:
+    """The numbers of a model or a skeleton. ValueError if it has no layer with experts that can be told apart."""
+    shapes = moe_shapes(model)
+    if not shapes:
+        raise ValueError(f"{type(model).__name__} has no layer whose experts can be told apart.")
+    layers = hf.decoder_layers(model)
+    whole = is_whole_layer(layers[shapes[0].layer], block_names(model))
+    return ModelShape(moe=shapes, total=len(layers), whole_layers=whole, attention=attention_layers(model))
+
+
+def removals(layers: Sequence[int]) -> list[Edit]:
+    """Edits that drop these layers, whose numbers are those before any of them is gone: from the last to the first."""
+    return [DropLayer(layer) for layer in sorted(layers, reverse=True)]

@@ -1,0 +1,87 @@
+"""How well an edited model agrees with the original, without a checkpoint: what a search over plans maximises.
+
+The model is in memory once. Candidates share its weights: dropped experts are masked, not cut. N windows of S
+positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress.model import edited, hf
+from moe_compress.model.edited_layers import mask_experts
+from moe_compress.model.edits import Edit, KeepExperts, apply_edit, block_names
+from moe_compress.model.forms import config_layers, kept_layers, layer_lists
+from moe_compress.model.moe import moe_views
+from moe_compress.stream.data import Windows
+from moe_compress.stream.fold import ResidentLayers, fold
+
+LOGITS_PER_CHUNK = 1 << 25
+
+
+class Fitness:
+    """Agreement of next-token distributions, mean over tokens of sum_v min(p_original, p_edited), in [0, 1].
+
+    EvoESAP (arXiv 2603.06003). Calling it with edits leaves the model as it was.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
+        self.layers = ResidentLayers(model)
+        self.windows = windows
+        self.where = (windows.mask_NS[:, :-1] & windows.mask_NS[:, 1:]).nonzero()
+        self.original_NSD = self._hidden()
+        self.evaluations = 0
+
+    def _hidden(self) -> Tensor:
+        return fold(self.layers, self.windows)[1]
+
+    @torch.no_grad()
+    def __call__(self, edits: Sequence[Edit]) -> float:
+        """The agreement after `edits`, in the order given."""
+        self.evaluations += 1
+        with masked(self.layers.model, edits):
+            hidden_NSD = self._hidden()
+        total, model = 0.0, self.layers.model
+        rows = max(1, LOGITS_PER_CHUNK // int(model.config.vocab_size))
+        for start in range(0, len(self.where), rows):
+            n, s = self.where[start : start + rows].unbind(1)
+            p_TV = hf.head(model, self.original_NSD[n, s]).float().softmax(-1)
+            q_TV = hf.head(model, hidden_NSD[n, s]).float().softmax(-1)
+            total += float(torch.minimum(p_TV, q_TV).sum(dtype=torch.float64))
+        return total / len(self.where)
+
+
+@contextlib.contextmanager
+def masked(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
+    """The model with edits carried out inside the block; its own modules and weights are not touched."""
+    stack, whole = hf.stack(model), hf.decoder_layers(model)
+    names = block_names(model)
+    plain = [{"edit": edit.edit, "layer": edit.layer} for edit in edits]
+    lists = layer_lists(model.config, kept_layers(plain, config_layers(model.config)))
+    stack.layers = nn.ModuleList([_shallow(layer) for layer in whole])
+    try:
+        for edit in edits:
+            if isinstance(edit, KeepExperts) and not edit.novices and _reroutable(model, edit.layer):
+                mask_experts(stack.layers[edit.layer], names, experts=edit.experts)
+            else:
+                apply_edit(model, names, edit)
+        with edited.config_values(model.config, lists):
+            yield
+    finally:
+        stack.layers = whole
+
+
+def _shallow(layer: nn.Module) -> nn.Module:
+    """Modules of its own, tensors shared with the layer."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
+
+
+def _reroutable(model: PreTrainedModel, layer: int) -> bool:
+    return hasattr(moe_views(model)[layer].experts, "_apply_gate")
