@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,12 +15,21 @@ import pytest
 import torch
 import transformers
 
+import editing
 import readers
 import tiny
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Slow tests run only where they are asked for (-m slow)."""
+    if "slow" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("slow") is not None:
+                item.add_marker(pytest.mark.skip(reason="slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -44,6 +54,13 @@ def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def family_checkpoint(family_folder: Callable[[str], Path]) -> Callable[[str], Checkpoint]:
     """family -> its opened tiny checkpoint."""
     return lambda family: open_checkpoint(family_folder(family), family)
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    """family -> its tiny checkpoint, with at least two MoE layers."""
+    folder = tmp_path_factory.mktemp("sources")
+    return functools.cache(lambda family: open_checkpoint(tiny.save(editing.make(family), folder / family)))
 
 
 @pytest.fixture(scope="session")

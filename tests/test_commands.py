@@ -58,8 +58,19 @@ def same_checkpoint(a: Path, b: Path) -> bool:
 
 
 def kept(folder: Path) -> dict[int, list[int]]:
-    """Layer -> kept experts, from the saved plan."""
-    return {e["layer"]: e["experts"] for e in json.loads((folder / "plan.json").read_text())["edits"]}
+    """Layer -> kept experts by their first numbers, from the saved plan of an expert drop."""
+    found: dict[int, list[int]] = {}
+    for stage in json.loads((folder / "plan.json").read_text())["stages"]:
+        for edit in stage["edits"]:
+            before = found.get(edit["layer"])
+            found[edit["layer"]] = [before[e] for e in edit["experts"]] if before else edit["experts"]
+    return found
+
+
+def scores(folder: Path) -> dict[str, list[float]]:
+    """Layer -> scores of the only stage, from the saved plan."""
+    (stage,) = json.loads((folder / "plan.json").read_text())["stages"]
+    return stage["scores"]
 
 
 def counts(folder: Path) -> dict[int, int]:
@@ -201,7 +212,7 @@ def test_a_plan_edited_by_hand_is_applied_without_calibration(family, reader_fol
     same = moe_compress.apply(made / "plan.json", out=tmp_path / "same", **quiet).folder
     assert same_checkpoint(same, made)
     plan = json.loads((made / "plan.json").read_text())
-    edit = plan["edits"][-1]
+    edit = plan["stages"][-1]["edits"][-1]
     edit["experts"] = [0, 1, 4, 5]
     (tmp_path / "mine.json").write_text(json.dumps(plan))
     mine = moe_compress.apply(str(tmp_path / "mine.json"), out=tmp_path / "mine", **quiet).folder
@@ -256,7 +267,7 @@ def test_domains_are_mixed_afterwards(reader_folder, options, texts, forwards):
 
     def frequencies(mix: str) -> list[list[float]]:
         folder = moe_compress.compress("expert_drop score=frequency keep=2", mix=mix, **options).folder
-        return list(json.loads((folder / "plan.json").read_text())["scores"].values())
+        return list(scores(folder).values())
 
     prose, code, both = frequencies("prose:1"), frequencies("code:1"), frequencies("prose:2,code:1")
     expected, got = 2 * torch.tensor(prose) + torch.tensor(code), torch.tensor(both)
@@ -269,11 +280,9 @@ def test_reverse_drops_what_would_stay(family, reader_folder, options):
     options = {**options, "eval": False, "model": reader_folder(family)}
     best = kept(moe_compress.compress("expert_drop keep=4 score=frequency", **options).folder)
     worst = kept(moe_compress.compress("expert_drop keep=4 score=frequency reverse=true", **options).folder)
-    scores = json.loads(
-        (moe_compress.compress("expert_drop keep=4 score=frequency", **options).folder / "plan.json").read_text()
-    )["scores"]
+    used = scores(moe_compress.compress("expert_drop keep=4 score=frequency", **options).folder)
     for layer, experts in best.items():
-        total = {side: sum(scores[str(layer)][e] for e in ids) for side, ids in [("b", experts), ("w", worst[layer])]}
+        total = {side: sum(used[str(layer)][e] for e in ids) for side, ids in [("b", experts), ("w", worst[layer])]}
         assert total["b"] > total["w"]
 
 

@@ -15,12 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import CheckpointWriter
+from editing import write
+from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.model import hf
-from moe_compress.model.edits import KeepExperts, edited_values
+from moe_compress.model.edits import KeepExperts
 from moe_compress.stream.fold import StreamedLayers, fold
-from moe_compress.stream.surgery import rewrite
 from test_identity import windows_of
 
 IDS = tiny.token_ids()
@@ -133,13 +132,6 @@ def test_deepseek_v1_is_read_exactly(renormalise, tmp_path):
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 
 
-def write(source: Checkpoint, edits: Sequence[KeepExperts], out: Path, through_model: bool = False) -> Checkpoint:
-    writer = CheckpointWriter(out, source, "test")
-    rewrite(source, edits, writer, through_model=through_model)
-    writer.finish(edited_values(source.values, edits)[0], {})
-    return open_checkpoint(out)
-
-
 @pytest.mark.parametrize("kept", [tuple(range(EXPERTS)), (0, 2, 3, 7)], ids=["whole", "cut"])
 def test_deepseek_v1_is_written_as_plain_qwen2_moe(kept, tmp_path):
     source = open_checkpoint(save(tmp_path / "v1", torch.float32))
@@ -157,7 +149,7 @@ def test_deepseek_v1_in_bf16_is_the_same_by_copy_and_through_the_model(tmp_path)
     source = open_checkpoint(save(tmp_path / "v1", torch.bfloat16))
     shards = []
     for through_model in (False, True):
-        written = write(source, [], tmp_path / f"out{through_model}", through_model)
+        written = write(source, [], tmp_path / f"out{through_model}", through_model=through_model)
         with written.read(written.tensors) as tensors:
             shards.append({name: tensor[:] for name, tensor in tensors.items()})
     assert shards[0].keys() == shards[1].keys()

@@ -16,18 +16,20 @@ from torch.nn.functional import cosine_similarity
 
 import tiny
 from moe_compress.methods.trimming import scores
-from moe_compress.methods.trimming.grouping import (
-    Groups,
+from moe_compress.methods.trimming.distances import (
     gaussian_logit_similarity,
-    hierarchical,
     jaccard,
     logit_cosine,
-    m_smoe,
-    m_smoe_counts,
     output_cosine,
     output_distance,
-    ream,
     weight_distance,
+)
+from moe_compress.methods.trimming.grouping import (
+    Groups,
+    hierarchical,
+    m_smoe,
+    m_smoe_counts,
+    ream,
     within_router_groups,
 )
 from moe_compress.model.moe import MoEShape, moe_views

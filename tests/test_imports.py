@@ -26,7 +26,11 @@ ALLOWED = {
     "stream.documents": ("runtime", "zoo"),
     "stream.data": ("stream.documents", "model", "runtime", "zoo"),
     "stream.observers": ("model", "runtime"),
-    "methods": ("methods", "registry", "model", "stream.observers"),
+    "stream.probe": ("stream.observers", "model"),
+    "stream.turns": ("stream.observers",),
+    "stream.observed": ("stream.probe", "model"),
+    "methods": ("methods", "registry", "model", "stream.observed", "stream.probe"),
+    "plans": ("model", "runtime"),
     "harness": ("harness", "stream", "checkpoint", "model", "runtime", "zoo"),
 }
 # Libraries that a part must do without, whoever else uses them.
@@ -37,6 +41,9 @@ WITHOUT = {
 }
 # The seam to transformers: the only places that may reach into its modules.
 SEAM = ("model.hf", "model.edited")
+# Files that are shipped inside edited checkpoints: what they may import at all, and of each other, relatively.
+SHIPPED = {"model.edited": ("model.edited_layers",), "model.edited_layers": ()}
+SHIPPED_WITH = ("__future__", "collections", "contextlib", "typing", "torch", "transformers")
 
 
 def module_name(file: Path) -> str:
@@ -56,11 +63,12 @@ def imported(name: str) -> Iterator[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{name} imports relatively"
+            assert node.level == 0 or (node.level == 1 and name in SHIPPED), f"{name} imports relatively"
+            base = f"{PACKAGE}.{name.rpartition('.')[0]}." if node.level else ""
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
+                inner = f"{base}{node.module}.{alias.name}"
                 known = inner.removeprefix(PACKAGE + ".") in MODULES
-                yield (inner if known else node.module or ""), id(node) in top
+                yield (inner if known else base + (node.module or "")), id(node) in top
 
 
 def ours(name: str, at_import: bool = False) -> set[str]:
@@ -93,8 +101,25 @@ def test_reaches_into_transformers_only_at_the_seam(name):
     assert [target for target, _ in imported(name) if target.startswith("transformers.")] == []
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_files_need_torch_and_transformers_alone(name):
+    relative = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level]
+    assert {f"model.{node.module}" for node in relative} == set(SHIPPED[name]) == ours(name)
+    others = {target.split(".")[0] for target, _ in imported(name)} - {PACKAGE}
+    assert others <= set(SHIPPED_WITH)
+    assert name != "model.edited_layers" or "transformers" not in others
+
+
+def test_what_is_shipped_is_what_is_checked():
+    from moe_compress.model.hf.architectures import SHIPPED as shipped
+
+    assert {f"model.{name}": module.__name__ for name, module in shipped.items()} == {
+        name: f"{PACKAGE}.{name}" for name in SHIPPED
+    }
+
+
 def test_every_rule_is_about_something():
-    for rules in (ALLOWED, WITHOUT):
+    for rules in (ALLOWED, WITHOUT, SHIPPED):
         assert [place for place in rules if place not in MODULES] == []
 
 

@@ -9,6 +9,8 @@ from moe_compress import registry
 from moe_compress.recipe import Options, make_options, parse, split_words
 from moe_compress.registry import coerce, method
 
+KNOWN = "block_drop, expert_drop, expert_merge, identity, layer_drop, skip, top_k"
+
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:
     """The parameters of a recipe's one stage."""
@@ -36,10 +38,13 @@ def test_a_sentence_has_every_default_written_out():
         "keep": None,
         "ratio": 0.25,
         "budget": "layer",
+        "propagate": "original",
+        "novice": "none",
         "gate": "topk",
         "reverse": False,
         "protect": "none",
         "unseen": "drop",
+        "evaluations": 100,
         "seed": 0,
     }
     options = parse("expert_drop").options
@@ -164,12 +169,12 @@ def test_two_stages_of_one_method_go_by_number():
 @pytest.mark.parametrize(
     ("sentence", "overrides", "said"),
     [
-        ("exper_drop", [], r"unknown method 'exper_drop': did you mean 'expert_drop'\? known: expert_drop, identity"),
+        ("exper_drop", [], rf"unknown method 'exper_drop': did you mean 'expert_drop'\? known: {KNOWN}"),
         ("expert_drop scor=reap", [], r"unknown key 'scor': did you mean 'score'\? known: .*ratio.*samples"),
         ("expert_drop", ["sampels=3"], r"unknown key 'sampels': did you mean 'samples'\?"),
         ("expert_drop score=reep", [], r"expert_drop\.score=reep: did you mean 'reap'\? allowed: random, "),
         ("expert_drop budget=loyer", [], r"expert_drop\.budget=loyer: did you mean 'layer'\?"),
-        ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: paper"),
+        ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: mone, naee, paper"),
         ("identity preset=paper", [], "unknown key 'preset'"),
         ("expert_drop keep=six", [], r"expert_drop\.keep=six: a whole number is needed"),
         ("expert_drop keep=6.5", [], r"expert_drop\.keep=6\.5: a whole number is needed"),
@@ -200,7 +205,7 @@ def test_mistakes_are_answered(sentence, overrides, said):
 
 
 def test_no_words_name_the_methods():
-    with pytest.raises(ValueError, match="names no method; methods: expert_drop, identity"):
+    with pytest.raises(ValueError, match=f"names no method; methods: {KNOWN}"):
         split_words([])
 
 

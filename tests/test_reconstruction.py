@@ -19,17 +19,19 @@ from torch import Tensor
 
 import naive
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.methods.trimming import reconstruction
 from moe_compress.methods.trimming.kept_sets import Layer, Search
 from moe_compress.methods.trimming.reconstruction import best_subset, elimination_order, subset_losses
 from moe_compress.model import hf
+from moe_compress.model.edited import keep_experts, skip_experts
 from moe_compress.model.families import family_of
-from moe_compress.model.moe import MoEShape, moe_shapes
+from moe_compress.model.moe import MoEShape, moe_shapes, moe_views
 from moe_compress.model.routing import Routing
 from moe_compress.stream import fold as fold_module
 from moe_compress.stream import probe as probe_module
-from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
+from moe_compress.stream.observers import ExpertSums
 from moe_compress.stream.probe import Probe, ProbeObserver
 from test_identity import windows_of
 from test_routing import VARIANTS, Block, block_of, dense, made
@@ -89,8 +91,8 @@ def naive_probe(family: str) -> dict[int, dict[str, Tensor]]:
 
 
 def close(got: Tensor, expected: Tensor) -> None:
-    """fp32 experts against float64 ones: relative to the size of the whole."""
-    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    """fp32 against float64, all layers before included: relative to the size of the whole."""
+    torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=5e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("family", [name for name in tiny.EDITABLE if name in naive.ROUTE])
@@ -143,17 +145,12 @@ def test_each_token_ranks_its_experts_by_selection_score(family, family_checkpoi
 
 
 def test_only_the_best_are_ranked_of_many_experts(tmp_path):
-    checkpoint = naive_checkpoint("qwen3_moe", tmp_path, num_experts=40, num_experts_per_tok=5)
+    model = tiny.make("qwen3_moe", num_experts=40, num_experts_per_tok=5)
+    checkpoint = open_checkpoint(tiny.save(model, tmp_path))
     for probe in probed(checkpoint).values():
         assert probe.ids_TM.shape == (SAMPLE, 20) and probe.gram_TNN.shape == (SAMPLE, 21, 21)
         assert torch.equal(probe.ids_TM, probe.logits_TE.argsort(1, descending=True)[:, :20])
         assert torch.equal(probe.ids_TM[:, :5].sort(1).values, probe.index_TK.sort(1).values)
-
-
-def naive_checkpoint(family: str, folder: Any, **overrides: Any) -> Checkpoint:
-    from moe_compress.checkpoint.reader import open_checkpoint
-
-    return open_checkpoint(tiny.save(tiny.make(family, **overrides), folder))
 
 
 def assert_same(a: dict[int, Probe], b: dict[int, Probe]) -> None:
@@ -232,6 +229,47 @@ def test_tokens_that_no_expert_reports_are_noticed(family_checkpoint, monkeypatc
         probed(family_checkpoint("mixtral"))
 
 
+def observed(model: Any, *others: Any) -> list[list[dict[str, Tensor]]]:
+    """What a probe and other observers see of a model in memory."""
+    observer = ProbeObserver(family_of(model.config), model.config, int(PADDED.sum()), SAMPLE)
+    return fold(ResidentLayers(model), windows_of(IDS, PADDED), [observer, *others])[0]
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "llama4_text"])
+def test_a_probe_and_sums_are_taken_in_one_pass(family):
+    model = tiny.make(family)
+    sums = ExpertSums(family_of(model.config), model.config, 4)
+    alone = fold(ResidentLayers(model), windows_of(IDS, PADDED), [sums])[0]
+    for (probe,), (same, table), (expected,) in zip(observed(model), observed(model, sums), alone, strict=True):
+        for parts, other in ((probe, same), (table, expected)):
+            assert parts.keys() == other.keys()
+            assert all(torch.equal(tensor, other[name]) for name, tensor in parts.items())
+
+
+def test_skipped_experts_have_no_gate_and_leave_no_rule():
+    model = tiny.make("qwen3_moe")
+    view = moe_views(model)[1]
+    skip_experts(hf.decoder_layers(model)[1], view.names, threshold=0.8, renormalise=False)
+    parts = [Probe.from_tensors(layer[0]) for layer in observed(model)]
+    assert parts[0].routing is not None and parts[1].routing is None
+    used_T = (parts[1].gate_TK > 0).sum(1)
+    assert set(used_T.tolist()) == {1, 2}
+    for t in range(SAMPLE):
+        assert set(parts[1].ids_TM[t, : int(used_T[t])].tolist()) == set(
+            parts[1].index_TK[t][parts[1].gate_TK[t] > 0].tolist()
+        )
+        places = [parts[1].ids_TM[t].tolist().index(e) for e in parts[1].index_TK[t].tolist()]
+        gate_K, gram_NN = parts[1].gate_TK[t], parts[1].gram_TNN[t]
+        close(gate_K @ gram_NN[places][:, places] @ gate_K, gram_NN[-1, -1])
+
+
+def test_a_layer_whose_router_leads_elsewhere_is_refused():
+    model = tiny.make("mixtral")
+    keep_experts(hf.decoder_layers(model)[1], moe_views(model)[1].names, experts=range(6), novices=True)
+    with pytest.raises(ValueError, match="layer 1: its router leads several ways"):
+        observed(model)
+
+
 # --- kept sets against really cut blocks ----------------------------------------------------------------------
 
 ROUTERS = [
@@ -255,17 +293,11 @@ class Real:
         """Run the block without the others: |target - output| / |target|."""
         layer = copy.deepcopy(self.block.layer)
         names = self.block.view.names
-        reconstruction_of(layer, names, kept)
+        keep_experts(layer, names, experts=kept)
         seen: list[Tensor] = []
         layer.get_submodule(names["experts"]).register_forward_hook(lambda _m, _a, out: seen.append(out))
         layer.get_submodule(names["block"])(*self.block.args, **self.block.kwargs)
         return float((seen[0] - self.target_TD).norm() / self.target_TD.norm())
-
-
-def reconstruction_of(layer: Any, names: dict[str, str], kept: tuple[int, ...]) -> None:
-    from moe_compress.model.edited import keep_experts
-
-    keep_experts(layer, names, experts=kept)
 
 
 @functools.cache
@@ -440,9 +472,9 @@ class Made:
 
 
 @functools.cache
-def made_up(kind: str, experts: int = 12, tokens: int = 40, ranked: int | None = None) -> Made:
+def made_up(kind: str, experts: int = 12, tokens: int = 40, ranked: int | None = None, seed: int = 0) -> Made:
     """Random logits; experts come in families of three that resemble each other."""
-    generator = torch.Generator().manual_seed(experts)
+    generator = torch.Generator().manual_seed(seed)
     options = dict(RULE_KINDS[kind])
     if options.get("bias_E"):
         options["bias_E"] = torch.randn(experts, generator=generator) * 0.1
@@ -492,9 +524,8 @@ def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
     found = made_up(kind, experts=24, tokens=60)
     layer = Layer(found.probe)
     search = Search(layer)
-    groups = range(found.shape.groups)
-    while int(search.alive_E.sum()) > found.shape.floor:
-        expert = int(search.alive_E.nonzero()[int(search.alive_E.sum()) % len(groups) * 5])
+    size = 24 // found.shape.groups
+    for expert in sorted(range(24), key=lambda e: e % size)[: 24 - found.shape.floor]:
         search.remove(expert)
         losses, scale = search.losses(), float(layer.target)
         assert float(losses[-1]) / scale == pytest.approx(
@@ -504,6 +535,21 @@ def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
             left = search.alive_E.nonzero().flatten()
             without = search.alive_E.repeat(len(left), 1).scatter_(1, left[:, None], False)
             torch.testing.assert_close(losses[left], layer.losses(without)[0], rtol=1e-9, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EXACT_STEPS if "groups" not in kind])
+def test_an_expert_that_comes_back_leaves_the_search_as_if_it_had_stayed(kind):
+    found = made_up(kind, experts=24, tokens=60)
+    search = Search(Layer(found.probe))
+    for expert in range(0, 20, 2):
+        search.remove(expert)
+    for expert in range(0, 20, 2):
+        trial = search.with_expert(expert)
+        left = trial.alive_E.nonzero().flatten()
+        without = trial.alive_E.repeat(len(left), 1).scatter_(1, left[:, None], False)
+        expected = trial.layer.losses(without)[0]
+        torch.testing.assert_close(trial.losses()[left], expected, rtol=1e-9, atol=0)
+        assert not search.alive_E[expert]
 
 
 @pytest.mark.parametrize("kind", RULE_KINDS)
@@ -526,17 +572,24 @@ def test_greedy_elimination_takes_the_best_step_each_time(kind):
 
 @pytest.mark.parametrize("kind", RULE_KINDS)
 def test_greedy_and_swaps_come_close_to_the_optimum(kind):
-    found = made_up(kind)
-    greedy = {found.shape.num_experts - found.shape.groups * (i + 1): loss
-              for i, (_, loss) in enumerate(elimination_order(found.probe, found.shape))}  # fmt: skip
-    for keep in (8, 4) if found.shape.floor <= 4 else (8,):
-        exact = best_subset(found.probe, found.shape, keep)
-        quick = best_subset(found.probe, found.shape, keep, exact_up_to=0)
-        assert exact.loss == float(subset_losses(found.probe, sets_of(found.shape, keep)).min())
-        assert exact.loss <= quick.loss <= greedy[keep] * (1 + 1e-9)
-        assert quick.loss <= 1.02 * exact.loss
-        assert quick.loss == pytest.approx(found.loss(list(quick.kept)), rel=1e-9)
-        found.shape.require_ids(quick.kept)
+    """Never worse than greedy alone, and mostly the best of all sets or close to it; with groups of three, where
+    only experts of one group change places, there are more sets from which no swap leads on."""
+    gaps = []
+    for seed in range(6):
+        found = made_up(kind, seed=seed)
+        path = [loss for _, loss in elimination_order(found.probe, found.shape)]
+        for keep in (8, 4) if found.shape.floor <= 4 else (8,):
+            exact = best_subset(found.probe, found.shape, keep)
+            quick = best_subset(found.probe, found.shape, keep, exact_up_to=0)
+            everything = subset_losses(found.probe, sets_of(found.shape, keep))
+            assert exact.loss == pytest.approx(float(everything.min()), rel=1e-12)
+            greedy = path[(12 - keep) // found.shape.groups - 1]
+            assert exact.loss * (1 - 1e-9) <= quick.loss <= greedy * (1 + 1e-9)
+            assert quick.loss == pytest.approx(found.loss(list(quick.kept)), rel=1e-9)
+            found.shape.require_ids(quick.kept)
+            gaps.append(quick.loss / exact.loss - 1)
+    assert sum(gaps) / len(gaps) < (0.02 if found.shape.groups == 1 else 0.06)
+    assert sum(gap < 1e-9 for gap in gaps) >= len(gaps) / (2 if found.shape.groups == 1 else 3)
 
 
 @pytest.mark.parametrize("kind", RULE_KINDS)
@@ -559,11 +612,11 @@ def test_swaps_lead_from_a_bad_set_to_one_that_no_swap_improves(kind):
             swaps.append([e for e in kept if e != old] + [new])
     best = float(subset_losses(found.probe, swaps).min()) ** 2 * float(layer.target)
     exact = found.shape.groups == 1 and kind in EXACT_STEPS
-    assert best >= loss * (1 - (1e-9 if exact else 0.02))
+    assert best >= loss * (1 - (1e-9 if exact else 0.05))
 
 
 def test_a_swap_that_greedy_cannot_see_is_found():
-    """Two experts are each other's copies' halves: greedy drops the blend first, and needs it back later."""
+    """Where experts are blends of a few vectors, greedy drops some that it misses later."""
     gains = []
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
@@ -654,17 +707,6 @@ def test_ranked_choice_needs_no_rule():
     found = made_up("softmax renormalised")
     expected = reconstruction.ranked_choice(found.probe)
     assert torch.equal(reconstruction.ranked_choice(replace(found.probe, routing=None)), expected)
-
-
-def test_fewer_active_experts():
-    found = made_up("softmax")
-    everyone = list(range(12))
-    for active, loss in enumerate(reconstruction.top_k_losses(found.probe, 3), start=1):
-        few = replace(found.probe, routing=replace(found.probe.routing, top_k=active))
-        changed = Made(found.shape, few, found.outputs_TED)
-        aims = [(target(found, t), changed.added(t, everyone)) for t in range(len(found.outputs_TED))]
-        expected = sum(float((a - b).square().sum()) for a, b in aims) / sum(float(a.square().sum()) for a, _ in aims)
-        assert loss == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_without_a_rule_nothing_can_be_told(family_checkpoint):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -250,6 +250,10 @@ def test_what_a_token_cannot_reach_weighs_nothing():
     gates = dense(*grouped.route(logits_TE, alive(8, (0, 1, 4, 5))), 8)
     assert ((gates > 0).sum(1) == 2).all()
     torch.testing.assert_close(gates.sum(1), torch.ones(6))
+    # The fifth slot finds nobody in the one group that is used, though the other is whole.
+    second = replace(grouped, top_k=5, bias_E=torch.tensor([0.0] * 4 + [9.0] * 4), renormalised=False)
+    gates = dense(*second.route(logits_TE, torch.ones(8, dtype=torch.bool)), 8)
+    assert (gates[:, :4] == 0).all() and (gates[:, 4:] > 0).all()
 
 
 @pytest.mark.parametrize("name", ["mixtral", "v3 four groups", "v2 four groups"])

@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
-from moe_compress.model.edits import KeepExperts, edited_values
+from moe_compress.model.edits import KeepExperts
 from moe_compress.model.families import family_of
+from moe_compress.model.forms import form_after
 from moe_compress.runtime import atomic_write, gigabytes, peak_memory_bytes
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import TOKENS_PER_BATCH, StreamedLayers, fold
@@ -133,7 +134,7 @@ def copy_ratios(folder: Path, _: int) -> dict[str, float]:
         out = place / "out"
         writer = CheckpointWriter(out, checkpoint, "benchmark")
         rewrite(checkpoint, edits, writer, through_model=through_model)
-        writer.finish(edited_values(checkpoint.values, edits)[0], {})
+        writer.finish(form_after(checkpoint.values, edits).values, {})
         shutil.rmtree(out)
 
     def copy() -> None:

@@ -19,9 +19,11 @@ from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.runtime import atomic_write, gigabytes
+from moe_compress.stream.calibration import observers_for
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import StreamedLayers, fold
-from moe_compress.stream.observers import BatchInfo, ExpertSums
+from moe_compress.stream.observers import BatchInfo, ExpertSums, Observer
+from moe_compress.stream.probe import ProbeObserver
 
 CUDA = torch.device("cuda")
 FULL_SIZE = ("mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base", "Qwen/Qwen3-30B-A3B")
@@ -43,11 +45,10 @@ def same_on_cuda(family: str, place: Path) -> dict[str, float]:
     found = {}
     for device, dtype in (("cpu", torch.float32), ("cuda", torch.float32), ("cuda", torch.bfloat16)):
         layers = StreamedLayers(checkpoint, torch.device(device), dtype)
-        observers = []
-        if family in tiny.EDITABLE:
-            observers = [ExpertSums(family_of(checkpoint.config), checkpoint.config, FOLDS)]
+        probed = family in tiny.EDITABLE
+        observers = observers_for(checkpoint, layers, text, probes=True) if probed else []
         seen, hidden = fold(layers, text, observers)
-        found[device, dtype] = hidden.float().cpu(), [part for layer in seen for part in layer if part]
+        found[device, dtype] = hidden.float().cpu(), [part for layer in seen for part in layer if "norm" in part]
     (cpu, cpu_sums), (gpu, gpu_sums) = found["cpu", torch.float32], found["cuda", torch.float32]
     worst = max([0.0, *(float((a["norm"] - b["norm"]).abs().max()) for a, b in zip(cpu_sums, gpu_sums, strict=True))])
     finite = bool(found["cuda", torch.bfloat16][0].isfinite().all())
@@ -56,7 +57,7 @@ def same_on_cuda(family: str, place: Path) -> dict[str, float]:
 
 @torch.no_grad()
 def full_size_layer(hub_id: str) -> dict[str, float]:
-    """Seconds and peak memory of one MoE layer in bf16 with all scores measured, on 16,384 tokens."""
+    """Seconds and peak memory of one MoE layer in bf16: alone, with all scores, with a probe; 16,384 tokens."""
     folder = zoo.config_path(hub_id)
     assert folder is not None
     config = hf.config_from({**architecture_values(folder.parent), "num_hidden_layers": 2})
@@ -68,23 +69,26 @@ def full_size_layer(hub_id: str) -> dict[str, float]:
     text = windows(config.vocab_size, TOKENS // LENGTH, LENGTH)
     layer = hf.decoder_layers(model)[1]
     hidden, calls = hf.enter(model, text.ids_NS[:1].cuda(), None)
-    observer = ExpertSums(family_of(config), config, FOLDS)
+    family = family_of(config)
+    watching: dict[str, Observer | None] = {"plain": None, "scores": ExpertSums(family, config, FOLDS)}
+    watching["probe"] = ProbeObserver(family, config, TOKENS)
     torch.cuda.reset_peak_memory_stats()
     seconds = {}
-    for what in ("plain", "scores"):
-        if what == "scores":
+    for what, observer in watching.items():
+        if observer is not None:
             observer.enter(1, layer)
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(TOKENS // LENGTH):
-            if what == "scores":
+            if observer is not None:
                 observer.begin(all_real(LENGTH))
             out = hf.run_layer(layer, hidden, calls[1])
-            if what == "scores":
+            if observer is not None:
                 observer.end(out)
         torch.cuda.synchronize()
         seconds[what] = time.perf_counter() - started
-    observer.leave()
+        if observer is not None:
+            observer.leave()
     return {**seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
@@ -111,7 +115,8 @@ def main() -> None:
     for hub_id in FULL_SIZE:
         found = full_size_layer(hub_id)
         figures[hub_id] = found
-        print(f"{hub_id}: scores over plain {found['scores'] / found['plain']:.2f}, {gigabytes(found['peak_bytes'])}")
+        ratios = ", ".join(f"{what} over plain {found[what] / found['plain']:.2f}" for what in ("scores", "probe"))
+        print(f"{hub_id}: {ratios}, {gigabytes(found['peak_bytes'])}")
     atomic_write(given.out, (json.dumps(figures, indent=1) + "\n").encode())
 
 

@@ -1,55 +1,136 @@
-"""One summary of the score grid, from the records alone: results/summary.md, and the same table in the README."""
+"""Summaries of the grid, from the records alone: results/summary.md, and the same tables in the README."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+from moe_compress import methods, registry
 from moe_compress.report.record import Record, load_records
 from moe_compress.report.table import one_row_each
 
 BEGIN, END = "<!-- summary: made by scripts/benchmark/tables.sh -->", "<!-- end of summary -->"
 METRIC = "delta_nll"
-OTHERS = {"budget", "reverse", "protect", "unseen", "keep"}
+OTHERS = {"budget", "reverse", "protect", "unseen", "keep", "propagate", "novice"}
+SCORE = "expert_drop"
+# Recipes by the share of stored parameters that they remove.
+SIZES = (
+    ("About a quarter of the experts (5 % to 25 % of all parameters)", 0.05, 0.25),
+    ("About half of the experts (25 % to 45 % of all parameters)", 0.25, 0.45),
+)
+BESIDE = ("score=reap", "score=naee", "score=random", "score=gate_mass", "score=aimer")
+methods.register_all()
+PRESETS = ("hc_smoe", "m_smoe", "ream")
+Row = list[Record]
 
 
-def cell(records: Sequence[Record]) -> str:
+def cell(records: Row, note: str = "") -> str:
     """Change of NLL with its interval; several seeds: mean, smallest to largest."""
     found = [record.metrics[METRIC] for record in records]
     if not found:
         return ""
     if len(found) == 1:
         low, high = found[0].interval or (float("nan"),) * 2
-        return f"{found[0].value:.3f} [{low:.3f}, {high:.3f}]"
+        return f"{found[0].value:.3f} [{low:.3f}, {high:.3f}]{note}"
     values = [metric.value for metric in found]
-    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds)"
+    return f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f}, {len(values)} seeds){note}"
 
 
-def summary(records: Sequence[Record]) -> str:
-    """Rows: scores with a uniform budget, best first by their mean over the columns; columns: model and ratio."""
-    grid: dict[str, dict[tuple[str, float], list[Record]]] = {}
-    for found in one_row_each(records):
-        stages = found[0].recipe
-        given = dict(stages[0]["given"]) if len(stages) == 1 else {}
-        if "score" not in given or "ratio" not in given or not OTHERS.isdisjoint(given):
-            continue
-        row = given["score"] + (f", {given['gate']} softmax" if "gate" in given else "")
-        grid.setdefault(row, {})[found[0].model, given["ratio"]] = found
-    columns = sorted({column for found in grid.values() for column in found}, key=lambda c: (c[1], c[0]))
-    complete = {row: found for row, found in grid.items() if len(found) == len(columns)}
-    order = sorted(complete, key=lambda row: sum(_mean(found) for found in complete[row].values()))
-    lines = ["| score | " + " | ".join(f"{model} {ratio:.0%}" for model, ratio in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    lines += [f"| {row} | " + " | ".join(cell(complete[row][column]) for column in columns) + " |" for row in order]
+def table(heading: str, grid: dict[str, dict[Any, Row]], columns: Sequence[Any], text: Callable[..., str]) -> str:
+    """A table of rows that have every column, best mean first."""
+    complete = {name: found for name, found in grid.items() if all(column in found for column in columns)}
+    order = sorted(complete, key=lambda name: sum(_mean(found) for found in complete[name].values()))
+    titles = [" ".join(column) if isinstance(column, tuple) else column for column in columns]
+    lines = [f"| {heading} | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(text(complete[name][column]) for column in columns) + " |" for name in order]
     return "\n".join(lines) + "\n"
 
 
-def _mean(records: Sequence[Record]) -> float:
+def scores(records: Sequence[Record]) -> str:
+    """Rows: scores with a uniform budget; columns: model and ratio."""
+    grid: dict[str, dict[Any, Row]] = {}
+    for found in one_row_each(records):
+        given = _given(found[0])
+        if given.get("method") != SCORE or "ratio" not in given or not OTHERS.isdisjoint(given):
+            continue
+        row = given["score"] + (f", {given['gate']} softmax" if "gate" in given else "")
+        grid.setdefault(row, {})[found[0].model, f"{given['ratio']:.0%}"] = found
+    columns = sorted({column for found in grid.values() for column in found}, key=lambda c: (int(c[1][:-1]), c[0]))
+    return table("score", grid, columns, cell)
+
+
+def trimming(records: Sequence[Record], low: float, high: float) -> str:
+    """Rows: recipes that remove such a share of the stored parameters, a few scores among them; columns: models."""
+    whole = _originals(records)
+    grid: dict[str, dict[Any, Row]] = {}
+
+    def removed(found: Row) -> float:
+        return 1 - found[0].sizes["parameters"] / whole[found[0].model].sizes["parameters"]
+
+    for found in one_row_each(records):
+        given = _given(found[0])
+        simple = given.get("method") == SCORE and OTHERS.isdisjoint(given)
+        if not given or not low <= removed(found) < high or (simple and not _name(given).endswith(BESIDE)):
+            continue
+        grid.setdefault(_name(given), {})[found[0].model] = found
+    return table("recipe", grid, sorted(whole), lambda found: cell(found, f" at {-removed(found):.0%}"))
+
+
+def active(records: Sequence[Record]) -> str:
+    """Recipes that leave the stored parameters alone, one row a model: what they save per token."""
+    whole = _originals(records)
+    lines = ["| model | recipe | FLOPs per token | change of NLL |", "|---|---|---|---|"]
+    rows = [found for found in one_row_each(records) if _given(found[0]).get("method") in ("top_k", "skip")]
+    for found in sorted(rows, key=lambda found: (found[0].model, _mean(found))):
+        record = found[0]
+        share = record.sizes["flops_per_token"] / whole[record.model].sizes["flops_per_token"] - 1
+        lines.append(f"| {record.model} | {_name(_given(record), True)} | {share:+.0%} | {cell(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _originals(records: Sequence[Record]) -> dict[str, Record]:
+    return {record.model: record for record in records if record.form == "original"}
+
+
+def _given(record: Record) -> dict[str, Any]:
+    """Method and given parameters of a recipe of one stage, a preset by its name; empty for any other recipe."""
+    if len(record.recipe) != 1:
+        return {}
+    stage = record.recipe[0]
+    given = {"method": stage["method"], **stage["given"]}
+    for name, values in registry.find(stage["method"]).presets.items():
+        differing = {key for key, value in values.items() if stage["parameters"][key] != value}
+        if name in PRESETS and differing <= {"router", "budget", "keep", "ratio"} and "score" not in values:
+            left = {k: v for k, v in given.items() if k not in values or k in differing}
+            changed = {key: stage["parameters"][key] for key in differing if key not in ("keep", "ratio")}
+            return {"method": stage["method"], "preset": name, **left, **changed}
+    return given
+
+
+def _name(given: dict[str, Any], whole: bool = False) -> str:
+    """The recipe as a sentence, without how much it removes (unless the whole is wanted)."""
+    hidden = {"method", "seed"} | (set() if whole else {"ratio"})
+    words = [f"{key}={value}" for key, value in given.items() if key not in hidden]
+    return " ".join([given["method"], *words])
+
+
+def _mean(records: Row) -> float:
     return sum(record.metrics[METRIC].value for record in records) / len(records)
 
 
+def summary(records: Sequence[Record]) -> str:
+    """All tables with their headings."""
+    parts = ["**Scores of Expert Drop**, equally many experts in every layer:", scores(records)]
+    for title, low, high in SIZES:
+        parts += [f"**{title}**, other ways of trimming beside a few scores; behind each cell what it removes:"]
+        parts += [trimming(records, low, high)]
+    parts += ["**Fewer active experts**, nothing removed from the file:", active(records)]
+    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
 def write_summary(results: Path, readme: Path) -> None:
-    """Write results/summary.md and put the same table between the README's markers."""
+    """Write results/summary.md and put the same tables between the README's markers."""
     text = summary(load_records(sorted((results / "records").glob("*.json"))))
     (results / "summary.md").write_text(text, encoding="utf-8")
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -1,4 +1,7 @@
-"""Every score x 25 % and 50 % on the zoo's models: records, then tables. What is already recorded is not run again."""
+"""Every trimming method at about 25 % and 50 % on the zoo's models: records, then tables.
+
+What is already recorded is not run again.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +32,52 @@ CONTROLS = (
     "expert_drop preset=paper",
     "expert_drop preset=paper ratio=0.5",
 )
+# Run at both ratios.
+EXPERTS = (
+    "expert_drop score=naee propagate=compressed",
+    "expert_drop score=naee budget=global",
+    "expert_drop score=reap propagate=compressed",
+    "expert_drop score=reap novice=mean",
+    "expert_drop score=reap budget=search",
+    "expert_merge preset=hc_smoe",
+    "expert_merge preset=hc_smoe router=centroid",
+    "expert_merge preset=m_smoe",
+    "expert_merge preset=m_smoe router=centroid budget=layer",
+    "expert_merge preset=ream",
+    "expert_merge preset=ream router=sum",
+    "expert_merge grouping=hc_smoe by=logits average=saliency align=both router=sum",
+)
+LAYERS = (
+    "layer_drop drop=1",
+    "layer_drop drop=2",
+    "layer_drop drop=3",
+    "layer_drop drop=2 metric=without_norm",
+    "layer_drop drop=1 part=attention",
+    "block_drop drop=1",
+    "block_drop drop=2",
+    "block_drop drop=2 mode=consecutive",
+    "skip share=0.5",
+)
+ACTIVE = {
+    "tiny-mixtral": ("top_k k=1", "top_k mean=1.4", "top_k mean=1.4 on=noise"),
+    "tiny-deepseek": ("top_k k=3", "top_k k=2", "top_k mean=3", "top_k mean=3 on=noise"),
+}
 
 
-def recipes() -> list[tuple[str, int]]:
+def recipes(model: str) -> list[tuple[str, int]]:
     """(sentence, seed) of every run on one model."""
     grid = itertools.product(get_args(Score), RATIOS)
     found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
-    found += [(sentence, 0) for sentence in CONTROLS]
+    found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
+    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[model.removesuffix("-seed1")])]
     return found
 
 
 def run_model(model: str, results: Path) -> None:
     """All recipes on one model; checkpoints are measured and removed."""
     records = results / "records"
-    for sentence, seed in recipes():
+    for sentence, seed in recipes(model):
         words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-")
         name = f"{model}-{words}-seed{seed}"
         if (records / f"{name}.json").is_file():

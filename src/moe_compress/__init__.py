@@ -6,7 +6,22 @@
 Importing the package also lets `AutoModelForCausalLM` load the checkpoints whose layers differ.
 """
 
-from moe_compress.api import apply, compress, evaluate, load, plan, table
+import importlib
+from typing import Any
+
+from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, table
 
 __version__ = "0.1.0"
-__all__ = ["apply", "compress", "evaluate", "load", "plan", "table"]
+# Fetched when first asked for.
+COMPRESSOR = (
+    "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
+    "MoELayerInfo", "estimate_compressed_size", "estimate_model_size", "get_moe_layer_info",
+    "print_compression_summary",
+)  # fmt: skip
+__all__ = ["analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "table", *COMPRESSOR]
+
+
+def __getattr__(name: str) -> Any:
+    if name in COMPRESSOR:
+        return getattr(importlib.import_module("moe_compress.analysis.compressor"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

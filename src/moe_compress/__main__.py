@@ -1,4 +1,4 @@
-"""The command line: compress, apply, evaluate, plan, table, list, zoo.
+"""The command line: compress, apply, evaluate, plan, export, table, list, zoo and more.
 
 Words are `key=value`; see `moe_compress/recipe.py`. Whatever a user can get wrong ends in one sentence and exit code 2.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Words = Annotated[list[str], typer.Argument(help="recipe and key=value words", metavar="WORDS")]
+Models = Annotated[list[str], typer.Argument(help="model (compare: two of them) and key=value words", metavar="WORDS")]
 
 
 @app.callback()
@@ -64,6 +65,45 @@ def plan(words: Words) -> None:
 
     sentence, overrides = recipe.split_words(words)
     show_markdown(as_markdown(api.plan(sentence, *overrides)))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="an edited checkpoint")],
+    pad: Annotated[bool, typer.Option("--pad", help="fill layers with fewer experts up with dead ones")] = False,
+    out: Annotated[str, typer.Option(help="folder of the plain checkpoint")] = "",
+) -> None:
+    """Make an uneven model plain, where that is exact: export FOLDER --pad --out DIR."""
+    from moe_compress import api
+
+    typer.echo(f"checkpoint: {api.export(checkpoint, out, pad)}")
+
+
+@app.command()
+def analyze(words: Models) -> None:
+    """Say what each layer's experts do and which could go: analyze MODEL [layers=3,7] [prompts=FILE] [out=DIR]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    options: dict[str, Any] = dict(_pairs(words[1:]))
+    found = api.analyze(words[0], **options)
+    show_markdown(found.markdown())
+    typer.echo(f"written: {', '.join(map(str, found.files))}", err=True)
+
+
+@app.command()
+def compare(
+    words: Models,
+    prompts: Annotated[str, typer.Option(help="a .txt or .jsonl file of prompts, or `default`")] = "default",
+) -> None:
+    """Two models side by side, generations and predictions: compare A B --prompts FILE [max_tokens=30]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    if len(words) < 2:
+        raise ValueError("compare takes two models: compare A B.")
+    options: dict[str, Any] = {"prompts": prompts, **_pairs(words[2:])}
+    show_markdown(api.compare(words[0], words[1], **options).markdown())
 
 
 @app.command()
@@ -139,7 +179,7 @@ def words_of(arguments: list[str]) -> list[str]:
     """`--out DIR` and `--out=DIR` are as good as `out=DIR`, for every option of a run."""
     from moe_compress.recipe import Options
 
-    if arguments[:1] == ["table"]:
+    if arguments[:1] in (["table"], ["export"]):
         return arguments
     words: list[str] = []
     rest = iter(arguments)

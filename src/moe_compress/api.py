@@ -11,18 +11,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress import evaluation, recipe
-from moe_compress.checkpoint.load import load_model
+from moe_compress import evaluation, padding, recipe, registry
+from moe_compress.analysis.layer import SIMILAR
+from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
+from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
 from moe_compress.forecast import Forecast, forecast
+from moe_compress.harness import generations
+from moe_compress.harness.generations import Comparison
 from moe_compress.recipe import Options, Recipe
 from moe_compress.report.record import Record, load_records, now
 from moe_compress.report.table import Table, make_tables
 from moe_compress.run import Run
 from moe_compress.runtime import RunLog, log, threads
+from moe_compress.stream.prompts import prompt_windows, read_prompts
+from moe_compress.terminal import progress_bar
 
 
 @dataclass(frozen=True)
@@ -105,6 +111,74 @@ def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
     parsed = recipe.parse(sentence, overrides, options)
     return forecast(parsed, config_folder(parsed.options.model, parsed.options.revision))
+
+
+def analyze(
+    model: str | Path,
+    /,
+    *,
+    layers: str | Sequence[int] = "",
+    prompts: str | Path = "",
+    threshold: float = SIMILAR,
+    out: str | Path = "",
+    **options: Any,
+) -> ModelAnalysis:
+    """What the experts of the MoE layers (all, or `layers`) do, and which could go; also as files, in `out`.
+
+    prompts: a file of prompts to use instead of the calibration text; threshold: cosine of outputs from which on two
+    experts are alike. A calibration with probes that was made earlier is used again.
+    """
+    run = start(_options_for(model, options, "analyze"))
+    words = layers if isinstance(layers, str) else ",".join(map(str, layers))
+    with threads(run.options.threads):
+        limit = registry.coerce(float, threshold, "threshold")
+        found = analyse_checkpoint(run, words, str(prompts), limit)
+    return write_analysis(found, Path(out) if out else run.results("analysis") / found.model)
+
+
+def compare(
+    before: str | Path,
+    after: str | Path,
+    /,
+    *,
+    prompts: str | Path = "default",
+    max_tokens: int = generations.MAX_TOKENS,
+    **options: Any,
+) -> Comparison:
+    """Greedy generations of two models side by side, and how close their predictions are.
+
+    prompts: a file, whose text the predictions are compared on; `default`: a few prompts, and the evaluation text.
+    """
+    first, second = (open_model(str(model)) for model in (before, after))
+    if first.config.vocab_size != second.config.vocab_size:
+        raise ValueError(f"{first.name} and {second.name} have different vocabularies: they cannot be compared.")
+    count = registry.coerce(int, max_tokens, "max_tokens")
+    run = start(_options_for(before, {**options, "resident": True}, "compare"))
+    if str(prompts) == "default":
+        given, windows = list(generations.DEFAULT_PROMPTS), run.windows("heldout", first)
+        tokenizer = load_tokenizer(first.folder, first.config.vocab_size)
+    else:
+        given, tokenizer = read_prompts(Path(prompts)), load_tokenizer(first.folder, first.config.vocab_size)
+        windows = prompt_windows(given, tokenizer, Path(prompts).name)
+    with threads(run.options.threads), progress_bar("comparing") as progress:
+        one, other = (evaluation.layers_of(each, run).model for each in (first, second))
+        return generations.compare(one, other, tokenizer, given, windows, count, progress)
+
+
+def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Options:
+    if "model" in options:
+        raise ValueError(f"{command} takes the model as a word of its own, without model=.")
+    return recipe.make_options({**options, "model": model}).resolved()
+
+
+def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -> Path:
+    """The plain equivalent of an edited checkpoint, where dead experts (`pad`) make one possible; else ValueError."""
+    opened = open_model(str(checkpoint))
+    if not pad:
+        raise ValueError("export needs --pad: dead experts in uneven layers are the one way it makes a model plain.")
+    target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-padded")
+    with progress_bar("writing") as progress:
+        return padding.pad(opened, target, progress)
 
 
 def table(records: Sequence[str | Path] = ("results/records",)) -> list[Table]:

@@ -73,7 +73,7 @@ class _Planner:
             compressed([], True)
             return
         probed = self.stage.needs == "probe"
-        target = ProbeObserver(self.family, self.config, self.windows.tokens)
+        target = ProbeObserver(self.family, self.config, self.windows.tokens, light=True)
         original([target] if probed else [], True)
         observers: list[Observer] = [ExpertSums(self.family, self.config, len(self.windows.domains) * FOLDS)]
         if probed:

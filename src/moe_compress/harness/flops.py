@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_compress.model import hf
+from moe_compress.model.edited_layers import NOVICES, Nothing
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_views
 
@@ -49,7 +50,7 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
                 continue
             active = _active_fraction(module, parameter, active_experts.get(id(module), top_k))
             total += parameter.numel()
-            if module is embedding:
+            if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 touched += parameter.shape[1]
                 continue
             used = round(parameter.numel() * active)
@@ -87,6 +88,7 @@ def attention_flops(model: PreTrainedModel, context: int) -> int:
 
 def _has_attention(layer: nn.Module) -> bool:
     return any(
-        name in ATTENTION_CHILDREN or (name == "mixer" and "Attention" in type(child).__name__)
+        (name in ATTENTION_CHILDREN and not isinstance(child, Nothing))
+        or (name == "mixer" and "Attention" in type(child).__name__)
         for name, child in layer.named_children()
     )

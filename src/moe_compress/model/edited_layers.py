@@ -77,7 +77,7 @@ def merge_experts(
     target |= {count + n: len(groups) + n for n in range(novices)}
     _retarget(layer, names, target, len(groups) + novices)
     for name, tensor in fused._parameters.items():
-        if tensor is not None and tensor.shape[0] == count:
+        if tensor is not None and name != NOVICES and tensor.shape[0] == count:
             means = [_weighted_mean(tensor, group, shares) for group, shares in zip(groups, weights, strict=True)]
             fused._parameters[name] = nn.Parameter(torch.stack(means), requires_grad=False)
     _set_counts(fused, count, len(groups))

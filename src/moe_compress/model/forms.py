@@ -55,7 +55,7 @@ def form_after(values: Mapping[str, Any], edits: Sequence[Edit]) -> Form:
     edited.replay(model, {"moe": names, "edits": everything})
     kept = kept_layers(everything, config_layers(config))
     lists = layer_lists(config, kept)
-    plain = _plain(base, config, model, lists)
+    plain = plain_form(base, config, model, lists)
     if plain is not None:
         return plain
     manifest = {"base_model_type": config.model_type, "moe": names, "edits": everything}
@@ -114,7 +114,7 @@ def _settable(config: PreTrainedConfig, key: str) -> bool:
 # --- plain --------------------------------------------------------------------------------------------------
 
 
-def _plain(
+def plain_form(
     base: Mapping[str, Any], config: PreTrainedConfig, model: PreTrainedModel, lists: Mapping[str, Any]
 ) -> Form | None:
     """The plain form, if the architecture can say what the edited model is."""
@@ -224,5 +224,6 @@ def _settings(module: torch.nn.Module) -> dict[str, Any]:
 def _same_buffers(one: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Whether what the models compute for themselves, and no checkpoint holds, is the same."""
     ours, theirs = dict(one.named_buffers()), dict(other.named_buffers())
-    real = [name for name in ours.keys() & theirs.keys() if not ours[name].is_meta and not theirs[name].is_meta]
+    own = (ours.keys() & theirs.keys()) - one.state_dict().keys()
+    real = [name for name in own if not ours[name].is_meta and not theirs[name].is_meta]
     return all(ours[n].shape == theirs[n].shape and torch.equal(ours[n], theirs[n]) for n in real)

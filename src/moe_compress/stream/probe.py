@@ -79,26 +79,31 @@ class ProbeObserver:
     is more than n * P // N. When a layer is done, `routed` holds what its routed experts added to the taken tokens
     [P, D], until the next one is done; `targets` [P, D], if set before a layer runs, is the target instead of that.
     Where the gate scales the experts' input (Llama-4) there is no output before the gate: outputs are those of the
-    unscaled input, and the routing is None.
+    unscaled input, and the routing is None. `light`: only `routed` is wanted, no other expert is run.
     """
 
-    def __init__(self, family: Family, config: Any, real_tokens: int, sample: int = PROBE_TOKENS) -> None:
+    def __init__(
+        self, family: Family, config: Any, real_tokens: int, sample: int = PROBE_TOKENS, *, light: bool = False
+    ) -> None:
         self.family = family
         self.config = config
         self.real_tokens = real_tokens
         self.sample = min(sample, real_tokens)
         self.view: MoEView | None = None
+        self.light = light
         self.targets: Tensor | None = None
         self.routed = torch.empty(0)
 
     def enter(self, index: int, layer: nn.Module) -> None:
-        """Listen to the layer's experts and router; ValueError where experts were merged behind a whole router."""
+        """Listen to the layer's experts and router; ValueError where experts went but the router stayed whole."""
         self.index = index
         self.view = moe_view(layer, self.family)
         if self.view is None:
             return
         if self.view.rows != self.view.num_experts:
-            raise ValueError(f"layer {index}: its router leads several ways to one expert, which no probe describes.")
+            raise ValueError(
+                f"layer {index}: its router leads several ways to one expert or to none, which no probe describes."
+            )
         self.top_k = self.view.top_k or int(getattr(self.config, self.family.top_k_key))
         self.rule = self._rule(self.view)
         self.passed = self.taken = 0
@@ -146,6 +151,9 @@ class ProbeObserver:
         self.parts["index_TK"].append(expert_TK)
         self.parts["gate_TK"].append(gate_TK)
         self.parts["routed_TD"].append(routed_TD)
+        if self.light:
+            self.taken += len(self.token_T)
+            return
         number = slice(self.taken, self.taken + len(self.token_T))
         target_TD = routed_TD if self.targets is None else self.targets[number].to(routed_TD)
         ids_TM = self._ranked(self.parts["logits_TE"][-1], expert_TK, gate_TK)
@@ -224,6 +232,8 @@ class ProbeObserver:
         heard = self.taken == self.sample
         assert heard, f"layer {self.index}: {self.taken} tokens were heard of, not {self.sample}"
         self.routed = torch.cat(self.parts.pop("routed_TD"))
+        if self.light:
+            return {}
         inner_EFS = torch.cat(self.parts.pop("inner_EFS"), dim=-1)
         joined = {name: torch.cat(parts) for name, parts in self.parts.items()}
         means = {name: (total / self.taken).float() for name, total in self.sums.items()}

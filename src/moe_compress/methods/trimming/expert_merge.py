@@ -9,8 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_compress.methods.trimming import distances, scores
 from moe_compress.methods.trimming import grouping as grouped
-from moe_compress.methods.trimming import scores
 from moe_compress.methods.trimming.alignment import align_groups
 from moe_compress.methods.trimming.allocation import Budget, Ladder, Search, Taken, allocate, kept_counts
 from moe_compress.methods.trimming.grouping import Groups, Linkage, m_smoe_counts, within_router_groups
@@ -204,15 +204,15 @@ def _distance(layer: LayerSums, by: By) -> Tensor:
             "use by=outputs."
         )
     if by == "outputs":
-        return grouped.output_distance(layer.probe().mean_ED)
+        return distances.output_distance(layer.probe().mean_ED)
     if by == "logits":
-        return 1 - grouped.logit_cosine(layer.sums["logit_gram"])
+        return 1 - distances.logit_cosine(layer.sums["logit_gram"])
     if by == "coactivation":
-        return 1 - grouped.jaccard(layer.sums["both"], layer.sums["count"])
+        return 1 - distances.jaccard(layer.sums["both"], layer.sums["count"])
     if by == "weights":
-        return 1 - grouped.logit_cosine(_weight_gram(layer))
-    outputs_EE = grouped.output_cosine(layer.sums["mean_gated_output"])
-    return 1 - (outputs_EE + grouped.gaussian_logit_similarity(layer.sums["logit_gram"])) / 2
+        return 1 - distances.logit_cosine(_weight_gram(layer))
+    outputs_EE = distances.output_cosine(layer.sums["mean_gated_output"])
+    return 1 - (outputs_EE + distances.gaussian_logit_similarity(layer.sums["logit_gram"])) / 2
 
 
 def _weight_gram(layer: LayerSums) -> Tensor:

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial.distance import pdist, squareform
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -25,9 +26,6 @@ Linkage = Literal["average", "complete", "single"]
 Grouping = Callable[[Tensor, Tensor, int], Groups]
 
 TIE = 1e-10
-# A squared distance from a Gram matrix is all cancellation below this share of the squared lengths.
-CANCELLED = 1e-12
-COLUMNS = 1 << 16
 FROM_MEMBER: dict[str, Callable[[Any], Any]] = {"average": np.mean, "complete": np.max, "single": np.min}
 
 
@@ -45,7 +43,9 @@ def hierarchical(
         raise ValueError(f"linkage={linkage}: allowed: {', '.join(get_args(Linkage))}.")
     table_EE = _table(distance_EE, weight_E)
     cap = _cap(len(table_EE), count, cap)
-    clusters = _merge_nearest(table_EE, count, linkage, cap)
+    clusters = _by_scipy(table_EE, count, linkage)
+    if clusters is None or max(map(len, clusters)) > cap:
+        clusters = _merge_nearest(table_EE, count, linkage, cap)
     while len(clusters) > count:
         clusters = _break_up(table_EE, clusters, linkage, cap)
     ranked = _most(weight_E, len(table_EE))
@@ -146,64 +146,6 @@ def within_router_groups(
     return tuple(found)
 
 
-def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
-    """Cosine of router-logit columns, [E, E], from the sum over tokens of logit x logit (M-SMoE)."""
-    return _cosine(logit_gram_EE.double().cpu())
-
-
-def output_cosine(mean_ED: Tensor) -> Tensor:
-    """Cosine of the experts' mean outputs, [E, E]; an expert whose output is zero is like none."""
-    rows_ED = mean_ED.double().cpu()
-    return _cosine(rows_ED @ rows_ED.T)
-
-
-def output_distance(mean_ED: Tensor) -> Tensor:
-    """Euclidean distance between the experts' mean outputs, [E, E] (HC-SMoE, arXiv 2410.08589)."""
-    return torch.from_numpy(squareform(pdist(mean_ED.double().cpu().numpy())))
-
-
-def weight_distance(features_EN: Tensor) -> Tensor:
-    """Euclidean distance between the experts' weights, flat or reduced, [E, E]; below a millionth it is zero."""
-    gram_EE = sum(block.double() @ block.double().T for block in features_EN.split(COLUMNS, dim=1))
-    assert isinstance(gram_EE, Tensor)
-    return _square_distance(gram_EE.cpu()).sqrt()
-
-
-def jaccard(both_EE: Tensor, count_E: Tensor) -> Tensor:
-    """Co-activation: tokens that chose both experts over tokens that chose either, [E, E]."""
-    both_EE, count_E = both_EE.double().cpu(), count_E.double().cpu()
-    either_EE = count_E[:, None] + count_E - both_EE
-    share_EE = torch.where(either_EE == 0, 0.0, both_EE / either_EE)
-    return share_EE.fill_diagonal_(1)
-
-
-def gaussian_logit_similarity(logit_gram_EE: Tensor) -> Tensor:
-    """exp(-d^2 / 2s^2), d the distance between two router-logit columns and s its median over pairs, [E, E].
-
-    The router's half of REAM's similarity (arXiv 2604.04356). It depends on neither the number of tokens nor on what
-    a token adds to all its logits. If most pairs are equal (s = 0), it is 1 for those and 0 for the others.
-    """
-    square_EE = _square_distance(logit_gram_EE.double().cpu())
-    pairs = square_EE[~torch.eye(len(square_EE), dtype=torch.bool)]
-    scale = pairs.median() if len(pairs) else torch.tensor(0.0, dtype=torch.float64)
-    return torch.exp(-square_EE / (2 * scale)) if scale > 0 else (square_EE == 0).double()
-
-
-def _cosine(gram_EE: Tensor) -> Tensor:
-    length_E = gram_EE.diagonal().sqrt()
-    product_EE = length_E[:, None] * length_E
-    cosine_EE = torch.where(product_EE == 0, 0.0, gram_EE / product_EE).clamp(-1, 1)
-    # A NaN stays where it is, also on the diagonal, so that it is noticed.
-    return torch.where(torch.eye(len(gram_EE), dtype=torch.bool) & cosine_EE.isfinite(), 1.0, cosine_EE)
-
-
-def _square_distance(gram_EE: Tensor) -> Tensor:
-    square_E = gram_EE.diagonal()
-    sum_EE = square_E[:, None] + square_E
-    distance_EE = sum_EE - 2 * gram_EE
-    return torch.where(distance_EE <= CANCELLED * sum_EE, 0.0, distance_EE)
-
-
 def _table(matrix_EE: Tensor, weight_E: Tensor) -> Array:
     """A symmetric float64 copy."""
     assert matrix_EE.shape == (len(weight_E), len(weight_E))
@@ -243,10 +185,24 @@ def _take(row_E: Array, tie: float) -> int:
     return nearest
 
 
+def _by_scipy(distance_EE: Array, count: int, method: str) -> list[list[int]] | None:
+    """Clusters by scipy's linkage; None where two pairs are equally near, since scipy promises no order of ties."""
+    if len(distance_EE) < 2:
+        return None
+    pairs = squareform(distance_EE, checks=False)
+    if (np.diff(np.sort(pairs)) <= _tie(pairs)).any():
+        return None
+    experts = len(distance_EE)
+    clusters = {e: [e] for e in range(experts)}
+    for step, (a, b) in enumerate(hierarchy.linkage(pairs, method)[: experts - count, :2].astype(int).tolist()):
+        clusters[experts + step] = clusters.pop(a) + clusters.pop(b)
+    return list(clusters.values())
+
+
 def _merge_nearest(distance_EE: Array, count: int, linkage: str, cap: int) -> list[list[int]]:
     """Merge the nearest clusters that fit together until `count` are left, or none fit.
 
-    One vectorised pass a merge. scipy's linkage knows neither caps nor an order of ties.
+    One vectorised pass a merge, for what scipy's linkage does not know: caps, and an order of ties.
     """
     tie = _tie(distance_EE)
     clusters = {e: [e] for e in range(len(distance_EE))}

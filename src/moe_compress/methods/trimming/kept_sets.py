@@ -20,12 +20,16 @@ from moe_compress.stream.probe import Probe
 
 # Numbers in a table of (token, kept set) pairs by experts at a time.
 CHUNK = 2**21
+TOKENS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Sums:
-    """For R (token, kept set) pairs: cross, square and total [3, R]; whether an expert used is in none of the token's
-    lists; the experts without which the choice would be another [R, E]."""
+    """What R (token, kept set) pairs come to.
+
+    values_3R: cross, square and total; unknown_R: whether an expert is used whose output is not known; read_RE: the
+    experts without which the choice would be another.
+    """
 
     values_3R: Tensor
     unknown_R: Tensor
@@ -61,7 +65,7 @@ class Layer:
 
     def relative(self, loss: Tensor) -> Tensor:
         """Squared distances as |target - output| / |target|."""
-        return (loss.clamp_min(0) / self.target).sqrt()
+        return (loss.clamp_min(0) / self.target.clamp_min(torch.finfo(loss.dtype).tiny)).sqrt()
 
     def sums(self, token_R: Tensor, alive_RE: Tensor) -> Sums:
         """What tokens would add with the given experts."""
@@ -106,6 +110,21 @@ class Layer:
         cross, square, total = values
         share = self.routing.scale / total.clamp_min(torch.finfo(total.dtype).tiny)
         return share * (share * square - 2 * cross)
+
+    def best_of(self, alive_SE: Tensor, bound: float) -> int:
+        """Which kept set has the least loss, if that is at most `bound`.
+
+        A loss only grows with every token, so a set is given up as soon as it is beyond the bound; the tokens
+        with the most to lose come first.
+        """
+        target_T = self.gram_TNN[:, -1, -1]
+        loss_S, left_S = torch.zeros(len(alive_SE), dtype=torch.float64), torch.arange(len(alive_SE))
+        for token_T in target_T.argsort(descending=True, stable=True).split(TOKENS_AT_ONCE):
+            for part_S in left_S.split(max(1, CHUNK // (len(token_T) * self.experts))):
+                sums = self.sums(token_T.repeat(len(part_S)), alive_SE[part_S].repeat_interleave(len(token_T), 0))
+                loss_S[part_S] += self.loss(sums.values_3R).view(len(part_S), -1).sum(1) + target_T[token_T].sum()
+            left_S = left_S[loss_S[left_S] <= bound]
+        return int(left_S[loss_S[left_S].argmin()])
 
     def losses(self, alive_SE: Tensor) -> tuple[Tensor, Tensor]:
         """|target - output|^2 of kept sets, and their shares of exhausted tokens, both [S]."""

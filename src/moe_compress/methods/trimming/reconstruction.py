@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,22 +44,24 @@ def subset_losses(probe: Probe, subsets: Iterable[Sequence[int]]) -> Tensor:
 def best_subset(probe: Probe, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
     """The set of `keep` experts with the least loss, equally many in every router group.
 
-    With at most `exact_up_to` experts all sets are tried. With more: greedy elimination, then swaps of a kept for a
-    dropped expert as long as they help. The set that a step leads to is always evaluated exactly, and is taken only
-    if it is better. Which step looks best is exact, too, but for routers with groups and for a softmax with a
-    selection bias, where a step not taken may be misjudged for tokens whose choice it changes in a second way.
+    Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
+    experts no other set is better, which is made sure of by trying them all. The loss of every set that is reached is
+    exact, and no swap is taken that does not lower it. The comparison of steps not taken is exact as well, with two
+    exceptions. Under a softmax with a selection bias, all of them neglect that the rank of an expert may change for
+    tokens that do not use the one removed. Under groups, swaps neglect that a token's groups may change so that the
+    new expert comes into reach.
     """
     shape.require(keep)
     layer = Layer(probe, shape.layer)
+    search = Search(layer)
+    while int(search.alive_E.sum()) > keep:
+        _eliminate(search, shape)
+    alive_E = _swap(search, shape).alive_E
+    loss, exhausted = layer.losses(alive_E[None])
     if layer.experts <= exact_up_to:
         alive_SE = _masks(_balanced(shape, keep), layer.experts)
-        alive_E = alive_SE[int(layer.losses(alive_SE)[0].argmin())]
-    else:
-        search = Search(layer)
-        while int(search.alive_E.sum()) > keep:
-            _eliminate(search, shape)
-        alive_E = _swap(search, shape).alive_E
-    loss, exhausted = layer.losses(alive_E[None])
+        alive_E = alive_SE[layer.best_of(alive_SE, float(loss) + LEAST_GAIN * float(layer.target))]
+        loss, exhausted = layer.losses(alive_E[None])
     kept = tuple(alive_E.nonzero().flatten().tolist())
     return Choice(kept, float(layer.relative(loss)), float(exhausted))
 
@@ -72,17 +74,6 @@ def elimination_order(probe: Probe, shape: MoEShape) -> list[tuple[tuple[int, ..
         gone = _eliminate(search, shape)
         path.append((gone, float(search.layer.relative(search.losses()[-1]))))
     return path
-
-
-def top_k_losses(probe: Probe, top_k: int) -> list[float]:
-    """|target - output|^2 / |target|^2 over all tokens with 1, 2, ... `top_k` experts active, and none dropped."""
-    layer = Layer(probe)
-    everyone_1E = torch.ones(1, layer.experts, dtype=torch.bool)
-    found = []
-    for active in range(1, top_k + 1):
-        layer.routing = replace(layer.routing, top_k=active)
-        found.append(float(layer.relative(layer.losses(everyone_1E)[0])) ** 2)
-    return found
 
 
 def remove_one(probe: Probe, shape: MoEShape) -> Tensor:
@@ -138,8 +129,11 @@ def ranked_choice(probe: Probe) -> Tensor:
 
 
 def _masks(subsets: Iterable[Sequence[int]], experts: int) -> Tensor:
-    ids_SK = torch.tensor([list(subset) for subset in subsets])
-    return torch.zeros(len(ids_SK), experts, dtype=torch.bool).scatter_(1, ids_SK, True)
+    ids = [torch.tensor(list(subset)) for subset in subsets]
+    alive_SE = torch.zeros(len(ids), experts, dtype=torch.bool)
+    for alive_E, kept in zip(alive_SE, ids, strict=True):
+        alive_E[kept] = True
+    return alive_SE
 
 
 def _members(shape: MoEShape) -> list[range]:

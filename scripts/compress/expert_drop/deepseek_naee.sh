@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Keeps the three quarters of DeepSeek's experts that rebuild each layer best (NAEE); trailing words override: ratio=0.5, propagate=compressed ...
+exec bash "$(dirname "$0")/../../run.sh" compress "expert_drop score=naee ratio=0.25" model="${MODEL:-tiny-deepseek}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Keeps the six of Mixtral's experts that rebuild each layer best (NAEE); trailing words override: keep=4, propagate=compressed ...
+exec bash "$(dirname "$0")/../../run.sh" compress "expert_drop score=naee keep=6" model="${MODEL:-tiny-mixtral}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Merges a quarter of DeepSeek's experts away by REAM; trailing words override: ratio=0.5, propagate=original ...
+exec bash "$(dirname "$0")/../../run.sh" compress "expert_merge preset=ream ratio=0.25" model="${MODEL:-tiny-deepseek}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Merges a quarter of Mixtral's experts away by HC-SMoE; trailing words override: router=centroid (loads in stock tools), ratio=0.5 ...
+exec bash "$(dirname "$0")/../../run.sh" compress "expert_merge preset=hc_smoe ratio=0.25" model="${MODEL:-tiny-mixtral}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Skips Mixtral's second expert where its gate is small beside the first (NAEE); trailing words override: share=0.3, beta=0.5 ...
+exec bash "$(dirname "$0")/../../run.sh" compress "skip share=0.5" model="${MODEL:-tiny-mixtral}" "$@"

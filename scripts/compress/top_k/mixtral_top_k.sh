@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Lets each token use one of Mixtral's experts instead of two; trailing words override: mean=1.5 (different in every layer), on=noise ...
+exec bash "$(dirname "$0")/../../run.sh" compress "top_k k=1" model="${MODEL:-tiny-mixtral}" "$@"

@@ -1,0 +1,218 @@
+"""Analyse, plan and compress one MoE layer of a model in memory at a time, looking at every step.
+
+compressor = ExpertCompressor("tiny-mixtral")
+compressor.analyze_compression_potential(layer_idx=2)
+plan = compressor.plan_compression(layer_idx=2, strategy="balanced")
+compressor.apply_compression(plan, layer_idx=2, inplace=True)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_compress.analysis.info import MoEHooks, MoELayerInfo, get_moe_layer_info, shape_of, view_of
+from moe_compress.analysis.layer import SIMILAR, LayerAnalysis, analyse
+from moe_compress.analysis.plans import (
+    BLENDS,
+    CompressedMoEConfig,
+    CompressionPlan,
+    ExpertMergeResult,
+    aligned_order,
+    config_of,
+    edits_of,
+    require_whole,
+)
+from moe_compress.analysis.resident import Seen, edited_copy, observe, relative_error
+from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model_size, print_compression_summary
+from moe_compress.analysis.strategies import impact_of, make_plan, strategy_target
+from moe_compress.checkpoint.load import load_model, load_tokenizer
+from moe_compress.checkpoint.locate import local_folder, open_model
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.model.edits import Edit, Plan, apply_edits, refuse_if_uneditable
+from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
+from moe_compress.runtime import log, one_of, resolve_device, resolve_dtype, write_json
+from moe_compress.stream.data import Windows, make_windows
+from moe_compress.stream.documents import DataSpec
+from moe_compress.stream.prompts import prompt_windows
+
+__all__ = [
+    "CompressedMoEConfig",
+    "CompressionPlan",
+    "ExpertCompressor",
+    "ExpertMergeResult",
+    "LayerAnalysis",
+    "MoEHooks",
+    "MoELayerInfo",
+    "estimate_compressed_size",
+    "estimate_model_size",
+    "get_moe_layer_info",
+    "print_compression_summary",
+]
+
+# Without prompts: so many windows of the zoo's text, prose, code and tasks, which needs no download.
+WINDOWS, LENGTH = 64, 256
+Prompts = tuple[str, ...]
+
+
+class ExpertCompressor:
+    """Compresses a model in memory, layer by layer. One pass over a text measures all layers, and is remembered."""
+
+    def __init__(
+        self,
+        model_or_path: PreTrainedModel | str | os.PathLike[str],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        similarity_threshold: float = SIMILAR,
+    ) -> None:
+        self.checkpoint: Checkpoint | None = None
+        if isinstance(model_or_path, str | os.PathLike):
+            self.checkpoint = open_model(os.fspath(model_or_path))
+            device = resolve_device("auto")
+            dtype = resolve_dtype("auto", device)
+            self.model = load_model(self.checkpoint.folder, dtype, device_map=str(device))
+        else:
+            self.model = model_or_path
+        refuse_if_uneditable(self.model.config)
+        self.tokenizer = tokenizer
+        self.similarity_threshold = similarity_threshold
+        self._seen: dict[Prompts, dict[int, Seen]] = {}
+        self._analyses: dict[tuple[Prompts, int], LayerAnalysis] = {}
+        self._orders: dict[tuple[int, tuple[tuple[int, ...], ...]], Tensor] = {}
+        self._changed: set[int] = set()
+        self._latest: Prompts = ()
+
+    # --- analysing ------------------------------------------------------------------------------------------
+
+    def analyze_compression_potential(
+        self, layer_idx: int, test_prompts: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """How compressible a layer is, from exactly these prompts (or the zoo's text): see `LayerAnalysis`."""
+        return self.analysis(layer_idx, test_prompts).to_json()
+
+    def analysis(self, layer_idx: int, test_prompts: Sequence[str] | None = None) -> LayerAnalysis:
+        """The same as an object."""
+        view_of(self.model, layer_idx)
+        prompts = tuple(test_prompts or ())
+        if layer_idx in self._changed:  # what was measured is of a layer that is no more
+            self._seen, self._analyses, self._changed = {}, {}, set()
+        if (prompts, layer_idx) not in self._analyses:
+            seen = self._observed(prompts)[layer_idx]
+            found = analyse(seen.layer, seen.count_CE, seen.token_C, self.similarity_threshold)
+            self._analyses[prompts, layer_idx] = found
+        found = self._analyses[prompts, layer_idx]
+        if found.warning is None:
+            self._latest = prompts
+        else:
+            log.warning("layer %d: %s", layer_idx, found.warning)
+        return found
+
+    def _observed(self, prompts: Prompts) -> dict[int, Seen]:
+        if prompts not in self._seen:
+            self._seen[prompts] = observe(self.model, self._windows(prompts))
+        return self._seen[prompts]
+
+    def _windows(self, prompts: Prompts) -> Windows:
+        if prompts:
+            return prompt_windows(prompts, self._tokenizer())
+        spec = DataSpec(source="zoo", use="calibration", samples=WINDOWS, length=LENGTH)
+        return make_windows(spec, self._tokenizer())
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            folder = self.checkpoint.folder if self.checkpoint else local_folder(self.model.config._name_or_path)
+            if folder is None:
+                raise ValueError("text is needed and there is no tokenizer: ExpertCompressor(model, tokenizer).")
+            self.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
+        return self.tokenizer
+
+    # --- planning -------------------------------------------------------------------------------------------
+
+    def plan_compression(
+        self,
+        layer_idx: int,
+        target_experts: int | None = None,
+        strategy: str = "balanced",
+        weight_blend: str | None = None,
+    ) -> CompressionPlan:
+        """Which experts go: exactly down to `target_experts`, or as many as the strategy says.
+
+        weight_blend: how merged experts are blended; None: as changes the layer's output least. The plan rests on the
+        text analysed last, if it was enough to judge experts by, else on the default text.
+        """
+        analysis = self.analysis(layer_idx, self._latest)
+        if analysis.warning is not None and self._latest:
+            self._latest = ()
+            analysis = self.analysis(layer_idx)
+        shape = shape_of(self.model, layer_idx)
+        target = strategy_target(analysis, shape, strategy) if target_experts is None else target_experts
+        plan = make_plan(analysis, shape, target, strategy)
+        plan.expert_params = get_moe_layer_info(self.model, layer_idx).expert_params
+        if weight_blend is not None or not plan.merges:
+            return self._judged(plan, one_of(weight_blend or BLENDS[0], BLENDS, "weight_blend"))
+        return min((self._judged(plan, blend) for blend in BLENDS), key=lambda judged: judged.predicted_error or 0.0)
+
+    def _judged(self, plan: CompressionPlan, weight_blend: str) -> CompressionPlan:
+        """The plan with its merges blended like this, and what it would change."""
+        assert plan.layer_idx is not None
+        merges = [dataclasses.replace(merge, weight_blend=weight_blend) for merge in plan.merges]
+        judged = dataclasses.replace(plan, merges=merges)
+        inputs_PD = self._observed(self._latest)[plan.layer_idx].inputs_PD
+        judged.predicted_error = relative_error(self.model, self._edits(judged, plan.layer_idx), inputs_PD)
+        judged.estimated_quality_impact = impact_of(judged.predicted_error)
+        return judged
+
+    def _edits(self, plan: CompressionPlan, layer_idx: int) -> list[Edit]:
+        self._require(plan, layer_idx)
+        key = layer_idx, plan.groups
+        if key not in self._orders:  # matching the neurons of wide experts takes seconds a pair
+            self._orders[key] = aligned_order(plan.groups, view_of(self.model, layer_idx))
+        return edits_of(plan, layer_idx, self._orders[key])
+
+    def _require(self, plan: CompressionPlan, layer_idx: int) -> None:
+        """Raise ValueError, before anything is changed, unless the plan fits the layer and its router."""
+        require_whole(plan, layer_idx, view_of(self.model, layer_idx))
+        shape_of(self.model, layer_idx).require_ids(tuple(plan.survivors))
+
+    # --- carrying out ---------------------------------------------------------------------------------------
+
+    def apply_compression(self, plan: CompressionPlan, layer_idx: int, inplace: bool = False) -> CompressedMoEConfig:
+        """Change experts and router of the layer if `inplace`; in any case say where each expert goes.
+
+        Without `inplace` the model stays as it is: `compressed_model` makes a new one, `save_plan` a file to apply.
+        """
+        self._require(plan, layer_idx)
+        config = config_of(plan, layer_idx, view_of(self.model, layer_idx))
+        if inplace:
+            with torch.no_grad():
+                apply_edits(self.model, self._edits(plan, layer_idx))
+            self._changed.add(layer_idx)
+            self._orders.clear()
+        return config
+
+    def compressed_model(self, plans: Sequence[CompressionPlan]) -> PreTrainedModel:
+        """A new model with the plans carried out; tensors that they leave alone are shared with this one."""
+        return edited_copy(self.model, self._all_edits(plans))
+
+    def save_plan(self, plans: Sequence[CompressionPlan], folder: str | os.PathLike[str]) -> Path:
+        """Write plan.json and its tensors: `moe-compress apply` makes the compressed checkpoint of them."""
+        source, path = self.checkpoint, Path(folder) / PLAN
+        base = {"model": self.model.config._name_or_path, "commit": None, "fingerprint": None}
+        if source is not None:
+            base = {"model": source.name, "commit": source.commit, "fingerprint": source.fingerprint}
+        stage = StagePlan("expert_compressor", Plan(self._all_edits(plans), {}, {}))
+        write_json(path, plan_values([stage], base))
+        save_file(plan_arrays([stage]), path.with_name(ARRAYS))
+        return path
+
+    def _all_edits(self, plans: Sequence[CompressionPlan]) -> list[Edit]:
+        if any(plan.layer_idx is None for plan in plans):
+            raise ValueError("a plan that goes with others must say for which layer it is: set layer_idx.")
+        return [edit for plan in plans for edit in self._edits(plan, plan.layer_idx or 0)]

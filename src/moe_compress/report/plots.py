@@ -1,0 +1,116 @@
+"""Pictures of analyses: lists of numbers in, PNG files out. This module knows nothing of ours.
+
+Colours tell apart what colour-blind readers can tell apart: cividis and PuOr for tables, Okabe and Ito's for lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "os^DvPX"
+TICKS = 16
+COLUMNS = 6
+DPI = 150
+ALIKE = "PuOr_r"
+LEAST_LIMIT = 0.2
+Table = Sequence[Sequence[float | None]]
+
+
+def utilization(path: Path, layers: Sequence[int], shares: Table) -> Path:
+    """Layers x experts: each expert's share of tokens over the layer's mean share."""
+    relative = [[(value or 0.0) * len(row) / max(sum(v or 0.0 for v in row), 1e-12) for value in row] for row in shares]
+    return _experts_by_layer(path, layers, relative, "Utilization", "share of tokens\n/ the layer's mean")
+
+
+def scores(path: Path, layers: Sequence[int], values: Table, name: str) -> Path:
+    """Layers x experts: a score over the layer's largest, so that layers can be seen together; blank where unknown."""
+    relative = [
+        [None if value is None else value / max((v for v in row if v is not None), default=1.0) for value in row]
+        for row in values
+    ]
+    return _experts_by_layer(path, layers, relative, f"{name} by layer", f"{name}\n/ the layer's largest")
+
+
+def _experts_by_layer(path: Path, layers: Sequence[int], values: Table, title: str, unit: str) -> Path:
+    width = max(map(len, values))
+    padded = [
+        [*(float("nan") if v is None else v for v in row), *[float("nan")] * (width - len(row))] for row in values
+    ]
+    figure = Figure(
+        figsize=(max(5.0, min(16.0, 1.5 + 0.12 * width)), max(2.8, 1.6 + 0.3 * len(layers))), layout="constrained"
+    )
+    axes = figure.subplots()
+    axes.set_facecolor("lightgrey")
+    image = axes.imshow(padded, aspect="auto", cmap="cividis", interpolation="nearest", vmin=0)
+    axes.set(title=title, xlabel="expert", ylabel="layer")
+    axes.set_yticks(*_ticks(layers))
+    axes.set_xticks(*_ticks(range(width)))
+    figure.colorbar(image, ax=axes, label=unit, aspect=30)
+    return _saved(figure, path)
+
+
+def similarity(path: Path, layers: Sequence[int], matrices: Sequence[Table]) -> Path:
+    """Small multiples: the cosine between the outputs of every two experts, a panel a layer."""
+    columns = min(COLUMNS, len(layers))
+    rows = -(-len(layers) // columns)
+    figure = Figure(figsize=(2.6 * columns + 1.2, 2.6 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    panels = [axes for row in grid for axes in row]
+    # The diagonal says nothing; without it the scale fits what there is to see.
+    away = [[[None if i == j else v for j, v in enumerate(row)] for i, row in enumerate(m)] for m in matrices]
+    limit = max([LEAST_LIMIT, *(abs(v) for matrix in away for row in matrix for v in row if v is not None)])
+    scale = Normalize(-limit, limit)
+    for axes, layer, matrix in zip(panels, layers, away, strict=False):
+        axes.set_facecolor("lightgrey")
+        axes.imshow(_numbers(matrix), cmap=ALIKE, norm=scale, interpolation="nearest")
+        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.set_xticks(*_ticks(range(len(matrix)), 4))
+        axes.set_yticks(*_ticks(range(len(matrix)), 4))
+    for axes in panels[len(layers) :]:
+        axes.set_axis_off()
+    figure.supxlabel("expert")
+    figure.supylabel("expert")
+    figure.suptitle("Mean cosine of two experts' outputs on the same tokens", fontsize=11)
+    figure.colorbar(ScalarMappable(scale, ALIKE), ax=panels, label="cosine", shrink=0.8, aspect=40)
+    return _saved(figure, path)
+
+
+def turns(path: Path, curves: Mapping[str, Mapping[int, float]]) -> Path:
+    """Lines over layers: how far the stream is turned by a layer and by its sub-layers (1 - cosine)."""
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for place, (name, by_layer) in enumerate(curves.items()):
+        style: dict[str, Any] = {"color": LINES[place % len(LINES)], "marker": MARKERS[place % len(MARKERS)]}
+        axes.plot(list(by_layer), list(by_layer.values()), label=name, markersize=4, **style)
+    axes.set(title="How much each layer turns the stream", xlabel="layer", ylabel="1 - cosine of before and after")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    figure.legend(fontsize=8, loc="outside right upper")
+    return _saved(figure, path)
+
+
+def _numbers(table: Table) -> list[list[float]]:
+    """What is unknown as NaN, which is left blank."""
+    return [[float("nan") if value is None else value for value in row] for row in table]
+
+
+def _ticks(values: Sequence[int], most: int = TICKS) -> tuple[list[int], list[str]]:
+    """At most so many places, evenly spaced, and what stands there."""
+    step = -(-len(values) // most)
+    places = list(range(0, len(values), step))
+    return places, [str(values[place]) for place in places]
+
+
+def _saved(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=DPI)
+    return path
