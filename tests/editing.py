@@ -49,6 +49,7 @@ def original(source: Checkpoint) -> PreTrainedModel:
     return copy.deepcopy(_loaded(source.folder))
 
 
+@torch.no_grad()
 def cut(source: Checkpoint, edits: Sequence[Edit]) -> PreTrainedModel:
     """The whole model in memory, edited; its config lists the layers that are left."""
     model = original(source)

@@ -223,12 +223,14 @@ def test_a_plan_edited_by_hand_is_applied_without_calibration(family, reader_fol
     assert evaluated.record.form == "edited" and "delta_nll" in evaluated.record.metrics
 
 
-def test_a_plan_goes_to_another_model_with_a_warning(reader_folder, options, tmp_path, caplog):
+def test_a_plan_goes_to_another_model_only_if_told_to(reader_folder, options, tmp_path, caplog):
     quiet = {**options, "eval": False}
     made = moe_compress.compress("expert_drop keep=6", model=reader_folder("mixtral"), **quiet).folder
     other = readers.save_model("mixtral", tmp_path / "other", seed=5)
-    result = moe_compress.apply(made / "plan.json", model=other, **quiet)
-    assert kept(result.folder) == kept(made) and "which differs" in caplog.text
+    with pytest.raises(ValueError, match=r"other is another model, or another version of it: .* say any_model=true"):
+        moe_compress.apply(made / "plan.json", model=other, **quiet)
+    result = moe_compress.apply(made / "plan.json", model=other, any_model=True, **quiet)
+    assert kept(result.folder) == kept(made) and "is another model" in caplog.text
     assert result.folder.name.startswith("other-plan-")
 
 

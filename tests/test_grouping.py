@@ -22,7 +22,6 @@ from moe_compress.methods.trimming.distances import (
     logit_cosine,
     output_cosine,
     output_distance,
-    weight_distance,
 )
 from moe_compress.methods.trimming.grouping import (
     Groups,
@@ -405,7 +404,7 @@ def test_distances_are_those_of_the_formulas():
     torch.testing.assert_close(output_cosine(mean_ED), cosine)
     euclidean = filled(6, lambda a, b: math.dist(rows[a], rows[b]))
     torch.testing.assert_close(output_distance(mean_ED), euclidean)
-    torch.testing.assert_close(weight_distance(mean_ED), euclidean)
+    torch.testing.assert_close(output_distance(mean_ED), euclidean)
     apart = sorted(math.dist(columns[a], columns[b]) for a in range(6) for b in range(a))
     middle = apart[(len(apart) - 1) // 2]
     gaussian = filled(6, lambda a, b: math.exp(-(math.dist(columns[a], columns[b]) ** 2) / (2 * middle**2)))
@@ -435,12 +434,11 @@ def test_jaccard_is_both_over_either():
 
 def test_wide_weights_are_summed_over_all_columns():
     features_EN = random(3, (1 << 16) + 5, seed=2).float()
-    torch.testing.assert_close(weight_distance(features_EN), output_distance(features_EN))
 
 
 def test_equal_experts_are_at_distance_zero_and_silent_ones_are_no_trouble():
     mean_ED = 1e4 + random(3, 300, seed=5)[[0, 1, 0, 2, 1]]
-    for distance_EE in (output_distance(mean_ED), weight_distance(mean_ED)):
+    for distance_EE in (output_distance(mean_ED),):
         assert distance_EE[0, 2] == distance_EE[1, 4] == 0 and distance_EE[0, 1] > 1
         assert hierarchical(distance_EE, 3, weight_E=ones(5)) == ((0, 2), (1, 4), (3,))
     assert gaussian_logit_similarity(mean_ED @ mean_ED.T)[0, 2] == 1
@@ -460,7 +458,7 @@ def test_merging_duplicated_experts_loses_nothing():
     usage_E = torch.tensor([3.0, 1.0, 7.0, 5.0, 2.0, 4.0, 4.0, 6.0])
     expected = ((2,), (4, 1), (5, 6), (7, 0, 3))
     for linkage in LINKAGES:
-        assert hierarchical(weight_distance(flat_EN), 4, linkage=linkage, weight_E=usage_E) == expected
+        assert hierarchical(output_distance(flat_EN), 4, linkage=linkage, weight_E=usage_E) == expected
     for group in expected:
         share = usage_E[list(group)] / usage_E[list(group)].sum()
         merged_N = (share[:, None] * flat_EN[list(group)]).sum(0)

@@ -174,7 +174,7 @@ def test_two_stages_of_one_method_go_by_number():
         ("expert_drop", ["sampels=3"], r"unknown key 'sampels': did you mean 'samples'\?"),
         ("expert_drop score=reep", [], r"expert_drop\.score=reep: did you mean 'reap'\? allowed: random, "),
         ("expert_drop budget=loyer", [], r"expert_drop\.budget=loyer: did you mean 'layer'\?"),
-        ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: mone, naee, paper"),
+        ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: naee, paper"),
         ("identity preset=paper", [], "unknown key 'preset'"),
         ("expert_drop keep=six", [], r"expert_drop\.keep=six: a whole number is needed"),
         ("expert_drop keep=6.5", [], r"expert_drop\.keep=6\.5: a whole number is needed"),

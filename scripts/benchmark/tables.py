@@ -1,4 +1,4 @@
-"""Every trimming method at about 25 % and 50 % on the zoo's models: records, then tables.
+"""Every trimming method at about 25 % and 50 % on the zoo's models: records, then tables and pictures.
 
 What is already recorded is not run again.
 """
@@ -108,6 +108,8 @@ def main() -> None:
     for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
         print(path)
     write_summary(given.results, Path("README.md"))
+    for name in ACTIVE:
+        moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)
 
 
 if __name__ == "__main__":

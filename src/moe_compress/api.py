@@ -56,12 +56,15 @@ def run_recipe(parsed: Recipe) -> Result:
         return _evaluated(outcome, run)
 
 
-def apply(plan_file: str | Path, /, **options: Any) -> Result:
-    """Apply a saved plan, edited by hand or not, without calibration; then evaluate the result."""
+def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options: Any) -> Result:
+    """Apply a saved plan, edited by hand or not, without calibration; then evaluate the result.
+
+    any_model: also to a model that it was not made for.
+    """
     given = recipe.make_options({"model": "", **options})
     run = start(given)
     with threads(given.threads):
-        outcome = apply_plan_file(Path(plan_file), given, run)
+        outcome = apply_plan_file(Path(plan_file), given, run, registry.coerce(bool, any_model, "any_model"))
         return _evaluated(outcome, run)
 
 

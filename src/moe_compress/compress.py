@@ -34,6 +34,7 @@ from moe_compress.runtime import (
     peak_memory_bytes,
     require_disk,
     reset_peak_memory,
+    tensor_bytes,
 )
 from moe_compress.stream.documents import DataSpec, Use, read_documents
 from moe_compress.stream.surgery import rewrite
@@ -171,15 +172,24 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     log.info("%s checkpoint written: %s", form, job.target)
 
 
-def apply_plan_file(path: Path, options: Options, run: Run) -> Outcome:
-    """Apply a saved (perhaps hand-edited) plan to the model it names, or to `model=`; runs no calibration."""
+def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = False) -> Outcome:
+    """Apply a saved (perhaps hand-edited) plan to the model it names, or to `model=`; runs no calibration.
+
+    Raises ValueError if that is not the model the plan was made for, unless `any_model`.
+    """
     stages, base = read_plan(path)
     edits = [edit for stage in stages for edit in stage.plan.edits]
     model = options.model or base["model"]
     source = open_model(model, options.revision or (None if options.model else base.get("commit")))
-    if base.get("fingerprint") != source.fingerprint:
-        log.warning("the plan was made for %s; it is applied to %s, which differs.", base.get("model"), model)
-    identity = fingerprint(source.fingerprint, [repr(edit) for edit in edits])
+    if base.get("fingerprint") not in (None, source.fingerprint):
+        differs = f"the plan was made for {base.get('model')}; {model} is another model, or another version of it"
+        if not any_model:
+            raise ValueError(f"{differs}: apply it to that one, or say any_model=true.")
+        log.warning("%s.", differs)
+    arrays = [
+        part for edit in edits for name in sorted(edit.arrays) for part in (name, tensor_bytes(edit.arrays[name]))
+    ]
+    identity = fingerprint(source.fingerprint, [repr(edit) for edit in edits], *arrays)
     name = f"{Path(source.name).name}-plan-{identity[:6]}"
     out = Path(options.out) if options.out else run.results("checkpoints") / name
     run.options = options.model_copy(update={"model": source.name}).resolved()
@@ -210,10 +220,11 @@ def _stage_folder(out: Path, number: int) -> Path:
 def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
     steps = [stage.model_dump(mode="json") for stage in stages]
-    if all(stage.needs not in ("text", "probe") for stage in stages):
-        return fingerprint(source.fingerprint, steps)
     options = run.options
     arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]
+    if all(stage.needs not in ("text", "probe") for stage in stages):
+        noisy = any(stage.needs == "noise" for stage in stages)
+        return fingerprint(source.fingerprint, steps, *([arithmetic] if noisy else []))
     return fingerprint(
         source.fingerprint, steps, _text_identity(text_spec(options, "calibration")), options.mix, arithmetic
     )

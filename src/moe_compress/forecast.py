@@ -49,12 +49,13 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
     edits = dry_run(recipe, model)
-    plain = form_after(values, edits).plain
+    form = form_after(values, edits)
+    left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(
         model=options.model,
         before=before,
-        after=sizes(model, options.length, stored),
-        form="plain" if plain else "edited",
+        after=sizes(left, options.length, stored),
+        form="plain" if form.plain else "edited",
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,

@@ -111,12 +111,16 @@ def observed(
     layers = [
         dataclasses.replace(
             layer,
-            probe=functools.partial(calibration.probe, layer.shape.layer),
+            probe=functools.partial(_weighted_probe, calibration, layer.shape.layer, weight_C),
             by_domain=by_domain[layer.shape.layer],
         )
         for layer in base.layers
     ]
     return Observed(shape=base.shape, layers=layers, streams=streams, runs_LL=calibration.runs_LL)
+
+
+def _weighted_probe(calibration: Calibration, layer: int, weight_C: Tensor) -> Probe:
+    return calibration.probe(layer).weighted(weight_C)
 
 
 def unobserved(checkpoint: Checkpoint, with_weights: bool) -> Observed:

@@ -17,10 +17,10 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter, require_free
 from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import COUNTS
-from moe_compress.model.edits import block_names
 from moe_compress.model.families import family_of, groups_of
 from moe_compress.model.forms import config_layers, kept_layers, layer_lists, plain_form, split_values
 from moe_compress.model.moe import MoEView, moe_view, moe_views
+from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import fingerprint, require_disk
 from moe_compress.stream.fold import Progress, StreamedLayers
 

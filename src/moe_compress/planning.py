@@ -19,7 +19,16 @@ from moe_compress.measuring import (
     parse_mix,
     unobserved,
 )
-from moe_compress.model.edits import Edit, KeepExperts, Plan, apply_edits, refuse_if_uneditable, to_json
+from moe_compress.model.edits import (
+    Edit,
+    KeepExperts,
+    MergeExperts,
+    Plan,
+    SkipExperts,
+    apply_edits,
+    refuse_if_uneditable,
+    to_json,
+)
 from moe_compress.model.shapes import model_shape
 from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage
@@ -40,7 +49,14 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
         if method.check is None:
             continue
         refuse_if_uneditable(model.config)
-        planned = method.check(model_shape(model), **stage.parameters).edits
+        shape = model_shape(model)
+        rerouted = [moe.layer for moe in shape.moe if moe.rerouted]
+        if rerouted and stage.needs == "probe":
+            raise ValueError(
+                f"{stage.method} has to know what every expert does alone, but layers {rerouted[:5]} were merged with "
+                "router=sum, hold constants or skip experts: put this stage before that one."
+            )
+        planned = method.check(shape, **stage.parameters).edits
         for edit in planned:
             edit.check(model)
             apply_edits(model, [edit])
@@ -74,12 +90,14 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
 def _report_stability(plan: Plan, method: Method, stage: Stage, without: Iterable[Observed]) -> None:
     """How much of the choice stays the same when a quarter of the text is left out."""
     chosen, overlaps = _choices(plan.edits), []
+    if not chosen:
+        return
     for seen in without:
         try:
             again = _choices(method.run(seen, **stage.parameters).edits)
         except ValueError:
             continue  # what is left of the text does not do for this recipe, for example with unseen=error
-        overlaps.append(len(chosen & again) / len(chosen | again) if chosen | again else 1.0)
+        overlaps.append(len(chosen & again) / len(chosen | again))
     if overlaps:
         plan.report["same_choice_without_a_quarter_of_the_text"] = sum(overlaps) / len(overlaps)
 
@@ -90,6 +108,8 @@ def _choices(edits: Sequence[Edit]) -> set[Any]:
     for edit in edits:
         if isinstance(edit, KeepExperts):
             found |= {(edit.layer, expert) for expert in edit.experts}
-        else:
+        elif isinstance(edit, MergeExperts):
+            found |= {(edit.layer, frozenset(group)) for group in edit.groups}
+        elif not isinstance(edit, SkipExperts):  # a threshold is no choice
             found.add(repr(to_json(edit)))
     return found

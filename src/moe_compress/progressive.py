@@ -16,10 +16,11 @@ from torch import nn
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.measuring import parse_mix
-from moe_compress.model.edits import Plan, apply_edit, block_names
+from moe_compress.model.edits import Plan, apply_edit
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_shape, moe_view
 from moe_compress.model.shapes import ModelShape
+from moe_compress.model.sublayers import block_names
 from moe_compress.recipe import Stage
 from moe_compress.run import Run
 from moe_compress.runtime import log, peak_memory_bytes, reset_peak_memory
@@ -87,7 +88,7 @@ class _Planner:
             total_layers=self.total,
             paper_gate=self.family.paper_gate,
             view=lambda: contextlib.nullcontext(view),
-            probe=lambda: Probe.from_tensors(seen[1]),
+            probe=lambda: Probe.from_tensors(seen[1]).weighted(self.weight_C),
         )
         self._decide(sums)
         for edit in self.edits:

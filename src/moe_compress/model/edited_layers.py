@@ -158,6 +158,9 @@ def set_top_k(layer: nn.Module, names: Mapping[str, Any], *, top_k: int) -> None
         module: Any = layer.get_submodule(name)
         if "top_k" in module.__dict__:
             module.top_k = top_k
+    rerouted = _reroute(layer.get_submodule(names["experts"]))
+    if rerouted["active"] is not None:
+        rerouted["active"] = min(rerouted["active"], top_k)
 
 
 def skip_experts(

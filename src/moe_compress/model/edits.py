@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -19,10 +20,9 @@ from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import MoEShape, moe_shape, moe_view, moe_views, permute_neurons
-from moe_compress.model.sublayers import is_whole_layer, sublayer_names
+from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer
 
 Arrays = Mapping[str, Tensor]
-LINEAR_MIXERS = ("linear_attention", "conv", "mamba")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,10 @@ class KeepExperts(_OnLayer):
             shape.require_known(self.experts)
         else:
             shape.require_ids(self.experts)
+        outputs = self.arrays.get("outputs")
+        gone = shape.num_experts - len(self.experts)
+        if outputs is not None and (outputs.dim() != 2 or len(outputs) != gone or not bool(outputs.isfinite().all())):
+            raise ValueError(f"layer {self.layer}: its {gone} dropped experts need one finite row of outputs each.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +103,23 @@ class MergeExperts(_OnLayer):
             raise ValueError(f"layer {self.layer}: every member of a group needs one weight, from 0 up.")
         if any(sum(w) <= 0 for w in self.weights):
             raise ValueError(f"layer {self.layer}: a group whose weights are all 0 has no mean.")
+        self._check_order(model)
         if self.router == "centroid":
             shape.require_ids(tuple(group[0] for group in self.groups))
         else:
             _require_reroutable(model, self.layer, "router=sum")
+
+    def _check_order(self, model: PreTrainedModel) -> None:
+        order_EF = self.arrays.get("order")
+        if order_EF is None:
+            return
+        view = moe_views(model)[self.layer]
+        wanted = (view.num_experts, view.expert(0).down.shape[1])
+        places_EF = torch.arange(wanted[1]).expand(wanted)
+        if tuple(order_EF.shape) != wanted or not torch.equal(order_EF.sort(1).values.long(), places_EF):
+            raise ValueError(
+                f"layer {self.layer}: the order of neurons must be a permutation for each expert, {wanted}."
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +133,7 @@ class SkipSublayer(_OnLayer):
         """Raise ValueError if the layer has no such part, or the model no other layer with experts."""
         if self.part == "moe":
             _shape(model, self.layer)
+            _require_other_part(model, self.layer)
             _require_other_moe(model, self.layer, "the only layer left with experts")
             if is_whole_layer(hf.decoder_layers(model)[self.layer], block_names(model)):
                 raise ValueError(f"layer {self.layer} is nothing but its MoE block: drop the layer (block_drop).")
@@ -127,6 +145,7 @@ class SkipSublayer(_OnLayer):
             )
         if with_attention == [self.layer]:
             raise ValueError(f"layer {self.layer} is the only one left with attention, which has to stay.")
+        _require_other_part(model, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +269,6 @@ def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> 
     edited.apply(hf.stack(model), names, to_json(edit), arrays)
 
 
-def block_names(model: PreTrainedModel) -> dict[str, Any]:
-    """Where, inside a decoder layer, the MoE block, its experts, its router, the attention and their norms are."""
-    index, view = next(iter(moe_views(model).items()))
-    return sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
-
-
 def _shape(model: PreTrainedModel, layer: int) -> MoEShape:
     views = moe_views(model)
     if layer not in views:
@@ -274,21 +287,14 @@ def _require_other_moe(model: PreTrainedModel, layer: int, what: str) -> None:
         raise ValueError(f"layer {layer} is {what}: without it this would be no Mixture-of-Experts model.")
 
 
+def _require_other_part(model: PreTrainedModel, layer: int) -> None:
+    if any(isinstance(child, Nothing) for child in hf.decoder_layers(model)[layer].children()):
+        raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
+
+
 def _require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
     if not hasattr(moe_views(model)[layer].experts, "_apply_gate"):
         raise ValueError(
             f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
             "so nothing can come between router and experts."
         )
-
-
-def attention_layers(model: PreTrainedModel) -> list[int]:
-    """The layers whose token mixer is attention."""
-    name, layers = block_names(model)["attention"], hf.decoder_layers(model)
-    kinds = getattr(model.config, "layer_types", None) or [""] * len(layers)
-    children = [dict(layer.named_children()).get(name) for layer in layers]
-    return [
-        index
-        for index, (child, kind) in enumerate(zip(children, kinds, strict=False))
-        if hasattr(child, "layer_idx") and not isinstance(child, Nothing) and kind not in LINEAR_MIXERS
-    ]

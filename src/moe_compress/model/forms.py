@@ -17,9 +17,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import REROUTE, Nothing
-from moe_compress.model.edits import Edit, block_names, to_json
+from moe_compress.model.edits import Edit, to_json
 from moe_compress.model.families import COUNT_KEYS, TOP_K_KEYS, family_of
 from moe_compress.model.moe import moe_views
+from moe_compress.model.sublayers import block_names
 
 # Config keys that number layers: one entry a layer; indices of layers without experts, or with them; how many
 # layers come before the first with experts; the first and the last with experts.
@@ -137,7 +138,11 @@ def plain_form(
     stand_ins = _stand_ins(model)
     if signature(rebuilt, stand_ins) != signature(model, stand_ins) or not _same_buffers(rebuilt, model):
         return None
-    return Form(values, True, _fill(rebuilt, stand_ins))
+    fill = _fill(rebuilt, stand_ins)
+    # Zeros as wide as the family's real dense layers would be stored and multiplied with: better edited.
+    if any(tensor.numel() > 2 * STAND_IN_WIDTH * config.hidden_size for tensor in fill.values()):
+        return None
+    return Form(values, True, fill)
 
 
 def _renamed(

@@ -32,6 +32,8 @@ class MoEShape:
     min_per_group: int = 1
     fixed_top_k: bool = False
     aliased: bool = False
+    novices: bool = False
+    rerouted: bool = False
 
     def require(self, kept: int) -> None:
         """Raise ValueError unless the layer still works with `kept` experts (equally many in every group)."""
@@ -227,9 +229,12 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         min_per_group=family.min_per_group,
         fixed_top_k=family.fixed_top_k,
         aliased=view.rows != view.num_experts,
+        novices=view.alias is not None and max(view.alias) >= view.num_experts,
+        rerouted=view.alias is not None or view.experts.__dict__.get(REROUTE, {}).get("threshold") is not None,
     )
 
 
+@torch.no_grad()
 def permute_neurons(view: MoEView, order_EF: Tensor) -> None:
     """Reorder the neurons of every expert, in place; the experts compute what they did before.
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from moe_compress.model import hf
-from moe_compress.model.edits import DropLayer, Edit, attention_layers, block_names
+from moe_compress.model.edits import DropLayer, Edit
 from moe_compress.model.moe import MoEShape, moe_shapes
-from moe_compress.model.sublayers import is_whole_layer
+from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

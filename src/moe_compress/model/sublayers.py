@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from moe_compress.model.families import Family
+from moe_compress.model import hf
+from moe_compress.model.edited_layers import Nothing
+from moe_compress.model.families import Family, family_of
+from moe_compress.model.moe import moe_views
 
 # Norms around the MoE block, in the order in which they tell: the last is the block's own only in pre-norm layers.
 MOE_NORMS = (
@@ -21,6 +25,9 @@ ATTENTION_NORMS = ("input_layernorm", "operator_norm", "post_attention_layernorm
 ATTENTION = ("self_attn", "self_attention", "attention")
 # MLPs that run beside the block, on the same input (Granite), and factors of the stream past it (MiniMax).
 BESIDE = ("shared_mlp",)
+# What layers and mixers call their kind, and the kinds that are no attention over all tokens.
+KINDS = ("layer_type", "block_type", "attention_type")
+LINEAR_MIXERS = ("linear_attention", "conv", "mamba")
 FACTORS = {"moe": ("mlp_alpha_factor",), "attention": ("attn_alpha_factor",)}
 
 
@@ -42,3 +49,25 @@ def sublayer_names(layer: nn.Module, family: Family, moe: dict[str, str]) -> dic
 def is_whole_layer(layer: nn.Module, names: dict[str, Any]) -> bool:
     """Whether the MoE block is all that the layer does (Nemotron-H)."""
     return not names["moe_norms"] and not any(child in ATTENTION for child, _ in layer.named_children())
+
+
+def block_names(model: PreTrainedModel) -> dict[str, Any]:
+    """Where, inside a decoder layer, the MoE block, its experts, its router, the attention and their norms are."""
+    index, view = next(iter(moe_views(model).items()))
+    return sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
+
+
+def attention_layers(model: PreTrainedModel) -> list[int]:
+    """The layers whose token mixer is attention."""
+    name, layers = block_names(model)["attention"], hf.decoder_layers(model)
+    children = [dict(layer.named_children()).get(name) for layer in layers]
+    return [
+        index
+        for index, (layer, child) in enumerate(zip(layers, children, strict=True))
+        if hasattr(child, "layer_idx") and not isinstance(child, Nothing) and not _is_linear(layer, child)
+    ]
+
+
+def _is_linear(layer: nn.Module, mixer: nn.Module | None) -> bool:
+    """Whether layer or mixer says of itself that it is no attention over all tokens."""
+    return any(getattr(module, key, None) in LINEAR_MIXERS for module in (layer, mixer) for key in KINDS)

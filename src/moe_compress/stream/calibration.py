@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.model.edits import block_names
 from moe_compress.model.families import family_of
+from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import (
     dtype_name,
     fingerprint,

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import mask_experts
-from moe_compress.model.edits import Edit, KeepExperts, apply_edit, block_names
+from moe_compress.model.edits import Edit, KeepExperts, apply_edit
 from moe_compress.model.forms import config_layers, kept_layers, layer_lists
 from moe_compress.model.moe import moe_views
+from moe_compress.model.sublayers import block_names
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import ResidentLayers, fold
 

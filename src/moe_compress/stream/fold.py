@@ -122,7 +122,7 @@ def fold(
     """
     batches = _batches(layers, windows)
     hidden_NSD = _enter(layers, windows, batches)
-    seen, start = _resume(state, hidden_NSD)
+    seen, start = _resume(state, hidden_NSD, len(observers))
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
@@ -239,7 +239,7 @@ def _layer_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
-def _resume(state: Path | None, hidden_NSD: Tensor) -> tuple[list[list[dict[str, Tensor]]], int]:
+def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
     """What was seen of finished layers, and the first layer to run; the hidden states are read back in place."""
     if state is None or not (state / BOUNDARY).is_file():
         return [], 0
@@ -252,7 +252,7 @@ def _resume(state: Path | None, hidden_NSD: Tensor) -> tuple[list[list[dict[str,
         for key, tensor in load_file(state / _layer_file(index)).items():
             observer, _, name = key.partition(".")
             parts.setdefault(int(observer), {})[name] = tensor
-        seen.append([parts.get(i, {}) for i in range(max(parts, default=0) + 1)])
+        seen.append([parts.get(i, {}) for i in range(observers)])
     return seen, start
 
 

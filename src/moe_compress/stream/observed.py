@@ -51,8 +51,8 @@ class Observed:
 
     layers: the MoE layers; streams: for every decoder layer how far it and its sub-layers turn the stream (mean
     1 - cos, `stream/turns.py`); runs_LL: the same between the stream before layer i and before layer j, [L+1, L+1];
-    evaluate: how well the model would agree with the original after some edits, from 0 to 1, on text that no sum
-    here has seen (only where the parameters ask for a search).
+    evaluate: how well the model would agree with the original after some edits, from 0 to 1, on text that is in no sum
+    and no loss here, if in mean outputs and runs_LL (only where the parameters ask for a search).
     """
 
     shape: ModelShape

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,20 @@ class Probe:
         found = {name: getattr(self, name).cpu().contiguous() for name in TENSORS}
         rule = self.routing.tensors() if self.routing is not None else {}
         return found | {f"routing_{name}": tensor for name, tensor in rule.items()}
+
+    def weighted(self, weight_C: Tensor) -> Probe:
+        """The probe with every token weighing as its component does, and without those that weigh nothing.
+
+        Losses and logits follow the weights; the means over experts' outputs stay those of all tokens.
+        """
+        weight_T = weight_C[self.component_T]
+        kept_T = weight_T > 0
+        if bool((weight_T == 1).all()):
+            return self
+        tables = ("logits_TE", "index_TK", "gate_TK", "component_T", "ids_TM", "gram_TNN")
+        left = {name: getattr(self, name)[kept_T] for name in tables}
+        left["gram_TNN"] = left["gram_TNN"] * weight_T[kept_T].to(left["gram_TNN"])[:, None, None]
+        return replace(self, **left)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Probe:

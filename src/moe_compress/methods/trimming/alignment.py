@@ -165,11 +165,11 @@ def _prepared(reference: Neurons, other: Neurons, by: By) -> Callable[[], Order]
     copied = _copied(reference, other)
     if copied is not None:
         return lambda: copied
-    similarity_FF = sum(a_FN @ b_FN.T for a_FN, b_FN in pairs)
+    similarity_FF = sum((a_FN @ b_FN.T).cpu() for a_FN, b_FN in pairs)
     assert isinstance(similarity_FF, Tensor)
     if not bool(similarity_FF.isfinite().all()):
         raise ValueError(f"the neurons cannot be matched by={by}: weights or activations are not finite.")
-    table_FF = similarity_FF.cpu().numpy()
+    table_FF = similarity_FF.numpy()
     return lambda: _best(table_FF) if len(table_FF) <= EXACT else _nearly_best(table_FF)
 
 

@@ -6,9 +6,10 @@ import torch
 from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
+from moe_compress.model.moe import MoEView
+
 # A squared distance from a Gram matrix is all cancellation below this share of the squared lengths.
 CANCELLED = 1e-12
-COLUMNS = 1 << 16
 
 
 def logit_cosine(logit_gram_EE: Tensor) -> Tensor:
@@ -27,11 +28,13 @@ def output_distance(mean_ED: Tensor) -> Tensor:
     return torch.from_numpy(squareform(pdist(mean_ED.double().cpu().numpy())))
 
 
-def weight_distance(features_EN: Tensor) -> Tensor:
-    """Euclidean distance between the experts' weights, flat or reduced, [E, E]; below a millionth it is zero."""
-    gram_EE = sum(block.double() @ block.double().T for block in features_EN.split(COLUMNS, dim=1))
-    assert isinstance(gram_EE, Tensor)
-    return _square_distance(gram_EE.cpu()).sqrt()
+def weight_cosine(view: MoEView) -> Tensor:
+    """Cosine between all weights of two experts as they are stored, [E, E]: neurons are not matched."""
+    gram_EE = torch.zeros(view.num_experts, view.num_experts, dtype=torch.float64)
+    for matrix in view.matrices:
+        flat_EN = matrix.flatten(1).float()
+        gram_EE += (flat_EN @ flat_EN.T).double().cpu()
+    return _cosine(gram_EE)
 
 
 def jaccard(both_EE: Tensor, count_E: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
     return "weights" if parameters["score"] in WEIGHT_SCORES else "nothing"
 
 
-def check(
+def check(  # noqa: PLR0913 - the recipe's parameters
     shape: ModelShape,
     *,
     keep: int | None,
@@ -47,6 +47,8 @@ def check(
     propagate: str,
     score: str,
     novice: str,
+    reverse: bool,
+    unseen: str,
     **_: Any,
 ) -> Plan:
     """Whether the counts are possible, from shapes alone: a plan with the right counts and arbitrary ids.
@@ -54,7 +56,7 @@ def check(
     A global budget is spread evenly but for one layer, so that the plan is as uneven as the real one will be, and
     later stages are refused only where they must be.
     """
-    _require_compatible(budget, protect, evaluations, propagate, score)
+    _require_compatible(budget, protect, evaluations, propagate, score, reverse, unseen)
     blank = {moe.layer: torch.arange(moe.num_experts, dtype=torch.float64) for moe in shape.moe}
     blank[shape.moe[0].layer] -= 1
     protected = {} if protect == "super" else protection.parsed(protect, shape.moe)
@@ -67,15 +69,15 @@ def check(
     return Plan([KeepExperts(e.layer, e.experts, novice == "mean") for e in edits], {}, {})
 
 
-def _require_compatible(budget: str, protect: str, evaluations: int, propagate: str, score: str) -> None:
+def _require_compatible(
+    budget: str, protect: str, evaluations: int, propagate: str, score: str, reverse: bool, unseen: str
+) -> None:
     if budget == "search" and evaluations < 1:
         raise ValueError(f"budget=search needs at least 1 evaluation, not evaluations={evaluations}.")
-    if propagate == "compressed" and (budget != "layer" or protect == "super"):
-        raise ValueError(
-            "propagate=compressed decides layer by layer, so it goes with budget=layer and without protect=super."
-        )
-    if score == "naee" and protect != "none":
-        raise ValueError("score=naee weighs whole sets of experts and cannot spare single ones: leave out protect=.")
+    if propagate == "compressed" and (budget != "layer" or protect != "none"):
+        raise ValueError("propagate=compressed decides layer by layer: it goes with budget=layer and without protect=.")
+    if score == "naee" and (protect != "none" or reverse or unseen != "drop"):
+        raise ValueError("score=naee weighs whole sets of experts: leave out protect=, reverse= and unseen=.")
 
 
 @method(
@@ -86,8 +88,7 @@ def _require_compatible(budget: str, protect: str, evaluations: int, propagate: 
     check=check,
     presets={
         "paper": {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25},
-        "naee": {"score": "naee", "keep": 6},
-        "mone": {"score": "reap", "novice": "mean"},
+        "naee": {"score": "naee"},
     },
     rivals=(("keep", "ratio"),),
     headline=("score", "keep", "ratio"),
@@ -153,7 +154,7 @@ def _with_novices(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts
     assert edit is not None
     gone = [e for e in range(layer.shape.num_experts) if e not in edit.experts]
     used_E = layer.sums["count"]
-    active = layer.shape.top_k * float(used_E[list(edit.experts)].sum() / used_E.sum())
+    active = float(used_E[list(edit.experts)].sum() / layer.sums["tokens"])
     outputs = {"outputs": layer.sums["mean_output"][gone].float()}
     return KeepExperts(edit.layer, edit.experts, novices=True, active=active, arrays=outputs)
 

@@ -79,6 +79,13 @@ def _counts(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, r
     return counts
 
 
+def _floor(shape: MoEShape, router: Router, cap: int | None) -> int:
+    """Fewest groups: what the router needs, and what holds all experts with at most `cap` in each."""
+    parts = _router_groups(shape, router)
+    holding = parts * -(-shape.num_experts // (parts * cap)) if cap else 1
+    return max(shape.floor if router == "centroid" else 1, holding)
+
+
 def _router_groups(shape: MoEShape, router: Router) -> int:
     """Merged experts must lie evenly in the router's groups only if router rows go."""
     return shape.groups if router == "centroid" else 1
@@ -152,7 +159,8 @@ def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
     def edits(counts: Mapping[int, int]) -> list[Any]:
         return [edit for index, count in counts.items() if (edit := merged(index, count)) is not None]
 
-    counts, report = _allocated(model, even, budget, router, edits, evaluations, seed)
+    floor = {shape.layer: _floor(shape, router, cap) for shape in shapes}
+    counts, report = _allocated(model, even, floor, budget, router, edits, evaluations, seed)
     found = edits(counts)
     report["groups"] = {edit.layer: [list(group) for group in edit.groups if len(group) > 1] for edit in found}
     return Plan(found, {}, report)
@@ -161,6 +169,7 @@ def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
 def _allocated(
     model: Observed,
     even: Mapping[int, int],
+    floor: Mapping[int, int],
     budget: Budget,
     router: Router,
     edits: Callable[[Mapping[int, int]], list[Any]],
@@ -172,7 +181,6 @@ def _allocated(
     if budget == "layer":
         return even, {}
     sizes = {index: _router_groups(shape, router) for index, shape in shapes.items()}
-    floor = {index: shape.floor if router == "centroid" else 1 for index, shape in shapes.items()}
     usage = {layer.shape.layer: layer.sums["count"] for layer in model.layers}
     counts = m_smoe_counts(usage, sum(even.values()), floor, groups=next(iter(sizes.values())))
     if budget == "global":
@@ -210,19 +218,10 @@ def _distance(layer: LayerSums, by: By) -> Tensor:
     if by == "coactivation":
         return 1 - distances.jaccard(layer.sums["both"], layer.sums["count"])
     if by == "weights":
-        return 1 - distances.logit_cosine(_weight_gram(layer))
+        with layer.view() as view:
+            return 1 - distances.weight_cosine(view)
     outputs_EE = distances.output_cosine(layer.sums["mean_gated_output"])
     return 1 - (outputs_EE + distances.gaussian_logit_similarity(layer.sums["logit_gram"])) / 2
-
-
-def _weight_gram(layer: LayerSums) -> Tensor:
-    """Inner products of all weights of two experts, as they are stored: neurons are not matched."""
-    gram_EE = torch.zeros(layer.shape.num_experts, layer.shape.num_experts, dtype=torch.float64)
-    with layer.view() as view:
-        for matrix in view.matrices:
-            flat_EN = matrix.flatten(1).float()
-            gram_EE += (flat_EN @ flat_EN.T).double().cpu()
-    return gram_EE
 
 
 def _weight(layer: LayerSums, average: Average) -> Tensor:

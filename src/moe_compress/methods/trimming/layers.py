@@ -93,12 +93,18 @@ def layer_drop(
     return Plan(_skips(model.shape, chosen, part), scores, {"dropped": chosen, "similarity": metric})
 
 
-def _least(turns: dict[int, float], count: int) -> list[int]:
+def _last_moe(model: Observed, turns: dict[int, float]) -> int:
+    """The layer with experts that turns the stream most: one has to stay."""
+    return max((moe.layer for moe in model.shape.moe), key=lambda layer: (turns[layer], layer))
+
+
+def _least(turns: dict[int, float], count: int, spared: int | None = None) -> list[int]:
     """The layers that turn the stream least, ascending; ValueError where that could not be measured."""
     unknown = [layer for layer, turn in turns.items() if not math.isfinite(turn)]
     if unknown:
         raise ValueError(f"how layers {unknown[:5]} turn the stream could not be measured: name the layers (layers=).")
-    return sorted(sorted(turns, key=lambda layer: (turns[layer], layer))[:count])
+    candidates = [layer for layer in turns if layer != spared]
+    return sorted(sorted(candidates, key=lambda layer: (turns[layer], layer))[:count])
 
 
 # --- block drop ---------------------------------------------------------------------------------------------
@@ -140,7 +146,7 @@ def block_drop(
         return Plan(removals(chosen), {}, {})
     count = _require_count(drop, model.shape.total, "layers")
     turns = {layer: found["block"] for layer, found in model.streams.items()}
-    chosen = _least(turns, count) if mode == "discrete" else _best_run(model, count)
+    chosen = _least(turns, count, _last_moe(model, turns)) if mode == "discrete" else _best_run(model, count)
     scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
     return Plan(removals(chosen), scores, {"dropped": chosen, "mode": mode})
 

@@ -5,6 +5,7 @@ These change what is computed per token, not what is stored. E experts, K expert
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -50,8 +51,8 @@ def _uniform(shape: ModelShape, k: int) -> list[Edit]:
 
 def _total(shape: ModelShape, mean: float | None) -> int:
     """Active experts of all layers together."""
-    if mean is None:
-        raise ValueError("top_k needs k= or mean=.")
+    if mean is None or not math.isfinite(mean):
+        raise ValueError(f"mean={mean}: top_k needs k= or mean=, a number.")
     total, most = round(mean * len(shape.moe)), sum(moe.top_k for moe in shape.moe)
     if not len(shape.moe) <= total < most:
         raise ValueError(f"mean={mean}: on average 1 or more, but fewer than {most / len(shape.moe):g}, can be active.")
@@ -107,6 +108,10 @@ def _losses(layer: LayerSums) -> list[float]:
 def check_skip(shape: ModelShape, *, share: float | None, beta: float | None, **_: Any) -> Plan:
     """Whether anything can be skipped: a plan with arbitrary thresholds."""
     for moe in shape.moe:
+        if moe.novices:
+            raise ValueError(
+                f"layer {moe.layer} holds constants in place of experts: let skip come before novice=mean."
+            )
         if moe.top_k < 2:
             raise ValueError(f"layer {moe.layer} uses {moe.top_k} expert per token: there is none to skip.")
     for name, value in (("share", share), ("beta", beta)):
