@@ -618,7 +618,7 @@ def plan_of(*edits: object, **values: object) -> str:
         ),
         (
             plan_of(*[{"edit": "skip_sublayer", "layer": layer, "part": "moe"} for layer in (0, 0)]),
-            "the plan edits layer 0, which has no experts; MoE layers: [1, 2].",
+            "layer 0",
         ),
     ],
 )
