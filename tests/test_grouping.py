@@ -432,10 +432,6 @@ def test_jaccard_is_both_over_either():
     torch.testing.assert_close(jaccard(hot_TE.T @ hot_TE, hot_TE.sum(0)), expected)
 
 
-def test_wide_weights_are_summed_over_all_columns():
-    features_EN = random(3, (1 << 16) + 5, seed=2).float()
-
-
 def test_equal_experts_are_at_distance_zero_and_silent_ones_are_no_trouble():
     mean_ED = 1e4 + random(3, 300, seed=5)[[0, 1, 0, 2, 1]]
     for distance_EE in (output_distance(mean_ED),):

@@ -1,7 +1,7 @@
 """One table of methods. A method's recipe parameters are its keyword-only arguments.
 
     @method("model", group="trimming", paper="...", needs="text")
-    def expert_drop(layers, *, score: Score = "reap", keep: int | None = None) -> Plan: ...
+    def expert_drop(model, *, score: Score = "reap", keep: int | None = None) -> Plan: ...
 
 makes `expert_drop score=reap keep=6` a valid recipe: types, defaults and allowed values are read from the
 signature, so there is nothing to keep in step. This module knows nothing of the rest of the package.
@@ -100,7 +100,7 @@ def method(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its own name.
 
-    scope: "model" is handed the sums of all layers and returns a plan; "layer" takes every layer through the model and
+    scope: "model" is handed what was observed and returns a plan; "layer" takes every layer through the model and
     back unchanged; needs: calibration text, the weights, or nothing (may depend on the parameters); check: same
     parameters, run on shapes alone before any weight is read; presets: named sets of parameters (`preset=paper`);
     rivals: groups of parameters of which a recipe sets at most one; headline: parameters that names and tables show.

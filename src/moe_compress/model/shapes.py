@@ -24,10 +24,6 @@ class ModelShape:
     whole_layers: bool = False
     attention: list[int] = field(default_factory=list)
 
-    def moe_of(self, layer: int) -> MoEShape | None:
-        """The MoE block of a layer, if it has one."""
-        return next((shape for shape in self.moe if shape.layer == layer), None)
-
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """The numbers of a model or a skeleton. ValueError if it has no layer with experts that can be told apart."""

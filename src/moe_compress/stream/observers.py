@@ -7,7 +7,6 @@ and processes, and can be mixed afterwards. T tokens, R routed (token, expert) p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,22 +17,12 @@ from torch.nn.functional import normalize
 from moe_compress.model import hf
 from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
-from moe_compress.model.moe import MoEShape, MoEView, moe_view, weight_sums
+from moe_compress.model.moe import MoEView, moe_view, weight_sums
 
 # Config keys of a factor on what the MoE block adds to the stream (Granite, MiniMax).
 RESIDUAL_SCALES = ("residual_multiplier", "mlp_beta_factor")
 ROW_SUMS = ("count", "gate", "norm", "norm_square", "gated_norm")
 RATIO_BINS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSums:
-    """What a method is given of one MoE layer: its shape, [E] sums over the calibration text, and context."""
-
-    shape: MoEShape
-    sums: Mapping[str, Tensor]
-    total_layers: int
-    paper_gate: str
 
 
 @dataclass(frozen=True, slots=True)
