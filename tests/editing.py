@@ -19,7 +19,7 @@ from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit, KeepExperts, apply_edits, check_edits, to_json
-from moe_compress.model.forms import config_layers, form_after, kept_layers, layer_lists
+from moe_compress.model.forms import form_after, kept_layers, layer_lists
 from moe_compress.model.moe import moe_shapes, moe_views
 from moe_compress.stream.surgery import rewrite
 
@@ -54,7 +54,7 @@ def cut(source: Checkpoint, edits: Sequence[Edit]) -> PreTrainedModel:
     """The whole model in memory, edited; its config lists the layers that are left."""
     model = original(source)
     apply_edits(model, edits)
-    kept = kept_layers([to_json(edit) for edit in edits], config_layers(model.config))
+    kept = kept_layers([to_json(edit) for edit in edits], hf.num_layers(model.config))
     for name, value in layer_lists(model.config, kept).items():
         derived = getattr(type(model.config), name, None)
         if not isinstance(derived, property) or derived.fset is not None:

@@ -60,7 +60,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     Raises ValueError before any weight is fetched or read for all that can be known by then.
     """
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
-    _preflight(recipe, out, run)
+    _preflight(recipe, out)
     source = open_model(recipe.options.model, recipe.options.revision)
     identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
     targets = [*(_stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
@@ -75,7 +75,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     return Outcome(out, source, manifest_of(out) or {})
 
 
-def _preflight(recipe: Recipe, out: Path, run: Run) -> None:
+def _preflight(recipe: Recipe, out: Path) -> None:
     """Whatever can fail before a weight is fetched or read: counts, texts, the folder, the disk."""
     options = recipe.options
     expected = forecast(recipe, config_folder(options.model, options.revision))

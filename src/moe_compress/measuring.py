@@ -21,10 +21,10 @@ from moe_compress.run import Run
 from moe_compress.runtime import log, one_of
 from moe_compress.stream.calibration import (
     Calibration,
+    by_domain,
     calibrate,
     calibration_identity,
     component_weights,
-    domain_weights,
     kept,
     mix_components,
 )
@@ -99,10 +99,6 @@ def observed(
     """What a method is given, with the domains mixed, and perhaps one fold of the text left out."""
     weight_C = component_weights(calibration, mix, left_out)
     sums = {i: mix_components(table, weight_C) for i, table in calibration.layers.items()}
-    by_domain = {
-        i: {name: mix_components(table, domain_weights(calibration, d)) for d, name in enumerate(calibration.domains)}
-        for i, table in calibration.moe.items()
-    }
     streams = {
         i: {k.removeprefix("stream_"): float(v / found["stream_tokens"]) for k, v in found.items() if "stream_" in k}
         for i, found in sums.items()
@@ -112,7 +108,7 @@ def observed(
         dataclasses.replace(
             layer,
             probe=functools.partial(_weighted_probe, calibration, layer.shape.layer, weight_C),
-            by_domain=by_domain[layer.shape.layer],
+            by_domain=by_domain(calibration.layers[layer.shape.layer], calibration.domains),
         )
         for layer in base.layers
     ]

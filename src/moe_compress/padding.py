@@ -18,8 +18,9 @@ from moe_compress.checkpoint.writer import CheckpointWriter, require_free
 from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import COUNTS
 from moe_compress.model.families import family_of, groups_of
-from moe_compress.model.forms import config_layers, kept_layers, layer_lists, plain_form, split_values
+from moe_compress.model.forms import kept_layers, layer_lists, plain_form, split_values
 from moe_compress.model.moe import MoEView, moe_view, moe_views
+from moe_compress.model.routing import routing_tensors
 from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import fingerprint, require_disk
 from moe_compress.stream.fold import Progress, StreamedLayers
@@ -87,7 +88,7 @@ def _padded_values(checkpoint: Checkpoint) -> dict[str, Any]:
         if view.rows != view.num_experts:
             raise ValueError(f"{checkpoint.name} reroutes tokens behind its router, which no plain model does.")
         _pad(view, count)
-    form = plain_form(base, config, model, layer_lists(config, kept_layers(edits, config_layers(config))))
+    form = plain_form(base, config, model, layer_lists(config, kept_layers(edits, hf.num_layers(config))))
     if form is None or form.fill:
         raise ValueError(f"{checkpoint.name} differs from a plain model in more than its numbers of experts.")
     return form.values
@@ -138,10 +139,8 @@ def _longer(tensor: Tensor, dim: int, count: int, value: float) -> Tensor:
 
 def _bias(view: MoEView) -> Tensor:
     """What the router adds before it selects: a selection bias, or the bias of its logits."""
-    modules = (view.block, *view.router.modules())
-    tables = [table for module in modules for table in (module._parameters, module._buffers)]
-    named = [(name, t) for table in tables for name, t in table.items() if t is not None and "bias" in name]
-    found = [t for _, t in named if t.dim() and t.numel() == t.shape[-1] == view.num_experts]
+    named = [t for name, t in routing_tensors(view) if "bias" in name]
+    found = [t for t in named if t.numel() == t.shape[-1] == view.num_experts]
     if len(found) != 1:
         raise ValueError(
             f"the router of {type(view.block).__name__} has no selection bias: a dead expert would have the logit 0 "

@@ -25,7 +25,7 @@ from moe_compress.model.edits import (
     MergeExperts,
     Plan,
     SkipExperts,
-    apply_edits,
+    check_edits,
     refuse_if_uneditable,
     to_json,
 )
@@ -57,9 +57,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
                 "router=sum, hold constants or skip experts: put this stage before that one."
             )
         planned = method.check(shape, **stage.parameters).edits
-        for edit in planned:
-            edit.check(model)
-            apply_edits(model, [edit])
+        check_edits(model, planned)
         edits += planned
     return edits
 

@@ -16,7 +16,7 @@ from torch import nn
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.measuring import parse_mix
-from moe_compress.model.edits import Plan, apply_edit
+from moe_compress.model.edits import Edit, Plan, apply_edit
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_shape, moe_view
 from moe_compress.model.shapes import ModelShape
@@ -62,7 +62,7 @@ class _Planner:
             self.windows.domain_N, self.windows.mask_NS.sum(1).double(), minlength=len(self.windows.domains)
         )
         self.weight_C = mix_weights(self.windows.domains, tokens_D, self.mix, None)
-        self.edits: list[Any] = []
+        self.edits: list[Edit] = []
         self.scores: dict[int, list[float | None]] = {}
         self.report: dict[str, Any] = {}
 
@@ -90,13 +90,11 @@ class _Planner:
             view=lambda: contextlib.nullcontext(view),
             probe=lambda: Probe.from_tensors(seen[1]).weighted(self.weight_C),
         )
-        self._decide(sums)
-        for edit in self.edits:
-            if edit.layer == index:
-                apply_edit(self.model, self.names, edit)
+        for edit in self._decide(sums):
+            apply_edit(self.model, self.names, edit)
         compressed([], True)
 
-    def _decide(self, layer: LayerSums) -> None:
+    def _decide(self, layer: LayerSums) -> list[Edit]:
         shape = ModelShape(moe=[layer.shape], total=self.total)
         plan = registry.find(self.stage.method).run(Observed(shape=shape, layers=[layer]), **self.stage.parameters)
         self.edits += plan.edits
@@ -104,3 +102,4 @@ class _Planner:
         for key, value in plan.report.items():
             merged = isinstance(value, dict) and isinstance(self.report.get(key), dict)
             self.report[key] = {**self.report[key], **value} if merged else value
+        return plan.edits

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,7 +25,6 @@ from moe_compress.analysis.plans import (
     CompressedMoEConfig,
     CompressionPlan,
     ExpertMergeResult,
-    aligned_order,
     config_of,
     edits_of,
     require_whole,
@@ -37,6 +35,8 @@ from moe_compress.analysis.strategies import impact_of, make_plan, strategy_targ
 from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.locate import local_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.shards import write_shard
+from moe_compress.methods.trimming.alignment import aligned_order
 from moe_compress.model.edits import Edit, Plan, apply_edits, refuse_if_uneditable
 from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
 from moe_compress.runtime import log, one_of, resolve_device, resolve_dtype, write_json
@@ -209,7 +209,7 @@ class ExpertCompressor:
             base = {"model": source.name, "commit": source.commit, "fingerprint": source.fingerprint}
         stage = StagePlan("expert_compressor", Plan(self._all_edits(plans), {}, {}))
         write_json(path, plan_values([stage], base))
-        save_file(plan_arrays([stage]), path.with_name(ARRAYS))
+        write_shard(path.with_name(ARRAYS), plan_arrays([stage]))
         return path
 
     def _all_edits(self, plans: Sequence[CompressionPlan]) -> list[Edit]:

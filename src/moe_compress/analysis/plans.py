@@ -5,14 +5,13 @@ E experts, F neurons of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moe_compress.methods.trimming.alignment import align_groups
 from moe_compress.model.edits import Edit, KeepExperts, MergeExperts
 from moe_compress.model.moe import MoEView
 from moe_compress.runtime import DTYPES, dtype_name, one_of
@@ -169,15 +168,6 @@ def edits_of(plan: CompressionPlan, layer: int, order_EF: Tensor) -> list[Edit]:
         left = tuple(place for place, group in enumerate(plan.groups) if group[0] not in plan.pruned_experts)
         edits.append(KeepExperts(layer, left))
     return edits
-
-
-def aligned_order(groups: Sequence[Sequence[int]], view: MoEView) -> Tensor:
-    """Neurons of every expert in the order of its group's first member, int32 [E, F]."""
-    found = align_groups(groups, view.expert, workers=torch.get_num_threads())
-    order_EF = torch.arange(view.expert(0).down.shape[1]).repeat(view.num_experts, 1)
-    for expert, order_F in found.items():
-        order_EF[expert] = order_F
-    return order_EF.int()
 
 
 def require_whole(plan: CompressionPlan, layer: int, view: MoEView) -> None:

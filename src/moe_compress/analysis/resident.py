@@ -22,11 +22,11 @@ from moe_compress.model.edits import Edit, apply_edits
 from moe_compress.model.families import family_of
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEShape, moe_shapes, moe_view
-from moe_compress.stream.calibration import mix_components
+from moe_compress.stream.calibration import by_domain, mix_components
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import ResidentLayers, fold
 from moe_compress.stream.observed import LayerSums
-from moe_compress.stream.observers import BatchInfo, ExpertSums, Observer
+from moe_compress.stream.observers import BatchInfo, ExpertSums, Observer, evenly_T
 from moe_compress.stream.probe import Probe, ProbeObserver
 from moe_compress.terminal import progress_bar
 
@@ -61,10 +61,8 @@ class BlockInputs:
     def begin(self, batch: BatchInfo) -> None:
         """Choose the batch's tokens."""
         real_T = batch.real_T.nonzero().flatten()
-        number_T = self.passed + torch.arange(len(real_T), device=real_T.device)
+        self.chosen_T = real_T[evenly_T(self.passed, len(real_T), self.sample, self.real_tokens, real_T.device)]
         self.passed += len(real_T)
-        due_T, done_T = ((number_T + n) * self.sample // self.real_tokens for n in (1, 0))
-        self.chosen_T = real_T[due_T > done_T]
 
     def _keep(self, _module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -112,15 +110,14 @@ def _seen(
     model: PreTrainedModel, shape: MoEShape, total: int, found: Sequence[Mapping[str, Tensor]], domains: Sequence[str]
 ) -> Seen:
     tables, probe, inputs = found
-    domain_C = torch.arange(len(domains) * FOLDS) // FOLDS
     layer = LayerSums(
         shape,
-        mix_components(tables, torch.ones(len(domain_C), dtype=torch.float64)),
+        mix_components(tables, torch.ones(len(domains) * FOLDS, dtype=torch.float64)),
         total,
         family_of(model.config).paper_gate,
         lambda: contextlib.nullcontext(view_of(model, shape.layer)),
         functools.partial(Probe.from_tensors, probe),
-        {name: mix_components(tables, (domain_C == d).double()) for d, name in enumerate(domains)},
+        by_domain(tables, domains),
     )
     return Seen(layer, tables["count"], tables["tokens"], inputs["inputs"])
 

@@ -54,7 +54,7 @@ class Checkpoint:
     @functools.cached_property
     def num_layers(self) -> int:
         """Decoder layers (extra prediction layers behind them are not counted)."""
-        return int(getattr(self.config, "num_layers", None) or self.config.num_hidden_layers)
+        return hf.num_layers(self.config)
 
     def keys(self, layer: int | None) -> list[str]:
         """Tensor names of one layer; None: all that belong to no decoder layer."""

@@ -78,12 +78,15 @@ def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> Region:
     return Region(file, key, entry["dtype"], shape, base + start, base + stop)
 
 
-def write_shard(file: Path, tensors: Mapping[str, Tensor | Region]) -> None:
+def write_shard(
+    file: Path, tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file: tensors from memory, regions straight from their files.
 
     Written under a temporary name and renamed, so that a file under its real name is always whole.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key, tensor in tensors.items():
         dtype, shape, size = _describe(tensor)

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_compress.checkpoint.shards import write_shard
 from moe_compress.model import hf
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, Progress, fold
@@ -149,7 +150,7 @@ def answers(layers: Layers, items: Sequence[Item], tokenizer: PreTrainedTokenize
 def save_documents(path: Path, measurement: Measurement) -> None:
     """Keep the sums per document, so that any two models measured on one text can be compared in pairs."""
     sums = {name: getattr(measurement, name) for name in ("nll", "tokens", "domain", "kl", "agree", "correct")}
-    _save({name: tensor for name, tensor in sums.items() if tensor is not None}, path)
+    write_shard(path, {name: tensor for name, tensor in sums.items() if tensor is not None})
 
 
 def save_original(path: Path, measurement: Measurement, hidden_NSD: Tensor) -> None:
@@ -157,14 +158,7 @@ def save_original(path: Path, measurement: Measurement, hidden_NSD: Tensor) -> N
     tensors = {"hidden": hidden_NSD, "nll": measurement.nll, "tokens": measurement.tokens, "domain": measurement.domain}
     if measurement.correct is not None:
         tensors["correct"] = measurement.correct
-    _save(tensors, path)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, temporary)
-    temporary.replace(path)
+    write_shard(path, tensors)
 
 
 def load_original(path: Path, model: PreTrainedModel, windows: Windows) -> Original:

@@ -134,7 +134,7 @@ class SkipSublayer(_OnLayer):
         if self.part == "moe":
             _shape(model, self.layer)
             _require_other_part(model, self.layer)
-            _require_other_moe(model, self.layer, "the only layer left with experts")
+            _require_other_moe(model, self.layer)
             if is_whole_layer(hf.decoder_layers(model)[self.layer], block_names(model)):
                 raise ValueError(f"layer {self.layer} is nothing but its MoE block: drop the layer (block_drop).")
             return
@@ -157,7 +157,7 @@ class DropLayer(_OnLayer):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if there is no such layer or it is the last one with experts."""
         _require_layer(model, self.layer)
-        _require_other_moe(model, self.layer, "the only layer left with experts")
+        _require_other_moe(model, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,9 +282,9 @@ def _require_layer(model: PreTrainedModel, layer: int) -> None:
         raise ValueError(f"the plan drops layer {layer}, but there are layers 0 to {count - 1}.")
 
 
-def _require_other_moe(model: PreTrainedModel, layer: int, what: str) -> None:
+def _require_other_moe(model: PreTrainedModel, layer: int) -> None:
     if list(moe_views(model)) == [layer]:
-        raise ValueError(f"layer {layer} is {what}: without it this would be no Mixture-of-Experts model.")
+        raise ValueError(f"layer {layer} is the only layer left with experts: without it this would be no MoE.")
 
 
 def _require_other_part(model: PreTrainedModel, layer: int) -> None:
@@ -293,7 +293,7 @@ def _require_other_part(model: PreTrainedModel, layer: int) -> None:
 
 
 def _require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
-    if not hasattr(moe_views(model)[layer].experts, "_apply_gate"):
+    if hf.gate_on_input(moe_views(model)[layer].experts):
         raise ValueError(
             f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
             "so nothing can come between router and experts."

@@ -54,7 +54,7 @@ def form_after(values: Mapping[str, Any], edits: Sequence[Edit]) -> Form:
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
     edited.replay(model, {"moe": names, "edits": everything})
-    kept = kept_layers(everything, config_layers(config))
+    kept = kept_layers(everything, hf.num_layers(config))
     lists = layer_lists(config, kept)
     plain = plain_form(base, config, model, lists)
     if plain is not None:
@@ -79,11 +79,6 @@ def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[s
     return {**base, **manifest.get("original", {})}, list(manifest["edits"])
 
 
-def config_layers(config: PreTrainedConfig) -> int:
-    """How many decoder layers a config stands for."""
-    return int(getattr(config, "num_layers", None) or config.num_hidden_layers)
-
-
 def kept_layers(edits: Sequence[Mapping[str, Any]], count: int) -> list[int]:
     """Which of `count` layers are left after the edits, by their first numbers."""
     kept = list(range(count))
@@ -95,7 +90,7 @@ def kept_layers(edits: Sequence[Mapping[str, Any]], count: int) -> list[int]:
 
 def layer_lists(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The layer count and every list by layer, for the layers that are left; nothing if all are."""
-    count = config_layers(config)
+    count = hf.num_layers(config)
     if len(kept) == count:
         return {}
     names = {*config.to_dict(), *edited.LISTS} - {WITH_EXPERTS, WITHOUT_EXPERTS}

@@ -174,13 +174,13 @@ def selection_bias(view: MoEView) -> Tensor | None:
     experts = view.num_experts
     found = [
         tensor.detach().reshape(-1)
-        for name, tensor in _own_tensors(view)
+        for name, tensor in routing_tensors(view)
         if "bias" in name and name != "bias" and tensor.numel() == tensor.shape[-1] == experts
     ]
     return found[0] if len(found) == 1 else None
 
 
-def _own_tensors(view: MoEView) -> Iterator[tuple[str, Tensor]]:
+def routing_tensors(view: MoEView) -> Iterator[tuple[str, Tensor]]:
     """Tensors of the block itself and of the router and all that is in it, by their last names."""
     for module in (view.block, *view.router.modules()):
         for table in (module._parameters, module._buffers):

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.shards import write_shard
 from moe_compress.model.families import family_of
 from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import (
@@ -64,7 +64,7 @@ class Calibration:
         """Write the artefact whole or not at all."""
         tensors = {f"{layer}.{name}": t for layer, sums in self.layers.items() for name, t in sums.items()}
         meta = {"identity": self.identity, "domains": self.domains, "description": self.description}
-        _save({**tensors, RUNS: self.runs_LL}, path, {"moe_compress": json.dumps(meta)})
+        write_shard(path, {**tensors, RUNS: self.runs_LL}, {"moe_compress": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -88,13 +88,6 @@ class Calibration:
         with safe_open(self.probes, "pt") as file:
             found = {k.partition(".")[2]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{layer}.")}  # noqa: SIM118
         return Probe.from_tensors(found)
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
 
 
 def mix_components(sums: Mapping[str, Tensor], weight_C: Tensor) -> dict[str, Tensor]:
@@ -135,9 +128,11 @@ def mix_weights(
     return weight_C
 
 
-def domain_weights(calibration: Calibration, domain: int) -> Tensor:
-    """Weights that leave one domain alone, [C]."""
-    return (torch.arange(len(calibration.domains) * FOLDS) // FOLDS == domain).double()
+def by_domain(sums: Mapping[str, Tensor], domains: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """Tokens of a layer, and tokens of each of its experts, from every domain alone."""
+    own = {name: sums[name] for name in ("count", "tokens")}
+    domain_C = torch.arange(len(domains) * FOLDS) // FOLDS
+    return {name: mix_components(own, (domain_C == d).double()) for d, name in enumerate(domains)}
 
 
 def calibration_identity(
@@ -193,7 +188,7 @@ def calibrate(
     how["attn"] = layers.model.config._attn_implementation
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(layers.device)}
     if probes:
-        _save({f"{i}.{name}": t for i, parts in enumerate(seen) for name, t in parts[2].items()}, probe_path(path))
+        write_shard(probe_path(path), {f"{i}.{n}": t for i, parts in enumerate(seen) for n, t in parts[2].items()})
     sums, runs_LL = _without_samples([parts[0] | parts[1] for parts in seen])
     calibration = Calibration(sums, runs_LL, windows.domains, identity, {**windows.description, **how, **cost})
     calibration.save(path)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import mask_experts
 from moe_compress.model.edits import Edit, KeepExperts, apply_edit
-from moe_compress.model.forms import config_layers, kept_layers, layer_lists
+from moe_compress.model.forms import kept_layers, layer_lists
 from moe_compress.model.moe import moe_views
 from moe_compress.model.sublayers import block_names
 from moe_compress.stream.data import Windows
@@ -64,7 +64,7 @@ def masked(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
     stack, whole = hf.stack(model), hf.decoder_layers(model)
     names = block_names(model)
     plain = [{"edit": edit.edit, "layer": edit.layer} for edit in edits]
-    lists = layer_lists(model.config, kept_layers(plain, config_layers(model.config)))
+    lists = layer_lists(model.config, kept_layers(plain, hf.num_layers(model.config)))
     stack.layers = nn.ModuleList([_shallow(layer) for layer in whole])
     try:
         for edit in edits:
@@ -85,4 +85,4 @@ def _shallow(layer: nn.Module) -> nn.Module:
 
 
 def _reroutable(model: PreTrainedModel, layer: int) -> bool:
-    return hasattr(moe_views(model)[layer].experts, "_apply_gate")
+    return not hf.gate_on_input(moe_views(model)[layer].experts)

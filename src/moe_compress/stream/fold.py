@@ -230,7 +230,6 @@ def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchIn
 
 def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden_NSD: Tensor) -> None:
     """First what was seen of the layer, then the hidden states that leave it: a kill in between repeats it."""
-    state.mkdir(parents=True, exist_ok=True)
     write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
     write_shard(state / BOUNDARY, {"next": torch.tensor(index + 1), "hidden": hidden_NSD})
 

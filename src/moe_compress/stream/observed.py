@@ -33,7 +33,7 @@ class LayerSums:
     """What is known of one MoE layer: its shape, [E] sums over the calibration text, and context.
 
     view: the layer's weights, read when asked for, inside a `with`; probe: all its experts on a sample of tokens;
-    by_domain: the sums of each domain of the text alone.
+    by_domain: `count` and `tokens` of each domain of the text alone.
     """
 
     shape: MoEShape

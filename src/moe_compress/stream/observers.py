@@ -33,6 +33,15 @@ class BatchInfo:
     component_T: Tensor
 
 
+def evenly_T(first: int, tokens: int, sample: int, total: int, device: torch.device) -> Tensor:
+    """Which of the tokens numbered `first`, first + 1, ... belong to an even sample of `total` tokens, bool [T].
+
+    The same whatever the batches: token n does where (n + 1) * sample // total is more than n * sample // total.
+    """
+    number_T = first + torch.arange(tokens, device=device)
+    return (number_T + 1) * sample // total > number_T * sample // total
+
+
 class Observer(Protocol):
     """Watches one layer at a time; `leave` returns what it saw of it."""
 

@@ -21,7 +21,7 @@ from moe_compress.model.families import Family, groups_of
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEView, moe_view
 from moe_compress.model.routing import Routing, identify, selection_bias
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.stream.observers import BatchInfo, evenly_T
 
 PROBE_TOKENS = 4096
 INNER_TOKENS = 64
@@ -89,11 +89,11 @@ TENSORS = tuple(field.name for field in fields(Probe) if field.name != "routing"
 class ProbeObserver:
     """Takes a probe of every layer with experts; a layer without experts gives nothing.
 
-    Of N real tokens it takes P, evenly spaced and whatever the batches: token n is taken where (n + 1) * P // N
-    is more than n * P // N. When a layer is done, `routed` holds what its routed experts added to the taken tokens
-    [P, D], until the next one is done; `targets` [P, D], if set before a layer runs, is the target instead of that.
-    Where the gate scales the experts' input (Llama-4) there is no output before the gate: outputs are those of the
-    unscaled input, and the routing is None. `light`: only `routed` is wanted, no other expert is run.
+    Of the real tokens it takes P, evenly spaced and whatever the batches. When a layer is done, `routed` holds what its
+    routed experts added to the taken tokens [P, D], until the next one is done; `targets` [P, D], if set before a
+    layer runs, is the target instead of that. Where the gate scales the experts' input (Llama-4) there is no output
+    before the gate: outputs are those of the unscaled input, and the routing is None. `light`: only `routed` is
+    wanted, no other expert is run.
     """
 
     def __init__(
@@ -144,10 +144,8 @@ class ProbeObserver:
         if self.view is None:
             return
         real_T = batch.real_T.nonzero().flatten()
-        number_T = torch.arange(self.passed, self.passed + len(real_T), device=real_T.device)
+        self.token_T = real_T[evenly_T(self.passed, len(real_T), self.sample, self.real_tokens, real_T.device)]
         self.passed += len(real_T)
-        chosen_T = (number_T + 1) * self.sample // self.real_tokens > number_T * self.sample // self.real_tokens
-        self.token_T = real_T[chosen_T]
         self.parts["component_T"].append(batch.component_T[self.token_T])
 
     def _router(self, _module: nn.Module, _args: Any, output: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.stream.observers import BatchInfo, evenly_T
 
 SAMPLE_BYTES = 2 << 30
 PARTS = ("moe", "attention")
@@ -51,12 +51,12 @@ class StreamTurns:
         self.end_samples: list[Tensor] = []
         children = dict(layer.named_children())
         self.hooks = [layer.register_forward_pre_hook(self._keep("in"), with_kwargs=True)]
-        for part, name in (("moe", self.names["block"]), ("attention", self.names["attention"])):
-            for norm in self.names[f"{part}_norms"]:
-                if norm in children:
-                    self.hooks.append(children[norm].register_forward_pre_hook(self._keep(part), with_kwargs=True))
+        # The stream before the MoE block is what its first norm is given, or the block where the norm comes behind it.
+        for name in (*self.names["moe_norms"], self.names["block"]):
             if name in children:
-                self.hooks.append(children[name].register_forward_pre_hook(self._keep(part), with_kwargs=True))
+                self.hooks.append(children[name].register_forward_pre_hook(self._keep("moe"), with_kwargs=True))
+        for part, name in (("moe", self.names["block"]), ("attention", self.names["attention"])):
+            if name in children:
                 self.hooks.append(children[name].register_forward_pre_hook(self._keep(f"{part}_in"), with_kwargs=True))
                 self.hooks.append(children[name].register_forward_hook(self._result(f"{part}_out")))
         for name in self.names["beside"]:
@@ -104,8 +104,7 @@ class StreamTurns:
         self._sample(kept["in"], out_TD)
 
     def _sample(self, in_TD: Tensor, out_TD: Tensor) -> None:
-        number_T = self.seen_tokens + torch.arange(len(in_TD), device=in_TD.device)
-        chosen_T = (number_T + 1) * self.sample // self.real_tokens > number_T * self.sample // self.real_tokens
+        chosen_T = evenly_T(self.seen_tokens, len(in_TD), self.sample, self.real_tokens, in_TD.device)
         self.seen_tokens += len(in_TD)
         self.samples.append(in_TD[chosen_T].float())
         if self.index == self.layers - 1:

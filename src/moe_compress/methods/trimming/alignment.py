@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_compress.model.moe import Expert
+from moe_compress.model.moe import Expert, MoEView
 
 By = Literal["weights", "activations", "both"]
 Array = NDArray[np.floating]
@@ -108,6 +108,16 @@ def align_groups(
                 found[done] = torch.from_numpy(result.result())
         found |= {done: torch.from_numpy(result.result()) for done, result in waiting}
     return found
+
+
+def aligned_order(
+    groups: Sequence[Sequence[int]], view: MoEView, inner: Callable[[int], Tensor] | None = None, by: By = "weights"
+) -> Tensor:
+    """Neurons of every expert of a block in the order of its group's first member, int32 [E, F]."""
+    order_EF = torch.arange(view.expert(0).down.shape[1]).repeat(view.num_experts, 1)
+    for expert, order_F in align_groups(groups, view.expert, inner, by, workers=torch.get_num_threads()).items():
+        order_EF[expert] = order_F
+    return order_EF.int()
 
 
 def permuted(expert: Expert, order_F: Tensor) -> Expert:

@@ -40,13 +40,24 @@ class Search:
     seed: int
 
 
-def kept_counts(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, name: str) -> dict[int, int]:
-    """Experts left in each layer if all layers are treated alike: `keep`, or all but the fraction `ratio`."""
-    if keep is not None:
-        return {shape.layer: keep for shape in shapes}
-    if ratio is None or not 0 <= ratio < 1:
+def kept_counts(
+    shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, name: str, *, router_whole: bool
+) -> dict[int, int]:
+    """Experts left in each layer if all layers are treated alike: `keep`, or all but the fraction `ratio`.
+
+    Raises ValueError for a count that a layer's router cannot work with (any will do while it stays whole).
+    """
+    if keep is None and (ratio is None or not 0 <= ratio < 1):
         raise ValueError(f"{name}.ratio={ratio}: the fraction of experts removed is in [0, 1).")
-    return {shape.layer: shape.num_experts - int(ratio * shape.num_experts + 0.5) for shape in shapes}
+    counts: dict[int, int] = {}
+    for shape in shapes:
+        count = keep if keep is not None else shape.num_experts - int((ratio or 0) * shape.num_experts + 0.5)
+        if not router_whole:
+            shape.require(count)
+        elif not 0 < count <= shape.num_experts:
+            raise ValueError(f"layer {shape.layer} has {shape.num_experts} experts, so keep={count} is not possible.")
+        counts[shape.layer] = count
+    return counts
 
 
 def allocate(

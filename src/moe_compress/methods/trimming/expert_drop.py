@@ -62,7 +62,7 @@ def check(  # noqa: PLR0913 - the recipe's parameters
     protected = {} if protect == "super" else protection.parsed(protect, shape.moe)
     protection.put_last(blank, protected)
     steps = {moe.layer: _steps(moe, blank[moe.layer]) for moe in shape.moe}
-    even = _even(shape.moe, keep, ratio, novice == "mean")
+    even = _even(shape.moe, keep, ratio, novice)
     taken, _report = allocate(_ladders(shape.moe, steps), even, "layer" if budget == "layer" else "global")
     edits = _edits(shape.moe, steps, taken)
     protection.require(edits, protected)
@@ -120,7 +120,7 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     that no token reached go first, stay, or are an error.
     """
     shapes = [layer.shape for layer in model.layers]
-    even = _even(shapes, keep, ratio, novice == "mean")
+    even = _even(shapes, keep, ratio, novice)
     table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in model.layers if score != "naee"}
     missed = {layer.shape.layer: _unseen(layer) for layer in model.layers}
     ranked = {i: _with_unseen(i, -s if reverse else s, missed[i], unseen) for i, s in table.items()}
@@ -185,16 +185,9 @@ def _rebuilding(
     return found, losses
 
 
-def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, free: bool) -> Taken:
-    """Steps that every layer takes alike, checked against every constraint (novices leave the router `free`)."""
-    counts = kept_counts(shapes, keep, ratio, "expert_drop")
-    for shape in shapes:
-        if not free:
-            shape.require(counts[shape.layer])
-        elif not 0 < counts[shape.layer] <= shape.num_experts:
-            raise ValueError(
-                f"layer {shape.layer} has {shape.num_experts} experts, so keep={counts[shape.layer]} is not possible."
-            )
+def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, novice: str) -> Taken:
+    """Steps that every layer takes alike."""
+    counts = kept_counts(shapes, keep, ratio, "expert_drop", router_whole=novice == "mean")
     return {s.layer: (s.num_experts - counts[s.layer]) // s.groups for s in shapes}
 
 

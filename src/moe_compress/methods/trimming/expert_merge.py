@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_compress.methods.trimming import distances, scores
 from moe_compress.methods.trimming import grouping as grouped
-from moe_compress.methods.trimming.alignment import align_groups
+from moe_compress.methods.trimming.alignment import aligned_order
 from moe_compress.methods.trimming.allocation import Budget, Ladder, Search, Taken, allocate, kept_counts
 from moe_compress.methods.trimming.grouping import Groups, Linkage, m_smoe_counts, within_router_groups
 from moe_compress.model.edits import MergeExperts, Plan
@@ -54,7 +54,7 @@ def check(
         raise ValueError(f"budget=search needs at least 1 evaluation, not evaluations={evaluations}.")
     if propagate == "compressed" and budget != "layer":
         raise ValueError("propagate=compressed decides layer by layer, so it goes with budget=layer.")
-    counts = _counts(shape.moe, keep, ratio, router)
+    counts = kept_counts(shape.moe, keep, ratio, "expert_merge", router_whole=router == "sum")
     edits = []
     for moe in shape.moe:
         count = counts[moe.layer]
@@ -65,18 +65,6 @@ def check(
             )
         edits.append(_arbitrary(moe, count, router))
     return Plan([edit for edit in edits if edit is not None], {}, {})
-
-
-def _counts(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, router: Router) -> dict[int, int]:
-    counts = kept_counts(shapes, keep, ratio, "expert_merge")
-    for shape in shapes:
-        if router == "centroid":
-            shape.require(counts[shape.layer])
-        elif not 0 < counts[shape.layer] <= shape.num_experts:
-            raise ValueError(
-                f"layer {shape.layer} has {shape.num_experts} experts, so keep={counts[shape.layer]} is not possible."
-            )
-    return counts
 
 
 def _floor(shape: MoEShape, router: Router, cap: int | None) -> int:
@@ -144,8 +132,12 @@ def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
     row (centroid, loads anywhere) or all rows, whose gates add up (sum, as in the papers; an edited checkpoint).
     """
     shapes = [layer.shape for layer in model.layers]
-    even = _counts(shapes, keep, ratio, router)
+    even = kept_counts(shapes, keep, ratio, "expert_merge", router_whole=router == "sum")
     by_layer = {layer.shape.layer: layer for layer in model.layers}
+
+    @functools.cache
+    def distance(index: int) -> Tensor:
+        return _distance(by_layer[index], by)
 
     @functools.cache
     def merged(index: int, count: int) -> MergeExperts | None:
@@ -288,11 +280,5 @@ def _aligned(layer: LayerSums, edit: MergeExperts | None, align: Align) -> Merge
         inner_EFS = layer.probe().inner_EFS
         inner = inner_EFS.__getitem__
     with layer.view() as view:
-        orders = align_groups(edit.groups, view.expert, inner, align, workers=torch.get_num_threads())
-        width = view.expert(0).down.shape[1]
-    order_EF = torch.arange(width).repeat(layer.shape.num_experts, 1)
-    for expert, order_F in orders.items():
-        order_EF[expert] = order_F
-    return MergeExperts(
-        edit.layer, edit.groups, edit.weights, edit.router, aligned=True, arrays={"order": order_EF.int()}
-    )
+        order_EF = aligned_order(edit.groups, view, inner, align)
+    return MergeExperts(edit.layer, edit.groups, edit.weights, edit.router, aligned=True, arrays={"order": order_EF})

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
@@ -48,7 +49,8 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = No
     if attn is not None:
         keywords["attn_implementation"] = attn
     try:
-        with quiet(), init_empty_weights(include_buffers=False):
+        # Nothing is on the meta device to be initialised; going through it all the same takes most of the time.
+        with quiet(), no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, **keywords)
     except ImportError as error:
         raise ValueError(f"attn={attn} is not available here: {error}") from error
@@ -101,6 +103,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
     layers: nn.ModuleList = stack(model).layers
     return layers
+
+
+def num_layers(config: PreTrainedConfig) -> int:
+    """How many decoder layers a config stands for (extra prediction layers behind them are not counted)."""
+    return int(getattr(config, "num_layers", None) or config.num_hidden_layers)
 
 
 def layers_prefix(model: PreTrainedModel) -> str:
