@@ -30,7 +30,7 @@ from moe_compress.model.moe import Expert, MoEView, moe_shapes, moe_views
 from moe_compress.runtime import atomic_write
 from moe_compress.stream.data import Windows, make_windows
 from moe_compress.stream.documents import DataSpec
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.stream.observers import BatchInfo, evenly_T
 from moe_compress.stream.probe import PROBE_TOKENS, Probe, ProbeObserver
 
 WIDTH, INNER = 256, 896
@@ -146,7 +146,9 @@ def naee(keep: int) -> dict[str, Any]:
 
     def probed(name: str, sample: int) -> None:
         for i, x_TD in inputs.items():
-            probe = probe_of(model, views[i], x_TD, min(sample, len(x_TD)), i)
+            # Like the plain side, from the block's inputs: the pass over the whole text is done for both.
+            some_TD = x_TD[evenly_T(0, len(x_TD), min(sample, len(x_TD)), len(x_TD), x_TD.device)]
+            probe = probe_of(model, views[i], some_TD, len(some_TD), i)
             found[name][i] = best_subset(probe, shapes[i], keep).kept
 
     runs = {"plain": plain, "all": lambda: probed("all", 10**9), "sample": lambda: probed("sample", PROBE_TOKENS)}

@@ -28,8 +28,8 @@ INNER_TOKENS = 64
 # Up to this many experts every expert is ranked for every token; else this many, or RANKED_PER_CHOICE * K.
 ALL_RANKED = 16
 RANKED_PER_CHOICE = 4
-# Numbers in one table of all experts' outputs (or inner activations) at a time.
-CHUNK = 2**26
+# Numbers in one table of all experts' outputs (or inner activations) at a time: few enough to stay in the cache.
+CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
