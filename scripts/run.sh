@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
 # moe-compress in its own environment, made on first use: bash scripts/run.sh compress expert_drop keep=6
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-exec "$python" -m moe_compress "$@"
+# -P: a file of the caller's folder that is called like a module stays out of the way.
+exec "$python" -P -m moe_compress "$@"

@@ -2,6 +2,7 @@
 # Lint, types and tests in the project's own environment; arguments go to pytest.
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 set -e
+cd "$repository"
 "$python" -m ruff check src tests
 "$python" -m ruff format --check src tests
 "$python" -m mypy

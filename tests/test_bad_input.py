@@ -20,6 +20,7 @@ import tiny
 from moe_compress import __main__ as command_line
 from moe_compress import runtime
 from moe_compress.checkpoint import locate
+from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.stream import fold
 
 Refused = Callable[..., str]
@@ -127,6 +128,7 @@ def refused(options: dict[str, object], tmp_path: Path, monkeypatch: pytest.Monk
         ("mixtral", "layer_drop layers=99", "layers=99: layers with moe: [0, 1, 2]."),
         ("deepseek_v3", "layer_drop layers=0", "layers=0: layers with moe: [1, 2]."),
         ("mixtral", "layer_drop layers=a", "layers=a: write layer numbers such as 3,7."),
+        ("mixtral", "layer_drop layers=²", "layers=²: write layer numbers such as 3,7."),
         ("mixtral", "layer_drop layers=-1", "layers=-1: write layer numbers such as 3,7."),
         ("mixtral", "layer_drop layers=1,,2", "layers=1,,2: write layer numbers such as 3,7."),
         ("mixtral", "layer_drop part=attention drop=3", "drop=3: of 3 layers with attention, 1 to 2 can be dropped."),
@@ -155,6 +157,12 @@ def refused(options: dict[str, object], tmp_path: Path, monkeypatch: pytest.Monk
         ("mixtral", "top_k k=1 + skip", "layer 0 uses 1 expert per token: there is none to skip."),
         ("mixtral", "expert_drop mix=prose", "write domain:share,domain:share, such as prose:2,code:1."),
         ("mixtral", "expert_drop mix=prose:0", "shares are numbers from 0 up, and not all 0."),
+        ("mixtral", "expert_drop mix=prose:1,prose:2", "mix=prose:1,prose:2: prose is named twice."),
+        ("mixtral", "expert_drop score=naee novice=mean keep=1", "keep=1 is fewer than the 2 experts each token uses"),
+        ("lfm2_moe", "block_drop layers=1", "layer 1 is the only one left with attention, which has to stay."),
+        ("nemotron_h", "block_drop layers=1", "layer 1 is the only one left with attention, which has to stay."),
+        ("nemotron_h", "block_drop drop=2", "drop=2: no single layer has both experts and attention, so two"),
+        ("lfm2_moe", "block_drop drop=2 mode=consecutive", "every run of so many layers holds all layers with"),
         ("mixtral", "expert_drop mix=prose:-1,code:3", "shares are numbers from 0 up, and not all 0."),
     ],
 )
@@ -358,6 +366,32 @@ def test_tensors_that_are_missing_or_misshapen(copy, refused):
     assert "no tensor for input_layernorm.weight of layer 1" in refused(model=copy, late=True)
 
 
+@pytest.mark.parametrize("name", ["w1", "w2", "w3"])
+@pytest.mark.parametrize("expert", [0, 3])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensor: tensor[:-1].clone(), "has the shape ("),
+        (lambda tensor: torch.cat([tensor, tensor[:1]]), "has the shape ("),
+        (lambda tensor: tensor[:, :-1].contiguous(), "has the shape ("),
+        (lambda tensor: tensor.int(), "is stored as I32, but model.layers.1.mlp.experts."),
+    ],
+)
+def test_matrices_of_experts_that_do_not_fit(name, expert, change, said, copy):
+    rewrite_tensor(copy, key := f"layers.1.block_sparse_moe.experts.{expert}.{name}.weight", change)
+    layers = fold.StreamedLayers(open_checkpoint(copy), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError) as caught, layers.layer(1):
+        pass
+    assert key in str(caught.value) and said in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["layers.1.input_layernorm", "layers.1.self_attn.q_proj", "lm_head"])
+def test_whole_numbers_are_no_weights(part, copy, refused):
+    rewrite_tensor(copy, part, lambda tensor: tensor.to(torch.int8))
+    said = refused(model=copy, late=True)
+    assert part in said and "is stored as I8" in said and "needs floating-point weights" in said
+
+
 def test_a_missing_layer(copy, refused):
     index = json.loads((copy / INDEX).read_text())["weight_map"]
     kept = {key: name for key, name in index.items() if "layers.1." not in key}
@@ -465,6 +499,61 @@ def test_an_output_folder_that_holds_something_else(reader_folder, refused, tmp_
     assert (tmp_path / "mine" / "thesis.txt").read_text() == (tmp_path / "other.partial" / "thesis.txt").read_text()
 
 
+def test_output_folders_that_no_rename_can_make(reader_folder, refused, tmp_path, monkeypatch):
+    model = reader_folder("mixtral")
+    (tmp_path / "empty").mkdir()
+    for name, target in (("full", "empty"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        assert "is a symbolic link, and a checkpoint gets its name by a rename" in refused(
+            model=model, out=tmp_path / name
+        )
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "empty")
+    assert "is a mount point" in refused(model=model, out=tmp_path / "empty")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "empty", "full"]
+
+
+def test_places_where_nothing_can_be_written(reader_folder, refused, tmp_path, monkeypatch):
+    model = reader_folder("mixtral")
+    (tmp_path / "file").write_text("mine")
+    for key in ("out", "results"):
+        said = refused(model=model, **{key: tmp_path / "file" / "below"})
+        assert said.startswith(f"{key}=") and "nothing can be written to" in said and "(Not a directory)" in said
+    (tmp_path / "locked").mkdir()
+    real = runtime.tempfile.mkdtemp
+
+    def locked(**keywords: object) -> str:
+        if keywords["dir"] == tmp_path / "locked":
+            raise OSError(30, "Read-only file system")
+        return str(real(**keywords))
+
+    monkeypatch.setattr(runtime.tempfile, "mkdtemp", locked)
+    for key in ("out", "results"):
+        assert "(Read-only file system)" in refused(model=model, **{key: tmp_path / "locked" / "x"})
+
+
+def test_hidden_states_that_their_disk_cannot_hold(reader_folder, refused, tmp_path, monkeypatch):
+    free = {tmp_path: 2**50, tmp_path / "small": 1000}
+    (tmp_path / "small").mkdir()
+    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place]))
+    said = refused(model=reader_folder("mixtral"), samples=10**9, results=tmp_path / "small")
+    assert "hidden states need" in said and "small has 1000 B free" in said and "samples=" in said
+    assert "results=" in said and "out=" not in said
+
+
+def test_what_fails_for_good_leaves_nothing(copy, options, tmp_path):
+    """Bad weights found while writing; a second stage that cannot be planned."""
+    results = {**options, "eval": False, "out": tmp_path / "out", "results": tmp_path / "results"}
+    with pytest.raises(ValueError, match="no calibration token reached"):
+        sentence = "expert_drop score=random keep=6 + expert_drop unseen=error keep=4"
+        moe_compress.compress(sentence, model=copy, **{**results, "samples": 1, "length": 2})
+    assert not list(tmp_path.glob("out*"))
+    rewrite_tensor(copy, "layers.1.block_sparse_moe.experts.3", lambda tensor: tensor * float("nan"))
+    for sentence in ("expert_drop score=random", "expert_drop score=random keep=6 + expert_drop score=random keep=4"):
+        with pytest.raises(ValueError, match="NaN"):
+            moe_compress.compress(sentence, model=copy, **results)
+        assert not list(tmp_path.glob("out*"))
+
+
 def test_another_recipe_s_checkpoint_is_not_overwritten(reader_folder, options, refused, tmp_path):
     words = {**options, "model": reader_folder("mixtral"), "out": tmp_path / "out", "eval": False}
     moe_compress.compress("expert_drop keep=6", **words)
@@ -488,11 +577,11 @@ def test_a_disk_that_fills_up(reader_folder, options, tmp_path, monkeypatch):
     writes: list[int] = []
     real = moe_compress.checkpoint.writer.write_shard
 
-    def full(*args: object) -> None:
+    def full(*args: object, **keywords: object) -> None:
         writes.append(1)
         if len(writes) == 3:
             raise OSError(28, "No space left on device")
-        real(*args)
+        real(*args, **keywords)
 
     monkeypatch.setattr(moe_compress.checkpoint.writer, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
@@ -656,8 +745,14 @@ COUNTED = torch.arange(tiny.INNER).repeat(tiny.EXPERTS, 1)
         pytest.param(plan_of(ORDER), {"0.0.order": COUNTED.float()}, marks=UNCHECKED),
         pytest.param(plan_of({**MERGE, "weights": [[NAN, 1.0], *MERGE["weights"][1:]]}), {}, marks=UNCHECKED),
         pytest.param(plan_of({**MERGE, "weights": [[INF, 1.0], *MERGE["weights"][1:]]}), {}, marks=UNCHECKED),
-        pytest.param(plan_of(stages=[{"edits": [EDIT], "scores": []}]), {}, marks=UNCHECKED),
-        pytest.param(plan_of(stages=[{"edits": [EDIT], "report": 3}]), {}, marks=UNCHECKED),
+        (plan_of(stages=[{"edits": [EDIT], "scores": []}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "scores": None}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "scores": 3}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "scores": "x"}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "scores": {"a": [1.0]}}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "scores": {"0": None}}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "report": 3}]), {}),
+        (plan_of(stages=[{"edits": [EDIT], "report": None}]), {}),
     ],
 )
 def test_plans_whose_numbers_or_tensors_do_not_fit(text, tensors, reader_folder, options, tmp_path):
@@ -715,6 +810,13 @@ def test_models_that_cannot_be_compared(reader_folder, options, tmp_path):
         moe_compress.evaluate(reader_folder("mixtral"), model="x", **options)
 
 
+def test_prompts_of_one_token_predict_nothing(reader_folder, options, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    model = reader_folder("mixtral")
+    with pytest.raises(ValueError, match="every prompt is a single token, which predicts nothing"):
+        moe_compress.compare(model, model, prompts=tmp_path / "prompts.txt", **options)
+
+
 @pytest.mark.parametrize("artefact", ["calibrations", "originals"])
 def test_artefacts_that_are_not_whole(artefact, reader_folder, options, tmp_path):
     model = reader_folder("mixtral")
@@ -740,6 +842,9 @@ def test_artefacts_that_are_not_whole(artefact, reader_folder, options, tmp_path
         (["evaluate", "MODEL", "eval_data=nope.txt"], "there is no file nope.txt."),
         (["evaluate", "MODEL", "eval_sample=3"], "unknown key 'eval_sample': did you mean 'eval_samples'?"),
         (["evaluate", "MODEL", "resident"], "'resident' is not key=value"),
+        (["analyze", "MODEL", "threshold=nan"], "threshold=nan: a cosine from -1 to 1 is needed"),
+        (["analyze", "MODEL", "threshold=-2"], "threshold=-2.0: a cosine from -1 to 1 is needed"),
+        (["analyze", "MODEL", "threshold=5"], "threshold=5.0: a cosine from -1 to 1 is needed"),
         (["table", "none.json"], "there is no record or folder of records none.json"),
     ],
 )

@@ -479,5 +479,5 @@ def test_the_command_line_from_compress_to_table(reader_folder, options, tmp_pat
     assert done.stdout.splitlines()[-1] == "checkpoint: here"
     assert "checkpoint written: here" in done.stderr and "━" not in done.stderr  # no bar where no terminal is
     done = run("table", cwd=tmp_path)
-    assert done.returncode == 0 and "expert_drop" in (tmp_path / "results" / "tables.md").read_text()
-    assert list((tmp_path / "results").glob("*.csv"))
+    assert done.returncode == 0 and "expert_drop" in (tmp_path / "runs" / "tables.md").read_text()
+    assert list((tmp_path / "runs").glob("*.csv"))

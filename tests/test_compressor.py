@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -243,6 +244,11 @@ def with_specialist(seen, expert: int):
         count[expert] = share * float(by_domain[name]["tokens"])
         by_domain[name]["count"] = count
     return dataclasses.replace(seen, layer=dataclasses.replace(seen.layer, by_domain=by_domain))
+
+
+def test_a_layer_of_one_expert(tokenizer):
+    compressor = ExpertCompressor(reader("mixtral", num_local_experts=1, num_experts_per_tok=1), tokenizer)
+    assert compressor.analysis(LAYER, PROMPTS).removal_error == [pytest.approx(1.0)]
 
 
 def test_specialists_are_those_of_one_domain(two_domains):
@@ -490,6 +496,64 @@ def test_plans_that_do_not_fit_change_nothing(compressors):
     assert unchanged(compressor.model, before)
     with pytest.raises(ValueError, match="set layer_idx"):
         compressor.compressed_model([dataclasses.replace(plan, layer_idx=None)])
+
+
+def test_a_second_round_is_saved_behind_the_first(reader_folder, options, tmp_path):
+    compressor = ExpertCompressor(reader_folder("mixtral"))
+    compressor.analysis(LAYER, PROMPTS)
+    compressor.apply_compression(compressor.plan_compression(LAYER, 5), LAYER, inplace=True)
+    compressor.analysis(LAYER, PROMPTS)
+    path = compressor.save_plan([compressor.plan_compression(LAYER, 3)], tmp_path / "plan")
+    compressor.apply_compression(compressor.plan_compression(LAYER, 3), LAYER, inplace=True)
+    made = moe_compress.apply(path, **{**options, "eval": False, "out": tmp_path / "out"}).folder
+    with torch.no_grad():
+        wanted, found = (model(tiny.token_ids()).logits for model in (compressor.model, moe_compress.load(made)))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    resident = ExpertCompressor(compressor.model, compressor.tokenizer)  # whose changes are not this one's
+    resident.model.config._name_or_path = str(reader_folder("mixtral"))
+    with pytest.raises(ValueError, match="save the model as it is, and open that folder"):
+        resident.save_plan([], tmp_path / "again")
+
+
+def test_arguments_of_a_wrong_type_are_named(compressors):
+    compressor = compressors("mixtral")
+    plan, before = compressor.plan_compression(LAYER, 6), weights_of(compressor.model)
+    calls: dict[str, Any] = {
+        "plan_compression: target_experts=2.5: input should be a valid integer": lambda c: c.plan_compression(0, 2.5),
+        "plan_compression: target_experts='4'": lambda c: c.plan_compression(0, target_experts="4"),
+        "plan_compression: strategy=None": lambda c: c.plan_compression(0, strategy=None),
+        "plan_compression: layer_idx='0'": lambda c: c.plan_compression("0"),
+        "plan_compression: layer_idx=None": lambda c: c.plan_compression(None),
+        "analysis: layer_idx=1.0": lambda c: c.analysis(1.0),
+        "analysis: test_prompts='hello': 'str' instances": lambda c: c.analysis(0, "hello"),
+        r"test_prompts\[1\]=3: input should be a valid string": lambda c: c.analyze_compression_potential(0, ["a", 3]),
+        "apply_compression: plan=3": lambda c: c.apply_compression(3, 0),
+        "compressed_model: plans=CompressionPlan": lambda c: c.compressed_model(plan),
+        r"these plans are for layers \[2, 2\]: one a layer": lambda c: c.compressed_model([plan, plan]),
+        r"plans are for layers \[2, 2\]": lambda c: c.save_plan([plan, plan], "nowhere"),
+        "ExpertCompressor: model_or_path=None: input should be an instance of": lambda _: ExpertCompressor(None),
+        "ExpertCompressor: model_or_path=5": lambda _: ExpertCompressor(5),
+        "ExpertCompressor: model_or_path=Linear": lambda _: ExpertCompressor(torch.nn.Linear(2, 2)),
+        "similarity_threshold='x'": lambda c: ExpertCompressor(c.model, similarity_threshold="x"),
+        "threshold=nan: a cosine": lambda c: ExpertCompressor(c.model, similarity_threshold=float("nan")),
+        "ExpertCompressor: tokenizer='t'": lambda c: ExpertCompressor(c.model, "t"),
+    }
+    for words, call in calls.items():
+        with pytest.raises(ValueError, match=words):
+            call(compressor)
+    assert unchanged(compressor.model, before)
+
+
+@pytest.mark.parametrize("value", [None, "x", [[1]], float("nan"), [99, None]])
+def test_plans_in_json_of_wrong_types(value, compressors):
+    good = compressors("mixtral").plan_compression(LAYER, 6).to_json()
+    for key in ("merges", "pruned_experts", "kept_experts", "target_num_experts"):
+        with pytest.raises(ValueError, match=r"CompressionPlan: |ExpertMergeResult has"):
+            CompressionPlan.from_json({**good, key: value})
+    config = compressors("mixtral").apply_compression(CompressionPlan.from_json(good), LAYER).to_json()
+    for key in ("expert_mapping", "merged_from", "compressed_num_experts"):
+        with pytest.raises(ValueError, match="CompressedMoEConfig"):
+            CompressedMoEConfig.from_json({**config, key: value})
 
 
 def test_layers_that_are_not_there_or_dense(compressors):

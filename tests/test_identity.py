@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
 from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.checkpoint.shards import read_regions
+from moe_compress.checkpoint.shards import read_regions, write_shard
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
+from moe_compress.runtime import tensor_bytes
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
 from moe_compress.stream.surgery import rewrite
@@ -68,6 +70,24 @@ def test_identity_writes_the_same_names_and_bytes(family, dtype, tmp_path):
                 assert a.dtype == b.dtype and torch.equal(a, b), name
         _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
         assert not any(info.values()), info
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(8.0, dtype=torch.float64)[4:5].as_strided((1,), (4,)),
+        torch.arange(6.0).view(3, 2)[1:2, 1],
+        torch.tensor(3.0),
+        torch.arange(6).view(2, 3).t(),
+        torch.empty(0, 3),
+        torch.tensor([True, False]),
+    ],
+    ids=["stride of one element", "column of one row", "scalar", "transposed", "empty", "bool"],
+)
+def test_tensors_lie_in_shards_as_they_are(tensor, tmp_path):
+    write_shard(tmp_path / "x.safetensors", {"x": tensor}, durable=True)
+    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
+    assert tensor_bytes(tensor) == tensor.numpy().tobytes()
 
 
 def test_shards_are_one_layer_each(family_checkpoint, tmp_path):

@@ -8,6 +8,7 @@ documents attend to each other, on purpose and as said; `pack=false` gives each 
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any, get_args
 
@@ -200,7 +201,11 @@ def test_12_counts_are_kept_and_ratios_are_removed(reader_folder, options):
     words = {**options, "eval": False, "model": reader_folder("mixtral")}
     by_count = moe_compress.compress("expert_drop keep=6", **words).folder
     by_ratio = moe_compress.compress("expert_drop ratio=0.25", **words).folder
-    assert (by_count / "plan.json").read_bytes() == (by_ratio / "plan.json").read_bytes()
+    plans = [json.loads((folder / "plan.json").read_text()) for folder in (by_count, by_ratio)]
+    assert [plan["stages"][0].pop("given") for plan in plans] == [
+        {"score": "reap", "keep": 6}, {"score": "reap", "ratio": 0.25}
+    ]  # fmt: skip
+    assert plans[0] == plans[1]
     assert {view.num_experts for view in moe_views(load_model(by_count)).values()} == {6}
 
 

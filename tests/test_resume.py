@@ -182,6 +182,41 @@ def test_another_recipe_s_unfinished_work_is_replaced(reader_folder, texts, whol
     assert leftovers(tmp_path) == []
 
 
+def test_another_recipe_clears_what_a_killed_one_left(reader_folder, texts, monkeypatch, tmp_path):
+    options = run_options(reader_folder("mixtral"), texts, tmp_path)
+    random = "expert_drop score=random"
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        counting(patch, writer, "write_shard", stop_at=2 * (tiny.LAYERS + 1) + 1)
+        moe_compress.compress(f"{random} keep=6 + {random} keep=5 + {random} keep=4", **options)
+    (tmp_path / "out.stage9").mkdir()
+    (tmp_path / "out.stage9" / "thesis.txt").write_text("mine")
+    assert {path.name for path in tmp_path.glob("out.*")} == {"out.stage1", "out.stage2", "out.partial", "out.stage9"}
+    moe_compress.compress(f"{random} keep=3", **options)
+    assert {path.name for path in tmp_path.glob("out*")} == {"out", "out.stage9"}
+
+
+def test_two_runs_do_not_write_into_one_folder(reader_folder, texts, tmp_path):
+    """The lock is the system's: it holds while the other process lives, and not a moment longer."""
+    options = run_options(reader_folder("mixtral"), texts, tmp_path)
+    claim = "import sys; from pathlib import Path; from moe_compress.checkpoint.claim import claimed\n"
+    claim += "with claimed(Path(sys.argv[1]), []): print('mine', flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", claim, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": str(Path(moe_compress.__file__).parents[1])},
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline() == b"mine\n"
+        with pytest.raises(ValueError, match=r"another run is writing .*out\.partial: wait until it has ended"):
+            moe_compress.compress("expert_drop score=random", **options)
+    finally:
+        other.kill()
+        other.communicate()
+    assert (tmp_path / "out.partial").is_dir()
+    assert moe_compress.compress("expert_drop score=random", **options).folder.is_dir()
+    assert leftovers(tmp_path) == []
+
+
 def test_an_applied_plan_goes_on(reader_folder, texts, monkeypatch, tmp_path):
     options = run_options(reader_folder("mixtral"), texts, tmp_path)
     made = moe_compress.compress("expert_drop keep=6", **options).folder

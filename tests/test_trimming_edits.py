@@ -25,6 +25,7 @@ import tiny
 from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
 from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+from moe_compress.methods.trimming.layers import block_drop, check_blocks
 from moe_compress.model import hf
 from moe_compress.model.edits import (
     DropLayer,
@@ -40,12 +41,13 @@ from moe_compress.model.edits import (
     to_json,
 )
 from moe_compress.model.forms import form_after
-from moe_compress.model.moe import MoEView, moe_views, permute_neurons
-from moe_compress.model.shapes import ModelShape, model_shape
+from moe_compress.model.moe import MoEShape, MoEView, moe_views, permute_neurons
+from moe_compress.model.shapes import ModelShape, model_shape, removals
 from moe_compress.model.sublayers import attention_layers, block_names
 from moe_compress.stream import fitness
 from moe_compress.stream.calibration import observers_for
 from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.stream.observed import Observed
 from test_identity import CPU, windows_of
 
 # Two pairs, one in each half, as DeepSeek-V3's two groups need.
@@ -85,6 +87,43 @@ REFUSED = {
 
 def merge(layer: int, router: str) -> MergeExperts:
     return MergeExperts(layer, GROUPS, WEIGHTS, router)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "lfm2_moe", "nemotron_h"])
+def test_the_last_layer_with_attention_stays(family, sources):
+    shape, source = shape_of(sources(family)), sources(family)
+    assert shape.mixing
+    model = hf.skeleton(source.config, torch.float32)
+    with pytest.raises(ValueError, match="is the only one left with attention, which has to stay"):
+        check_edits(model, removals(shape.mixing))
+
+
+@pytest.mark.parametrize(
+    ("moe", "mixing", "count", "left"),
+    [
+        ((0, 2, 4), (1, 3), 1, {0, 1, 2, 3}),
+        ((0, 2, 4), (1, 3), 3, {2, 3}),
+        ((0, 2, 4), (1, 3), 4, None),
+        ((0, 1, 2, 3, 4), (1, 3), 4, {3}),
+        ((0, 1, 2, 3, 4), (0, 1, 2, 3, 4), 4, {3}),
+        ((0, 1, 2, 3, 4), (), 4, {3}),
+        ((2,), (2, 0), 4, {2}),
+    ],
+)
+def test_block_drop_spares_experts_and_attention(moe, mixing, count, left):
+    shapes = [MoEShape(layer=layer, num_experts=8, top_k=2) for layer in moe]
+    shape = ModelShape(moe=shapes, total=5, mixing=list(mixing))
+    turns = {0: 0.3, 1: 0.4, 2: 0.5, 3: 0.6, 4: 0.1}
+    model = Observed(layers=[], shape=shape, streams={layer: {"block": turn} for layer, turn in turns.items()})
+    words = {"drop": count, "layers": None, "mode": "discrete"}
+    if left is None:
+        for call in (lambda: check_blocks(shape, **words), lambda: block_drop(model, **words)):
+            with pytest.raises(ValueError, match="no single layer has both experts and attention"):
+                call()
+        return
+    assert {*range(5)} - {edit.layer for edit in block_drop(model, **words).edits} == left
+    planned = {*range(5)} - {edit.layer for edit in check_blocks(shape, **words).edits}
+    assert len(planned) == len(left) and planned & {*moe} and (not mixing or planned & {*mixing})
 
 
 def constants(source: Checkpoint, count: int, seed: int = 0) -> dict[str, Tensor]:
@@ -611,7 +650,7 @@ def test_every_edit_survives_json(kind, sources):
     ("first", "second"),
     [("skip moe", "drop first"), ("drop first", "top_k of one"), ("merge sum", "drop first"),
      ("novices", "skip experts"), ("skip attention", "drop first"), ("skip experts", "merge sum"),
-     ("mixed", "drop last")],
+     ("mixed", "drop first")],
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "ernie4_5_moe"])
 def test_edits_of_an_edited_checkpoint_compose(family, first, second, sources, written, tmp_path):

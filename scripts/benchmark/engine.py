@@ -31,6 +31,7 @@ from moe_compress.stream.fold import TOKENS_PER_BATCH, StreamedLayers, fold
 from moe_compress.stream.observers import ExpertSums
 from moe_compress.stream.surgery import rewrite
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 CPU = torch.device("cpu")
 WIDTH, INNER, EXPERTS, VOCAB, LENGTH = 768, 2688, 8, 256, 256
 
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--measure", choices=MEASUREMENTS)
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--tokens", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results/engine.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "engine.json")
     given = parser.parse_args()
     if given.measure:
         print(json.dumps(MEASUREMENTS[given.measure](given.folder, given.tokens)))

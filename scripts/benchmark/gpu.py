@@ -25,6 +25,7 @@ from moe_compress.stream.fold import StreamedLayers, fold
 from moe_compress.stream.observers import BatchInfo, ExpertSums, Observer
 from moe_compress.stream.probe import ProbeObserver
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 CUDA = torch.device("cuda")
 FULL_SIZE = ("mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base", "Qwen/Qwen3-30B-A3B")
 TOKENS, LENGTH = 16_384, 2048
@@ -102,7 +103,7 @@ def all_real(tokens: int) -> BatchInfo:
 def main() -> None:
     """Run all checks, print them, keep them as JSON; one line where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/gpu.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("no GPU here: the CUDA checks are skipped.")

@@ -136,10 +136,12 @@ def summary(records: Sequence[Record]) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
-def write_summary(results: Path, readme: Path) -> None:
-    """Write results/summary.md and put the same tables between the README's markers."""
+def write_summary(results: Path, readme: Path | None) -> None:
+    """Write summary.md beside the records and put the same tables between the README's markers, if one is given."""
     text = summary(load_records(sorted((results / "records").glob("*.json"))))
     (results / "summary.md").write_text(text, encoding="utf-8")
+    if readme is None:
+        return
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")

@@ -21,6 +21,9 @@ from moe_compress.methods.trimming.scores import Score
 from moe_compress.report.table import write_tables
 from moe_compress.terminal import set_up_logging
 
+ROOT = Path(__file__).resolve().parents[2]
+# The shipped grid; a user's own runs are elsewhere, in runs/.
+RESULTS = ROOT / "results"
 RATIOS = (0.25, 0.5)
 RANDOM_SEEDS = range(5)
 CONTROLS = (
@@ -92,7 +95,7 @@ def main() -> None:
     """Without --model: each model in a process of its own, two at a time; then the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=zoo.NAMES)
-    parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
     given = parser.parse_args()
     set_up_logging(verbose=False)
     if given.model:
@@ -107,7 +110,7 @@ def main() -> None:
             sys.exit(f"error: {failed} failed; run the same command again to go on.")
     for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
         print(path)
-    write_summary(given.results, Path("README.md"))
+    write_summary(given.results, ROOT / "README.md" if given.results.resolve() == RESULTS else None)
     for name in ACTIVE:
         moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)
 

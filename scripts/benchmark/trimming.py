@@ -33,6 +33,7 @@ from moe_compress.stream.documents import DataSpec
 from moe_compress.stream.observers import BatchInfo, evenly_T
 from moe_compress.stream.probe import PROBE_TOKENS, Probe, ProbeObserver
 
+RESULTS = Path(__file__).resolve().parents[2] / "results"
 WIDTH, INNER = 256, 896
 TEXT = 32768
 
@@ -204,7 +205,7 @@ def sampled() -> dict[str, float]:
 def main() -> None:
     """Measure, print the ratios, keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("results/trimming.json"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "trimming.json")
     given = parser.parse_args()
     figures: dict[str, Any] = {}
     for keep in (6, 4):

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Perplexity of a DeepSeek checkpoint, paired with its original's: MODEL=results/checkpoints/... bash deepseek_evaluate.sh
+# Perplexity of a DeepSeek checkpoint, paired with its original's: MODEL=runs/checkpoints/... bash deepseek_evaluate.sh
 exec bash "$(dirname "$0")/../run.sh" evaluate "${MODEL:-tiny-deepseek}" "$@"

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Perplexity of a Mixtral checkpoint, paired with its original's: MODEL=results/checkpoints/... bash mixtral_evaluate.sh
+# Perplexity of a Mixtral checkpoint, paired with its original's: MODEL=runs/checkpoints/... bash mixtral_evaluate.sh
 exec bash "$(dirname "$0")/../run.sh" evaluate "${MODEL:-tiny-mixtral}" "$@"

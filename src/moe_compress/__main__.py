@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 INTERRUPTED = 130
+FLAGS = ("", "help", "pad", "verbose")
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
@@ -20,8 +21,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Words = Annotated[list[str], typer.Argument(help="recipe and key=value words", metavar="WORDS")]
-Models = Annotated[list[str], typer.Argument(help="model (compare: two of them) and key=value words", metavar="WORDS")]
+PAGE = "All options and parameters: docs/recipes.md, and the command `list METHOD`."
+
+
+def _words(help: str) -> Any:
+    """Any number of words."""
+    return typer.Argument(help=f"{help} {PAGE}", metavar="WORDS")
+
+
+RECIPE = (
+    "a recipe, which is a method and its parameters (key=value), stages joined by +, or a .yaml file; then key=value "
+    "words that set options of the run (model=, data=, samples=, out=, ...) or override parameters."
+)
 
 
 @app.callback()
@@ -32,7 +43,7 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say 
 
 
 @app.command()
-def compress(words: Words) -> None:
+def compress(words: Annotated[list[str], _words(RECIPE)]) -> None:
     """Run a recipe, for example: compress "expert_drop score=reap ratio=0.25" model=tiny-mixtral."""
     from moe_compress import api, recipe
 
@@ -41,15 +52,15 @@ def compress(words: Words) -> None:
 
 
 @app.command()
-def apply(words: Words) -> None:
-    """Apply a saved plan without calibration: apply plan.json [model=...] [out=...]."""
+def apply(words: Annotated[list[str], _words("a plan.json, then options of the run as key=value words.")]) -> None:
+    """Apply a saved plan without calibration: apply plan.json [model=...] [any_model=true] [out=...]."""
     from moe_compress import api
 
     _show(api.apply(words[0], **_pairs(words[1:])))
 
 
 @app.command()
-def evaluate(words: Words) -> None:
+def evaluate(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
     """Measure a checkpoint against its original: evaluate FOLDER [original=...] [eval_data=...]."""
     from moe_compress import api
 
@@ -57,7 +68,7 @@ def evaluate(words: Words) -> None:
 
 
 @app.command()
-def plan(words: Words) -> None:
+def plan(words: Annotated[list[str], _words(RECIPE)]) -> None:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
     from moe_compress import api, recipe
     from moe_compress.forecast import as_markdown
@@ -69,18 +80,18 @@ def plan(words: Words) -> None:
 
 @app.command()
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="an edited checkpoint")],
+    words: Annotated[list[str], typer.Argument(help="an edited checkpoint, then out=DIR", metavar="WORDS")],
     pad: Annotated[bool, typer.Option("--pad", help="fill layers with fewer experts up with dead ones")] = False,
-    out: Annotated[str, typer.Option(help="folder of the plain checkpoint")] = "",
 ) -> None:
-    """Make an uneven model plain, where that is exact: export FOLDER --pad --out DIR."""
+    """Make an uneven model plain, where that is exact: export FOLDER --pad [out=DIR]."""
     from moe_compress import api
 
-    typer.echo(f"checkpoint: {api.export(checkpoint, out, pad)}")
+    options = _only(_pairs(words[1:]), ("out",), "export")
+    typer.echo(f"checkpoint: {api.export(words[0], pad=pad, **options)}")
 
 
 @app.command()
-def analyze(words: Models) -> None:
+def analyze(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
     """Say what each layer's experts do and which could go: analyze MODEL [layers=3,7] [prompts=FILE] [out=DIR]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown
@@ -92,43 +103,46 @@ def analyze(words: Models) -> None:
 
 
 @app.command()
-def compare(
-    words: Models,
-    prompts: Annotated[str, typer.Option(help="a .txt or .jsonl file of prompts, or `default`")] = "default",
-) -> None:
-    """Two models side by side, generations and predictions: compare A B --prompts FILE [max_tokens=30]."""
+def compare(words: Annotated[list[str], _words("two models, then options of the run as key=value words.")]) -> None:
+    """Two models side by side, generations and predictions: compare A B [prompts=FILE] [max_tokens=30]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown
 
-    if len(words) < 2:
+    if len(words) < 2 or "=" in words[1]:
         raise ValueError("compare takes two models: compare A B.")
-    options: dict[str, Any] = {"prompts": prompts, **_pairs(words[2:])}
+    options: dict[str, Any] = dict(_pairs(words[2:]))
     show_markdown(api.compare(words[0], words[1], **options).markdown())
 
 
 @app.command()
 def table(
-    records: Annotated[list[str] | None, typer.Argument(help="records, or folders of them")] = None,
-    out: Annotated[str, typer.Option(help="folder for tables.md and CSV files")] = "results",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(help="records, or folders of them (runs/records), and out=DIR (runs)", metavar="WORDS"),
+    ] = None,
 ) -> None:
-    """Make Markdown and CSV tables from records, one per protocol and model."""
+    """Make Markdown and CSV tables from records, one per protocol and model: table [RECORDS] [out=DIR]."""
     from moe_compress import api
     from moe_compress.report.table import write_tables
     from moe_compress.terminal import show_tables
 
-    tables = api.table(records or ["results/records"])
-    written = write_tables(tables, Path(out))
+    places = [word for word in words or () if not word.startswith("out=")]
+    options = _pairs([word for word in words or () if word.startswith("out=")])
+    tables = api.table(places) if places else api.table()
+    written = write_tables(tables, Path(options.get("out", "runs")))
     show_tables(tables)
     typer.echo(f"written: {', '.join(map(str, written))}", err=True)
 
 
 @app.command("list")
-def list_() -> None:
-    """List methods with their parameters, and the families with entries of their own."""
-    from moe_compress.catalogue import methods_markdown
+def list_(
+    method: Annotated[str, typer.Argument(help="that one only, and what its parameters mean", metavar="METHOD")] = "",
+) -> None:
+    """List methods with their parameters, and the families with entries of their own; or one METHOD."""
+    from moe_compress.catalogue import method_markdown, methods_markdown
     from moe_compress.terminal import show_markdown
 
-    show_markdown(methods_markdown())
+    show_markdown(method_markdown(method) if method else methods_markdown())
 
 
 @app.command()
@@ -146,16 +160,24 @@ def _pairs(words: list[str]) -> dict[str, str]:
     return option_pairs(words)
 
 
+def _only(options: dict[str, str], known: tuple[str, ...], command: str) -> dict[str, str]:
+    """The options, if the command has them all."""
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{command} has no option {key!r}; it takes: {', '.join(known)}.")
+    return options
+
+
 def _show(result: object) -> None:
     from moe_compress.api import Result
     from moe_compress.report.table import make_tables
-    from moe_compress.terminal import show_tables
+    from moe_compress.terminal import show_run
 
     assert isinstance(result, Result)
     rows = [record for record in (result.original, result.record) if record is not None]
     unique = list({record.name: record for record in rows}.values())
     if unique:
-        show_tables(make_tables(unique))
+        show_run(make_tables(unique))
     typer.echo(f"checkpoint: {result.folder}")
 
 
@@ -176,19 +198,19 @@ def main() -> None:
 
 
 def words_of(arguments: list[str]) -> list[str]:
-    """`--out DIR` and `--out=DIR` are as good as `out=DIR`, for every option of a run."""
-    from moe_compress.recipe import Options
-
-    if arguments[:1] in (["table"], ["export"]):
-        return arguments
+    """`--out DIR` and `--out=DIR` are as good as `out=DIR`, for everything that is written key=value."""
     words: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key not in Options.model_fields:
+        if not argument.startswith("--") or key in FLAGS:
             words.append(argument)
-        else:
-            words.append(f"{key}={value if equals else next(rest, '')}")
+            continue
+        key = key.replace("-", "_")
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f"{argument} needs a value: {key}=VALUE.")
+        words.append(f"{key}={given}")
     return words
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_compress import evaluation, padding, recipe, registry
-from moe_compress.analysis.layer import SIMILAR
+from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.locate import config_folder, open_model
@@ -26,7 +26,7 @@ from moe_compress.recipe import Options, Recipe
 from moe_compress.report.record import Record, load_records, now
 from moe_compress.report.table import Table, make_tables
 from moe_compress.run import Run
-from moe_compress.runtime import RunLog, log, threads
+from moe_compress.runtime import RunLog, log, require_writable, threads
 from moe_compress.stream.prompts import prompt_windows, read_prompts
 from moe_compress.terminal import progress_bar
 
@@ -131,10 +131,10 @@ def analyze(
     prompts: a file of prompts to use instead of the calibration text; threshold: cosine of outputs from which on two
     experts are alike. A calibration with probes that was made earlier is used again.
     """
+    limit = require_cosine(registry.coerce(float, threshold, "threshold"))
     run = start(_options_for(model, options, "analyze"))
     words = layers if isinstance(layers, str) else ",".join(map(str, layers))
     with threads(run.options.threads):
-        limit = registry.coerce(float, threshold, "threshold")
         found = analyse_checkpoint(run, words, str(prompts), limit)
     return write_analysis(found, Path(out) if out else run.results("analysis") / found.model)
 
@@ -163,6 +163,8 @@ def compare(
     else:
         given, tokenizer = read_prompts(Path(prompts)), load_tokenizer(first.folder, first.config.vocab_size)
         windows = prompt_windows(given, tokenizer, Path(prompts).name)
+        if windows.ids_NS.shape[1] < 2:
+            raise ValueError(f"{prompts}: every prompt is a single token, which predicts nothing: give longer ones.")
     with threads(run.options.threads), progress_bar("comparing") as progress:
         one, other = (evaluation.layers_of(each, run).model for each in (first, second))
         return generations.compare(one, other, tokenizer, given, windows, count, progress)
@@ -184,7 +186,7 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -
         return padding.pad(opened, target, progress)
 
 
-def table(records: Sequence[str | Path] = ("results/records",)) -> list[Table]:
+def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
     """Tables of records (files, or folders of them): one per protocol and original model."""
     paths: list[Path] = []
     for place in map(Path, records):
@@ -200,7 +202,8 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
 
 
 def start(options: Options) -> Run:
-    """A run with its own log file under results/logs."""
+    """A run with its own log file under runs/logs (results=)."""
+    require_writable(Path(options.results), f"results={options.results}")
     stamp = now().replace(":", "")
     path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
     return Run(options, RunLog(path, options=options.model_dump()))

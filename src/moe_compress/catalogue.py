@@ -3,30 +3,66 @@
 from __future__ import annotations
 
 import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
 
 from moe_compress import methods, registry, zoo
 from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.model.families import ALIASES, FAMILIES, REFUSED
 from moe_compress.runtime import gigabytes
 
+PAGE = "docs/recipes.md"
+
 
 def methods_markdown() -> str:
     """Every method: what it does, its parameters with types and defaults, its presets, its paper."""
     methods.register_all()
-    parts = []
-    for name, method in sorted(registry.METHODS.items()):
-        lines = [f"### {name} ({method.group})", "", f"{method.summary} Paper: {method.paper}.", ""]
-        lines += [f"- `{key}`: {_parameter(method, key)}" for key in method.parameters]
-        if method.presets:
-            lines.append(f"- presets: {', '.join(f'`preset={preset}`' for preset in method.presets)}")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n\n" + _families()
+    return "\n\n".join(map(_method, sorted(registry.METHODS))) + "\n\n" + _families()
 
 
-def _parameter(method: registry.Method, key: str) -> str:
-    hint, default = method.hints[key], method.parameters[key].default
-    name = inspect.formatannotation(hint).replace("typing.", "")
-    return f"{name}" + ("" if default is inspect.Parameter.empty else f" = {default}")
+def method_markdown(name: str) -> str:
+    """One method: the same, a parameter or preset a line, and what each parameter means."""
+    methods.register_all()
+    method = registry.find(name)
+    about = (inspect.getdoc(method.run) or "").partition("\n")[2].strip()
+    lines = [_method(name), *(["", about] if about else [])]
+    for group in method.rivals:
+        lines += ["", f"At most one of {', '.join(f'`{key}=`' for key in group)} is given."]
+    return "\n".join([*lines, "", f"Options of every run, and how recipes are written: {PAGE}."])
+
+
+def _method(name: str) -> str:
+    method = registry.METHODS[name]
+    lines = [f"### {name} ({method.group})", "", f"{method.summary} Paper: {method.paper}.", ""]
+    for key, parameter in method.parameters.items():
+        needed = parameter.default is inspect.Parameter.empty
+        default = "" if needed else word(parameter.default)
+        lines.append(f"- `{key}={default}`: {choices(method.hints[key])}{', has to be given' * needed}")
+    lines += [f"- `preset={preset}`: {words(values)}" for preset, values in method.presets.items()]
+    return "\n".join(lines).rstrip()
+
+
+def choices(hint: Any) -> str:
+    """What a recipe may write for an annotation."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " or ".join("none" if arm is type(None) else choices(arm) for arm in typing.get_args(hint))
+    if typing.get_origin(hint) is typing.Literal:
+        return ", ".join(typing.get_args(hint))
+    return {bool: "true, false", int: "whole number", float: "number", str: "text"}[hint]
+
+
+def word(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if value is None or value == "":
+        return '""' if value == "" else "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def words(values: Mapping[str, Any]) -> str:
+    """Parameters as a recipe writes them."""
+    return " ".join(f"{key}={word(value)}" for key, value in values.items())
 
 
 def _families() -> str:
@@ -50,5 +86,7 @@ def zoo_markdown() -> str:
         checkpoint = open_checkpoint(zoo.path(name), name)
         lines.append(f"- `{name}`: {gigabytes(checkpoint.bytes)}, {checkpoint.num_layers} layers, {zoo.path(name)}")
     lines += ["", "### Shapes known offline (for `plan`)", ""]
-    lines += [f"- `{hub_id}`" for hub_id in zoo.known_configs()]
+    for hub_id in zoo.known_configs():
+        stored = zoo.STORED_AS.get(hub_id)
+        lines.append(f"- `{hub_id}`" + (f": published in {stored}; to compress it, use a bf16 copy" if stored else ""))
     return "\n".join(lines)

@@ -14,16 +14,24 @@ from typing import Any
 import torch
 
 from moe_compress import registry
+from moe_compress.checkpoint.claim import claimed
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import CheckpointWriter, begun_bytes, manifest_of, remove_intermediate, require_free
-from moe_compress.forecast import forecast
+from moe_compress.checkpoint.writer import (
+    CheckpointWriter,
+    begun_bytes,
+    manifest_of,
+    remove_intermediate,
+    require_free,
+    stage_folder,
+)
+from moe_compress.forecast import Forecast, forecast
 from moe_compress.measuring import parse_mix
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit, Plan, check_edits, to_json
 from moe_compress.model.forms import form_after, kept_layers
 from moe_compress.planning import plan_stage
-from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values, read_plan
+from moe_compress.plans import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.recipe import Options, Recipe, Stage
 from moe_compress.run import Run, text_spec
 from moe_compress.runtime import (
@@ -63,13 +71,14 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     _preflight(recipe, out)
     source = open_model(recipe.options.model, recipe.options.revision)
     identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
-    targets = [*(_stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
+    targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
     else:
         require_free(out)
         _read_texts(recipe, source, run)
-        _run_stages(recipe, source, targets, identities, run)
+        with claimed(out, identities):
+            _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
         remove_intermediate(folder)
     return Outcome(out, source, manifest_of(out) or {})
@@ -85,9 +94,17 @@ def _preflight(recipe: Recipe, out: Path) -> None:
         read_documents(text_spec(options, use))
     if manifest_of(out) is None:
         require_free(out)
-        checkpoints = expected.before.bytes * min(2, len(recipe.stages))
+        require_disk(out.parent, _to_be_written(recipe, expected, out), "the new checkpoint")
+        fewer = "use fewer or shorter windows (samples=, length=), or another disk with results="
         boundaries = 2 * expected.boundary_bytes if "calibration" in uses else 0
-        require_disk(out.parent, checkpoints + boundaries - begun_bytes(out), "the new checkpoint")
+        require_disk(Path(options.results), boundaries, "the calibration's hidden states", fewer)
+
+
+def _to_be_written(recipe: Recipe, expected: Forecast, out: Path) -> int:
+    """Bytes of the checkpoints that are not there yet: those of earlier stages are kept until the end."""
+    earlier = [stage_folder(out, n) for n in range(len(recipe.stages) - 1)]
+    sizes = {out: expected.after.bytes, **dict.fromkeys(earlier, expected.before.bytes)}
+    return sum(size - begun_bytes(folder) for folder, size in sizes.items() if manifest_of(folder) is None)
 
 
 def _uses(recipe: Recipe) -> list[Use]:
@@ -142,7 +159,7 @@ def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | No
         source=source,
         target=target,
         edits=plan.edits,
-        plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan)],
+        plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan, stage.given)],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
         through_model=through_model,
@@ -199,8 +216,10 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
         if options.eval:
             run.windows("heldout", source)
         about: dict[str, Any] = {"identity": identity, "base": _base(source)}
-        job = _Job(source=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=[])
-        _write(job, about, {}, run)
+        done = [applied(stages, identity)]
+        job = _Job(source=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=done)
+        with claimed(out, [identity]):
+            _write(job, about, {}, run)
     return Outcome(out, source, manifest_of(out) or {})
 
 
@@ -211,10 +230,6 @@ def default_name(recipe: Recipe) -> str:
         parts += [stage.method, *(f"{key}-{value}" for key, value in stage.given.items())]
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
     return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
-
-
-def _stage_folder(out: Path, number: int) -> Path:
-    return out.with_name(f"{out.name}.stage{number + 1}")
 
 
 def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:

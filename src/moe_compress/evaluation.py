@@ -56,7 +56,7 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
 
 
 def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> Original:
-    """The original's measurement and final hidden states, measured once and kept under results/originals."""
+    """The original's measurement and final hidden states, measured once and kept under runs/originals."""
     path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
     if not path.is_file():
         log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)

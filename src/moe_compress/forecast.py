@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values
 from moe_compress.harness.flops import Sizes, sizes
 from moe_compress.model import hf
+from moe_compress.model.edits import Edit, KeepExperts, SkipExperts
 from moe_compress.model.forms import form_after
 from moe_compress.planning import dry_run
 from moe_compress.recipe import Recipe
@@ -20,7 +23,10 @@ LAYERS_AT_PEAK = 2.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """Sizes before and after, whether stock transformers loads the result, and peak memory in bytes."""
+    """Sizes before and after, whether stock transformers loads the result, peak memory in bytes.
+
+    notes: what the numbers do not say, in sentences.
+    """
 
     model: str
     before: Sizes
@@ -29,6 +35,7 @@ class Forecast:
     layer_bytes: int
     outer_bytes: int
     boundary_bytes: int
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -59,7 +66,23 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
+        notes=_notes(options.model, edits),
     )
+
+
+def _notes(model: str, edits: Sequence[Edit]) -> tuple[str, ...]:
+    """What the sizes leave open."""
+    notes = []
+    stored = zoo.STORED_AS.get(model)
+    if stored:
+        notes.append(f"{model} is published in {stored}, which is not read yet: compress a bf16 copy of it.")
+    if any(isinstance(edit, SkipExperts) for edit in edits):
+        notes.append("How many experts are skipped depends on the text: what that saves per token is not counted.")
+    if any(isinstance(edit, KeepExperts) and edit.novices for edit in edits):
+        notes.append(
+            "How many tokens meet a mean output depends on the text: what that saves per token is not counted."
+        )
+    return tuple(notes)
 
 
 def as_markdown(found: Forecast) -> str:
@@ -75,10 +98,11 @@ def as_markdown(found: Forecast) -> str:
     lines += [f"| {' | '.join(row)} |" for row in rows]
     lines += [
         "",
-        f"{found.form} checkpoint. Peak memory about {gigabytes(found.peak_bytes)}: {LAYERS_AT_PEAK} layers of "
-        f"{gigabytes(found.layer_bytes)}, embeddings and head {gigabytes(found.outer_bytes)}, hidden states of the "
-        f"calibration text {gigabytes(found.boundary_bytes)}.",
+        f"{found.form} checkpoint. Peak memory about {gigabytes(found.peak_bytes)} above the bare process: "
+        f"{LAYERS_AT_PEAK} layers of {gigabytes(found.layer_bytes)}, embeddings and head "
+        f"{gigabytes(found.outer_bytes)}, hidden states of the calibration text {gigabytes(found.boundary_bytes)}.",
     ]
+    lines += [line for note in found.notes for line in ("", note)]
     return "\n".join(lines)
 
 

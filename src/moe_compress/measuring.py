@@ -45,6 +45,8 @@ def parse_mix(text: str, domains: Sequence[str] | None = None) -> dict[str, floa
     mix: dict[str, float] = {}
     for word in filter(None, text.split(",")):
         name, _, share = word.partition(":")
+        if name.strip() in mix:
+            raise ValueError(f"mix={text}: {name.strip()} is named twice.")
         try:
             mix[name.strip()] = float(share)
         except ValueError as error:

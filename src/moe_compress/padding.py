@@ -6,13 +6,13 @@ router without one would give a dead expert the logit 0, which beats every negat
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe_compress.checkpoint.claim import claimed
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter, require_free
 from moe_compress.model import edited, hf
@@ -40,14 +40,11 @@ def pad(checkpoint: Checkpoint, out: Path, progress: Progress | None = None) -> 
     require_free(out)
     require_disk(out.parent, 2 * checkpoint.bytes, "the padded checkpoint")
     identity = fingerprint("pad", checkpoint.fingerprint)
-    writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
-    try:
+    with claimed(out, [identity]):
+        writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
         count = _write_layers(checkpoint, writer, progress)
-    except ValueError:
-        shutil.rmtree(writer.partial)
-        raise
-    base = {"model": checkpoint.name, "commit": checkpoint.commit}
-    writer.finish(values, {"identity": identity, "form": "plain", "padded_to": count, "padded_from": base})
+        base = {"model": checkpoint.name, "commit": checkpoint.commit}
+        writer.finish(values, {"identity": identity, "form": "plain", "padded_to": count, "padded_from": base})
     return out
 
 

@@ -44,22 +44,32 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
     Raises ValueError for whatever can be known to fail before a weight is read.
     """
     edits: list[Edit] = []
-    for stage in recipe.stages:
-        method = registry.find(stage.method)
-        if method.check is None:
-            continue
-        refuse_if_uneditable(model.config)
-        shape = model_shape(model)
-        rerouted = [moe.layer for moe in shape.moe if moe.rerouted]
-        if rerouted and stage.needs == "probe":
-            raise ValueError(
-                f"{stage.method} has to know what every expert does alone, but layers {rerouted[:5]} were merged with "
-                "router=sum, hold constants or skip experts: put this stage before that one."
-            )
-        planned = method.check(shape, **stage.parameters).edits
-        check_edits(model, planned)
-        edits += planned
+    for number, stage in enumerate(recipe.stages, 1):
+        try:
+            edits += _dry_stage(stage, model)
+        except ValueError as error:
+            if len(recipe.stages) == 1:
+                raise
+            raise ValueError(f"stage {number} ({stage.method}): {error}") from error
     return edits
+
+
+def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
+    """The same for one stage; the skeleton is then as the stage leaves it."""
+    method = registry.find(stage.method)
+    if method.check is None:
+        return []
+    refuse_if_uneditable(model.config)
+    shape = model_shape(model)
+    rerouted = [moe.layer for moe in shape.moe if moe.rerouted]
+    if rerouted and stage.needs == "probe":
+        raise ValueError(
+            f"{stage.method} has to know what every expert does alone, but layers {rerouted[:5]} were merged with "
+            "router=sum, hold constants or skip experts: put this stage before that one."
+        )
+    planned: list[Edit] = method.check(shape, **stage.parameters).edits
+    check_edits(model, planned)
+    return planned
 
 
 def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, dict[str, Any]]:

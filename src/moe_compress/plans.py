@@ -7,10 +7,11 @@ as they are numbered when its turn comes. `plan.safetensors` holds alignments an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,19 +21,22 @@ from moe_compress.runtime import read_json
 
 PLAN, ARRAYS = "plan.json", "plan.safetensors"
 VERSION = 2
+_SCORES, _REPORT = TypeAdapter(dict[int, list[float | None]]), TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What one stage of a recipe decided."""
+    """What one stage of a recipe decided, and which parameters it was given."""
 
     method: str
     plan: Plan
+    given: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, without the tensors."""
         return {
             "method": self.method,
+            "given": dict(self.given),
             "edits": [to_json(edit) for edit in self.plan.edits],
             "scores": {str(layer): values for layer, values in self.plan.scores.items()},
             "report": self.plan.report,
@@ -42,6 +46,13 @@ class StagePlan:
 def plan_values(stages: Sequence[StagePlan], base: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of all stages for the first one's model, as JSON."""
     return {"version": VERSION, "base": dict(base), "stages": [stage.to_json() for stage in stages]}
+
+
+def applied(stages: Sequence[StagePlan], identity: str) -> dict[str, Any]:
+    """What a record says of a plan that was applied: the stages that made it, and which edits these were in the end."""
+    written = [" ".join([s.method, *(f"{key}={value}" for key, value in s.given.items())]) for s in stages]
+    words = {"plan": " + ".join(written), "edits": identity[:6]}
+    return {"method": "apply", "given": words, "parameters": words}
 
 
 def plan_arrays(stages: Sequence[StagePlan]) -> dict[str, Tensor]:
@@ -82,8 +93,21 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
 
 def _stage(path: Path, number: int, values: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> StagePlan:
     edits = [_edit(path, f"{number}.{e}.", edit, arrays) for e, edit in enumerate(values["edits"])]
-    scores = {int(layer): found for layer, found in values.get("scores", {}).items()}
-    return StagePlan(str(values.get("method", "plan")), Plan(edits, scores, dict(values.get("report", {}))))
+    try:
+        scores, report = (
+            _SCORES.validate_python(values.get("scores", {})),
+            _REPORT.validate_python(values.get("report", {})),
+        )
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = "".join(f" of {part}" for part in reversed(found["loc"]))
+        raise ValueError(
+            f"{path}: the `scores` of a stage are a list of numbers for each layer, its `report` an object; "
+            f"{found['input']!r:.60}{where} is none."
+        ) from error
+    given = values.get("given")
+    words = {str(key): value for key, value in given.items()} if isinstance(given, dict) else {}
+    return StagePlan(str(values.get("method", "plan")), Plan(edits, scores, report), words)
 
 
 def _edit(path: Path, prefix: str, values: Any, arrays: Mapping[str, Tensor]) -> Edit:

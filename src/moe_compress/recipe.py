@@ -24,7 +24,8 @@ from moe_compress import methods, registry, zoo
 methods.register_all()
 
 COUNTS = ("samples", "length", "eval_samples", "eval_length")
-MAX_SEED = 2**31
+LIMITS = {**dict.fromkeys((*COUNTS, "seed"), (0, 2**31 - 1)), "threads": (1, 1024)}
+MAX_NAME = 200  # bytes; file systems allow 255, and endings such as `.stage1.partial` come behind
 
 
 class Stage(BaseModel):
@@ -84,7 +85,7 @@ class Options(BaseModel):
     threads: int | None = None
     out: str = ""
     name: str = ""
-    results: str = "results"
+    results: str = "runs"
 
     def resolved(self) -> Options:
         """Every default written out. Zoo models use the zoo's own text in short windows, others C4 and WikiText-2."""
@@ -167,13 +168,13 @@ def make_options(given: Mapping[str, Any]) -> Options:
             raise ValueError(_unknown_key(key, []))
         values[key] = registry.coerce(Options.model_fields[key].annotation, value, key)
     options = Options(**values)
-    for key in COUNTS:
-        if getattr(options, key) < 0:
-            raise ValueError(f"{key}={getattr(options, key)}: a count is needed (0: the default for this model).")
-    if not 0 <= options.seed < MAX_SEED:
-        raise ValueError(f"seed={options.seed}: a number from 0 to {MAX_SEED - 1} is needed.")
-    if options.threads is not None and options.threads < 1:
-        raise ValueError(f"threads={options.threads}: at least 1 is needed.")
+    for key, (least, most) in LIMITS.items():
+        if (value := getattr(options, key)) is not None and not least <= value <= most:
+            raise ValueError(f"{key}={value}: a number from {least} to {most} is needed.")
+    for key in ("name", "out", "results"):
+        name = Path(getattr(options, key)).name
+        if "\0" in name or len(name.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ValueError(f"{key}={name[:40]!r}...: a name of at most {MAX_NAME} bytes, none of them 0, is needed.")
     if "/" in options.name:
         raise ValueError(f"name={options.name}: a record's name has no `/`; the checkpoint's folder is out=.")
     return options
@@ -204,6 +205,8 @@ def _sentence(words: Sequence[str], options: dict[str, Any]) -> list[_Draft]:
     stages: list[_Draft] = []
     expect_method = True
     for word in words:
+        if word == "+" and expect_method:
+            break
         if word == "+":
             expect_method = True
         elif expect_method:

@@ -30,7 +30,7 @@ class Run:
         self.dtype = resolve_dtype(self.options.dtype, self.device)
 
     def results(self, folder: str) -> Path:
-        """A folder under results/."""
+        """A folder under results= (runs/, unless told otherwise)."""
         return Path(self.options.results) / folder
 
     def windows(self, use: Use, checkpoint: Checkpoint) -> Windows:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ import torch
 log = logging.getLogger("moe_compress")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class NoSpaceError(ValueError):
+    """A disk is too small: the same run may well succeed later, so nothing that it has done is thrown away."""
 
 
 def resolve_device(name: str) -> torch.device:
@@ -73,9 +78,16 @@ def fingerprint(*parts: Any) -> str:
     return digest.hexdigest()[:16]
 
 
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The raw bytes of a tensor, [n]; a view where it lies on the CPU in one piece."""
+    dense = tensor.detach().cpu().contiguous()
+    # A tensor of one element is contiguous whatever its stride, which then stands in the way of a view.
+    return dense.as_strided((dense.numel(),), (1,)).view(torch.uint8)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """The raw bytes of a tensor, for hashing."""
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return flat_bytes(tensor).numpy().tobytes()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -111,15 +123,30 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+def require_disk(folder: Path, needed_bytes: int, what: str, advice: str = "choose another folder with out=") -> None:
     """Refuse to start writing what cannot fit."""
-    existing = next(p for p in [folder, *folder.absolute().parents] if p.exists())
+    existing = _existing(folder)
     free = shutil.disk_usage(existing).free
     if needed_bytes > free:
-        raise ValueError(
+        raise NoSpaceError(
             f"{what} needs {gigabytes(needed_bytes)}, but {existing} has {gigabytes(free)} free: "
-            "free some space or choose another folder with out=."
+            f"free some space or {advice}."
         )
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Refuse a place where nothing can be written: below a file, on a read-only disk, under an impossible name."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".moe-compress-", dir=_existing(folder)))
+    except OSError as error:
+        raise ValueError(
+            f"{what}: nothing can be written to {folder} ({error.strerror}); choose another folder."
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(p for p in [folder, *folder.absolute().parents] if p.exists())
 
 
 def gigabytes(count: float) -> str:

@@ -44,6 +44,8 @@ def set_up_logging(verbose: bool) -> None:
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    # The hub's client reports every attempt; what came of them is said in one sentence.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
 def show_markdown(text: str) -> None:
@@ -67,6 +69,16 @@ def show_tables(tables: Sequence[Table]) -> None:
         else:
             heading, how = text.split("\n\n")[:2]
             out.print(Markdown(heading), Markdown(how), _turned(found))
+
+
+def show_run(tables: Sequence[Table]) -> None:
+    """Print the row or two of a single run as columns: a number a line."""
+    for found in tables:
+        if sys.stdout.isatty():
+            heading, how = found.markdown().split("\n\n")[:2]
+            Console().print(Markdown(heading), Markdown(how), _turned(found))
+        else:
+            sys.stdout.write(found.markdown(turned=True) + "\n")
 
 
 def _turned(found: Table) -> rich.table.Table:

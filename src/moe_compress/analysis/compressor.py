@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_compress.analysis.arguments import checked
 from moe_compress.analysis.info import MoEHooks, MoELayerInfo, get_moe_layer_info, shape_of, view_of
-from moe_compress.analysis.layer import SIMILAR, LayerAnalysis, analyse
+from moe_compress.analysis.layer import SIMILAR, LayerAnalysis, analyse, require_cosine
 from moe_compress.analysis.plans import (
     BLENDS,
     CompressedMoEConfig,
@@ -34,10 +35,12 @@ from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model
 from moe_compress.analysis.strategies import impact_of, make_plan, strategy_target
 from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.locate import local_folder, open_model
-from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.reader import Checkpoint, architecture_values
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.methods.trimming.alignment import aligned_order
-from moe_compress.model.edits import Edit, Plan, apply_edits, refuse_if_uneditable
+from moe_compress.model import hf
+from moe_compress.model.edits import Edit, Plan, apply_edits, check_edits, refuse_if_uneditable
+from moe_compress.model.moe import moe_shapes
 from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
 from moe_compress.runtime import log, one_of, resolve_device, resolve_dtype, write_json
 from moe_compress.stream.data import Windows, make_windows
@@ -66,12 +69,14 @@ Prompts = tuple[str, ...]
 class ExpertCompressor:
     """Compresses a model in memory, layer by layer. One pass over a text measures all layers, and is remembered."""
 
+    @checked
     def __init__(
         self,
         model_or_path: PreTrainedModel | str | os.PathLike[str],
         tokenizer: PreTrainedTokenizerBase | None = None,
         similarity_threshold: float = SIMILAR,
     ) -> None:
+        self.similarity_threshold = require_cosine(similarity_threshold)
         self.checkpoint: Checkpoint | None = None
         if isinstance(model_or_path, str | os.PathLike):
             self.checkpoint = open_model(os.fspath(model_or_path))
@@ -82,21 +87,23 @@ class ExpertCompressor:
             self.model = model_or_path
         refuse_if_uneditable(self.model.config)
         self.tokenizer = tokenizer
-        self.similarity_threshold = similarity_threshold
         self._seen: dict[Prompts, dict[int, Seen]] = {}
         self._analyses: dict[tuple[Prompts, int], LayerAnalysis] = {}
         self._orders: dict[tuple[int, tuple[tuple[int, ...], ...]], Tensor] = {}
         self._changed: set[int] = set()
+        self._applied: list[Edit] = []
         self._latest: Prompts = ()
 
     # --- analysing ------------------------------------------------------------------------------------------
 
+    @checked
     def analyze_compression_potential(
         self, layer_idx: int, test_prompts: Sequence[str] | None = None
     ) -> dict[str, Any]:
         """How compressible a layer is, from exactly these prompts (or the zoo's text): see `LayerAnalysis`."""
         return self.analysis(layer_idx, test_prompts).to_json()
 
+    @checked
     def analysis(self, layer_idx: int, test_prompts: Sequence[str] | None = None) -> LayerAnalysis:
         """The same as an object."""
         view_of(self.model, layer_idx)
@@ -135,6 +142,7 @@ class ExpertCompressor:
 
     # --- planning -------------------------------------------------------------------------------------------
 
+    @checked
     def plan_compression(
         self,
         layer_idx: int,
@@ -183,6 +191,7 @@ class ExpertCompressor:
 
     # --- carrying out ---------------------------------------------------------------------------------------
 
+    @checked
     def apply_compression(self, plan: CompressionPlan, layer_idx: int, inplace: bool = False) -> CompressedMoEConfig:
         """Change experts and router of the layer if `inplace`; in any case say where each expert goes.
 
@@ -192,27 +201,54 @@ class ExpertCompressor:
         config = config_of(plan, layer_idx, view_of(self.model, layer_idx))
         if inplace:
             with torch.no_grad():
-                apply_edits(self.model, self._edits(plan, layer_idx))
+                edits = self._edits(plan, layer_idx)
+                apply_edits(self.model, edits)
+            self._applied += edits
             self._changed.add(layer_idx)
             self._orders.clear()
         return config
 
+    @checked
     def compressed_model(self, plans: Sequence[CompressionPlan]) -> PreTrainedModel:
         """A new model with the plans carried out; tensors that they leave alone are shared with this one."""
         return edited_copy(self.model, self._all_edits(plans))
 
+    @checked
     def save_plan(self, plans: Sequence[CompressionPlan], folder: str | os.PathLike[str]) -> Path:
-        """Write plan.json and its tensors: `moe-compress apply` makes the compressed checkpoint of them."""
+        """Write plan.json and its tensors: `moe-compress apply` makes the compressed checkpoint of them.
+
+        What was done in place comes first, so that the file is for the model as it was; raises ValueError if that is
+        not how the model in memory came about.
+        """
         source, path = self.checkpoint, Path(folder) / PLAN
+        edits = [*self._applied, *self._all_edits(plans)]
+        self._require_as_applied()
         base = {"model": self.model.config._name_or_path, "commit": None, "fingerprint": None}
         if source is not None:
             base = {"model": source.name, "commit": source.commit, "fingerprint": source.fingerprint}
-        stage = StagePlan("expert_compressor", Plan(self._all_edits(plans), {}, {}))
+        stage = StagePlan("expert_compressor", Plan(edits, {}, {}))
         write_json(path, plan_values([stage], base))
         write_shard(path.with_name(ARRAYS), plan_arrays([stage]))
         return path
 
+    def _require_as_applied(self) -> None:
+        """Raise ValueError if the model has other experts than its source has after what was done in place."""
+        name = self.model.config._name_or_path
+        folder = self.checkpoint.folder if self.checkpoint else local_folder(name)
+        if folder is None:
+            return
+        expected = hf.skeleton(hf.config_from(architecture_values(folder)), self.model.dtype)
+        check_edits(expected, self._applied)
+        if moe_shapes(expected) != moe_shapes(self.model):
+            raise ValueError(
+                f"the model is not what is in {folder} with this compressor's plans in place: save the model as it is, "
+                "and open that folder with a new ExpertCompressor."
+            )
+
     def _all_edits(self, plans: Sequence[CompressionPlan]) -> list[Edit]:
         if any(plan.layer_idx is None for plan in plans):
             raise ValueError("a plan that goes with others must say for which layer it is: set layer_idx.")
+        layers = [plan.layer_idx for plan in plans]
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"these plans are for layers {layers}: one a layer; for more, apply the first in place.")
         return [edit for plan in plans for edit in self._edits(plan, plan.layer_idx or 0)]

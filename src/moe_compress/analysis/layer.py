@@ -38,6 +38,13 @@ SIMILAR = 0.6
 Z = NormalDist().inv_cdf(0.975)
 
 
+def require_cosine(threshold: float) -> float:
+    """The threshold itself; ValueError if no cosine can be on one side of it or the other."""
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}: a cosine from -1 to 1 is needed, such as {SIMILAR}.")
+    return threshold
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """How many times as large an expert's share of a domain's tokens is as its share of all others, with interval."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor
 
+from moe_compress.analysis.arguments import validated
 from moe_compress.model.edits import Edit, KeepExperts, MergeExperts
 from moe_compress.model.moe import MoEView
 from moe_compress.runtime import DTYPES, dtype_name, one_of
@@ -102,10 +104,9 @@ class CompressionPlan:
     def from_json(cls, values: Mapping[str, Any]) -> CompressionPlan:
         """The plan that `to_json` gave; ValueError for what is none."""
         _require_fields(cls, values)
-        merges = values["merges"]
-        for merge in merges:
+        for merge in values["merges"] if isinstance(values["merges"], list) else ():
             _require_fields(ExpertMergeResult, merge)
-        return cls(**{**values, "merges": [ExpertMergeResult(**merge) for merge in merges]})
+        return validated(cls, values)
 
 
 @dataclass
@@ -114,12 +115,13 @@ class CompressedMoEConfig:
     merged_from: merged expert -> those that it was; router_remap: the new router's rows, one a new expert.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(arbitrary_types_allowed=True)
     layer_idx: int
     original_num_experts: int
     compressed_num_experts: int
     expert_mapping: dict[int, int]
     merged_from: dict[int, list[int]]
-    router_remap: Tensor | None = field(default=None, compare=False)
+    router_remap: Tensor | None = field(default=None, compare=False, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object, the router's rows included."""
@@ -138,20 +140,18 @@ class CompressedMoEConfig:
         """The config that `to_json` gave; ValueError for what is none."""
         _require_fields(cls, values)
         remap = values["router_remap"]
-        return cls(
-            **{
-                **values,
-                "expert_mapping": {int(old): new for old, new in values["expert_mapping"].items()},
-                "merged_from": {int(new): old for new, old in values["merged_from"].items()},
-                "router_remap": remap and torch.tensor(remap["rows"], dtype=DTYPES[remap["dtype"]]),
-            }
-        )
+        try:
+            rows = None if remap is None else torch.tensor(remap["rows"], dtype=DTYPES[remap["dtype"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("router_remap needs a `dtype` and `rows`, a list of lists of numbers.") from error
+        return validated(cls, {**values, "router_remap": rows})
 
 
 def _require_fields(kind: type, values: Mapping[str, Any]) -> None:
     names = [f.name for f in fields(kind)]
-    if not isinstance(values, Mapping) or sorted(values) != sorted(names):
-        raise ValueError(f"a {kind.__name__} has the fields {', '.join(names)}, not {', '.join(values)}.")
+    if not isinstance(values, Mapping) or set(values) != set(names):
+        given = ", ".join(map(str, values)) if isinstance(values, Mapping) else f"{values!r:.60}"
+        raise ValueError(f"a {kind.__name__} has the fields {', '.join(names)}, not {given}.")
 
 
 # --- carrying out -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import difflib
 import os
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -24,6 +24,7 @@ FILES = (
     "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja",
     "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
+HUB_SECONDS = 10.0
 
 
 def open_model(model: str, revision: str | None = None) -> Checkpoint:
@@ -34,11 +35,12 @@ def open_model(model: str, revision: str | None = None) -> Checkpoint:
             raise ValueError(f"revision={revision} belongs to a hub model, but {model} is a local folder.")
         return open_checkpoint(folder, model if model in zoo.NAMES else str(folder))
     _require_hub_id(model)
+    cached_only = not _hub_answers()
     with _hub_errors(model, revision):
-        config = hf_hub_download(model, "config.json", revision=revision)
+        config = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
     architecture_values(Path(config).parent)  # refuses what cannot be read, before gigabytes are fetched
     with _hub_errors(model, revision):
-        path = snapshot_download(model, revision=revision, allow_patterns=list(FILES))
+        path = snapshot_download(model, revision=revision, allow_patterns=list(FILES), local_files_only=cached_only)
     folder = Path(path)
     return open_checkpoint(folder, model, commit=folder.name)
 
@@ -55,8 +57,10 @@ def config_folder(model: str, revision: str | None = None) -> Path:
     if shipped is not None and revision is None:
         return shipped.parent
     _require_hub_id(model)
+    cached_only = not _hub_answers()
     with _hub_errors(model, revision):
-        return Path(hf_hub_download(model, "config.json", revision=revision)).parent
+        path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
+    return Path(path).parent
 
 
 def local_folder(model: str) -> Path | None:
@@ -75,6 +79,22 @@ def _require_hub_id(model: str) -> None:
         f"there is no model {model!r}. {hint}Use a zoo name ({', '.join(zoo.NAMES)}), a local folder, or a hub id "
         "such as mistralai/Mixtral-8x7B-v0.1."
     )
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached: asked once and briefly; its client alone would try for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception:  # whatever the client's HTTP library raises: nothing came back
+        return False
+    return True
+
+
+def _suggestion(model: str) -> str:
+    """The well-known hub id that the user may have meant."""
+    known = {hub_id.lower(): hub_id for hub_id in zoo.known_configs() if hub_id != model}
+    near = difflib.get_close_matches(model.lower(), known, 1, cutoff=0.8)
+    return f" Did you mean {known[near[0]]!r}?" if near else ""
 
 
 class _hub_errors:
@@ -97,12 +117,12 @@ class _hub_errors:
         elif isinstance(error, RepositoryNotFoundError):
             text = (
                 f"there is no folder {model} here, and the hub has no such model or keeps it private: check the name, "
-                "or log in with `hf auth login`."
+                f"or log in with `hf auth login`.{_suggestion(model)}"
             )
         elif isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled | HfHubHTTPError | OSError):
             text = (
                 f"there is no folder {model} here, and it could not be fetched from the hub ({type(error).__name__}): "
-                "check the name and the connection, or use a local folder."
+                f"check the name and the connection, or use a local folder.{_suggestion(model)}"
             )
         elif isinstance(error, HFValidationError):
             text = f"{model} is neither a folder here nor a valid hub id."

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.runtime import flat_bytes
+
 STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -79,11 +81,16 @@ def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> Region:
 
 
 def write_shard(
-    file: Path, tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region], metadata: Mapping[str, str] | None = None
+    file: Path,
+    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    durable: bool = False,
 ) -> None:
     """Write one safetensors file: tensors from memory, regions straight from their files.
 
-    Written under a temporary name and renamed, so that a file under its real name is always whole.
+    Written under a temporary name and renamed, so that a file under its real name is whole after a kill; `durable`:
+    after a power cut too, at the price of waiting for the disk.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -101,7 +108,9 @@ def write_shard(
             if isinstance(tensor, Region):
                 _copy(tensor, out.fileno())
             else:
-                _write_all(out.fileno(), memoryview(_raw(tensor)))
+                _write_all(out.fileno(), flat_bytes(tensor).numpy().data)
+        if durable:
+            os.fsync(out.fileno())
     temporary.replace(file)
 
 
@@ -109,11 +118,6 @@ def _describe(tensor: Tensor | Region) -> tuple[str, tuple[int, ...], int]:
     if isinstance(tensor, Region):
         return tensor.dtype, tensor.shape, tensor.bytes
     return NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size()
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
 
 
 def _write_all(out: int, data: memoryview) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_compress.checkpoint.reader import INDEX, Checkpoint, Virtual
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions, write_shard
 from moe_compress.model import hf
-from moe_compress.runtime import read_json, write_json
+from moe_compress.runtime import read_json, require_writable, write_json
 
 STATE = "state.json"
 MANIFEST = "moe_compress.json"
@@ -50,8 +50,8 @@ class CheckpointWriter:
 
     def _begin(self, identity: str) -> None:
         _require_ours(self.partial)
-        if _begun_identity(self.partial) not in (None, identity):
-            shutil.rmtree(self.partial)
+        if begun_identity(self.partial) not in (None, identity):
+            empty_partial(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / STATE, {"identity": identity})
 
@@ -84,7 +84,7 @@ class CheckpointWriter:
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
-        write_shard(self._shard(layer), tensors)
+        write_shard(self._shard(layer), tensors, durable=True)
 
     def finish(
         self,
@@ -142,8 +142,19 @@ def copy_companions(source: Path, target: Path) -> None:
                 shutil.copyfile(path, target / path.name)
 
 
+def stage_folder(out: Path, number: int) -> Path:
+    """Where the checkpoint behind the stage of that number (from 0) is kept until the last one is there."""
+    return out.with_name(f"{out.name}.stage{number + 1}")
+
+
 def require_free(out: Path) -> None:
-    """Refuse an output folder that holds anything, or beside which something stands where ours would be begun."""
+    """Refuse an output folder that holds anything, that no rename can make, or beside which a foreign one stands."""
+    if not out.name:
+        raise ValueError(f"{out} has no name that an unfinished folder could stand beside: choose another out=.")
+    require_writable(out.parent, f"out={out}")
+    if out.is_symlink() or out.is_mount():
+        kind, other = ("a symbolic link", "where it leads") if out.is_symlink() else ("a mount point", "a folder in it")
+        raise ValueError(f"{out} is {kind}, and a checkpoint gets its name by a rename: choose {other} with out=.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} already holds something: choose another folder with out=, or remove it first.")
     _require_ours(partial_folder(out))
@@ -151,16 +162,22 @@ def require_free(out: Path) -> None:
 
 def _require_ours(partial: Path) -> None:
     strange = [path.name for path in partial.glob("*") if path.name != STATE + ".tmp"]
-    if strange and _begun_identity(partial) is None:
+    if strange and begun_identity(partial) is None:
         raise ValueError(f"{partial} is not unfinished work of moe-compress: move it away, or choose another out=.")
 
 
-def _begun_identity(partial: Path) -> str | None:
+def begun_identity(partial: Path) -> str | None:
     """Which run began this folder; None if this package did not. Killed just before its renaming, it has no state."""
     for name in (STATE, MANIFEST):
         if (partial / name).is_file():
             return str(read_json(partial / name).get("identity"))
     return None
+
+
+def empty_partial(partial: Path) -> None:
+    """Remove all that unfinished work holds; what marks it as ours goes last, in case of a kill."""
+    for path in sorted(partial.iterdir(), key=lambda path: path.name in (STATE, MANIFEST)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def begun_bytes(out: Path) -> int:

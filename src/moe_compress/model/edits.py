@@ -20,7 +20,7 @@ from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import MoEShape, moe_shape, moe_view, moe_views, permute_neurons
-from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer
+from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer, require_other_attention
 
 Arrays = Mapping[str, Tensor]
 
@@ -143,8 +143,7 @@ class SkipSublayer(_OnLayer):
             raise ValueError(
                 f"layer {self.layer} has no attention that could be removed; those that have: {with_attention}."
             )
-        if with_attention == [self.layer]:
-            raise ValueError(f"layer {self.layer} is the only one left with attention, which has to stay.")
+        require_other_attention(model, self.layer)
         _require_other_part(model, self.layer)
 
 
@@ -155,9 +154,10 @@ class DropLayer(_OnLayer):
     edit: Literal["drop_layer"] = field(default="drop_layer", kw_only=True)
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raise ValueError if there is no such layer or it is the last one with experts."""
+        """Raise ValueError if there is no such layer or it is the last one with experts or with attention."""
         _require_layer(model, self.layer)
         _require_other_moe(model, self.layer)
+        require_other_attention(model, self.layer)
 
 
 @dataclass(frozen=True, slots=True)

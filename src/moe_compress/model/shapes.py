@@ -10,19 +10,20 @@ from transformers import PreTrainedModel
 from moe_compress.model import hf
 from moe_compress.model.edits import DropLayer, Edit
 from moe_compress.model.moe import MoEShape, moe_shapes
-from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer
+from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer, mixing_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """moe: the layers with experts; total: all decoder layers; whole_layers: a MoE block is a layer of its own;
-    attention: the layers whose attention could be removed.
+    attention: the layers whose attention could be removed; mixing: all in which tokens attend to others.
     """
 
     moe: list[MoEShape]
     total: int
     whole_layers: bool = False
     attention: list[int] = field(default_factory=list)
+    mixing: list[int] = field(default_factory=list)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -32,7 +33,8 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
         raise ValueError(f"{type(model).__name__} has no layer whose experts can be told apart.")
     layers = hf.decoder_layers(model)
     whole = is_whole_layer(layers[shapes[0].layer], block_names(model))
-    return ModelShape(moe=shapes, total=len(layers), whole_layers=whole, attention=attention_layers(model))
+    attention, mixing = attention_layers(model), mixing_layers(model)
+    return ModelShape(moe=shapes, total=len(layers), whole_layers=whole, attention=attention, mixing=mixing)
 
 
 def removals(layers: Sequence[int]) -> list[Edit]:

@@ -68,6 +68,20 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
     ]
 
 
+def mixing_layers(model: PreTrainedModel) -> list[int]:
+    """The layers in which tokens attend to others, attention of its own kind of layer (Nemotron-H) included."""
+    layers = hf.decoder_layers(model)
+    kinds = [getattr(layer, "block_type", None) for layer in layers]
+    whole = [index for index, kind in enumerate(kinds) if kind in ("attention", "full_attention")]
+    return sorted({*attention_layers(model), *whole})
+
+
+def require_other_attention(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if no layer but this one has attention: the cache that generation needs counts by it."""
+    if mixing_layers(model) == [layer]:
+        raise ValueError(f"layer {layer} is the only one left with attention, which has to stay.")
+
+
 def _is_linear(layer: nn.Module, mixer: nn.Module | None) -> bool:
     """Whether layer or mixer says of itself that it is no attention over all tokens."""
     return any(getattr(module, key, None) in LINEAR_MIXERS for module in (layer, mixer) for key in KINDS)

@@ -24,14 +24,16 @@ class Table:
     protocol: dict[str, Any]
     frame: pd.DataFrame
 
-    def markdown(self) -> str:
-        """Title, protocol in a line, and the table."""
+    def markdown(self, turned: bool = False) -> str:
+        """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
         text = self.protocol["text"]
         how = (
             f"{text['tokens']:,} tokens of {text['source']} ({text['windows']} windows of {text['length']}), "
             f"{self.protocol['dtype']} on {self.protocol['device']}, protocol `{self.protocol['id']}`"
         )
-        return f"### {self.title}\n\n{how}\n\n{self.frame.to_markdown(index=False, disable_numparse=True)}\n"
+        frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.frame
+        cells = frame.to_markdown(index=turned, disable_numparse=True)
+        return f"### {self.title}\n\n{how}\n\n{cells}\n"
 
     def csv(self) -> str:
         """The same cells as CSV."""
@@ -104,6 +106,8 @@ def _row_name(record: Record) -> str:
 
 
 def _sentence(stage: dict[str, Any]) -> str:
+    if stage["method"] == "apply":
+        return f"apply: {stage['given']['plan']} ({stage['given']['edits']})"
     given = {k: v for k, v in stage["given"].items() if k != "seed"}
     return " ".join([stage["method"], *(f"{key}={value}" for key, value in given.items())])
 
@@ -124,7 +128,7 @@ def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
         "tasks right": _cell(records, "task_accuracy", 3),
     }
     if first.cost:
-        cells["compression s"] = f"{first.cost['calibration_seconds'] + first.cost['surgery_seconds']:.1f}"
+        cells["calibration + writing s"] = f"{first.cost['calibration_seconds'] + first.cost['surgery_seconds']:.1f}"
         cells["peak MiB"] = f"{first.cost['peak_bytes'] / BYTES:,.0f}"
     return cells
 

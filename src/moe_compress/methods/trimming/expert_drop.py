@@ -62,7 +62,7 @@ def check(  # noqa: PLR0913 - the recipe's parameters
     protected = {} if protect == "super" else protection.parsed(protect, shape.moe)
     protection.put_last(blank, protected)
     steps = {moe.layer: _steps(moe, blank[moe.layer]) for moe in shape.moe}
-    even = _even(shape.moe, keep, ratio, novice)
+    even = _even(shape.moe, keep, ratio, score, novice)
     taken, _report = allocate(_ladders(shape.moe, steps), even, "layer" if budget == "layer" else "global")
     edits = _edits(shape.moe, steps, taken)
     protection.require(edits, protected)
@@ -120,7 +120,7 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     that no token reached go first, stay, or are an error.
     """
     shapes = [layer.shape for layer in model.layers]
-    even = _even(shapes, keep, ratio, novice)
+    even = _even(shapes, keep, ratio, score, novice)
     table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in model.layers if score != "naee"}
     missed = {layer.shape.layer: _unseen(layer) for layer in model.layers}
     ranked = {i: _with_unseen(i, -s if reverse else s, missed[i], unseen) for i, s in table.items()}
@@ -185,9 +185,10 @@ def _rebuilding(
     return found, losses
 
 
-def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, novice: str) -> Taken:
-    """Steps that every layer takes alike."""
-    counts = kept_counts(shapes, keep, ratio, "expert_drop", router_whole=novice == "mean")
+def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, score: str, novice: str) -> Taken:
+    """Steps that every layer takes alike; naee weighs sets of experts as the router would do with them alone."""
+    whole = novice == "mean" and score != "naee"
+    counts = kept_counts(shapes, keep, ratio, "expert_drop", router_whole=whole)
     return {s.layer: (s.num_experts - counts[s.layer]) // s.groups for s in shapes}
 
 

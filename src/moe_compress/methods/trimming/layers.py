@@ -22,7 +22,7 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
 def _listed(text: str, known: Iterable[int], what: str) -> list[int]:
     """`3,7` -> [3, 7]; ValueError unless all of them are known."""
     words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() for word in words):
+    if not all(word.isascii() and word.isdigit() for word in words):
         raise ValueError(f"layers={text}: write layer numbers such as 3,7.")
     found = sorted({int(word) for word in words})
     unknown = sorted(set(found) - set(known))
@@ -93,31 +93,39 @@ def layer_drop(
     return Plan(_skips(model.shape, chosen, part), scores, {"dropped": chosen, "similarity": metric})
 
 
-def _last_moe(model: Observed, turns: dict[int, float]) -> int:
-    """The layer with experts that turns the stream most: one has to stay."""
-    return max((moe.layer for moe in model.shape.moe), key=lambda layer: (turns[layer], layer))
+def _spared(shape: ModelShape, turns: Mapping[int, float], count: int) -> set[int]:
+    """The layers that stay for their experts and for their attention: of each the one that turns the stream most."""
+    kinds = [{moe.layer for moe in shape.moe}, set(shape.mixing) or set(range(shape.total))]
+    if count == shape.total - 1:  # the one that is left has to have both
+        kinds = [set.intersection(*kinds)]
+        if not kinds[0]:
+            raise ValueError(f"drop={count}: no single layer has both experts and attention, so two have to stay.")
+    return {max(kind, key=lambda layer: (turns[layer], layer)) for kind in kinds}
 
 
-def _least(turns: dict[int, float], count: int, spared: int | None = None) -> list[int]:
+def _least(turns: Mapping[int, float], count: int, spared: Iterable[int] = ()) -> list[int]:
     """The layers that turn the stream least, ascending; ValueError where that could not be measured."""
     unknown = [layer for layer, turn in turns.items() if not math.isfinite(turn)]
     if unknown:
         raise ValueError(f"how layers {unknown[:5]} turn the stream could not be measured: name the layers (layers=).")
-    candidates = [layer for layer in turns if layer != spared]
+    candidates = set(turns) - set(spared)
     return sorted(sorted(candidates, key=lambda layer: (turns[layer], layer))[:count])
 
 
 # --- block drop ---------------------------------------------------------------------------------------------
 
 
-def check_blocks(shape: ModelShape, *, drop: int | None, layers: str | None, **_: Any) -> Plan:
-    """Whether so many layers can go: a plan with arbitrary ones, of which one with experts stays."""
+def check_blocks(shape: ModelShape, *, drop: int | None, layers: str | None, mode: str, **_: Any) -> Plan:
+    """Whether so many layers can go: a plan with arbitrary ones; one with experts and one with attention stay."""
     everything = list(range(shape.total))
     if layers is not None:
         return Plan(removals(_listed(layers, everything, "there are layers")), {}, {})
     count = _require_count(drop, shape.total, "layers")
-    spared = shape.moe[0].layer
-    return Plan(removals([layer for layer in reversed(everything) if layer != spared][:count]), {}, {})
+    if mode == "consecutive":
+        start = _run_starts(shape, count)[-1]
+        return Plan(removals(everything[start : start + count]), {}, {})
+    turns = {layer: -float(layer) for layer in everything}
+    return Plan(removals(_least(turns, count, _spared(shape, turns, count))), {}, {})
 
 
 @method(
@@ -146,7 +154,8 @@ def block_drop(
         return Plan(removals(chosen), {}, {})
     count = _require_count(drop, model.shape.total, "layers")
     turns = {layer: found["block"] for layer, found in model.streams.items()}
-    chosen = _least(turns, count, _last_moe(model, turns)) if mode == "discrete" else _best_run(model, count)
+    discrete = mode == "discrete"
+    chosen = _least(turns, count, _spared(model.shape, turns, count)) if discrete else _best_run(model, count)
     scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
     return Plan(removals(chosen), scores, {"dropped": chosen, "mode": mode})
 
@@ -155,10 +164,16 @@ def _best_run(model: Observed, count: int) -> list[int]:
     """The `count` consecutive layers between whose ends the stream turns least."""
     runs_LL = model.runs_LL
     assert runs_LL is not None
-    starts = range(model.shape.total - count + 1)
-    moe = {shape.layer for shape in model.shape.moe}
-    possible = [start for start in starts if not moe <= set(range(start, start + count))]
-    if not possible:
-        raise ValueError(f"drop={count}: every run of so many layers holds all layers with experts.")
-    start = min(possible, key=lambda start: (float(runs_LL[start, start + count]), start))
+    starts = _run_starts(model.shape, count)
+    start = min(starts, key=lambda start: (float(runs_LL[start, start + count]), start))
     return list(range(start, start + count))
+
+
+def _run_starts(shape: ModelShape, count: int) -> list[int]:
+    """Where a run of `count` layers can begin that leaves layers with experts and with attention."""
+    needed = [{moe.layer for moe in shape.moe}, *([set(shape.mixing)] if shape.mixing else [])]
+    starts = range(shape.total - count + 1)
+    possible = [n for n in starts if not any(kind <= set(range(n, n + count)) for kind in needed)]
+    if not possible:
+        raise ValueError(f"drop={count}: every run of so many layers holds all layers with experts or with attention.")
+    return possible

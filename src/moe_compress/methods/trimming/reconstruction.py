@@ -129,7 +129,7 @@ def ranked_choice(probe: Probe) -> Tensor:
 
 
 def _masks(subsets: Iterable[Sequence[int]], experts: int) -> Tensor:
-    ids = [torch.tensor(list(subset)) for subset in subsets]
+    ids = [torch.tensor(list(subset), dtype=torch.long) for subset in subsets]
     alive_SE = torch.zeros(len(ids), experts, dtype=torch.bool)
     for alive_E, kept in zip(alive_SE, ids, strict=True):
         alive_E[kept] = True

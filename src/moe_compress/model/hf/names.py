@@ -46,12 +46,13 @@ def renumbered(key: str, layer: int) -> str:
 def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> None:
     """Put checkpoint tensors (or safetensors slices) into the skeleton's parameters, converted and cast.
 
-    Raises ValueError when a tensor fits no parameter or has the wrong shape.
+    Raises ValueError when a tensor fits no parameter, has the wrong shape or holds no floating-point weights.
     """
     mapping: list[Any] = get_model_conversion_mapping(model)
     expected = model.state_dict()
     converters = {pattern: c for c in mapping if hasattr(c, "operations") for pattern in c.source_patterns}
     for name, by_pattern in _by_parameter(model, mapping, expected, tensors).items():
+        _require_weights(by_pattern, name, expected)
         converter = converters.get(next(iter(by_pattern)))
         if converter is not None and not _stacks(converter):
             _convert(model, mapping, {k: t for found in by_pattern.values() for k, t in found.items()}, device)
@@ -92,20 +93,34 @@ def _stacks(converter: Any) -> bool:
     return len(joins) <= 1 and all(type(join) is Concatenate and join.dim == 1 for join in joins)
 
 
+def _require_weights(by_pattern: Mapping[str, Mapping[str, Any]], name: str, expected: Mapping[str, Tensor]) -> None:
+    """Whole numbers where a parameter is floating are codes of some quantization, not weights: never cast them."""
+    if name not in expected or not expected[name].is_floating_point():
+        return
+    for found in by_pattern.values():
+        for key, source in found.items():
+            kind = source.get_dtype() if hasattr(source, "get_dtype") else str(source.dtype)
+            if "F" not in kind.upper():
+                raise ValueError(
+                    f"{key} is stored as {kind}, but {name} needs floating-point weights: use a bf16 copy."
+                )
+
+
 def _stack(value: Tensor, converter: Any, by_pattern: Mapping[str, Mapping[str, Any]], name: str) -> None:
     """Fill a fused tensor [E, ...] from one tensor per expert and pattern."""
-    row = 0
-    for pattern in converter.source_patterns:
+    rows = value.shape[1] // len(converter.source_patterns)
+    wanted = (rows, *value.shape[2:])
+    for place, pattern in enumerate(converter.source_patterns):
         found = by_pattern.get(pattern, {})
         if len(found) != len(value):
             raise ValueError(f"{name} needs {len(value)} experts, the checkpoint holds {len(found)} for {pattern}.")
-        for expert, source in enumerate(found.values()):
+        for expert, (key, source) in enumerate(found.items()):
             matrix = source[...]
-            rows = len(matrix)
-            _fill(value[expert, row : row + rows], matrix, name)
-        row += rows
-    if row != value.shape[1]:
-        raise ValueError(f"{name} has {value.shape[1]} rows an expert, the checkpoint's matrices {row}.")
+            if tuple(matrix.shape) != wanted:
+                raise ValueError(
+                    f"{key} has the shape {tuple(matrix.shape)}, but {name} is made of {wanted} an expert."
+                )
+            value[expert, place * rows : (place + 1) * rows].copy_(matrix)
 
 
 def _fill(value: Tensor, source: Tensor, name: str) -> None:
