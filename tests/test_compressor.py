@@ -713,7 +713,7 @@ def test_the_analyze_command(monkeypatch, capsys, tmp_path):
     small = ("samples=8", "length=64")
     said = command(monkeypatch, capsys, "analyze", "tiny-mixtral", "layers=1,3", *small)
     assert "| 1 " in said and "| 3 " in said and "| 2 " not in said and "512 tokens" in said
-    folder = tmp_path / "results" / "analysis" / "tiny-mixtral"
+    folder = tmp_path / "runs" / "analysis" / "tiny-mixtral"
     assert {path.name for path in folder.iterdir()} == {
         "analysis.json", "utilization.png", "similarity.png", "reap.png", "turns.png",
     }  # fmt: skip
@@ -762,7 +762,7 @@ def test_mistakes_are_one_sentence(words, said, monkeypatch, capsys, tmp_path):
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "word"), [("analyze", "layers=3,7"), ("compare", "--prompts")])
+@pytest.mark.parametrize(("name", "word"), [("analyze", "layers=3,7"), ("compare", "prompts=FILE")])
 def test_help(name, word):
     said = CliRunner().invoke(__main__.app, [name, "--help"])
     assert said.exit_code == 0 and word in said.output
