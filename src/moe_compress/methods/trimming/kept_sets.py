@@ -11,6 +11,9 @@ numbers: cross = sum strength <f, target> and square = |sum strength f|^2 over t
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +24,8 @@ from moe_compress.stream.probe import Probe
 # Numbers in a table of (token, kept set) pairs by experts at a time.
 CHUNK = 2**21
 TOKENS_AT_ONCE = 256
+# Where tokens may come to more choices than this, or rank more experts, kept sets are evaluated one by one.
+MOST_CHOICES, MOST_REACHED = 1024, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +39,35 @@ class Sums:
     values_3R: Tensor
     unknown_R: Tensor
     read_RE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What tokens would add with each of C choices of experts, and which choice a kept set leads to.
+
+    values_3TC: cross, square and total; code_TE: 2^p for the expert that a token ranks at place p, so that the codes of
+    a kept set add up to a number of bits; number_B: the choice for every such number.
+    """
+
+    values_3TC: Tensor
+    code_TE: Tensor
+    number_B: Tensor
+
+
+@functools.cache
+def _bits(reach: int) -> Tensor:
+    """The bits of all numbers below 2^reach, bool [B, reach]."""
+    return (torch.arange(2**reach).unsqueeze(1) >> torch.arange(reach)) % 2 == 1
+
+
+def _first_bits(reach: int, places_CK: Tensor) -> Tensor:
+    """For every number below 2^reach: which of the choices its K lowest set bits are, [B]."""
+    bits_BP, top_k = _bits(reach), places_CK.shape[1]
+    first_BP = bits_BP & (bits_BP.cumsum(1) <= top_k)
+    powers_P = 2 ** torch.arange(reach)
+    number_B = torch.zeros(2**reach, dtype=torch.long)
+    number_B[powers_P[places_CK].sum(1)] = torch.arange(len(places_CK))
+    return number_B[(first_BP * powers_P).sum(1)]
 
 
 class Layer:
@@ -120,11 +154,45 @@ class Layer:
         target_T = self.gram_TNN[:, -1, -1]
         loss_S, left_S = torch.zeros(len(alive_SE), dtype=torch.float64), torch.arange(len(alive_SE))
         for token_T in target_T.argsort(descending=True, stable=True).split(TOKENS_AT_ONCE):
+            chosen = self._choices(token_T, int((~alive_SE[0]).sum()))
             for part_S in left_S.split(max(1, CHUNK // (len(token_T) * self.experts))):
-                sums = self.sums(token_T.repeat(len(part_S)), alive_SE[part_S].repeat_interleave(len(token_T), 0))
-                loss_S[part_S] += self.loss(sums.values_3R).view(len(part_S), -1).sum(1) + target_T[token_T].sum()
+                part_SE = alive_SE[part_S]
+                if chosen is None:
+                    sums = self.sums(token_T.repeat(len(part_S)), part_SE.repeat_interleave(len(token_T), 0))
+                    found_S = self.loss(sums.values_3R).view(len(part_S), -1).sum(1)
+                else:
+                    found_S = self._looked_up(chosen, token_T, part_SE)
+                loss_S[part_S] += found_S + target_T[token_T].sum()
             left_S = left_S[loss_S[left_S] <= bound]
         return int(left_S[loss_S[left_S].argmin()])
+
+    def _choices(self, token_T: Tensor, dropped: int) -> Choices | None:
+        """All that tokens may come to choose once `dropped` experts are gone; None where a list of them is no help.
+
+        A token then uses K of the K + dropped experts that it ranks highest. There are fewer such choices than kept
+        sets, and each is evaluated once.
+        """
+        top_k, reach = self.routing.top_k, self.routing.top_k + dropped
+        fixed = self.routing.order_is_fixed and self.routing.groups == 1
+        if not fixed or reach > MOST_REACHED or math.comb(reach, top_k) > MOST_CHOICES:
+            return None
+        strength_TE = self.strength_TE[token_T]
+        choice_TE = self.routing.eligible(strength_TE, torch.ones_like(strength_TE, dtype=torch.bool))
+        order_TP = choice_TE.argsort(dim=1, descending=True, stable=True)[:, :reach]
+        places_CK = torch.tensor(list(itertools.combinations(range(reach), top_k)))
+        alive_TCE = torch.zeros(len(token_T), len(places_CK), self.experts, dtype=torch.bool)
+        alive_TCE.scatter_(2, order_TP[:, places_CK.flatten()].view(len(token_T), *places_CK.shape), True)
+        values_3R = self.sums(token_T.repeat_interleave(len(places_CK)), alive_TCE.flatten(0, 1)).values_3R
+        code_TE = torch.zeros(strength_TE.shape).scatter_(1, order_TP, 2.0 ** torch.arange(reach).expand_as(order_TP))
+        return Choices(values_3R.view(3, len(token_T), -1), code_TE, _first_bits(reach, places_CK))
+
+    def _looked_up(self, chosen: Choices, token_T: Tensor, alive_SE: Tensor) -> Tensor:
+        """Summed losses of kept sets over the tokens, less their targets, [S]."""
+        index_TS = chosen.number_B[(chosen.code_TE @ alive_SE.T.float()).long()]
+        values_3TS = torch.stack([table_TC.gather(1, index_TS) for table_TC in chosen.values_3TC])
+        if self.shares_total:
+            values_3TS[2] = self.strength_TE[token_T] @ alive_SE.T.double()
+        return self.loss(values_3TS).sum(0)
 
     def losses(self, alive_SE: Tensor) -> tuple[Tensor, Tensor]:
         """|target - output|^2 of kept sets, and their shares of exhausted tokens, both [S]."""

@@ -45,20 +45,21 @@ def best_subset(probe: Probe, shape: MoEShape, keep: int, *, exact_up_to: int = 
     """The set of `keep` experts with the least loss, equally many in every router group.
 
     Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
-    experts no other set is better, which is made sure of by trying them all. The loss of every set that is reached is
-    exact, and no swap is taken that does not lower it. The comparison of steps not taken is exact as well, with two
-    exceptions. Under a softmax with a selection bias, all of them neglect that the rank of an expert may change for
-    tokens that do not use the one removed. Under groups, swaps neglect that a token's groups may change so that the
-    new expert comes into reach.
+    experts, instead of swaps, all sets that may be better are tried, so that none is. The loss of every set that is
+    reached is exact, and no swap is taken that does not lower it. The comparison of steps not taken is exact as well,
+    with two exceptions. Under a softmax with a selection bias, all of them neglect that the rank of an expert may
+    change for tokens that do not use the one removed. Under groups, swaps neglect that a token's groups may change so
+    that the new expert comes into reach.
     """
     shape.require(keep)
     layer = Layer(probe, shape.layer)
     search = Search(layer)
     while int(search.alive_E.sum()) > keep:
         _eliminate(search, shape)
-    alive_E = _swap(search, shape).alive_E
+    exact = layer.experts <= exact_up_to
+    alive_E = search.alive_E if exact else _swap(search, shape).alive_E
     loss, exhausted = layer.losses(alive_E[None])
-    if layer.experts <= exact_up_to:
+    if exact:
         alive_SE = _masks(_balanced(shape, keep), layer.experts)
         alive_E = alive_SE[layer.best_of(alive_SE, float(loss) + LEAST_GAIN * float(layer.target))]
         loss, exhausted = layer.losses(alive_E[None])
