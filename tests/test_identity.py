@@ -85,7 +85,7 @@ def test_identity_writes_the_same_names_and_bytes(family, dtype, tmp_path):
     ids=["stride of one element", "column of one row", "scalar", "transposed", "empty", "bool"],
 )
 def test_tensors_lie_in_shards_as_they_are(tensor, tmp_path):
-    write_shard(tmp_path / "x.safetensors", {"x": tensor}, durable=True)
+    write_shard(tmp_path / "x.safetensors", {"x": tensor})
     assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
     assert tensor_bytes(tensor) == tensor.numpy().tobytes()
 

@@ -29,7 +29,8 @@ ALLOWED = {
     "stream.probe": ("stream.observers", "model"),
     "stream.turns": ("stream.observers",),
     "stream.observed": ("stream.probe", "model"),
-    "methods": ("methods", "registry", "model", "stream.observed", "stream.probe"),
+    "stream.inputs": ("stream.observers", "model"),
+    "methods": ("methods", "registry", "model", "stream.observed", "stream.probe", "stream.inputs"),
     "plans": ("model", "runtime"),
     "harness": ("harness", "stream", "checkpoint", "model", "runtime", "zoo"),
 }

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from moe_compress import methods, registry
+from moe_compress.harness.statistics import per_token
 from moe_compress.report.record import Record, load_records
 from moe_compress.report.table import one_row_each
 
@@ -22,6 +26,17 @@ SIZES = (
 BESIDE = ("score=reap", "score=naee", "score=random", "score=gate_mass", "score=aimer")
 methods.register_all()
 PRESETS = ("hc_smoe", "m_smoe", "ream")
+PAIRS = (
+    ("prune method=sparsegpt sparsity=0.5", "prune method=wanda sparsity=0.5"),
+    ("prune method=wanda sparsity=0.5", "prune method=magnitude sparsity=0.5"),
+    ("prune method=sparsegpt pattern=2:4", "prune method=wanda pattern=2:4"),
+    ("prune method=wanda pattern=2:4", "prune method=magnitude pattern=2:4"),
+    ("prune method=wanda sparsity=0.5 allocate=utilisation", "prune method=wanda sparsity=0.5"),
+    ("prune method=wanda sparsity=0.5 allocate=sensitivity", "prune method=wanda sparsity=0.5"),
+    ("prune method=wanda sparsity=0.5 allocate=both", "prune method=wanda sparsity=0.5"),
+    ("prune method=wanda sparsity=0.5 allocate=owl", "prune method=wanda sparsity=0.5"),
+    ("prune method=sparsegpt sparsity=0.5 allocate=both", "prune method=sparsegpt sparsity=0.5"),
+)
 Row = list[Record]
 
 
@@ -59,7 +74,7 @@ def scores(records: Sequence[Record]) -> str:
     grid: dict[str, dict[Any, Row]] = {}
     for found in one_row_each(records):
         given = _given(found[0])
-        if given.get("method") != SCORE or "ratio" not in given or not OTHERS.isdisjoint(given):
+        if given.get("stage") != SCORE or "ratio" not in given or not OTHERS.isdisjoint(given):
             continue
         row = given["score"] + (f", {given['gate']} softmax" if "gate" in given else "")
         grid.setdefault(row, {})[found[0].model, f"{given['ratio']:.0%}"] = found
@@ -77,7 +92,7 @@ def trimming(records: Sequence[Record], low: float, high: float) -> str:
 
     for found in one_row_each(records):
         given = _given(found[0])
-        simple = given.get("method") == SCORE and OTHERS.isdisjoint(given)
+        simple = given.get("stage") == SCORE and OTHERS.isdisjoint(given)
         if not given or not low <= removed(found) < high or (simple and not _name(given).endswith(BESIDE)):
             continue
         grid.setdefault(_name(given), {})[found[0].model] = found
@@ -88,12 +103,46 @@ def active(records: Sequence[Record]) -> str:
     """Recipes that leave the stored parameters alone, one row a model: what they save per token."""
     whole = _originals(records)
     lines = ["| model | recipe | FLOPs per token | change of NLL |", "|---|---|---|---|"]
-    rows = [found for found in one_row_each(records) if _given(found[0]).get("method") in ("top_k", "skip")]
+    rows = [found for found in one_row_each(records) if _given(found[0]).get("stage") in ("top_k", "skip")]
     for found in sorted(rows, key=lambda found: (found[0].model, _mean(found))):
         record = found[0]
         share = record.sizes["flops_per_token"] / whole[record.model].sizes["flops_per_token"] - 1
         lines.append(f"| {record.model} | {_name(_given(record), True)} | {share:+.0%} | {cell(found)} |")
     return "\n".join(lines) + "\n"
+
+
+def pruning(records: Sequence[Record]) -> str:
+    """Rows: recipes that set weights to zero; columns: models."""
+    grid: dict[str, dict[Any, Row]] = {}
+    for found in one_row_each(records):
+        given = _given(found[0])
+        if given.get("stage") == "prune":
+            grid.setdefault(_name(given, True), {})[found[0].model] = found
+    return table("recipe", grid, sorted(_originals(records)), cell)
+
+
+def orderings(records: Sequence[Record], documents: Path) -> str:
+    """Differences between ways of pruning, paired by document, each side the mean of its seeds."""
+    rows: dict[tuple[str, str], Row] = {}
+    for found in one_row_each(records):
+        rows[_name(_given(found[0]), True) if _given(found[0]) else "", found[0].model] = found
+    lines = []
+    for better, worse in PAIRS:
+        cells = []
+        for model in sorted(_originals(records)):
+            sides = [rows.get((name, model), []) for name in (better, worse)]
+            cells.append(_difference(*sides, documents) if all(sides) else "")
+        lines.append(f"| {better} - {worse.removeprefix('prune ')} | " + " | ".join(cells) + " |")
+    models = sorted(_originals(records))
+    return "\n".join([f"| difference | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *lines]) + "\n"
+
+
+def _difference(better: Row, worse: Row, documents: Path) -> str:
+    sides = [[load_file(documents / f"{record.name}.safetensors") for record in row] for row in (better, worse)]
+    means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
+    found = per_token((means[0] - means[1]).numpy(), sides[0][0]["tokens"].numpy(), "nats/token")
+    low, high = found["interval"]
+    return f"{found['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _originals(records: Sequence[Record]) -> dict[str, Record]:
@@ -105,40 +154,43 @@ def _given(record: Record) -> dict[str, Any]:
     if len(record.recipe) != 1:
         return {}
     stage = record.recipe[0]
-    given = {"method": stage["method"], **stage["given"]}
+    given = {"stage": stage["method"], **stage["given"]}
     for name, values in registry.find(stage["method"]).presets.items():
         differing = {key for key, value in values.items() if stage["parameters"][key] != value}
         if name in PRESETS and differing <= {"router", "budget", "keep", "ratio"} and "score" not in values:
             left = {k: v for k, v in given.items() if k not in values or k in differing}
             changed = {key: stage["parameters"][key] for key in differing if key not in ("keep", "ratio")}
-            return {"method": stage["method"], "preset": name, **left, **changed}
+            return {"stage": stage["method"], "preset": name, **left, **changed}
     return given
 
 
 def _name(given: dict[str, Any], whole: bool = False) -> str:
     """The recipe as a sentence, without how much it removes (unless the whole is wanted)."""
-    hidden = {"method", "seed"} | (set() if whole else {"ratio"})
+    hidden = {"stage", "seed"} | (set() if whole else {"ratio"})
     words = [f"{key}={value}" for key, value in given.items() if key not in hidden]
-    return " ".join([given["method"], *words])
+    return " ".join([given["stage"], *words])
 
 
 def _mean(records: Row) -> float:
     return sum(record.metrics[METRIC].value for record in records) / len(records)
 
 
-def summary(records: Sequence[Record]) -> str:
+def summary(records: Sequence[Record], documents: Path) -> str:
     """All tables with their headings."""
     parts = ["**Scores of Expert Drop**, equally many experts in every layer:", scores(records)]
     for title, low, high in SIZES:
         parts += [f"**{title}**, other ways of trimming beside a few scores; behind each cell what it removes:"]
         parts += [trimming(records, low, high)]
     parts += ["**Fewer active experts**, nothing removed from the file:", active(records)]
+    parts += ["**Pruned weights**, the file as large as before:", pruning(records)]
+    parts += ["The same in pairs: each side the mean of its calibration seeds, intervals over documents:"]
+    parts += [orderings(records, documents)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
 def write_summary(results: Path, readme: Path | None) -> None:
     """Write summary.md beside the records and put the same tables between the README's markers, if one is given."""
-    text = summary(load_records(sorted((results / "records").glob("*.json"))))
+    text = summary(load_records(sorted((results / "records").glob("*.json"))), results / "documents")
     (results / "summary.md").write_text(text, encoding="utf-8")
     if readme is None:
         return

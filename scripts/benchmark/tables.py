@@ -66,6 +66,44 @@ ACTIVE = {
     "tiny-deepseek": ("top_k k=3", "top_k k=2", "top_k mean=3", "top_k mean=3 on=noise"),
 }
 
+# What depends on the calibration text is run on three of them.
+SLIMMING_SEEDS = range(3)
+SLIMMING = (
+    "prune method=wanda sparsity=0.5",
+    "prune method=sparsegpt sparsity=0.5",
+    "prune method=wanda pattern=2:4",
+    "prune method=sparsegpt pattern=2:4",
+    "prune method=sparsegpt sparsity=0.5 propagate=original",
+    "prune method=sparsegpt sparsity=0.75",
+    "prune method=wanda sparsity=0.5 allocate=utilisation",
+    "prune method=wanda sparsity=0.5 allocate=sensitivity",
+    "prune method=wanda sparsity=0.5 allocate=both",
+    "prune method=wanda sparsity=0.5 allocate=owl",
+    "prune method=sparsegpt sparsity=0.5 allocate=both",
+    "channels score=camera ratio=0.25",
+    "channels score=camera ratio=0.5",
+    "channels score=camera ratio=0.25 budget=global",
+    "channels score=camera ratio=0.5 budget=global",
+    "channels score=heapr ratio=0.25",
+    "channels score=heapr ratio=0.5",
+    "channels score=heapr ratio=0.25 budget=global",
+    "channels score=heapr ratio=0.5 budget=global",
+    "channels score=wanda ratio=0.25",
+)
+# Of weights alone, or with nothing that a seed could change.
+SLIMMING_ONCE = (
+    "prune method=magnitude sparsity=0.5",
+    "prune method=magnitude pattern=2:4",
+    "channels score=magnitude ratio=0.25",
+)
+SHARED = {
+    "tiny-mixtral": (),
+    "tiny-deepseek": (
+        "prune method=sparsegpt pattern=2:4 where=experts,shared",
+        "prune method=sparsegpt pattern=2:4 where=experts,shared spare=shared",
+    ),
+}
+
 
 def recipes(model: str) -> list[tuple[str, int]]:
     """(sentence, seed) of every run on one model."""
@@ -73,7 +111,9 @@ def recipes(model: str) -> list[tuple[str, int]]:
     found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
     found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
-    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[model.removesuffix("-seed1")])]
+    family = model.removesuffix("-seed1")
+    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING_ONCE, *SHARED[family])]
+    found += list(itertools.product(SLIMMING, SLIMMING_SEEDS))
     return found
 
 
@@ -81,7 +121,7 @@ def run_model(model: str, results: Path) -> None:
     """All recipes on one model; checkpoints are measured and removed."""
     records = results / "records"
     for sentence, seed in recipes(model):
-        words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-")
+        words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-").replace(":", ".")
         name = f"{model}-{words}-seed{seed}"
         if (records / f"{name}.json").is_file():
             continue

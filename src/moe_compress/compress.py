@@ -22,6 +22,7 @@ from moe_compress.checkpoint.writer import (
     begun_bytes,
     manifest_of,
     remove_intermediate,
+    remove_scratch,
     require_free,
     stage_folder,
 )
@@ -44,6 +45,7 @@ from moe_compress.runtime import (
     reset_peak_memory,
     tensor_bytes,
 )
+from moe_compress.slimming import slim
 from moe_compress.stream.documents import DataSpec, Use, read_documents
 from moe_compress.stream.surgery import rewrite
 from moe_compress.terminal import progress_bar
@@ -74,6 +76,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
+        remove_scratch(out)
     else:
         require_free(out)
         _read_texts(recipe, source, run)
@@ -108,7 +111,7 @@ def _to_be_written(recipe: Recipe, expected: Forecast, out: Path) -> int:
 
 
 def _uses(recipe: Recipe) -> list[Use]:
-    text = any(stage.needs in ("text", "probe") for stage in recipe.stages)
+    text = any(stage.needs in registry.FROM_TEXT for stage in recipe.stages)
     uses: dict[Use, bool] = {"calibration": text, "heldout": recipe.options.eval}
     return [use for use, needed in uses.items() if needed]
 
@@ -147,12 +150,13 @@ class _Job:
     report: list[dict[str, Any]]
     stages: list[dict[str, Any]]
     through_model: bool = False
+    slims: Stage | None = None
 
 
 def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | None, run: Run) -> _Job:
     before = (manifest_of(earlier) if earlier else None) or {"report": [], "stages": []}
-    through_model = registry.find(stage.method).scope == "layer"
-    plan, calibration = (Plan([], {}, {}), dict[str, Any]()) if through_model else plan_stage(stage, source, run)
+    scope = registry.find(stage.method).scope
+    plan, calibration = plan_stage(stage, source, run) if scope == "model" else (Plan([], {}, {}), {})
     report = {"method": stage.method, "calibration": calibration, **plan.report}
     done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
     return _Job(
@@ -162,7 +166,8 @@ def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | No
         plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan, stage.given)],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
-        through_model=through_model,
+        through_model=scope == "layer",
+        slims=stage if scope == "weight" else None,
     )
 
 
@@ -180,7 +185,10 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         writer = CheckpointWriter(
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
-        rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
+        if job.slims is not None:
+            job.report[-1] |= slim(job.slims, job.source, run, writer, progress)
+        else:
+            rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
         plan = as_json(plan_values(job.plan, about["base"]))
@@ -195,6 +203,11 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
     Raises ValueError if that is not the model the plan was made for, unless `any_model`.
     """
     stages, base = read_plan(path)
+    for stage in stages:
+        if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
+            raise ValueError(
+                f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
+            )
     edits = [edit for stage in stages for edit in stage.plan.edits]
     model = options.model or base["model"]
     source = open_model(model, options.revision or (None if options.model else base.get("commit")))
@@ -237,8 +250,9 @@ def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     steps = [stage.model_dump(mode="json") for stage in stages]
     options = run.options
     arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]
-    if all(stage.needs not in ("text", "probe") for stage in stages):
-        noisy = any(stage.needs == "noise" for stage in stages)
+    if all(stage.needs not in registry.FROM_TEXT for stage in stages):
+        # Noise is run through layers, and weights are read, in the arithmetic of the run.
+        noisy = any(stage.needs == "noise" or registry.find(stage.method).scope == "weight" for stage in stages)
         return fingerprint(source.fingerprint, steps, *([arithmetic] if noisy else []))
     return fingerprint(
         source.fingerprint, steps, _text_identity(text_spec(options, "calibration")), options.mix, arithmetic

@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,8 @@ from moe_compress.model.families import family_of
 from moe_compress.model.moe import MoEView, moe_view, weight_sums
 from moe_compress.model.shapes import model_shape
 from moe_compress.run import Run
-from moe_compress.runtime import log, one_of
+from moe_compress.runtime import log, one_of, peak_memory_bytes, reset_peak_memory
+from moe_compress.stream.backward import ChannelGradients, backward
 from moe_compress.stream.calibration import (
     Calibration,
     by_domain,
@@ -28,9 +31,10 @@ from moe_compress.stream.calibration import (
     kept,
     mix_components,
 )
+from moe_compress.stream.channels import ChannelSums
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fitness import Fitness
-from moe_compress.stream.fold import StreamedLayers
+from moe_compress.stream.fold import StreamedLayers, fold
 from moe_compress.stream.observed import LayerSums, Observed
 from moe_compress.stream.observers import BatchInfo
 from moe_compress.stream.probe import Probe, ProbeObserver
@@ -135,6 +139,25 @@ def noise_observed(checkpoint: Checkpoint, run: Run) -> Observed:
         for layer in base.layers
     ]
     return dataclasses.replace(base, layers=found)
+
+
+def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple[Observed, dict[str, Any]]:
+    """The same with sums over the inner neurons of each expert, from one pass over the text (with `gradients`: two,
+    and one back); and what that text was.
+    """
+    windows = run.windows("calibration", checkpoint)
+    log.info("neurons: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
+    started = time.perf_counter()
+    reset_peak_memory(run.device)
+    layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    with progress_bar("measuring") as progress:
+        family = family_of(checkpoint.config)
+        if gradients:
+            seen = backward(layers, windows, ChannelGradients(family), progress)
+        else:
+            seen = [found[0] for found in fold(layers, windows, [ChannelSums(family)], progress=progress)[0]]
+    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
+    return _layers(checkpoint, dict(enumerate(seen))), {**windows.description, **cost}
 
 
 @torch.no_grad()

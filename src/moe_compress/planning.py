@@ -13,6 +13,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.measuring import (
     SEARCH_FOLD,
     calibration_for,
+    channel_observed,
     fitness,
     noise_observed,
     observed,
@@ -34,6 +35,7 @@ from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage
 from moe_compress.registry import Method
 from moe_compress.run import Run
+from moe_compress.slimming import check_weights
 from moe_compress.stream.data import FOLDS
 from moe_compress.stream.observed import Observed
 
@@ -57,7 +59,10 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
     """The same for one stage; the skeleton is then as the stage leaves it."""
     method = registry.find(stage.method)
-    if method.check is None:
+    if method.scope == "weight":
+        refuse_if_uneditable(model.config)
+        check_weights(stage, model)
+    if method.check is None or method.scope != "model":
         return []
     refuse_if_uneditable(model.config)
     shape = model_shape(model)
@@ -77,6 +82,9 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
     method = registry.find(stage.method)
     if stage.needs == "noise":
         return method.run(noise_observed(checkpoint, run), **stage.parameters), {}
+    if stage.needs in ("channels", "gradients"):
+        seen, description = channel_observed(checkpoint, run, stage.needs == "gradients")
+        return method.run(seen, **stage.parameters), description
     if stage.needs in ("weights", "nothing"):
         return method.run(unobserved(checkpoint, stage.needs == "weights"), **stage.parameters), {}
     if stage.parameters.get("propagate") == "compressed":

@@ -26,7 +26,7 @@ from moe_compress.run import Run
 from moe_compress.runtime import log, peak_memory_bytes, reset_peak_memory
 from moe_compress.stream.calibration import mix_components, mix_weights
 from moe_compress.stream.data import FOLDS
-from moe_compress.stream.fold import Pass, StreamedLayers, two_streams
+from moe_compress.stream.fold import Pass, StreamedLayers, visit_layers
 from moe_compress.stream.observed import LayerSums, Observed
 from moe_compress.stream.observers import ExpertSums, Observer
 from moe_compress.stream.probe import Probe, ProbeObserver
@@ -42,7 +42,7 @@ def plan_progressively(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[
     started = time.perf_counter()
     reset_peak_memory(run.device)
     with progress_bar("planning") as progress:
-        two_streams(layers, windows, planner.visit, progress)
+        visit_layers(layers, windows, planner.visit, streams=2, progress=progress)
     found: dict[str, Any] = {"propagate": "compressed", "hash": windows.fingerprint, "mix": planner.mix}
     found |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
     return Plan(planner.edits, planner.scores, planner.report), {**windows.description, **found}

@@ -18,8 +18,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Scope = Literal["layer", "model"]
-Need = Literal["text", "probe", "noise", "weights", "nothing"]
+Scope = Literal["layer", "model", "weight"]
+Need = Literal["text", "probe", "noise", "weights", "squares", "grams", "channels", "gradients", "nothing"]
+# What cannot be had without running the calibration text.
+FROM_TEXT: tuple[Need, ...] = ("text", "probe", "squares", "grams", "channels", "gradients")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,7 @@ class Method:
     summary: str
     run: Callable[..., Any]
     check: Callable[..., Any] | None
+    trial: Callable[..., Any] | None
     needs: Callable[[Mapping[str, Any]], Need]
     parameters: Mapping[str, inspect.Parameter]
     hints: Mapping[str, Any]
@@ -94,16 +97,20 @@ def method(
     paper: str,
     needs: Callable[[Mapping[str, Any]], Need] | Need = "nothing",
     check: Callable[..., Any] | None = None,
+    trial: Callable[..., Any] | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     rivals: tuple[tuple[str, ...], ...] = (),
     headline: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its own name.
 
-    scope: "model" is handed what was observed and returns a plan; "layer" takes every layer through the model and
-    back unchanged; needs: calibration text, the weights, or nothing (may depend on the parameters); check: same
-    parameters, run on shapes alone before any weight is read; presets: named sets of parameters (`preset=paper`);
-    rivals: groups of parameters of which a recipe sets at most one; headline: parameters that names and tables show.
+    scope: "model" is handed what was observed and returns a plan; "weight" is handed matrices that share their inputs
+    and returns new ones; "layer" takes every layer through the model and back unchanged; needs: calibration text (its
+    sums, or probes, or the inputs' squares or Gram matrices), the weights, or nothing (may depend on the parameters);
+    check: same parameters, run on shapes alone before any weight is read; trial: same parameters, a cheap stand-in for
+    the run that says what a fraction would do; presets: named sets of parameters
+    (`preset=paper`); rivals: groups of parameters of which a recipe sets at most one; headline: parameters that names
+    and tables show.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -119,6 +126,7 @@ def method(
             summary=(inspect.getdoc(run) or "").split("\n")[0],
             run=run,
             check=check,
+            trial=trial,
             needs=needs if callable(needs) else lambda _: needs,
             parameters={k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY},
             hints=typing.get_type_hints(run),

@@ -168,6 +168,13 @@ def peak_memory_bytes(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be used on the device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Forget the highest memory use so far, where the system lets a process do so."""
     if device.type == "cuda":

@@ -81,16 +81,11 @@ def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> Region:
 
 
 def write_shard(
-    file: Path,
-    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region],
-    metadata: Mapping[str, str] | None = None,
-    *,
-    durable: bool = False,
+    file: Path, tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write one safetensors file: tensors from memory, regions straight from their files.
 
-    Written under a temporary name and renamed, so that a file under its real name is whole after a kill; `durable`:
-    after a power cut too, at the price of waiting for the disk.
+    Written under a temporary name and renamed, so that a file under its real name is always whole.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -109,8 +104,6 @@ def write_shard(
                 _copy(tensor, out.fileno())
             else:
                 _write_all(out.fileno(), flat_bytes(tensor).numpy().data)
-        if durable:
-            os.fsync(out.fileno())
     temporary.replace(file)
 
 

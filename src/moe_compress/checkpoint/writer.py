@@ -6,11 +6,13 @@ any moment, run the same command again, and at most one layer is done twice. A f
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_compress.checkpoint.reader import INDEX, Checkpoint, Virtual
@@ -19,6 +21,7 @@ from moe_compress.model import hf
 from moe_compress.runtime import read_json, require_writable, write_json
 
 STATE = "state.json"
+SCRATCH = "scratch"
 MANIFEST = "moe_compress.json"
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -63,6 +66,17 @@ class CheckpointWriter:
         """Whether this layer (None: everything outside layers) is already on disk, whole."""
         return self._shard(layer).is_file()
 
+    @property
+    def scratch(self) -> Path:
+        """A folder for what a run must remember until the checkpoint is finished."""
+        return self.partial / SCRATCH
+
+    @contextlib.contextmanager
+    def read(self, layer: int) -> Iterator[dict[str, Any]]:
+        """A written layer's tensors, read where they are used, by the source's names."""
+        with safe_open(self._shard(layer), "pt") as shard:
+            yield {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+
     def copy(self, layer: int | None) -> None:
         """Pass one layer through untouched, byte for byte."""
         keys = list(self.source.keys(layer))
@@ -84,7 +98,7 @@ class CheckpointWriter:
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
-        write_shard(self._shard(layer), tensors, durable=True)
+        write_shard(self._shard(layer), tensors)
 
     def finish(
         self,
@@ -112,6 +126,7 @@ class CheckpointWriter:
         write_config(self.partial / "config.json", values)
         (self.partial / STATE).unlink()
         self.partial.rename(self.out)
+        remove_scratch(self.out)
 
 
 def _as_stored(tensor: Tensor, like: Region | Virtual) -> Tensor:
@@ -178,6 +193,11 @@ def empty_partial(partial: Path) -> None:
     """Remove all that unfinished work holds; what marks it as ours goes last, in case of a kill."""
     for path in sorted(partial.iterdir(), key=lambda path: path.name in (STATE, MANIFEST)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what only the run that wrote a checkpoint had to remember."""
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
 
 
 def begun_bytes(out: Path) -> int:

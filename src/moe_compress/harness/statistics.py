@@ -19,7 +19,7 @@ def metrics(this: Measurement, original: Measurement | None) -> dict[str, Metric
     """Every metric of a measurement: value, unit, 95 % interval (None where none can be given)."""
     out = {
         "perplexity": _perplexity(this, None),
-        "nll": _per_token(this.nll.numpy(), this.tokens.numpy(), "nats/token"),
+        "nll": per_token(this.nll.numpy(), this.tokens.numpy(), "nats/token"),
     }
     for index, domain in enumerate(this.domains):
         if len(this.domains) > 1:
@@ -27,8 +27,8 @@ def metrics(this: Measurement, original: Measurement | None) -> dict[str, Metric
     if original is not None:
         out["delta_nll"] = _delta(this, original)
     if this.kl is not None and this.agree is not None:
-        out["kl"] = _per_token(this.kl.numpy(), this.tokens.numpy(), "nats")
-        out["top1_agreement"] = _per_token(this.agree.numpy(), this.tokens.numpy(), "fraction")
+        out["kl"] = per_token(this.kl.numpy(), this.tokens.numpy(), "nats")
+        out["top1_agreement"] = per_token(this.agree.numpy(), this.tokens.numpy(), "fraction")
     if this.correct is not None:
         out["task_accuracy"] = _accuracy(int(this.correct.sum()), len(this.correct))
     return out
@@ -50,10 +50,11 @@ def _perplexity(this: Measurement, domain: int | None) -> Metric:
 def _delta(this: Measurement, original: Measurement) -> Metric:
     """Change of the mean negative log likelihood per token, paired by document."""
     difference = (this.nll - original.nll).numpy()
-    return _per_token(difference, this.tokens.numpy(), "nats/token")
+    return per_token(difference, this.tokens.numpy(), "nats/token")
 
 
-def _per_token(total: Any, tokens: Any, unit: str) -> Metric:
+def per_token(total: Any, tokens: Any, unit: str) -> Metric:
+    """Mean over all tokens of sums by document, with its interval."""
     interval = _bootstrap((total, tokens), lambda x, t, axis=-1: x.sum(axis) / t.sum(axis))
     return metric(float(total.sum() / tokens.sum()), unit, *interval)
 

@@ -19,7 +19,15 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
-from .edited_layers import drop_layer, keep_experts, merge_experts, set_top_k, skip_experts, skip_sublayer
+from .edited_layers import (
+    drop_layer,
+    keep_channels,
+    keep_experts,
+    merge_experts,
+    set_top_k,
+    skip_experts,
+    skip_sublayer,
+)
 
 PREFIX = "moe_compress_"
 LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
@@ -28,7 +36,7 @@ LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
 # --- whole models -------------------------------------------------------------------------------------------
 
 EDITS: dict[str, Callable[..., None]] = {
-    edit.__name__: edit for edit in (keep_experts, merge_experts, set_top_k, skip_experts, skip_sublayer)
+    edit.__name__: edit for edit in (keep_experts, merge_experts, keep_channels, set_top_k, skip_experts, skip_sublayer)
 }
 
 

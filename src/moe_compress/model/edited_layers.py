@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
+WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim")
 REROUTE = "_moe_compress_reroute"
 NOVICES = "novices"
 
@@ -143,10 +144,30 @@ def _select(module: nn.Module, count: int, kept: Sequence[int], dims: tuple[int,
     _set_counts(module, count, len(kept))
 
 
-def _set_counts(module: nn.Module, before: int, after: int) -> None:
-    for attribute in COUNTS:
+def _set_counts(module: nn.Module, before: int, after: int, attributes: Sequence[str] = COUNTS) -> None:
+    for attribute in attributes:
         if module.__dict__.get(attribute) == before:
             setattr(module, attribute, after)
+
+
+def keep_channels(layer: nn.Module, names: Mapping[str, Any], *, width: int) -> None:
+    """Keep the first `width` inner neurons of every expert of one MoE block."""
+    fused: Any = layer.get_submodule(names["experts"])
+    transposed = getattr(fused, "is_transposed", True)
+    inner = fused.down_proj.shape[1 if transposed else 2]
+    both = [*range(width)]
+    if getattr(fused, "has_gate", True):
+        concatenated = getattr(fused, "is_concatenated", True)
+        both = [*both, *range(inner, inner + width)] if concatenated else [*range(2 * width)]
+    for name, tensor in fused._parameters.items():
+        if tensor is None or name in (NOVICES, "down_proj_bias"):
+            continue
+        down = name.startswith("down")
+        dim = 1 if tensor.dim() == 2 or down == transposed else 2
+        index = torch.tensor(both[:width] if down else both, device=tensor.device)
+        fused._parameters[name] = nn.Parameter(tensor.detach().index_select(dim, index), requires_grad=False)
+    for module in (fused, layer.get_submodule(names["block"])):
+        _set_counts(module, inner, width, WIDTHS)
 
 
 # --- routing ------------------------------------------------------------------------------------------------

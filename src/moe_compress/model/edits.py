@@ -17,9 +17,16 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.model import edited, hf
-from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.families import family_of
-from moe_compress.model.moe import MoEShape, moe_shape, moe_view, moe_views, permute_neurons
+from moe_compress.model.moe import inner_width, moe_view, moe_views, permute_neurons
+from moe_compress.model.requirements import (
+    require_channels,
+    require_layer,
+    require_other_moe,
+    require_other_part,
+    require_reroutable,
+    shape_of,
+)
 from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer, require_other_attention
 
 Arrays = Mapping[str, Tensor]
@@ -59,9 +66,9 @@ class KeepExperts(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer cannot work with these experts."""
-        shape = _shape(model, self.layer)
+        shape = shape_of(model, self.layer)
         if self.novices:
-            _require_reroutable(model, self.layer, "novice=mean")
+            require_reroutable(model, self.layer, "novice=mean")
             shape.require_known(self.experts)
         else:
             shape.require_ids(self.experts)
@@ -91,7 +98,7 @@ class MergeExperts(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError unless the groups share out exactly the layer's experts."""
-        shape = _shape(model, self.layer)
+        shape = shape_of(model, self.layer)
         members = [expert for group in self.groups for expert in group]
         if sorted(members) != list(range(shape.num_experts)) or not all(self.groups):
             raise ValueError(
@@ -107,7 +114,7 @@ class MergeExperts(_OnLayer):
         if self.router == "centroid":
             shape.require_ids(tuple(group[0] for group in self.groups))
         else:
-            _require_reroutable(model, self.layer, "router=sum")
+            require_reroutable(model, self.layer, "router=sum")
 
     def _check_order(self, model: PreTrainedModel) -> None:
         order_EF = self.arrays.get("order")
@@ -132,9 +139,9 @@ class SkipSublayer(_OnLayer):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer has no such part, or the model no other layer with experts."""
         if self.part == "moe":
-            _shape(model, self.layer)
-            _require_other_part(model, self.layer)
-            _require_other_moe(model, self.layer)
+            shape_of(model, self.layer)
+            require_other_part(model, self.layer)
+            require_other_moe(model, self.layer)
             if is_whole_layer(hf.decoder_layers(model)[self.layer], block_names(model)):
                 raise ValueError(f"layer {self.layer} is nothing but its MoE block: drop the layer (block_drop).")
             return
@@ -144,7 +151,7 @@ class SkipSublayer(_OnLayer):
                 f"layer {self.layer} has no attention that could be removed; those that have: {with_attention}."
             )
         require_other_attention(model, self.layer)
-        _require_other_part(model, self.layer)
+        require_other_part(model, self.layer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +162,8 @@ class DropLayer(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if there is no such layer or it is the last one with experts or with attention."""
-        _require_layer(model, self.layer)
-        _require_other_moe(model, self.layer)
+        require_layer(model, self.layer)
+        require_other_moe(model, self.layer)
         require_other_attention(model, self.layer)
 
 
@@ -169,7 +176,7 @@ class SetTopK(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the router cannot choose that many."""
-        shape = _shape(model, self.layer)
+        shape = shape_of(model, self.layer)
         if shape.fixed_top_k:
             raise ValueError(f"the router of {model.config.model_type} always uses {shape.top_k} experts.")
         shape.require_top_k(self.top_k)
@@ -189,13 +196,30 @@ class SkipExperts(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the threshold is no fraction or experts cannot be skipped here."""
-        _shape(model, self.layer)
-        _require_reroutable(model, self.layer, "skip")
+        shape_of(model, self.layer)
+        require_reroutable(model, self.layer, "skip")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"layer {self.layer}: a threshold is a fraction from 0 to 1, not {self.threshold}.")
 
 
-Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts
+@dataclass(frozen=True, slots=True)
+class KeepChannels(_OnLayer):
+    """Keep `width` inner neurons of every expert of one layer: those of arrays["channels"], [E, width]."""
+
+    width: int
+    edit: Literal["keep_channels"] = field(default="keep_channels", kw_only=True)
+
+    @property
+    def needed_array(self) -> str | None:
+        """Which neurons of each expert stay."""
+        return "channels"
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError for a width that the layer, or the kernels that run it, cannot have."""
+        require_channels(model, self.layer, self.width, self.arrays.get("channels"))
+
+
+Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 
 
@@ -259,42 +283,18 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
 
 
 def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:
-    """Carry out one edit: neurons are aligned first, where the edit says how."""
+    """Carry out one edit: neurons are put in order first, where the edit says how."""
     arrays = dict(edit.arrays)
-    order_EF = arrays.pop("order", None)
-    if order_EF is not None and not next(model.parameters()).is_meta:
+    order_EF, kept_EW = arrays.pop("order", None), arrays.pop("channels", None)
+    if (order_EF is not None or kept_EW is not None) and not next(model.parameters()).is_meta:
         view = moe_view(hf.decoder_layers(model)[edit.layer], family_of(model.config))
         assert view is not None
-        permute_neurons(view, order_EF)
+        permute_neurons(view, order_EF if kept_EW is None else _first(kept_EW, inner_width(view)))
     edited.apply(hf.stack(model), names, to_json(edit), arrays)
 
 
-def _shape(model: PreTrainedModel, layer: int) -> MoEShape:
-    views = moe_views(model)
-    if layer not in views:
-        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(views)}.")
-    return moe_shape(model, layer, views[layer])
-
-
-def _require_layer(model: PreTrainedModel, layer: int) -> None:
-    count = len(hf.decoder_layers(model))
-    if not 0 <= layer < count:
-        raise ValueError(f"the plan drops layer {layer}, but there are layers 0 to {count - 1}.")
-
-
-def _require_other_moe(model: PreTrainedModel, layer: int) -> None:
-    if list(moe_views(model)) == [layer]:
-        raise ValueError(f"layer {layer} is the only layer left with experts: without it this would be no MoE.")
-
-
-def _require_other_part(model: PreTrainedModel, layer: int) -> None:
-    if any(isinstance(child, Nothing) for child in hf.decoder_layers(model)[layer].children()):
-        raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
-
-
-def _require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
-    if hf.gate_on_input(moe_views(model)[layer].experts):
-        raise ValueError(
-            f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
-            "so nothing can come between router and experts."
-        )
+def _first(kept_EW: Tensor, inner: int) -> Tensor:
+    """All neurons of each expert in order, those that stay before the others, [E, F]."""
+    gone_EF = torch.ones(len(kept_EW), inner, dtype=torch.bool).scatter_(1, kept_EW.long().cpu(), False)
+    rest_EX = torch.arange(inner).expand_as(gone_EF)[gone_EF].view(len(kept_EW), -1)
+    return torch.cat([kept_EW.long().cpu(), rest_EX], 1)

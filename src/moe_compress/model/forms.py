@@ -19,7 +19,7 @@ from moe_compress.model import edited, hf
 from moe_compress.model.edited_layers import REROUTE, Nothing
 from moe_compress.model.edits import Edit, to_json
 from moe_compress.model.families import COUNT_KEYS, TOP_K_KEYS, family_of
-from moe_compress.model.moe import moe_views
+from moe_compress.model.moe import inner_width, moe_views
 from moe_compress.model.sublayers import block_names
 
 # Config keys that number layers: one entry a layer; indices of layers without experts, or with them; how many
@@ -28,6 +28,9 @@ WITHOUT_EXPERTS, WITH_EXPERTS = "mlp_only_layers", "moe_layers"
 LEADING = ("first_k_dense_replace", "num_dense_layers")
 FIRST, LAST = "moe_layer_start_index", "moe_layer_end_index"
 DENSE_WIDTHS = {WITHOUT_EXPERTS: "intermediate_size", WITH_EXPERTS: "intermediate_size_mlp"}
+# The width of an expert, and how many routed experts' widths a shared one has.
+WIDTH_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 # The narrowest dense MLP that stands in, all zeros, for a MoE block that is gone: 16-byte rows, TP of 8 in bf16.
 STAND_IN_WIDTH = 64
 
@@ -124,6 +127,28 @@ def plain_form(
     values |= _renamed(base, config, family.top_k_key, TOP_K_KEYS, active.pop())
     if lists or _skipped(model):
         values |= _which_layers(config, model)
+    narrower = _narrower(config, model)
+    return next((form for more in narrower if (form := _if_equal({**values, **more}, model)) is not None), None)
+
+
+def _narrower(config: PreTrainedConfig, model: PreTrainedModel) -> list[dict[str, int]]:
+    """What the config may have to say of the experts' width, likeliest first; nothing if they kept it.
+
+    Where shared experts are as wide as a number of routed ones, that number grows as these shrink.
+    """
+    widths = {inner_width(view) for view in moe_views(model).values()}
+    stored = config.to_dict()
+    if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in WIDTH_KEYS):
+        return [{}]
+    width, found = widths.pop(), []
+    for key in [key for key in WIDTH_KEYS if isinstance(stored.get(key), int)]:
+        shared = [(name, stored[key] * (stored.get(name) or 0)) for name in SHARED_KEYS]
+        found.append({key: width, **{name: total // width for name, total in shared if total and total % width == 0}})
+    return found or [{}]
+
+
+def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> Form | None:
+    """The plain form with these values, if they build the edited model."""
     try:
         rebuilt = hf.skeleton(hf.config_from(values), torch.bfloat16)
     except (ValueError, IndexError, TypeError):
@@ -135,7 +160,7 @@ def plain_form(
         return None
     fill = _fill(rebuilt, stand_ins)
     # Zeros as wide as the family's real dense layers would be stored and multiplied with: better edited.
-    if any(tensor.numel() > 2 * STAND_IN_WIDTH * config.hidden_size for tensor in fill.values()):
+    if any(tensor.numel() > 2 * STAND_IN_WIDTH * model.config.hidden_size for tensor in fill.values()):
         return None
     return Form(values, True, fill)
 

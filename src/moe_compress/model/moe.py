@@ -6,7 +6,7 @@ without a gate), `MoEView.expert(e)` gives plain `[out, in]` matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class MoEShape:
     layer: int
     num_experts: int
     top_k: int
+    inner: int = 0
     groups: int = 1
     groups_used: int = 1
     min_per_group: int = 1
@@ -154,26 +155,37 @@ class MoEView:
         """The fused weights [E, ...], without biases."""
         return [p for p in self.experts.parameters(recurse=False) if p.dim() == 3]
 
-    def expert(self, index: int) -> Expert:
-        """Expert `index` as plain matrices, whatever the storage."""
+    def stacks(self) -> dict[str, Tensor]:
+        """The experts' matrices [E, out, in] by name (gate, where there is one, up, down): views onto the storage."""
         fused = self.experts
         transposed = getattr(fused, "is_transposed", True)
-        down = fused.down_proj[index].T if transposed else fused.down_proj[index]
-        down_bias = fused.down_proj_bias[index] if getattr(fused, "has_bias", False) else None
-        if not getattr(fused, "has_gate", True):
-            return Expert(None, fused.up_proj[index], down, down_bias=down_bias)
-        both = fused.gate_up_proj[index].T if transposed else fused.gate_up_proj[index]
-        gate, up = self._halves(both)
-        if not getattr(fused, "has_bias", False):
-            return Expert(gate, up, down)
-        gate_bias, up_bias = self._halves(fused.gate_up_proj_bias[index])
-        return Expert(gate, up, down, gate_bias, up_bias, down_bias)
 
-    def _halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        def stack(name: str) -> Tensor:
+            weight = getattr(fused, name)[: self.num_experts]
+            return weight.transpose(1, 2) if transposed else weight
+
+        if not getattr(fused, "has_gate", True):
+            return {"up": stack("up_proj"), "down": stack("down_proj")}
+        gate, up = self._halves(stack("gate_up_proj"))
+        return {"gate": gate, "up": up, "down": stack("down_proj")}
+
+    def expert(self, index: int) -> Expert:
+        """Expert `index` as plain matrices, whatever the storage."""
+        fused, matrix = self.experts, {name: stack_EOI[index] for name, stack_EOI in self.stacks().items()}
+        found = Expert(matrix.get("gate"), matrix["up"], matrix["down"])
+        if not getattr(fused, "has_bias", False):
+            return found
+        if found.gate is None:
+            return replace(found, down_bias=fused.down_proj_bias[index])
+        gate_bias, up_bias = (half[index] for half in self._halves(fused.gate_up_proj_bias))
+        return replace(found, gate_bias=gate_bias, up_bias=up_bias, down_bias=fused.down_proj_bias[index])
+
+    def _halves(self, both_EO: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate and up of a fused tensor, [E, 2F, ...] -> [E, F, ...] each."""
         if getattr(self.experts, "is_concatenated", True):
-            gate, up = both.chunk(2)
+            gate, up = both_EO.chunk(2, dim=1)
             return gate, up
-        return both[0::2], both[1::2]
+        return both_EO[:, 0::2], both_EO[:, 1::2]
 
 
 def moe_view(layer: nn.Module, family: Family) -> MoEView | None:
@@ -224,6 +236,7 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         layer=index,
         num_experts=view.num_experts,
         top_k=view.top_k or getattr(config, family.top_k_key),
+        inner=inner_width(view),
         groups=groups,
         groups_used=groups_used,
         min_per_group=family.min_per_group,
@@ -232,6 +245,11 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         novices=view.alias is not None and max(view.alias) >= view.num_experts,
         rerouted=view.alias is not None or view.experts.__dict__.get(REROUTE, {}).get("threshold") is not None,
     )
+
+
+def inner_width(view: MoEView) -> int:
+    """Inner neurons of each expert."""
+    return int(view.stacks()["down"].shape[2])
 
 
 @torch.no_grad()

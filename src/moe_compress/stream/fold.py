@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -120,13 +120,12 @@ def fold(
     norm). With `state`, finished layers and the hidden states between layers are kept there, so that a killed
     run goes on where it stopped.
     """
-    batches = _batches(layers, windows)
-    hidden_NSD = _enter(layers, windows, batches)
+    batches, hidden_NSD = begin(layers, windows)
     seen, start = _resume(state, hidden_NSD, len(observers))
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
-            seen.append(_run_layer(index, layer, hidden_NSD, batches, observers, hidden_NSD))
+            seen.append(run_batches(index, layer, hidden_NSD, batches, observers, hidden_NSD))
         if state is not None:
             _save(state, index, seen[-1], hidden_NSD)
         if progress is not None:
@@ -135,7 +134,7 @@ def fold(
 
 
 @dataclass(slots=True)
-class _Batch:
+class Batch:
     """Windows that run together, and how each layer is called for them."""
 
     rows: slice
@@ -143,11 +142,11 @@ class _Batch:
     calls: list[hf.LayerCall] = field(default_factory=list)
 
 
-def _run_layer(
+def run_batches(
     index: int,
     layer: nn.Module,
     hidden_NSD: Tensor,
-    batches: Sequence[_Batch],
+    batches: Sequence[Batch],
     observers: Sequence[Observer],
     out_NSD: Tensor | None,
 ) -> list[dict[str, Tensor]]:
@@ -169,40 +168,48 @@ Pass = Callable[[Sequence[Observer], bool], list[dict[str, Tensor]]]
 
 
 @torch.no_grad()
-def two_streams(
+def visit_layers(
     layers: Layers,
     windows: Windows,
-    visit: Callable[[int, nn.Module, Pass, Pass], None],
+    visit: Callable[..., None],
+    *,
+    streams: int = 1,
+    state: Path | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Visit every layer with the original stream and with the one that has come through edited layers.
+    """Visit every layer with one or more streams of hidden states, which are the same until a visit parts them.
 
-    `visit(index, layer, original, compressed)` may edit the layer; `original(observers, go_on)` runs it over the
-    original stream and returns what was seen, and the stream goes on behind the layer if told to. Each has to go
-    on once.
+    `visit(index, layer, *runs)` may change the layer; a run, of type Pass, takes (observers, go_on), runs the layer
+    over its stream, returns what was seen, and the stream goes on behind the layer if told to. Each has to go on once.
+    With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
     """
-    batches = _batches(layers, windows)
-    streams = [_enter(layers, windows, batches)]
-    streams.append(streams[0].clone())
+    batches, hidden_NSD = begin(layers, windows)
+    streams_XNSD = [hidden_NSD]
+    streams_XNSD += [streams_XNSD[0].clone() for _ in range(streams - 1)]
+    start = _resume_streams(state, streams_XNSD)
     count = len(hf.decoder_layers(layers.model))
-    for index in range(count):
+    for index in range(start, count):
         with layers.layer(index) as layer:
 
             def run(hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool) -> list[dict[str, Tensor]]:
                 out_NSD = hidden_NSD if go_on else None
-                return _run_layer(index, layer, hidden_NSD, batches, observers, out_NSD)  # noqa: B023
+                return run_batches(index, layer, hidden_NSD, batches, observers, out_NSD)  # noqa: B023
 
-            visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams))
+            visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams_XNSD))
+        if state is not None:
+            _save_streams(state, index + 1, streams_XNSD)
         if progress is not None:
             progress(index + 1, count)
 
 
-def _batches(layers: Layers, windows: Windows) -> list[_Batch]:
+def begin(layers: Layers, windows: Windows) -> tuple[list[Batch], Tensor]:
+    """The windows in batches, and the hidden states [N, S, D] that enter the first layer."""
     size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
-    return [_Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
+    batches = [Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
+    return batches, _enter(layers, windows, batches)
 
 
-def _enter(layers: Layers, windows: Windows, batches: Sequence[_Batch]) -> Tensor:
+def _enter(layers: Layers, windows: Windows, batches: Sequence[Batch]) -> Tensor:
     """Embed every batch, [N, S, D], and note how layers are called; batches called alike share one note."""
     hidden_NSD: Tensor | None = None
     first: list[hf.LayerCall] = []
@@ -231,7 +238,28 @@ def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchIn
 def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden_NSD: Tensor) -> None:
     """First what was seen of the layer, then the hidden states that leave it: a kill in between repeats it."""
     write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
-    write_shard(state / BOUNDARY, {"next": torch.tensor(index + 1), "hidden": hidden_NSD})
+    _save_streams(state, index + 1, [hidden_NSD])
+
+
+def _save_streams(state: Path, following: int, streams_XNSD: Sequence[Tensor]) -> None:
+    """Keep the streams that enter layer `following`."""
+    named = {f"hidden.{i}": hidden_NSD for i, hidden_NSD in enumerate(streams_XNSD)}
+    write_shard(state / BOUNDARY, {"next": torch.tensor(following), **named})
+
+
+def _resume_streams(state: Path | None, streams_XNSD: Sequence[Tensor]) -> int:
+    """Read the streams back in place; returns the layer that they enter. A file that is broken counts for nothing."""
+    if state is None or not (state / BOUNDARY).is_file():
+        return 0
+    try:
+        with safe_open(state / BOUNDARY, "pt") as kept:
+            found = [kept.get_tensor(f"hidden.{i}") for i in range(len(streams_XNSD))]
+            following = int(kept.get_tensor("next"))
+    except SafetensorError:
+        return 0
+    for hidden_NSD, kept_NSD in zip(streams_XNSD, found, strict=True):
+        hidden_NSD.copy_(kept_NSD)
+    return following
 
 
 def _layer_file(index: int) -> str:
@@ -240,18 +268,20 @@ def _layer_file(index: int) -> str:
 
 def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
     """What was seen of finished layers, and the first layer to run; the hidden states are read back in place."""
-    if state is None or not (state / BOUNDARY).is_file():
-        return [], 0
-    with safe_open(state / BOUNDARY, "pt") as kept:
-        start = int(kept.get_tensor("next"))
-        hidden_NSD.copy_(kept.get_tensor("hidden"))
+    resumed_NSD = hidden_NSD.clone()
+    start = _resume_streams(state, [resumed_NSD])
     seen = []
-    for index in range(start):
-        parts: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in load_file(state / _layer_file(index)).items():
-            observer, _, name = key.partition(".")
-            parts.setdefault(int(observer), {})[name] = tensor
-        seen.append([parts.get(i, {}) for i in range(observers)])
+    try:
+        for index in range(start):
+            assert state is not None
+            parts: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in load_file(state / _layer_file(index)).items():
+                observer, _, name = key.partition(".")
+                parts.setdefault(int(observer), {})[name] = tensor
+            seen.append([parts.get(i, {}) for i in range(observers)])
+    except (SafetensorError, FileNotFoundError):
+        return [], 0
+    hidden_NSD.copy_(resumed_NSD)
     return seen, start
 
 

@@ -111,7 +111,7 @@ def cheapest(costs: Sequence[Sequence[float]], total: int) -> list[int]:
         table = np.full((len(row), len(best) + len(row) - 1), np.inf)
         for choice, cost in enumerate(row):
             table[choice, choice : choice + len(best)] = best + cost
-        choices.append(table.argmin(0))
+        choices.append(table.argmin(0).astype(np.min_scalar_type(len(row))))
         best = table.min(0)
     if not 0 <= total < len(best) or not np.isfinite(best[total]):
         raise ValueError(f"no choice of one entry per layer adds up to {total}: 0 to {len(best) - 1} are possible.")

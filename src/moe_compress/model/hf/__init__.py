@@ -9,13 +9,14 @@ from moe_compress.model.hf.architectures import (
     modelling_files,
     register_edited_architectures,
 )
-from moe_compress.model.hf.calls import LayerCall, called_alike, enter, head, run_layer
+from moe_compress.model.hf.calls import LayerCall, called_alike, enter, head, layer_output, logits, run_layer
 from moe_compress.model.hf.experts import (
     EXPERTS_FUNCTION,
     AllExperts,
     RoutedRows,
     all_experts,
     gate_on_input,
+    run_rows,
     tap,
     untap,
     use_experts_function,
@@ -52,8 +53,10 @@ __all__ = [
     "gate_on_input",
     "head",
     "layer_of",
+    "layer_output",
     "layer_state",
     "layers_prefix",
+    "logits",
     "materialize",
     "modelling_files",
     "num_layers",
@@ -61,6 +64,7 @@ __all__ = [
     "read_values",
     "renumbered",
     "run_layer",
+    "run_rows",
     "shapes",
     "skeleton",
     "stack",

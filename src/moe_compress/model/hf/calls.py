@@ -94,6 +94,11 @@ def enter(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None) -> tup
 @torch.no_grad()
 def head(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
     """Final norm and language-model head: logits [T, V] of final hidden states [T, D]."""
+    return logits(model, hidden_TD)
+
+
+def logits(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
+    """The same, with gradients where they are enabled."""
     ids = torch.zeros(1, len(hidden_TD), dtype=torch.long, device=hidden_TD.device)
     with _stand_ins(model, output=hidden_TD[None]), quiet():
         return model(ids, use_cache=False).logits[0]
@@ -102,5 +107,10 @@ def head(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
 @torch.no_grad()
 def run_layer(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
     """One decoder layer, called as the model would call it."""
+    return layer_output(layer, hidden_BSD, call)
+
+
+def layer_output(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
+    """The same, with gradients where they are enabled."""
     out = layer(hidden_BSD, *call.args, **call.kwargs)
     return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Prunes DeepSeek's routed and shared experts by SparseGPT to 2:4 as in arXiv 2406.02500; trailing words override: method= sparsity= pattern= ...
+exec bash "$(dirname "$0")/../../run.sh" compress "prune method=sparsegpt pattern=2:4 where=experts,shared" model="${MODEL:-tiny-deepseek}" "$@"

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Prunes Mixtral's experts by SparseGPT to 2:4 as in arXiv 2406.02500; trailing words override: method=wanda sparsity=0.5 pattern=4:8 ...
+exec bash "$(dirname "$0")/../../run.sh" compress "prune method=sparsegpt pattern=2:4" model="${MODEL:-tiny-mixtral}" "$@"

@@ -1,0 +1,92 @@
+"""The weight matrices of one decoder layer by kind, whatever their storage: views [B, O, I], B experts or one.
+
+O outputs, I inputs, E experts. Writing into a view changes the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor, nn
+
+from moe_compress.model.families import Family
+from moe_compress.model.moe import MoEView, moe_view
+from moe_compress.model.sublayers import BESIDE
+
+Kind = Literal["experts", "shared", "attention", "dense", "router"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ALL = "all"
+DENSE = ("mlp", "mlps", "feed_forward")
+ROUTED, INNER, ROUTER = "routed", "inner", "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Matrices of equal shape as one view onto the layer's storage.
+
+    name: within the layer; source: what they multiply, `routed` (what experts see), `inner` (what their down
+    projections see), `router`, or the name of their module. Matrices of one source have the same inputs.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    weight_BOI: Tensor
+
+
+def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KINDS) -> list[Matrix]:
+    """The matrices of these kinds; embeddings, convolutions, norms and biases are none."""
+    view = moe_view(layer, family)
+    found = [*_expert_matrices(view)] if view is not None else []
+    names = view.names if view is not None else {"block": "", "router": ""}
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and not _within(name, names["router"]):
+            kind = _kind(layer, name, module, names["block"])
+            found.append(Matrix(name, kind, name, module.weight.detach().unsqueeze(0)))
+    return [matrix for matrix in found if matrix.kind in kinds]
+
+
+def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
+    for name, stack_EOI in view.stacks().items():
+        source = INNER if name == "down" else ROUTED
+        yield Matrix(f"{view.names['experts']}.{name}", "experts", source, stack_EOI.detach())
+    yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))
+
+
+def _kind(layer: nn.Module, name: str, module: nn.Linear, block: str) -> Kind:
+    """What a linear map outside the experts is: one output inside a MoE block is a gate (Qwen's shared experts)."""
+    if _within(name, block):
+        return "router" if module.out_features == 1 else "shared"
+    first = name.partition(".")[0]
+    if first in BESIDE:
+        return "shared"
+    dense = first in DENSE or "MLP" in type(layer.get_submodule(first)).__name__
+    return "dense" if dense else "attention"
+
+
+def _within(name: str, place: str) -> bool:
+    return bool(place) and (name == place or name.startswith(f"{place}."))
+
+
+def kinds_of(where: str, spare: str) -> list[Kind]:
+    """The kinds of `where=` without those of `spare=`, each a comma-separated list; `all` is all but the routers.
+
+    Raises ValueError for a kind that there is not, or if none is left.
+    """
+    everything = [kind for kind in KINDS if kind != "router"]
+    wanted = {kind for word in _words("where", where) for kind in (everything if word == ALL else [word])}
+    left = [kind for kind in KINDS if kind in wanted and kind not in _words("spare", spare)]
+    if not left:
+        raise ValueError(f"where={where} spare={spare}: nothing is left to be changed.")
+    return left
+
+
+def _words(key: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    allowed = [*KINDS, ALL] if key == "where" else list(KINDS)
+    for word in words:
+        if word not in allowed:
+            raise ValueError(f"{key}={text}: {word!r} is no part of a layer; parts: {', '.join(allowed)}.")
+    return words

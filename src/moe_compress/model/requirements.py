@@ -1,0 +1,73 @@
+"""What edits ask of a model before they are carried out; a skeleton is enough."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_compress.model import hf
+from moe_compress.model.edited_layers import Nothing
+from moe_compress.model.moe import MoEShape, inner_width, moe_shape, moe_views
+
+# Grouped products need rows of a whole number of so many bytes.
+ROW_BYTES = 16
+
+
+def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:
+    """The layer's MoE block as numbers; ValueError if it has none."""
+    views = moe_views(model)
+    if layer not in views:
+        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(views)}.")
+    return moe_shape(model, layer, views[layer])
+
+
+def require_layer(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError unless there is such a layer."""
+    count = len(hf.decoder_layers(model))
+    if not 0 <= layer < count:
+        raise ValueError(f"the plan drops layer {layer}, but there are layers 0 to {count - 1}.")
+
+
+def require_other_moe(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if no other layer has experts."""
+    if list(moe_views(model)) == [layer]:
+        raise ValueError(f"layer {layer} is the only layer left with experts: without it this would be no MoE.")
+
+
+def require_other_part(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if the layer has lost a part already."""
+    if any(isinstance(child, Nothing) for child in hf.decoder_layers(model)[layer].children()):
+        raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
+
+
+def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
+    """Raise ValueError if nothing can come between the layer's router and its experts."""
+    if hf.gate_on_input(moe_views(model)[layer].experts):
+        raise ValueError(
+            f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
+            "so nothing can come between router and experts."
+        )
+
+
+def width_step(dtype: torch.dtype) -> int:
+    """Widths must be a multiple of this many numbers."""
+    return ROW_BYTES * 8 // torch.finfo(dtype).bits
+
+
+def require_channels(model: PreTrainedModel, layer: int, width: int, kept_EW: Tensor | None) -> None:
+    """Raise ValueError for a width that the layer, or the kernels that run it, cannot have, or for wrong neurons."""
+    experts, inner = shape_of(model, layer).num_experts, inner_width(moe_views(model)[layer])
+    if not 0 < width <= inner:
+        raise ValueError(f"layer {layer}: its experts have {inner} neurons, so width={width} is not possible.")
+    step = width_step(model.dtype)
+    if width % step:
+        raise ValueError(
+            f"layer {layer}: rows of {width} neurons are no multiple of {ROW_BYTES} bytes, without which no grouped "
+            f"product runs: {width // step * step} and {-(-width // step) * step} are possible."
+        )
+    if kept_EW is None:
+        return
+    fits = tuple(kept_EW.shape) == (experts, width) and bool(((kept_EW >= 0) & (kept_EW < inner)).all())
+    if not fits or not bool((kept_EW.sort(1).values.diff(dim=1) > 0).all()):
+        raise ValueError(f"layer {layer}: each of {experts} experts needs {width} different neurons below {inner}.")

@@ -1,0 +1,278 @@
+"""Stages that change weights and leave the structure: one fold that observes, changes, writes and goes on.
+
+Layer by layer: the text runs through it while its matrices' inputs are summed up, the method makes new matrices, the
+layer is written, read back and verified, and then passes the text on as it was written (propagate=compressed) or as it
+came (propagate=original).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress import registry
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.writer import CheckpointWriter
+from moe_compress.model import hf
+from moe_compress.model.families import family_of
+from moe_compress.model.matrices import ROUTED, Matrix, kinds_of, layer_matrices
+from moe_compress.recipe import Stage
+from moe_compress.run import Run
+from moe_compress.runtime import free_memory, gigabytes, log, read_json, write_json
+from moe_compress.sensitivity import expert_shares
+from moe_compress.stream.choices import Choices, routing_change
+from moe_compress.stream.fold import Pass, Progress, StreamedLayers, visit_layers
+from moe_compress.stream.inputs import Group, InputSums, Moments
+
+# Tables as large as a Gram matrix that a solver holds beside it, for one source at a time.
+SOLVER_TABLES = 4
+FP32_BYTES = 4
+# Tokens on which a changed router is compared with the one before.
+CHOICES = 4096
+Notes = dict[str, Any]
+
+
+def check_weights(stage: Stage, model: PreTrainedModel) -> None:
+    """Raise ValueError for whatever can be known of a weight stage from a skeleton."""
+    matrices, check = chosen_matrices(stage, model), registry.find(stage.method).check
+    if check is not None:
+        check(matrices, **stage.parameters)
+    at_once, least = stage.parameters["experts_at_once"], stage.parameters["min_tokens"]
+    if at_once < 0 or least < 1:
+        raise ValueError(f"experts_at_once={at_once} min_tokens={least}: counts from 0 (all) and from 1 up are needed.")
+    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
+    if stage.parameters["propagate"] == "original" and "router" in kinds:
+        raise ValueError("where=router compares the routing on the compressed stream: use propagate=compressed.")
+    if not 0 <= stage.parameters["shrink"] < float("inf"):
+        raise ValueError(f"shrink={stage.parameters['shrink']}: a number of tokens from 0 up is needed.")
+
+
+def chosen_matrices(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
+    """The matrices that a stage changes, by layer. ValueError if there are none."""
+    where, spare = stage.parameters["where"], stage.parameters["spare"]
+    kinds, family = kinds_of(where, spare), family_of(model.config)
+    found = {i: layer_matrices(layer, family, kinds) for i, layer in enumerate(hf.decoder_layers(model))}
+    if not any(found.values()):
+        raise ValueError(f"where={where}: {model.config.model_type} has no such part that can be told apart.")
+    return found
+
+
+def slim(
+    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Carry out a weight stage into `writer`; returns what is to be reported."""
+    layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
+    slimmer = _Slimmer(stage, source, layers, writer)
+    slimmer.require_memory()
+    if stage.parameters["allocate"] != "uniform":
+        slimmer.shares = _shares(stage, source, run, writer, progress)
+    if not writer.has(None):
+        writer.copy(None)
+    if stage.needs == "nothing":
+        for index in range(source.num_layers):
+            if not slimmer.is_done(index):
+                with layers.layer(index) as layer:
+                    slimmer.visit(index, layer)
+            if progress is not None:
+                progress(index + 1, source.num_layers)
+        return slimmer.report()
+    windows = run.windows("calibration", source)
+    slimmer.tokens = windows.tokens
+    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    visit_layers(layers, windows, slimmer.visit, state=writer.scratch, progress=progress)
+    # What it cost is the writing's: the two cannot be told apart here.
+    return {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, **slimmer.report()}
+
+
+def _shares(
+    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
+) -> dict[int, Tensor]:
+    """The fraction that each expert loses, by layer [E]; a killed run has it already."""
+    file = writer.scratch / "shares.json"
+    if not file.is_file():
+        found = expert_shares(stage, source, run, progress)
+        write_json(file, {layer: share_E.tolist() for layer, share_E in found.items()})
+    return {int(i): torch.tensor(share_E, dtype=torch.float64) for i, share_E in read_json(file).items()}
+
+
+class _Slimmer:
+    """Changes one layer after the other; what has to be reported of it is kept beside the unfinished checkpoint."""
+
+    def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
+        self.stage, self.layers, self.writer = stage, layers, writer
+        self.model, self.family = layers.model, family_of(source.config)
+        self.options = stage.parameters
+        self.kinds = kinds_of(self.options["where"], self.options["spare"])
+        self.change = registry.find(stage.method).run
+        self.shares: dict[int, Tensor] = {}
+        self.tokens = 0
+        # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
+        narrower = torch.promote_types(self.model.dtype, source.stored_dtype) != self.model.dtype
+        self.exact = StreamedLayers(source, torch.device("cpu"), source.stored_dtype) if narrower else None
+
+    def require_memory(self) -> None:
+        """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
+        if self.stage.needs != "grams":
+            return
+        free = free_memory(self.layers.device)
+        for index, matrices in chosen_matrices(self.stage, self.model).items():
+            stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
+            squares = [stack.shape[2] ** 2 for stack in stacks.values()]
+            each = FP32_BYTES * (sum(squares) + SOLVER_TABLES * max(squares, default=0))
+            experts = max((len(stack) for stack in stacks.values()), default=0)
+            at_once = min(self.options["experts_at_once"] or experts, experts)
+            if at_once * each > free:
+                fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
+                raise ValueError(
+                    f"layer {index}: the Gram matrices of {at_once} experts need {gigabytes(at_once * each)}, and "
+                    f"{gigabytes(free)} are free: {fits}."
+                )
+
+    def visit(self, index: int, layer: nn.Module, run: Pass | None = None) -> None:
+        """One layer: observe, change, write, verify, go on."""
+        matrices = layer_matrices(layer, self.family, self.kinds)
+        results = [torch.empty_like(matrix.weight_BOI) for matrix in matrices]
+        notes: Notes = defaultdict(list)
+        parts = list(self._parts(matrices))
+        stays = self.options["propagate"] == "original" or not matrices
+        choices = self._choices(run)
+        for experts in parts:
+            seen = self._observe(run, experts, stays and experts is parts[-1]) if run is not None else {}
+            self._change(index, list(zip(matrices, results, strict=True)), seen, experts, notes)
+        if matrices:
+            self._write(index, matrices, results)
+            self._verify(index, layer, results, notes)
+        else:
+            self.writer.copy(index)
+        if choices:
+            notes["routing"] = routing_change(choices, self._choices(run))
+        write_json(self._notes_file(index), notes)
+        if run is not None and not stays:
+            run([], True)
+
+    def _choices(self, run: Pass | None) -> dict[str, Tensor]:
+        """What the layer's router does to the tokens that come now, if routers are changed."""
+        if run is None or "router" not in self.kinds:
+            return {}
+        choices = Choices(self.family, self.tokens, CHOICES)
+        run([choices], False)
+        return choices.found
+
+    def _observe(self, run: Pass, experts: range | None, go_on: bool) -> Mapping[str, Moments]:
+        assert self.stage.needs in ("squares", "grams")
+        observer = InputSums(self.family, self.kinds, self.stage.needs, experts)
+        run([observer], go_on)
+        return observer.found
+
+    def _parts(self, matrices: Sequence[Matrix]) -> Iterator[range | None]:
+        """Experts whose statistics are held at the same time; None: all of them."""
+        count = next((len(matrix.weight_BOI) for matrix in matrices if matrix.kind == "experts"), 0)
+        at_once = self.options["experts_at_once"]
+        if not 0 < at_once < count or self.stage.needs == "nothing":
+            yield None
+            return
+        yield from (range(start, min(start + at_once, count)) for start in range(0, count, at_once))
+
+    def _change(
+        self,
+        index: int,
+        pairs: Sequence[tuple[Matrix, Tensor]],
+        seen: Mapping[str, Moments],
+        experts: range | None,
+        notes: Notes,
+    ) -> None:
+        """Let the method make the new matrices of every source; those that are no experts come with the first part."""
+        by_source: dict[str, list[tuple[Matrix, Tensor]]] = defaultdict(list)
+        for matrix, result_BOI in pairs:
+            by_source[matrix.source].append((matrix, result_BOI))
+        for source, group in by_source.items():
+            routed = group[0][0].kind == "experts"
+            if not routed and experts is not None and experts.start > 0:
+                continue
+            part = slice(experts.start, experts.stop) if routed and experts is not None else slice(None)
+            weights = [matrix.weight_BOI[part] for matrix, _ in group]
+            numbers = range(len(group[0][0].weight_BOI))[part]
+            names = [f"expert {e} of layer {index}" if routed else f"{source} of layer {index}" for e in numbers]
+            moment, rare_B = self._moment(seen.get(source), routed, names)
+            share_B = self.shares[index][part] if routed and self.shares else None
+            changed = self.change(Group(names, weights, moment, share_B), **self.options)
+            stay_B = rare_B if self.options["unseen"] == "dense" else torch.zeros_like(rare_B)
+            for (_, result_BOI), weight_BOI, new_BOI in zip(group, weights, changed.weights, strict=True):
+                result_BOI[part] = torch.where(stay_B[:, None, None], weight_BOI, new_BOI.to(weight_BOI))
+            if source == ROUTED:
+                notes["unseen"] += [numbers[b] for b in rare_B.nonzero().flatten().tolist()]
+            for name, found in changed.notes.items():
+                notes[name] += [names[b] for b in found]
+
+    def _moment(self, moments: Moments | None, routed: bool, names: Sequence[str]) -> tuple[Tensor | None, Tensor]:
+        """The mean moments of a source, and which of its experts saw too few tokens, bool [B]."""
+        if moments is None:
+            return None, torch.zeros(len(names), dtype=torch.bool, device=self.layers.device)
+        least = self.options["min_tokens"] if routed else 1
+        rare_B = moments.count_B < least
+        unseen = self.options["unseen"]
+        if unseen == "error" and bool(rare_B.any()):
+            few = [names[b] for b in rare_B.nonzero().flatten().tolist()]
+            raise ValueError(
+                f"{', '.join(few[:3])}: fewer than {least} tokens of the calibration text. Calibrate on more "
+                "(samples=), or say unseen=pooled, magnitude or dense."
+            )
+        return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
+
+    def _write(self, index: int, matrices: Sequence[Matrix], results: Sequence[Tensor]) -> None:
+        """Write the layer with its new matrices; what did not change is stored as it was, to the last bit."""
+        if self.exact is None:
+            for matrix, result_BOI in zip(matrices, results, strict=True):
+                matrix.weight_BOI.copy_(result_BOI)
+            self.writer.write(index, hf.checkpoint_tensors(self.model, hf.layer_state(self.model, index)))
+            return
+        with self.exact.layer(index) as layer:
+            stored = layer_matrices(layer, self.family, self.kinds)
+            for matrix, result_BOI, exact in zip(matrices, results, stored, strict=True):
+                same_BOI = (matrix.weight_BOI == result_BOI).to(exact.weight_BOI.device)
+                exact.weight_BOI.copy_(torch.where(same_BOI, exact.weight_BOI, result_BOI.to(exact.weight_BOI)))
+            self.writer.write(index, hf.checkpoint_tensors(self.exact.model, hf.layer_state(self.exact.model, index)))
+
+    def _verify(self, index: int, layer: nn.Module, results: Sequence[Tensor], notes: Notes) -> None:
+        """Read the layer back as it was written: every zero that was set has to be one in the file."""
+        with self.writer.read(index) as tensors:
+            hf.materialize(self.model, tensors, self.layers.device)
+        zeros: dict[str, int] = defaultdict(int)
+        weights: dict[str, int] = defaultdict(int)
+        for matrix, result_BOI in zip(layer_matrices(layer, self.family, self.kinds), results, strict=True):
+            zero_BOI = matrix.weight_BOI == 0
+            assert bool(zero_BOI[result_BOI == 0].all()), f"layer {index}: {matrix.name} lost zeros on its way to disk"
+            zeros[matrix.kind] += int(zero_BOI.sum())
+            weights[matrix.kind] += zero_BOI.numel()
+        notes["zeros"], notes["weights"] = zeros, weights
+
+    def _notes_file(self, index: int) -> Any:
+        return self.writer.scratch / f"notes-{index:05d}.json"
+
+    def is_done(self, index: int) -> bool:
+        """Whether an earlier, killed run has finished this layer."""
+        return bool(self._notes_file(index).is_file())
+
+    def report(self) -> dict[str, Any]:
+        """Shares of zeros by part of a layer and by layer; experts that saw too few tokens; raised dampings."""
+        notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
+        changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
+        zeros, weights = (
+            {kind: sum(note[key].get(kind, 0) for note in changed.values()) for kind in self.kinds}
+            for key in ("zeros", "weights")
+        )
+        return {
+            "sparsity": {kind: zeros[kind] / weights[kind] for kind in self.kinds if weights[kind]},
+            "sparsity_by_layer": {
+                i: sum(note["zeros"].values()) / sum(note["weights"].values()) for i, note in changed.items()
+            },
+            "unseen": {i: note["unseen"] for i, note in changed.items() if note.get("unseen")},
+            "routing_change": {i: note["routing"] for i, note in changed.items() if note.get("routing")},
+            "allocated": {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()},
+            "damping_raised": [name for note in changed.values() for name in note.get("damped", ())],
+        }

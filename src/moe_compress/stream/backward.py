@@ -1,0 +1,149 @@
+"""The loss's gradient, brought back through one layer at a time: what each neuron of an expert is worth to it.
+
+One forward keeps what enters every layer; then each layer runs again, with gradients, from the last to the first.
+E experts, F neurons, D model width, N windows of S positions, R routed rows, P predicted tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from moe_compress.model import hf
+from moe_compress.model.families import Family
+from moe_compress.model.hf import RoutedRows
+from moe_compress.model.moe import inner_width, moe_view
+from moe_compress.runtime import free_memory, gigabytes
+from moe_compress.stream.data import Windows
+from moe_compress.stream.fold import Batch, Layers, Progress, begin, run_batches
+from moe_compress.stream.inputs import RunningSums
+from moe_compress.stream.observers import BatchInfo
+
+TOKENS_PER_CHUNK = 1024
+
+
+class ChannelGradients:
+    """Sums of a^2 per neuron, and of the outer products of the gradients at each expert's output, while it runs back.
+
+    `heapr` [E, F]: sum a_i^2 times w_i' M w_i, with w_i the neuron's column of the down projection and M the mean
+    outer product of the loss's gradients at the expert's output (HEAPr, arXiv 2509.22299). Nothing for a layer
+    without experts.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+
+    def enter(self, index: int, layer: nn.Module) -> None:
+        """Start with empty sums and listen to the layer's experts."""
+        self.view = moe_view(layer, self.family)
+        if self.view is None:
+            return
+        down_EDF = self.view.stacks()["down"]
+        experts, width = down_EDF.shape[:2]
+        self.squares = RunningSums(experts, inner_width(self.view), "squares", down_EDF.device)
+        self.gradients = RunningSums(experts, width, "grams", down_EDF.device)
+        hf.tap(self.view.block, self.view.experts, self._rows)
+
+    def begin(self, batch: BatchInfo) -> None:
+        """Remember which tokens count."""
+        self.real_T = batch.real_T
+
+    def _rows(self, rows: RoutedRows) -> None:
+        real_R = self.real_T[rows.token_R]
+        expert_R = rows.expert_R[real_R]
+        self.squares.add(rows.inner_RF.detach()[real_R], expert_R)
+
+        def back(gradient_TD: Tensor) -> None:
+            gated_RD = gradient_TD[rows.token_R] * rows.gate_R.detach().unsqueeze(1)
+            self.gradients.add(gated_RD[real_R], expert_R)
+
+        rows.routed_TD.register_hook(back)
+
+    def end(self, hidden_BSD: Tensor) -> None:
+        """Nothing is left to do."""
+
+    def leave(self) -> dict[str, Tensor]:
+        """The layer's scores on the CPU."""
+        if self.view is None:
+            return {}
+        hf.untap(self.view.block, self.view.experts, self._rows)
+        self.gradients.flush()
+        down_EDF = self.view.stacks()["down"].float()
+        mean_EDD = self.gradients.total / self.gradients.count_B.clamp_min(1)[:, None, None]
+        curved_EF = ((mean_EDD @ down_EDF) * down_EDF).sum(1)
+        return {"heapr": (self.squares.total * curved_EF).double().cpu()}
+
+
+def backward(
+    layers: Layers, windows: Windows, observer: ChannelGradients, progress: Progress | None = None
+) -> list[dict[str, Tensor]]:
+    """What the observer saw of each layer as the gradient of the mean loss came back through it.
+
+    Raises ValueError if what enters the layers does not fit into memory.
+    """
+    count = len(hf.decoder_layers(layers.model))
+    with torch.no_grad():
+        batches, hidden_NSD = begin(layers, windows)
+        _require_memory(count * hidden_NSD.numel() * hidden_NSD.element_size(), layers)
+        entered: list[Tensor | None] = []
+        for index in range(count):
+            entered.append(hidden_NSD.cpu().clone())
+            with layers.layer(index) as layer:
+                run_batches(index, layer, hidden_NSD, batches, (), hidden_NSD)
+        gradient_NSD = _at_the_end(layers, hidden_NSD, windows)
+    seen: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for index in reversed(range(count)):
+        with layers.layer(index) as layer:
+            seen[index] = _back(index, layer, entered.pop(), gradient_NSD, batches, observer)
+        if progress is not None:
+            progress(count - index, count)
+    return seen
+
+
+def _back(
+    index: int,
+    layer: nn.Module,
+    entered_NSD: Tensor | None,
+    gradient_NSD: Tensor,
+    batches: Sequence[Batch],
+    observer: ChannelGradients,
+) -> dict[str, Tensor]:
+    """Bring the gradient back through one layer, in place."""
+    assert entered_NSD is not None
+    observer.enter(index, layer)
+    for batch in batches:
+        observer.begin(batch.info)
+        here_BSD = gradient_NSD[batch.rows]
+        with torch.enable_grad():
+            hidden_BSD = entered_NSD[batch.rows].to(here_BSD.device).requires_grad_()
+            torch.autograd.backward(hf.layer_output(layer, hidden_BSD, batch.calls[index]), here_BSD)
+        assert hidden_BSD.grad is not None
+        gradient_NSD[batch.rows] = hidden_BSD.grad
+    return observer.leave()
+
+
+def _at_the_end(layers: Layers, hidden_NSD: Tensor, windows: Windows) -> Tensor:
+    """Gradient of the mean loss over the predicted tokens, at the final hidden states."""
+    where = (windows.mask_NS[:, :-1] & windows.mask_NS[:, 1:]).nonzero()
+    target_P = windows.ids_NS[where[:, 0], where[:, 1] + 1].to(hidden_NSD.device)
+    gradient_NSD = torch.zeros_like(hidden_NSD)
+    for start in range(0, len(where), TOKENS_PER_CHUNK):
+        n, s = where[start : start + TOKENS_PER_CHUNK].unbind(1)
+        with torch.enable_grad():
+            hidden_PD = hidden_NSD[n, s].requires_grad_()
+            logits_PV = hf.logits(layers.model, hidden_PD).float()
+            loss = cross_entropy(logits_PV, target_P[start : start + len(n)], reduction="sum") / len(where)
+        (gradient_NSD[n, s],) = torch.autograd.grad(loss, hidden_PD)
+    return gradient_NSD
+
+
+def _require_memory(needed: int, layers: Layers) -> None:
+    free = free_memory(torch.device("cpu"))
+    if needed > free:
+        raise ValueError(
+            f"gradients need what enters each of {len(hf.decoder_layers(layers.model))} layers at once, "
+            f"{gigabytes(needed)}, and {gigabytes(free)} are free: use fewer or shorter windows (samples=, length=)."
+        )
