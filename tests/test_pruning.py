@@ -423,7 +423,7 @@ def test_padding_does_not_count(lab, tmp_path):
     assert same >= 0.999 * whole
     padded = slow.rows(reference(options["model"]), "mixtral", found.ids_NS, torch.ones_like(found.mask_NS))
     assert agreement("mixtral", folder, options["model"], {0: padded[0]})[0] < 0.99 * whole / 3
-    assert report(folder)["tokens"] == int(found.mask_NS.sum())
+    assert report(folder)["calibration"]["tokens"] == int(found.mask_NS.sum())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])

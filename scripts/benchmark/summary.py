@@ -138,7 +138,12 @@ def orderings(records: Sequence[Record], documents: Path) -> str:
 
 
 def _difference(better: Row, worse: Row, documents: Path) -> str:
-    sides = [[load_file(documents / f"{record.name}.safetensors") for record in row] for row in (better, worse)]
+    """Mean difference per token. Both sides have the same seeds, but for magnitudes, which no seed changes."""
+    given = [row[0].recipe[0]["parameters"] for row in (better, worse)]
+    shared = {record.seed for record in better} & {record.seed for record in worse}
+    fixed = any(parameters["method"] == "magnitude" for parameters in given)
+    rows = [[record for record in row if fixed or record.seed in shared] for row in (better, worse)]
+    sides = [[load_file(documents / f"{record.name}.safetensors") for record in row] for row in rows]
     means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
     found = per_token((means[0] - means[1]).numpy(), sides[0][0]["tokens"].numpy(), "nats/token")
     low, high = found["interval"]
@@ -183,7 +188,7 @@ def summary(records: Sequence[Record], documents: Path) -> str:
         parts += [trimming(records, low, high)]
     parts += ["**Fewer active experts**, nothing removed from the file:", active(records)]
     parts += ["**Pruned weights**, the file as large as before:", pruning(records)]
-    parts += ["The same in pairs: each side the mean of its calibration seeds, intervals over documents:"]
+    parts += ["Differences in pairs, of the mean over the calibration texts that both have; intervals over documents:"]
     parts += [orderings(records, documents)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 

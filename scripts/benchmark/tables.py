@@ -66,13 +66,17 @@ ACTIVE = {
     "tiny-deepseek": ("top_k k=3", "top_k k=2", "top_k mean=3", "top_k mean=3 on=noise"),
 }
 
-# What depends on the calibration text is run on three of them.
-SLIMMING_SEEDS = range(3)
-SLIMMING = (
+# What decides the order of the ways to prune is run on three calibration texts.
+ORDER_SEEDS = range(3)
+ORDER = (
     "prune method=wanda sparsity=0.5",
     "prune method=sparsegpt sparsity=0.5",
     "prune method=wanda pattern=2:4",
     "prune method=sparsegpt pattern=2:4",
+)
+SLIMMING = (
+    "prune method=magnitude sparsity=0.5",
+    "prune method=magnitude pattern=2:4",
     "prune method=sparsegpt sparsity=0.5 propagate=original",
     "prune method=sparsegpt sparsity=0.75",
     "prune method=wanda sparsity=0.5 allocate=utilisation",
@@ -89,11 +93,6 @@ SLIMMING = (
     "channels score=heapr ratio=0.25 budget=global",
     "channels score=heapr ratio=0.5 budget=global",
     "channels score=wanda ratio=0.25",
-)
-# Of weights alone, or with nothing that a seed could change.
-SLIMMING_ONCE = (
-    "prune method=magnitude sparsity=0.5",
-    "prune method=magnitude pattern=2:4",
     "channels score=magnitude ratio=0.25",
 )
 SHARED = {
@@ -112,8 +111,8 @@ def recipes(model: str) -> list[tuple[str, int]]:
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
     found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
     family = model.removesuffix("-seed1")
-    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING_ONCE, *SHARED[family])]
-    found += list(itertools.product(SLIMMING, SLIMMING_SEEDS))
+    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *SHARED[family])]
+    found += list(itertools.product(ORDER, ORDER_SEEDS))
     return found
 
 

@@ -13,45 +13,33 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moe_compress.model import hf
-from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
-from moe_compress.model.moe import inner_width, moe_view
+from moe_compress.model.moe import MoEView
 from moe_compress.runtime import free_memory, gigabytes
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Batch, Layers, Progress, begin, run_batches
 from moe_compress.stream.inputs import RunningSums
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.stream.listener import Listener
 
 TOKENS_PER_CHUNK = 1024
 
 
-class ChannelGradients:
+class ChannelGradients(Listener):
     """Sums of a^2 per neuron, and of the outer products of the gradients at each expert's output, while it runs back.
 
     `heapr` [E, F]: sum a_i^2 times w_i' M w_i, with w_i the neuron's column of the down projection and M the mean
-    outer product of the loss's gradients at the expert's output (HEAPr, arXiv 2509.22299). Nothing for a layer
-    without experts.
+    outer product of the loss's gradients at the expert's output (HEAPr, arXiv 2509.22299).
     """
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
-
-    def enter(self, index: int, layer: nn.Module) -> None:
-        """Start with empty sums and listen to the layer's experts."""
-        self.view = moe_view(layer, self.family)
-        if self.view is None:
-            return
-        down_EDF = self.view.stacks()["down"]
-        experts, width = down_EDF.shape[:2]
-        self.squares = RunningSums(experts, inner_width(self.view), "squares", down_EDF.device)
+    def start(self, view: MoEView) -> None:
+        """Begin with empty sums."""
+        down_EDF = view.stacks()["down"]
+        experts, width, inner = down_EDF.shape
+        self.squares = RunningSums(experts, inner, "squares", down_EDF.device)
         self.gradients = RunningSums(experts, width, "grams", down_EDF.device)
-        hf.tap(self.view.block, self.view.experts, self._rows)
 
-    def begin(self, batch: BatchInfo) -> None:
-        """Remember which tokens count."""
-        self.real_T = batch.real_T
-
-    def _rows(self, rows: RoutedRows) -> None:
+    def rows(self, rows: RoutedRows) -> None:
+        """Add one batch: activations now, gradients when they come back."""
         real_R = self.real_T[rows.token_R]
         expert_R = rows.expert_R[real_R]
         self.squares.add(rows.inner_RF.detach()[real_R], expert_R)
@@ -62,16 +50,10 @@ class ChannelGradients:
 
         rows.routed_TD.register_hook(back)
 
-    def end(self, hidden_BSD: Tensor) -> None:
-        """Nothing is left to do."""
-
-    def leave(self) -> dict[str, Tensor]:
+    def finish(self, view: MoEView) -> dict[str, Tensor]:
         """The layer's scores on the CPU."""
-        if self.view is None:
-            return {}
-        hf.untap(self.view.block, self.view.experts, self._rows)
         self.gradients.flush()
-        down_EDF = self.view.stacks()["down"].float()
+        down_EDF = view.stacks()["down"].float()
         mean_EDD = self.gradients.total / self.gradients.count_B.clamp_min(1)[:, None, None]
         curved_EF = ((mean_EDD @ down_EDF) * down_EDF).sum(1)
         return {"heapr": (self.squares.total * curved_EF).double().cpu()}

@@ -6,40 +6,26 @@ E experts, F neurons, R routed rows.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_compress.model import hf
-from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
-from moe_compress.model.moe import inner_width, moe_view
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.model.moe import MoEView, inner_width
+from moe_compress.stream.listener import Listener
 
 
-class ChannelSums:
+class ChannelSums(Listener):
     """Sums of squares of neurons' activations, with and without the gate, and the largest gated square, [E, F] each.
 
-    `channel_square`, `channel_gated`, `channel_max`; `energy`: mean square of the stream behind the layer. Nothing for
-    a layer without experts.
+    `channel_square`, `channel_gated`, `channel_max`; `energy`: mean square of the stream behind the layer.
     """
 
-    def __init__(self, family: Family) -> None:
-        self.family = family
+    def start(self, view: MoEView) -> None:
+        """Begin with empty sums."""
+        shape = (3, view.num_experts, inner_width(view))
+        self.sums = torch.zeros(shape, dtype=torch.float64, device=view.router_rows_ED.device)
 
-    def enter(self, index: int, layer: nn.Module) -> None:
-        """Start with empty sums and listen to the layer's experts."""
-        self.view = moe_view(layer, self.family)
-        self.energy = self.tokens = 0.0
-        if self.view is None:
-            return
-        shape = (3, self.view.num_experts, inner_width(self.view))
-        self.sums = torch.zeros(shape, dtype=torch.float64, device=self.view.router_rows_ED.device)
-        hf.tap(self.view.block, self.view.experts, self._rows)
-
-    def begin(self, batch: BatchInfo) -> None:
-        """Remember which tokens count."""
-        self.real_T = batch.real_T
-
-    def _rows(self, rows: RoutedRows) -> None:
+    def rows(self, rows: RoutedRows) -> None:
+        """Add the squares of one batch."""
         real_R = self.real_T[rows.token_R]
         expert_R = rows.expert_R[real_R]
         square_RF = rows.inner_RF[real_R].float().square()
@@ -51,17 +37,8 @@ class ChannelSums:
         self.sums[:2] += sums[:2]
         self.sums[2] = torch.maximum(self.sums[2], sums[2].double())
 
-    def end(self, hidden_BSD: Tensor) -> None:
-        """Add up the stream's energy."""
-        real_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[self.real_T]
-        self.energy += float(real_TD.double().square().sum())
-        self.tokens += len(real_TD)
-
-    def leave(self) -> dict[str, Tensor]:
+    def finish(self, view: MoEView) -> dict[str, Tensor]:
         """The layer's sums on the CPU."""
-        if self.view is None:
-            return {}
-        hf.untap(self.view.block, self.view.experts, self._rows)
         names = ("channel_square", "channel_gated", "channel_max")
         found = {name: table_EF.cpu().contiguous() for name, table_EF in zip(names, self.sums, strict=True)}
-        return {**found, "energy": torch.tensor(self.energy / max(self.tokens, 1), dtype=torch.float64)}
+        return {**found, "energy": torch.tensor(self.energy, dtype=torch.float64)}

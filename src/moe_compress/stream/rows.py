@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_compress.model import hf
 from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
-from moe_compress.model.moe import moe_view
-from moe_compress.stream.observers import BatchInfo
+from moe_compress.model.moe import MoEView
+from moe_compress.stream.listener import Listener
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,49 +31,33 @@ class Rows:
     energy: float
 
 
-class RowSample:
+class RowSample(Listener):
     """Keeps the first `each` rows of every expert in every batch; `found` is None for a layer without experts."""
 
     def __init__(self, family: Family, each: int) -> None:
-        self.family = family
+        super().__init__(family)
         self.each = each
         self.found: Rows | None = None
 
-    def enter(self, index: int, layer: nn.Module) -> None:
-        """Listen to the layer's experts."""
-        self.view = moe_view(layer, self.family)
+    def start(self, view: MoEView) -> None:
+        """Begin with nothing."""
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        self.energy = self.tokens = 0.0
-        if self.view is not None:
-            self.count_E = torch.zeros(self.view.num_experts, dtype=torch.long, device=self.view.router_rows_ED.device)
-            hf.tap(self.view.block, self.view.experts, self._rows)
+        self.gate_on_input = hf.gate_on_input(view.experts)
+        self.count_E = torch.zeros(view.num_experts, dtype=torch.long, device=view.router_rows_ED.device)
 
-    def begin(self, batch: BatchInfo) -> None:
-        """Remember which tokens count."""
-        self.real_T = batch.real_T
-
-    def _rows(self, rows: RoutedRows) -> None:
+    def rows(self, rows: RoutedRows) -> None:
+        """Take each expert's first rows of one batch."""
         real_R = self.real_T[rows.token_R]
         expert_R = rows.expert_R[real_R]
         seen_E = torch.bincount(expert_R, minlength=len(self.count_E))
         self.count_E += seen_E
         place_R = torch.arange(len(expert_R), device=expert_R.device) - (seen_E.cumsum(0) - seen_E)[expert_R]
         chosen_R = place_R < self.each
-        assert self.view is not None
-        gate_R = torch.ones_like(rows.gate_R) if hf.gate_on_input(self.view.experts) else rows.gate_R
+        gate_R = torch.ones_like(rows.gate_R) if self.gate_on_input else rows.gate_R
         self.parts.append((expert_R[chosen_R], rows.input_RD[real_R][chosen_R], gate_R[real_R][chosen_R]))
 
-    def end(self, hidden_BSD: Tensor) -> None:
-        """Add up the stream's energy."""
-        real_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[self.real_T]
-        self.energy += float(real_TD.double().square().sum())
-        self.tokens += len(real_TD)
-
-    def leave(self) -> dict[str, Tensor]:
+    def finish(self, view: MoEView) -> dict[str, Tensor]:
         """Sort what was kept by expert; nothing of it is kept in files."""
-        if self.view is None:
-            return {}
-        hf.untap(self.view.block, self.view.experts, self._rows)
         expert_R, input_RD, gate_R = (torch.cat(column) for column in zip(*self.parts, strict=True))
         expert_R, order = expert_R.sort(stable=True)
         kept_E = torch.bincount(expert_R, minlength=len(self.count_E))
@@ -82,5 +66,5 @@ class RowSample:
         input_END = input_RD.new_zeros(*shape, input_RD.shape[-1])
         gate_EN = gate_R.new_zeros(shape)
         input_END[expert_R, place_R], gate_EN[expert_R, place_R] = input_RD[order], gate_R[order]
-        self.found = Rows(input_END, gate_EN, self.count_E, self.energy / max(self.tokens, 1))
+        self.found = Rows(input_END, gate_EN, self.count_E, self.energy)
         return {}
