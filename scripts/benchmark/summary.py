@@ -131,7 +131,8 @@ def orderings(records: Sequence[Record], documents: Path) -> str:
         cells = []
         for model in sorted(_originals(records)):
             sides = [rows.get((name, model), []) for name in (better, worse)]
-            cells.append(_difference(*sides, documents) if all(sides) else "")
+            kept = all(_sums(record, documents).is_file() for side in sides for record in side)
+            cells.append(_difference(*sides, documents) if all(sides) and kept else "")
         lines.append(f"| {better} - {worse.removeprefix('prune ')} | " + " | ".join(cells) + " |")
     models = sorted(_originals(records))
     return "\n".join([f"| difference | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *lines]) + "\n"
@@ -143,11 +144,16 @@ def _difference(better: Row, worse: Row, documents: Path) -> str:
     shared = {record.seed for record in better} & {record.seed for record in worse}
     fixed = any(parameters["method"] == "magnitude" for parameters in given)
     rows = [[record for record in row if fixed or record.seed in shared] for row in (better, worse)]
-    sides = [[load_file(documents / f"{record.name}.safetensors") for record in row] for row in rows]
+    sides = [[load_file(_sums(record, documents)) for record in row] for row in rows]
     means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
     found = per_token((means[0] - means[1]).numpy(), sides[0][0]["tokens"].numpy(), "nats/token")
     low, high = found["interval"]
     return f"{found['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def _sums(record: Record, documents: Path) -> Path:
+    """Where a record's sums per document are kept."""
+    return documents / f"{record.name}.safetensors"
 
 
 def _originals(records: Sequence[Record]) -> dict[str, Record]:
