@@ -16,12 +16,14 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import tiny
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
+from moe_compress.methods.slimming.prune import prune
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.runtime import atomic_write, gigabytes
 from moe_compress.stream.calibration import observers_for
 from moe_compress.stream.data import FOLDS, Windows
 from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.stream.inputs import Group
 from moe_compress.stream.observers import BatchInfo, ExpertSums, Observer
 from moe_compress.stream.probe import ProbeObserver
 
@@ -54,6 +56,28 @@ def same_on_cuda(family: str, place: Path) -> dict[str, float]:
     worst = max([0.0, *(float((a["norm"] - b["norm"]).abs().max()) for a, b in zip(cpu_sums, gpu_sums, strict=True))])
     finite = bool(found["cuda", torch.bfloat16][0].isfinite().all())
     return {"hidden": float((gpu - cpu).abs().max() / cpu.abs().max()), "norm_sums": worst, "bf16_finite": finite}
+
+
+def same_masks(device: torch.device) -> dict[str, float]:
+    """Share of weights treated alike on the device and on the CPU; seconds for 8 full-size matrices."""
+    generator = torch.Generator().manual_seed(0)
+    weight_BOI, x_BRI = (torch.randn(8, rows, 512, generator=generator) for rows in (1024, 2048))
+    gram_BII = x_BRI.transpose(1, 2) @ x_BRI / x_BRI.shape[1]
+    found = {}
+    for way, moment in (("sparsegpt", gram_BII), ("wanda", gram_BII.diagonal(dim1=1, dim2=2))):
+        for pattern in (None, "2:4"):
+            sides = [
+                prune(Group([""] * 8, [weight_BOI.to(d)], moment.to(d)), method=way, pattern=pattern).weights[0].cpu()
+                == 0
+                for d in (torch.device("cpu"), device)
+            ]
+            found[f"{way} {pattern or 'unstructured'}"] = float((sides[0] == sides[1]).float().mean())
+    weight_BOI = torch.randn(8, 14336, 4096, device=device) * 0.02
+    gram_BII = torch.eye(4096, device=device).expand(8, -1, -1).contiguous()
+    started = time.perf_counter()
+    prune(Group([""] * 8, [weight_BOI], gram_BII), method="sparsegpt", pattern="2:4")
+    torch.cuda.synchronize()
+    return {**found, "seconds": time.perf_counter() - started}
 
 
 @torch.no_grad()
@@ -113,6 +137,8 @@ def main() -> None:
         for family in tiny.CONFIGS:
             figures[family] = same_on_cuda(family, Path(place))
             print(family, figures[family])
+    figures["pruning"] = same_masks(CUDA)
+    print("pruning", figures["pruning"])
     for hub_id in FULL_SIZE:
         found = full_size_layer(hub_id)
         figures[hub_id] = found
