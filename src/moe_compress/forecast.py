@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values
@@ -17,6 +18,7 @@ from moe_compress.model.forms import form_after
 from moe_compress.planning import dry_run
 from moe_compress.recipe import Recipe
 from moe_compress.runtime import DTYPES, gigabytes, resolve_device, resolve_dtype
+from moe_compress.slimming import gram_bytes
 
 LAYERS_AT_PEAK = 2.5
 
@@ -66,16 +68,25 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
-        notes=_notes(options.model, edits),
+        notes=_notes(recipe, edits, model),
     )
 
 
-def _notes(model: str, edits: Sequence[Edit]) -> tuple[str, ...]:
+def _notes(recipe: Recipe, edits: Sequence[Edit], model: PreTrainedModel) -> tuple[str, ...]:
     """What the sizes leave open."""
     notes = []
-    stored = zoo.STORED_AS.get(model)
-    if stored:
-        notes.append(f"{model} is published in {stored}, which is not read yet: compress a bf16 copy of it.")
+    name = recipe.options.model
+    if name in zoo.STORED_AS:
+        notes.append(
+            f"{name} is published in {zoo.STORED_AS[name]}, which is not read yet: compress a bf16 copy of it."
+        )
+    if any(stage.method == "prune" for stage in recipe.stages):
+        notes.append(
+            "Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them."
+        )
+    for stage in [stage for stage in recipe.stages if stage.needs == "grams"]:
+        needed = max(each * experts for each, experts in gram_bytes(stage, model).values())
+        notes.append(f"Gram matrices of a layer take {gigabytes(needed)} on top; experts_at_once= holds fewer of them.")
     if any(isinstance(edit, SkipExperts) for edit in edits):
         notes.append("How many experts are skipped depends on the text: what that saves per token is not counted.")
     if any(isinstance(edit, KeepExperts) and edit.novices for edit in edits):

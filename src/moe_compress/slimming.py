@@ -62,6 +62,18 @@ def chosen_matrices(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matr
     return found
 
 
+def gram_bytes(stage: Stage, model: PreTrainedModel) -> dict[int, tuple[int, int]]:
+    """By layer: bytes that the Gram matrices of one expert and their solution take, and how many are held at once."""
+    found = {}
+    for index, matrices in chosen_matrices(stage, model).items():
+        stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
+        squares = [stack.shape[2] ** 2 for stack in stacks.values()]
+        each = FP32_BYTES * (sum(squares) + SOLVER_TABLES * max(squares, default=0))
+        experts = max((len(stack) for stack in stacks.values()), default=0)
+        found[index] = each, min(stage.parameters["experts_at_once"] or experts, experts)
+    return found
+
+
 def slim(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -120,12 +132,7 @@ class _Slimmer:
         if self.stage.needs != "grams":
             return
         free = free_memory(self.layers.device)
-        for index, matrices in chosen_matrices(self.stage, self.model).items():
-            stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
-            squares = [stack.shape[2] ** 2 for stack in stacks.values()]
-            each = FP32_BYTES * (sum(squares) + SOLVER_TABLES * max(squares, default=0))
-            experts = max((len(stack) for stack in stacks.values()), default=0)
-            at_once = min(self.options["experts_at_once"] or experts, experts)
+        for index, (each, at_once) in gram_bytes(self.stage, self.model).items():
             if at_once * each > free:
                 fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
                 raise ValueError(
