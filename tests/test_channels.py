@@ -164,6 +164,7 @@ def test_duplicated_channels_that_do_nothing_go_first(reader_folder, options, tm
         ("keep=0", "can keep multiples of 8 up to 24"),
         ("multiple=16", "multiple=16 does not divide the 24 neurons"),
         ("keep=6 multiple=2", "no multiple of 16 bytes"),
+        ("keep=20 multiple=4 dtype=bfloat16", "no multiple of 16 bytes"),
         ("alpha=2", "from 0 to 1"),
         ("keep=16 ratio=0.5", "not both"),
     ],
@@ -180,7 +181,8 @@ def test_plans_are_checked(sources):
     assert to_json(edit) == {"edit": "keep_channels", "layer": 0, "width": WIDTH}
     assert from_json(to_json(edit), edit.arrays) == edit and edit.needed_array == "channels"
     skeleton = functools.partial(hf.skeleton, source.config, torch.float32)
-    for width, kept in ((25, None), (0, None), (8, edit.arrays["channels"]), (16, edit.arrays["channels"] * 2)):
+    ids = edit.arrays["channels"]
+    for width, kept in ((25, None), (0, None), (8, ids), (16, ids * 2), (16, ids + 0.5)):
         with pytest.raises(ValueError, match="layer 0"):
             check_edits(skeleton(), [KeepChannels(0, width, arrays={} if kept is None else {"channels": kept})])
 

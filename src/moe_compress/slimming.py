@@ -241,8 +241,10 @@ class _Slimmer:
         with self.exact.layer(index) as layer:
             stored = layer_matrices(layer, self.family, self.kinds)
             for matrix, result_BOI, exact in zip(matrices, results, stored, strict=True):
-                same_BOI = (matrix.weight_BOI == result_BOI).to(exact.weight_BOI.device)
-                exact.weight_BOI.copy_(torch.where(same_BOI, exact.weight_BOI, result_BOI.to(exact.weight_BOI)))
+                # A weight that is zero in the arithmetic alone may be one that has to go: zeros are always written.
+                same_BOI = (matrix.weight_BOI == result_BOI) & (result_BOI != 0)
+                new_BOI = result_BOI.to(exact.weight_BOI)
+                exact.weight_BOI.copy_(torch.where(same_BOI.to(new_BOI.device), exact.weight_BOI, new_BOI))
             self.writer.write(index, hf.checkpoint_tensors(self.exact.model, hf.layer_state(self.exact.model, index)))
 
     def _verify(self, index: int, layer: nn.Module, results: Sequence[Tensor], notes: Notes) -> None:

@@ -272,7 +272,7 @@ def refuse_if_uneditable(config: PreTrainedConfig) -> None:
     """Raise ValueError, with the reason, for a family whose experts cannot be cut."""
     family = family_of(config)
     if family.no_expert_edits:
-        raise ValueError(f"experts of {family.model_type} cannot be dropped: {family.no_expert_edits}.")
+        raise ValueError(f"experts of {family.model_type} cannot be changed: {family.no_expert_edits}.")
 
 
 def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:

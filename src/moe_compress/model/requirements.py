@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -10,8 +9,8 @@ from moe_compress.model import hf
 from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.moe import MoEShape, inner_width, moe_shape, moe_views
 
-# Grouped products need rows of a whole number of so many bytes.
-ROW_BYTES = 16
+# Grouped products need rows of a whole number of 16 bytes, in 16-bit arithmetic too.
+WIDTH_STEP = 8
 
 
 def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:
@@ -50,24 +49,20 @@ def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
         )
 
 
-def width_step(dtype: torch.dtype) -> int:
-    """Widths must be a multiple of this many numbers."""
-    return ROW_BYTES * 8 // torch.finfo(dtype).bits
-
-
 def require_channels(model: PreTrainedModel, layer: int, width: int, kept_EW: Tensor | None) -> None:
     """Raise ValueError for a width that the layer, or the kernels that run it, cannot have, or for wrong neurons."""
     experts, inner = shape_of(model, layer).num_experts, inner_width(moe_views(model)[layer])
     if not 0 < width <= inner:
         raise ValueError(f"layer {layer}: its experts have {inner} neurons, so width={width} is not possible.")
-    step = width_step(model.dtype)
-    if width % step:
+    if width % WIDTH_STEP:
+        nearest = f"{width // WIDTH_STEP * WIDTH_STEP} and {-(-width // WIDTH_STEP) * WIDTH_STEP}"
         raise ValueError(
-            f"layer {layer}: rows of {width} neurons are no multiple of {ROW_BYTES} bytes, without which no grouped "
-            f"product runs: {width // step * step} and {-(-width // step) * step} are possible."
+            f"layer {layer}: rows of {width} numbers of 16 bits are no multiple of 16 bytes, without which no grouped "
+            f"product runs: {nearest} are possible."
         )
     if kept_EW is None:
         return
-    fits = tuple(kept_EW.shape) == (experts, width) and bool(((kept_EW >= 0) & (kept_EW < inner)).all())
+    whole = not kept_EW.is_floating_point() and tuple(kept_EW.shape) == (experts, width)
+    fits = whole and bool(((kept_EW >= 0) & (kept_EW < inner)).all())
     if not fits or not bool((kept_EW.sort(1).values.diff(dim=1) > 0).all()):
         raise ValueError(f"layer {layer}: each of {experts} experts needs {width} different neurons below {inner}.")
