@@ -414,7 +414,6 @@ def test_a_layer_cannot_lose_both_of_its_parts(sentence, lab, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="layers that lost their other part are still candidates", raises=ValueError)
 @pytest.mark.parametrize(
     "sentence",
     ["layer_drop drop=1 + layer_drop drop=1 part=attention", "layer_drop drop=1 part=attention + layer_drop drop=1"],

@@ -6,8 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.model import hf
-from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.moe import MoEShape, inner_width, moe_shape, moe_views
+from moe_compress.model.sublayers import lost_part
 
 # Grouped products need rows of a whole number of 16 bytes, in 16-bit arithmetic too.
 WIDTH_STEP = 8
@@ -36,7 +36,7 @@ def require_other_moe(model: PreTrainedModel, layer: int) -> None:
 
 def require_other_part(model: PreTrainedModel, layer: int) -> None:
     """Raise ValueError if the layer has lost a part already."""
-    if any(isinstance(child, Nothing) for child in hf.decoder_layers(model)[layer].children()):
+    if lost_part(hf.decoder_layers(model)[layer]):
         raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
 
 

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from moe_compress.model import hf
 from moe_compress.model.edits import DropLayer, Edit
 from moe_compress.model.moe import MoEShape, moe_shapes
-from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer, mixing_layers
+from moe_compress.model.sublayers import attention_layers, block_names, is_whole_layer, lost_part, mixing_layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """moe: the layers with experts; total: all decoder layers; whole_layers: a MoE block is a layer of its own;
-    attention: the layers whose attention could be removed; mixing: all in which tokens attend to others.
+    attention: the layers whose attention could be removed; mixing: all in which tokens attend to others; halved:
+    those that have lost their MoE block or their attention already.
     """
 
     moe: list[MoEShape]
@@ -24,6 +25,7 @@ class ModelShape:
     whole_layers: bool = False
     attention: list[int] = field(default_factory=list)
     mixing: list[int] = field(default_factory=list)
+    halved: list[int] = field(default_factory=list)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
@@ -34,7 +36,10 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     layers = hf.decoder_layers(model)
     whole = is_whole_layer(layers[shapes[0].layer], block_names(model))
     attention, mixing = attention_layers(model), mixing_layers(model)
-    return ModelShape(moe=shapes, total=len(layers), whole_layers=whole, attention=attention, mixing=mixing)
+    halved = [index for index, layer in enumerate(layers) if lost_part(layer)]
+    return ModelShape(
+        moe=shapes, total=len(layers), whole_layers=whole, attention=attention, mixing=mixing, halved=halved
+    )
 
 
 def removals(layers: Sequence[int]) -> list[Edit]:

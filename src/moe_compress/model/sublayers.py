@@ -68,6 +68,11 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
     ]
 
 
+def lost_part(layer: nn.Module) -> bool:
+    """Whether the layer has lost its MoE block or its attention."""
+    return any(isinstance(child, Nothing) for child in layer.children())
+
+
 def mixing_layers(model: PreTrainedModel) -> list[int]:
     """The layers in which tokens attend to others, attention of its own kind of layer (Nemotron-H) included."""
     layers = hf.decoder_layers(model)

@@ -45,12 +45,18 @@ def check_layers(shape: ModelShape, *, drop: int | None, layers: str | None, par
     candidates = _candidates(shape, part)
     if layers is not None:
         return Plan(_skips(shape, _listed(layers, candidates, f"layers with {part}:"), part), {}, {})
-    count = _require_count(drop, len(candidates), f"layers with {part}")
-    return Plan(_skips(shape, candidates[-count:], part), {}, {})
+    whole = _whole(shape, candidates)
+    count = _require_count(drop, len(whole), f"layers with {part}")
+    return Plan(_skips(shape, whole[-count:], part), {}, {})
 
 
 def _candidates(shape: ModelShape, part: Part) -> list[int]:
     return [moe.layer for moe in shape.moe] if part == "moe" else shape.attention
+
+
+def _whole(shape: ModelShape, layers: Sequence[int]) -> list[int]:
+    """Those that have not lost their other part: nothing would be left of them."""
+    return [layer for layer in layers if layer not in shape.halved]
 
 
 def _skips(shape: ModelShape, layers: Sequence[int], part: Part) -> list[Edit]:
@@ -86,7 +92,7 @@ def layer_drop(
         chosen = _listed(layers, _candidates(model.shape, part), f"layers with {part}:")
         return Plan(_skips(model.shape, chosen, part), {}, {})
     name = part if metric == "with_norm" else f"{part}_inner"
-    turns = {layer: model.streams[layer][name] for layer in _candidates(model.shape, part)}
+    turns = {layer: model.streams[layer][name] for layer in _whole(model.shape, _candidates(model.shape, part))}
     count = _require_count(drop, len(turns), f"layers with {part}")
     chosen = _least(turns, count)
     scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
