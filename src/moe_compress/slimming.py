@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,12 +261,12 @@ class _Slimmer:
             weights[matrix.kind] += zero_BOI.numel()
         notes["zeros"], notes["weights"] = zeros, weights
 
-    def _notes_file(self, index: int) -> Any:
+    def _notes_file(self, index: int) -> Path:
         return self.writer.scratch / f"notes-{index:05d}.json"
 
     def is_done(self, index: int) -> bool:
         """Whether an earlier, killed run has finished this layer."""
-        return bool(self._notes_file(index).is_file())
+        return self._notes_file(index).is_file()
 
     def report(self) -> dict[str, Any]:
         """Shares of zeros by part of a layer and by layer; experts that saw too few tokens; raised dampings."""

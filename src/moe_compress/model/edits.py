@@ -121,7 +121,7 @@ class MergeExperts(_OnLayer):
         if order_EF is None:
             return
         view = moe_views(model)[self.layer]
-        wanted = (view.num_experts, view.expert(0).down.shape[1])
+        wanted = (view.num_experts, inner_width(view))
         places_EF = torch.arange(wanted[1]).expand(wanted)
         if tuple(order_EF.shape) != wanted or not torch.equal(order_EF.sort(1).values.long(), places_EF):
             raise ValueError(

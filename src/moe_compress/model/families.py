@@ -28,7 +28,7 @@ class Family:
     normed_output: a norm stands between the experts and the stream, so their share of it is not known;
     block_outputs: how many values the MoE block returns;
     fixed_top_k: the router is written for its number of experts per token;
-    no_expert_edits: why experts cannot be dropped here, if they cannot.
+    no_expert_edits: why experts cannot be changed here, if they cannot.
     """
 
     model_type: str

@@ -42,6 +42,12 @@ def evenly_T(first: int, tokens: int, sample: int, total: int, device: torch.dev
     return (number_T + 1) * sample // total > number_T * sample // total
 
 
+def router_logits(output: Any, rows: int, family: Family) -> Tensor:
+    """What a router of `rows` rows gave each token before it scored and selected, [T, rows]."""
+    found = [part for part in output if part.is_floating_point() and part.shape[-1] == rows]
+    return found[family.logits_at].reshape(-1, rows)
+
+
 class Observer(Protocol):
     """Watches one layer at a time; `leave` returns what it saw of it."""
 
@@ -154,8 +160,7 @@ class ExpertSums:
         assert self.view is not None
         rows = self.view.rows
         assert isinstance(output, tuple), "a router returns (logits, weights, indices)"
-        logits_TE = [t for t in output if t.is_floating_point() and t.shape[-1] == rows][self.family.logits_at]
-        logits_TE = logits_TE.reshape(-1, rows)[self.batch.real_T].double()
+        logits_TE = router_logits(output, rows, self.family)[self.batch.real_T].double()
         if self.family.router_scores == "sigmoid":
             scores_TE = logits_TE.sigmoid()
             scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)

@@ -21,7 +21,7 @@ from moe_compress.model.families import Family, groups_of
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEView, moe_view
 from moe_compress.model.routing import Routing, identify, selection_bias
-from moe_compress.stream.observers import BatchInfo, evenly_T
+from moe_compress.stream.observers import BatchInfo, evenly_T, router_logits
 
 PROBE_TOKENS = 4096
 INNER_TOKENS = 64
@@ -150,9 +150,8 @@ class ProbeObserver:
 
     def _router(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self.view is not None
-        experts = self.view.num_experts
-        logits_TE = [t for t in output if t.is_floating_point() and t.shape[-1] == experts][self.family.logits_at]
-        self.parts["logits_TE"].append(logits_TE.reshape(-1, experts)[self.token_T].float())
+        logits_TE = router_logits(output, self.view.num_experts, self.family)
+        self.parts["logits_TE"].append(logits_TE[self.token_T].float())
 
     def _rows(self, rows: RoutedRows) -> None:
         assert self.view is not None

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from moe_compress.model.moe import Expert, MoEView
+from moe_compress.model.moe import Expert, MoEView, inner_width
 
 By = Literal["weights", "activations", "both"]
 Array = NDArray[np.floating]
@@ -114,7 +114,7 @@ def aligned_order(
     groups: Sequence[Sequence[int]], view: MoEView, inner: Callable[[int], Tensor] | None = None, by: By = "weights"
 ) -> Tensor:
     """Neurons of every expert of a block in the order of its group's first member, int32 [E, F]."""
-    order_EF = torch.arange(view.expert(0).down.shape[1]).repeat(view.num_experts, 1)
+    order_EF = torch.arange(inner_width(view)).repeat(view.num_experts, 1)
     for expert, order_F in align_groups(groups, view.expert, inner, by, workers=torch.get_num_threads()).items():
         order_EF[expert] = order_F
     return order_EF.int()
