@@ -18,7 +18,8 @@ import tiny
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, KeepExperts, apply_edits, check_edits, to_json
+from moe_compress.model.applying import apply_edits, check_edits
+from moe_compress.model.edits import Edit, KeepExperts, to_json
 from moe_compress.model.forms import form_after, kept_layers, layer_lists
 from moe_compress.model.moe import moe_shapes, moe_views
 from moe_compress.stream.surgery import rewrite

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ import naive
 import naive_pruning as slow
 import readers
 import tiny
-from editing import IDS, cut, logits_of, moe_layers, original, write
+from editing import FOUR, IDS, cut, logits_of, moe_layers, original, write
 from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.methods.slimming.channels import channel_scores
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, KeepChannels, check_edits, from_json, to_json
+from moe_compress.model.applying import check_edits
+from moe_compress.model.edits import Edit, KeepChannels, KeepExperts, from_json, to_json
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import inner_width, moe_shapes, moe_views
 from moe_compress.plans import read_plan
@@ -178,13 +180,97 @@ def test_bad_widths_are_one_sentence(words, said, reader_folder, options):
 def test_plans_are_checked(sources):
     source = sources("mixtral")
     edit = chosen(source)[0]
-    assert to_json(edit) == {"edit": "keep_channels", "layer": 0, "width": WIDTH}
+    assert to_json(edit) == {"edit": "keep_channels", "layer": 0, "width": WIDTH, "widths": None}
     assert from_json(to_json(edit), edit.arrays) == edit and edit.needed_array == "channels"
     skeleton = functools.partial(hf.skeleton, source.config, torch.float32)
     ids = edit.arrays["channels"]
     for width, kept in ((25, None), (0, None), (8, ids), (16, ids * 2), (16, ids + 0.5)):
         with pytest.raises(ValueError, match="layer 0"):
             check_edits(skeleton(), [KeepChannels(0, width, arrays={} if kept is None else {"channels": kept})])
+
+
+# --- experts of different widths ------------------------------------------------------------------------------------
+
+WIDTHS = (8, 16, 24, 8, 16, 8, 16, 8)
+
+
+def uneven(source: Checkpoint) -> list[Edit]:
+    """Random neurons, of each expert another number."""
+    generator = torch.Generator().manual_seed(6)
+    edits: list[Edit] = []
+    for layer in moe_layers(source):
+        rows = [torch.randperm(tiny.INNER, generator=generator)[:w].sort().values for w in WIDTHS]
+        kept = torch.stack([torch.nn.functional.pad(row, (0, tiny.INNER - len(row))) for row in rows]).int()
+        edits.append(KeepChannels(layer, max(WIDTHS), WIDTHS, arrays={"channels": kept}))
+    return edits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", tiny.EDITABLE)
+def test_experts_of_different_widths_are_those_with_other_neurons_zeroed(family, sources, tmp_path):
+    source = sources(family)
+    edits, whole = uneven(source), original(source)
+    for edit in edits:
+        stacks = moe_views(whole)[edit.layer].stacks()
+        for e, width in enumerate(WIDTHS):
+            gone = torch.ones(tiny.INNER, dtype=torch.bool)
+            gone[edit.arrays["channels"][e, :width].long()] = False
+            stacks["down"][e][:, gone] = 0  # a view onto the weights
+    edited = cut(source, edits)
+    assert [view.widths for view in moe_views(edited).values()] == [list(WIDTHS)] * len(edits)
+    torch.testing.assert_close(logits_of(edited), logits_of(whole))
+    written = write(source, edits, tmp_path / "out")
+    assert written.config.model_type == f"moe_compress_{source.config.model_type}"
+    assert written.bytes < source.bytes
+    loaded = load_model(tmp_path / "out", torch.float32)
+    assert torch.equal(logits_of(loaded), logits_of(edited))
+    streamed = fold(StreamedLayers(written, torch.device("cpu"), torch.float32), windows_of(IDS))[1]
+    torch.testing.assert_close(hf.head(loaded, streamed.flatten(0, 1)).view_as(logits_of(edited)), logits_of(edited))
+
+
+@pytest.mark.parametrize("family", tiny.EDITABLE)
+def test_experts_of_different_widths_can_still_be_dropped(family, sources, tmp_path):
+    source = sources(family)
+    edits = uneven(source)
+    first = write(source, edits, tmp_path / "first")
+    drops: list[Edit] = [KeepExperts(edit.layer, FOUR) for edit in edits]
+    again = write(first, drops, tmp_path / "again")
+    assert [view.widths for view in moe_views(load_model(tmp_path / "again")).values()] == [[16, 24, 16, 8]] * len(
+        edits
+    )
+    logits = logits_of(load_model(tmp_path / "again", torch.float32))
+    assert torch.equal(logits, logits_of(cut(source, [*edits, *drops])))
+    torch.testing.assert_close(logits, logits_of(cut(source, [*drops, *_of_four(edits)])))
+    assert again.bytes < first.bytes
+
+
+def _of_four(edits: list[Edit]) -> list[Edit]:
+    """The same widths once only four experts are left."""
+    rows = torch.tensor(FOUR)
+    kept = tuple(WIDTHS[e] for e in FOUR)
+    return [KeepChannels(e.layer, 24, kept, arrays={"channels": e.arrays["channels"][rows]}) for e in edits]
+
+
+@pytest.mark.parametrize("budget", ["layer", "global"])
+def test_ranking_within_layers_gives_experts_widths_of_their_own(budget, reader_folder, options):
+    run = functools.partial(moe_compress.compress, model=str(reader_folder("qwen2_moe")), eval=False, **options)
+    made = run(f"channels ratio=0.34 within=layer budget={budget} score=wanda").folder
+    widths = [view.widths for view in moe_views(load_model(made)).values()]
+    assert sum(map(sum, widths)) == len(widths) * tiny.EXPERTS * WIDTH
+    assert budget == "global" or [sum(each) for each in widths] == [tiny.EXPERTS * WIDTH] * len(widths)
+    assert any(len(set(each)) > 1 for each in widths) and manifest_of(made)["form"] == "edited"
+    plan = read_plan(made / "plan.json")[0][0].plan
+    torch.testing.assert_close(
+        logits_of(load_model(made, torch.float32), WORDS),
+        logits_of(cut(open_checkpoint(reader_folder("qwen2_moe")), plan.edits), WORDS),
+    )
+    small = run(
+        f"channels ratio=0.34 within=layer budget={budget} score=wanda + layer_drop drop=1 + expert_drop keep=6"
+    )
+    assert {view.num_experts for view in moe_views(load_model(small.folder)).values()} == {6}
+    for behind in ("prune", "channels", "expert_merge"):
+        with pytest.raises(ValueError, match="put this stage before the one that made them so"):
+            run(f"channels ratio=0.34 within=layer budget={budget} + {behind}")
 
 
 # --- gradients ------------------------------------------------------------------------------------------------------
@@ -219,16 +305,17 @@ def naive_heapr(family: str, layer: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "qwen2_moe", "granitemoe"])
-def test_gradients_that_come_back_layer_by_layer_are_those_of_the_whole_model(family, family_checkpoint):
+def test_gradients_that_come_back_layer_by_layer_are_those_of_the_whole_model(family, family_checkpoint, tmp_path):
     layers = StreamedLayers(family_checkpoint(family), torch.device("cpu"), torch.float32)
-    seen = backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)))
+    seen = backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)), tmp_path)
+    assert not [*tmp_path.iterdir()]
     for layer in [layer for layer, found in enumerate(seen) if found]:
         expected = naive_heapr(family, layer)
         torch.testing.assert_close(seen[layer]["heapr"], expected, rtol=2e-3, atol=float(expected.max()) * 1e-5)
 
 
-def test_gradients_need_memory(family_checkpoint, monkeypatch):
+def test_gradients_need_a_disk(family_checkpoint, monkeypatch, tmp_path):
     layers = StreamedLayers(family_checkpoint("mixtral"), torch.device("cpu"), torch.float32)
-    monkeypatch.setattr("moe_compress.stream.backward.free_memory", lambda _device: 1000)
+    monkeypatch.setattr("moe_compress.runtime.shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="use fewer or shorter windows"):
-        backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)))
+        backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)), tmp_path)

@@ -119,7 +119,7 @@ def test_permuted_copies_are_found_by_outputs_and_by_weights(family, compressors
         assert alike["matrix"][1][2] == pytest.approx(1, abs=1e-4) and alike["n"] > 0
         assert max(row[7] for row in alike["matrix"][:7]) < 0.5
     view = view_of(compressors(family).model, LAYER)
-    flat = torch.stack([torch.cat([m[e].flatten() for m in view.matrices]) for e in (1, 2)])
+    flat = torch.stack([torch.cat([m[e].flatten() for m in view.stacks().values()]) for e in (1, 2)])
     assert torch.cosine_similarity(flat[:1], flat[1:]) < 0.5  # unaligned, the copy looks like another expert
     assert sorted(map(sorted, found["mergeable_groups"])) == [[1, 2], [5, 6]]
     assert found["potential_reduction"] == 2 and found["recommended_target"] == 6

@@ -20,7 +20,8 @@ import tiny
 from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.model import hf
-from moe_compress.model.edits import KeepExperts, check_edits, from_json, refuse_if_uneditable, to_json
+from moe_compress.model.applying import check_edits, refuse_if_uneditable
+from moe_compress.model.edits import KeepExperts, from_json, to_json
 from moe_compress.model.moe import MoEShape, MoEView, moe_shapes, moe_views
 
 

@@ -448,9 +448,9 @@ def test_merging_duplicated_experts_loses_nothing():
     view = moe_views(tiny.make("mixtral"))[0]
     source = [0, 1, 2, 0, 1, 5, 5, 0]
     with torch.no_grad():
-        for parameter in view.matrices:
+        for parameter in view.stacks().values():
             parameter.copy_(parameter[source].clone())
-    flat_EN = torch.cat([parameter.detach().flatten(1) for parameter in view.matrices], dim=1)
+    flat_EN = torch.cat([parameter.detach().flatten(1) for parameter in view.stacks().values()], dim=1)
     usage_E = torch.tensor([3.0, 1.0, 7.0, 5.0, 2.0, 4.0, 4.0, 6.0])
     expected = ((2,), (4, 1), (5, 6), (7, 0, 3))
     for linkage in LINKAGES:

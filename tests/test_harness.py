@@ -15,7 +15,8 @@ from moe_compress.harness import perplexity, statistics
 from moe_compress.harness.flops import sizes
 from moe_compress.harness.perplexity import Measurement
 from moe_compress.model import hf
-from moe_compress.model.edits import KeepExperts, apply_edits
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.edits import KeepChannels, KeepExperts
 from moe_compress.stream.fold import ResidentLayers, StreamedLayers
 from test_identity import CPU, windows_of
 
@@ -116,6 +117,22 @@ def test_sizes_from_a_skeleton(family, family_checkpoint):
     counted = sizes(hf.skeleton(checkpoint.config, torch.float32), 16, torch.float32)
     assert counted.bytes == checkpoint.bytes
     assert counted.touched < counted.parameters
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
+def test_experts_of_different_widths_count_as_their_mean(family):
+    layer, kept = tiny.LAYERS - 1, torch.arange(16, dtype=torch.int32).expand(tiny.EXPERTS, -1)
+    found = {}
+    for what, widths in (("whole", None), ("half", None), ("uneven", (8, 16) * (tiny.EXPERTS // 2))):
+        model = tiny.make(family)
+        width = 8 if what == "half" else 16
+        edits = [KeepChannels(layer, width, widths, arrays={"channels": kept[:, :width]})]
+        apply_edits(model, edits)
+        found[what] = sizes(model, 16, torch.float32)
+    for size in ("parameters", "touched", "flops_per_token"):
+        whole, half, uneven = (getattr(found[what], size) for what in ("whole", "half", "uneven"))
+        assert 2 * uneven == pytest.approx(whole + half, abs=2 * tiny.EXPERTS), size
+        assert half < uneven < whole
 
 
 def test_dropping_experts_leaves_flops_alone():

@@ -26,7 +26,8 @@ from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.measuring import observed
 from moe_compress.methods.trimming import distances, grouping, scores
 from moe_compress.methods.trimming.scores import Score
-from moe_compress.model.edits import MergeExperts, Plan, apply_edits
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.edits import MergeExperts, Plan
 from moe_compress.model.moe import moe_views
 from moe_compress.plans import read_plan
 from moe_compress.recipe import parse

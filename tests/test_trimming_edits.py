@@ -27,20 +27,21 @@ from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.methods.trimming.layers import block_drop, check_blocks
 from moe_compress.model import hf
+from moe_compress.model.applying import apply_edits, check_edits
 from moe_compress.model.edits import (
     DropLayer,
     Edit,
+    KeepChannels,
     KeepExperts,
     MergeExperts,
     SetTopK,
     SkipExperts,
     SkipSublayer,
-    apply_edits,
-    check_edits,
     from_json,
     to_json,
 )
 from moe_compress.model.forms import form_after
+from moe_compress.model.hf import architectures
 from moe_compress.model.moe import MoEShape, MoEView, moe_views, permute_neurons
 from moe_compress.model.shapes import ModelShape, model_shape, removals
 from moe_compress.model.sublayers import attention_layers, block_names
@@ -53,7 +54,7 @@ from test_identity import CPU, windows_of
 # Two pairs, one in each half, as DeepSeek-V3's two groups need.
 GROUPS = ((0, 1), (2,), (3,), (4, 5), (6,), (7,))
 WEIGHTS = ((1.0, 2.0), (1.0,), (1.0,), (1.0, 1.0), (1.0,), (1.0,))
-SHIPPED = ["edited.py", "edited_layers.py", "modeling_moe_compress.py"]
+SHIPPED = sorted(f"{name}.py" for name in (*architectures.SHIPPED, "modeling_moe_compress"))
 # Architectures whose own keys can say that the first MoE block is gone; all others need an edited checkpoint.
 PLAIN_LAYER_DROP = {
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen2_moe", "qwen3_moe",
@@ -65,7 +66,7 @@ PLAIN_ANYWHERE = {"qwen2_moe", "qwen3_moe", "qwen3_next"}
 EDITED_BLOCK_DROP = {("minimax", "drop first"), ("minimax", "drop last"), ("jamba", "drop first")}
 KINDS = (
     "drop first", "skip moe", "skip attention", "merge centroid", "merge sum", "top_k", "skip experts", "novices",
-    "mixed",
+    "mixed", "uneven",
 )  # fmt: skip
 MORE_KINDS = ("drop last", "top_k of one", "skip last moe", "keep one layer")
 EXPERTS_ONLY = {"merge centroid", "merge sum", "top_k", "skip experts", "novices"}
@@ -163,6 +164,7 @@ def edits_of(kind: str, source: Checkpoint) -> list[Edit]:
         "skip experts": lambda: [SkipExperts(moe[0], 0.9, True)],
         "novices": lambda: [KeepExperts(moe[0], SIX, True, arrays=constants(source, 2))],
         "mixed": lambda: mixed(source),
+        "uneven": lambda: uneven(source),
     }
     return kinds[kind]()
 
@@ -180,6 +182,16 @@ def mixed(source: Checkpoint) -> list[Edit]:
     if len(attention) > 1 and source.config.model_type != "jamba":  # its kinds of layers alternate: see below
         return [*edits, SkipSublayer(attention[0], "attention")]
     return [*edits, SetTopK(last - 1, 1)]
+
+
+def uneven(source: Checkpoint) -> list[Edit]:
+    """Experts of different widths, one of them gone, constants in its place where the family can have them."""
+    layer = shape_of(source).moe[0].layer
+    kept = torch.arange(24, dtype=torch.int32).expand(tiny.EXPERTS, -1)
+    narrow = KeepChannels(layer, 24, (8, 24, 16, 8, 24, 16, 8, 24), arrays={"channels": kept})
+    if not reroutable(source):
+        return [narrow, KeepExperts(layer, SIX)]
+    return [narrow, KeepExperts(layer, SIX, True, arrays=constants(source, 2)), SkipExperts(layer, 0.5, True)]
 
 
 def is_edited(family: str, kind: str) -> bool:

@@ -29,7 +29,8 @@ from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.measuring import fitness, observed
 from moe_compress.methods.trimming.allocation import Ladder, Search, by_search, by_threshold, cheapest
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, KeepExperts, Plan, SetTopK, SkipSublayer, check_edits
+from moe_compress.model.applying import check_edits
+from moe_compress.model.edits import Edit, KeepExperts, Plan, SetTopK, SkipSublayer
 from moe_compress.model.moe import moe_views
 from moe_compress.model.shapes import ModelShape, model_shape
 from moe_compress.plans import read_plan

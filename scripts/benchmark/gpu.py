@@ -97,6 +97,7 @@ def full_size_layer(hub_id: str) -> dict[str, float]:
     family = family_of(config)
     watching: dict[str, Observer | None] = {"plain": None, "scores": ExpertSums(family, config, FOLDS)}
     watching["probe"] = ProbeObserver(family, config, TOKENS)
+    hf.run_layer(layer, hidden, calls[1])  # what the first call loads and compiles is none of the layer's time
     torch.cuda.reset_peak_memory_stats()
     seconds = {}
     for what, observer in watching.items():

@@ -92,6 +92,11 @@ SLIMMING = (
     "channels score=heapr ratio=0.5",
     "channels score=heapr ratio=0.25 budget=global",
     "channels score=heapr ratio=0.5 budget=global",
+    "channels score=camera ratio=0.25 within=layer",
+    "channels score=camera ratio=0.25 within=layer budget=global",
+    "channels score=heapr ratio=0.25 within=layer",
+    "channels score=heapr ratio=0.25 within=layer budget=global",
+    "channels score=heapr ratio=0.5 within=layer budget=global",
     "channels score=wanda ratio=0.25",
     "channels score=magnitude ratio=0.25",
 )

@@ -29,7 +29,8 @@ from moe_compress.checkpoint.writer import (
 from moe_compress.forecast import Forecast, forecast
 from moe_compress.measuring import parse_mix
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, Plan, check_edits, to_json
+from moe_compress.model.applying import check_edits
+from moe_compress.model.edits import Edit, Plan, to_json
 from moe_compress.model.forms import form_after, kept_layers
 from moe_compress.planning import plan_stage
 from moe_compress.plans import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan

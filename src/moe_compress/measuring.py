@@ -153,7 +153,7 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
     with progress_bar("measuring") as progress:
         family = family_of(checkpoint.config)
         if gradients:
-            seen = backward(layers, windows, ChannelGradients(family), progress)
+            seen = backward(layers, windows, ChannelGradients(family), run.results("calibrations"), progress)
         else:
             seen = [found[0] for found in fold(layers, windows, [ChannelSums(family)], progress=progress)[0]]
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}

@@ -20,16 +20,8 @@ from moe_compress.measuring import (
     parse_mix,
     unobserved,
 )
-from moe_compress.model.edits import (
-    Edit,
-    KeepExperts,
-    MergeExperts,
-    Plan,
-    SkipExperts,
-    check_edits,
-    refuse_if_uneditable,
-    to_json,
-)
+from moe_compress.model.applying import check_edits, refuse_if_uneditable
+from moe_compress.model.edits import Edit, KeepExperts, MergeExperts, Plan, SkipExperts, to_json
 from moe_compress.model.shapes import model_shape
 from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage

@@ -16,7 +16,8 @@ from torch import nn
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.measuring import parse_mix
-from moe_compress.model.edits import Edit, Plan, apply_edit
+from moe_compress.model.applying import apply_edit
+from moe_compress.model.edits import Edit, Plan
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_shape, moe_view
 from moe_compress.model.shapes import ModelShape

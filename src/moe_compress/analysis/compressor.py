@@ -39,7 +39,8 @@ from moe_compress.checkpoint.reader import Checkpoint, architecture_values
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.methods.trimming.alignment import aligned_order
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, Plan, apply_edits, check_edits, refuse_if_uneditable
+from moe_compress.model.applying import apply_edits, check_edits, refuse_if_uneditable
+from moe_compress.model.edits import Edit, Plan
 from moe_compress.model.moe import moe_shapes
 from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
 from moe_compress.runtime import log, one_of, resolve_device, resolve_dtype, write_json

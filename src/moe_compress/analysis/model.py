@@ -15,7 +15,7 @@ from moe_compress.checkpoint.load import load_tokenizer
 from moe_compress.checkpoint.locate import open_model
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.measuring import calibration_for, observed, parse_mix, unobserved
-from moe_compress.model.edits import refuse_if_uneditable
+from moe_compress.model.applying import refuse_if_uneditable
 from moe_compress.report.analysis import as_markdown
 from moe_compress.run import Run, text_spec
 from moe_compress.runtime import atomic_write

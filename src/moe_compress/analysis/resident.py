@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 
 from moe_compress.analysis.info import view_of
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, apply_edits
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.edits import Edit
 from moe_compress.model.families import family_of
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEShape, moe_shapes, moe_view

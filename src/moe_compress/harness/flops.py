@@ -6,6 +6,7 @@ every token; recurrent scans and convolutions are not counted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_compress.model import hf
-from moe_compress.model.edited_layers import NOVICES, Nothing
+from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_views
+from moe_compress.model.rerouting import NOVICES
 
+Active = tuple[float | None, int | None]
 ATTENTION_CHILDREN = ("self_attn", "self_attention", "attention", "attn")
 
 
@@ -41,14 +44,14 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    active_experts = {id(view.experts): view.active for view in moe_views(model).values()}
+    active_experts = _active_experts(model)
     top_k = float(getattr(model.config, family_of(model.config).top_k_key))
     total = touched = multiplied = 0
     for _, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or (tied and module is head):
                 continue
-            active = _active_fraction(module, parameter, active_experts.get(id(module), top_k))
+            active = _active_fraction(module, parameter, active_experts, top_k)
             total += parameter.numel()
             if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 touched += parameter.shape[1]
@@ -65,8 +68,26 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     return Sizes(parameters=total, bytes=size, touched=touched, flops_per_token=flops, context=context)
 
 
-def _active_fraction(module: nn.Module, parameter: torch.Tensor, active: float | None) -> float:
-    """The share of a fused experts tensor that one token uses on average; 1 for everything else."""
+def _active_experts(model: PreTrainedModel) -> dict[int, Active]:
+    """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
+    found: dict[int, Active] = {}
+    for view in moe_views(model).values():
+        found[id(view.experts)] = view.active, None
+        if view.one_by_one:
+            found |= {id(module): (view.active, view.num_experts) for module in view.experts.separate.modules()}
+    return found
+
+
+def _active_fraction(
+    module: nn.Module,
+    parameter: torch.Tensor,
+    active_experts: Mapping[int, tuple[float | None, int | None]],
+    top_k: float,
+) -> float:
+    """The share of an experts tensor that one token uses on average; 1 for everything else."""
+    active, count = active_experts.get(id(module), (top_k, None))
+    if count is not None:
+        return 1.0 if active is None else min(active, count) / count
     if active is None or parameter.dim() < 2 or type(module).__name__.endswith(("Router", "Gate", "Gating")):
         return 1.0
     is_experts = hasattr(module, "_apply_gate") or (parameter.dim() == 3 and "xpert" in type(module).__name__)

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .expert_forward import separate
+from .rerouting import NOVICES, listen, reroute
+from .separate import SEPARATE, expert_count, is_separate, model_width, narrow, own_tensor
+from .separate import widths as widths_of
+
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
 WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim")
-REROUTE = "_moe_compress_reroute"
-NOVICES = "novices"
 
 
 # --- experts ------------------------------------------------------------------------------------------------
@@ -36,7 +39,7 @@ def keep_experts(
     `active`: how many of the experts that stay a token then uses on average.
     """
     fused: Any = layer.get_submodule(names["experts"])
-    count = fused.down_proj.shape[0]
+    count = expert_count(fused)
     gone = [e for e in range(count) if e not in set(experts)]
     target: dict[int, int] = {old: new for new, old in enumerate(experts)}
     kept_novices = _novice_count(layer, names)
@@ -46,13 +49,15 @@ def keep_experts(
         _add_novices(layer, names, len(gone), outputs)
     _retarget(layer, names, target, len(experts) + kept_novices + (len(gone) if novices else 0))
     _select(fused, count, experts, dims=(0,))
-    _reroute(fused)["active"] = active if active is not None else _reroute(fused)["active"]
+    if is_separate(fused):
+        fused.register_module(SEPARATE, nn.ModuleList([fused.separate[e] for e in experts]))
+    reroute(fused)["active"] = active if active is not None else reroute(fused)["active"]
 
 
 def mask_experts(layer: nn.Module, names: Mapping[str, Any], *, experts: Sequence[int]) -> None:
     """Route as if only `experts` were there, while their weights stay where they are: nothing large is copied."""
     fused: Any = layer.get_submodule(names["experts"])
-    count = fused.down_proj.shape[0]
+    count = expert_count(fused)
     ends = count + _novice_count(layer, names)
     _retarget(layer, names, {end: end for end in (*experts, *range(count, ends))}, ends)
 
@@ -72,7 +77,7 @@ def merge_experts(
     members, so that a token's gates for them add up.
     """
     fused: Any = layer.get_submodule(names["experts"])
-    count, novices = fused.down_proj.shape[0], _novice_count(layer, names)
+    count, novices = expert_count(fused), _novice_count(layer, names)
     members = groups if router == "sum" else [group[:1] for group in groups]
     target = {old: new for new, group in enumerate(members) for old in group}
     target |= {count + n: len(groups) + n for n in range(novices)}
@@ -102,9 +107,8 @@ def _novice_count(layer: nn.Module, names: Mapping[str, Any]) -> int:
 
 def _add_novices(layer: nn.Module, names: Mapping[str, Any], count: int, outputs: Tensor | None) -> None:
     fused: Any = layer.get_submodule(names["experts"])
-    down = fused.down_proj
-    width = down.shape[2 if getattr(fused, "is_transposed", True) else 1]
-    rows = torch.empty(count, width, dtype=down.dtype, device=down.device) if outputs is None else outputs.to(down)
+    own, width = own_tensor(fused), model_width(fused)
+    rows = torch.empty(count, width, dtype=own.dtype, device=own.device) if outputs is None else outputs.to(own)
     earlier = fused._parameters.get(NOVICES)
     rows = rows if earlier is None else torch.cat([earlier.detach(), rows])
     fused.register_parameter(NOVICES, nn.Parameter(rows, requires_grad=False))
@@ -113,8 +117,8 @@ def _add_novices(layer: nn.Module, names: Mapping[str, Any], count: int, outputs
 def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, int], ends: int) -> None:
     """Send every router row that led to expert `old` to `target[old]`; rows that lead nowhere go."""
     fused: Any = layer.get_submodule(names["experts"])
-    rerouted = _reroute(fused)
-    row_count = len(rerouted["alias"] or range(fused.down_proj.shape[0]))
+    rerouted = reroute(fused)
+    row_count = len(rerouted["alias"] or range(expert_count(fused)))
     led = rerouted["alias"] or list(range(row_count))
     rows = [row for row in range(row_count) if led[row] in target]
     alias = [target[led[row]] for row in rows]
@@ -123,7 +127,7 @@ def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, i
         _select(module, row_count, rows, dims=(0, 1))
     plain = alias == list(range(len(alias))) and len(alias) == ends and not _novice_count(layer, names)
     rerouted["alias"] = None if plain else alias
-    _listen(layer, names)
+    listen(layer.get_submodule(names["experts"]))
 
 
 def _select(module: nn.Module, count: int, kept: Sequence[int], dims: tuple[int, ...], flat_only: bool = False) -> None:
@@ -150,11 +154,23 @@ def _set_counts(module: nn.Module, before: int, after: int, attributes: Sequence
             setattr(module, attribute, after)
 
 
-def keep_channels(layer: nn.Module, names: Mapping[str, Any], *, width: int) -> None:
-    """Keep the first `width` inner neurons of every expert of one MoE block."""
-    fused: Any = layer.get_submodule(names["experts"])
+def keep_channels(
+    layer: nn.Module, names: Mapping[str, Any], *, width: int, widths: Sequence[int] | None = None
+) -> None:
+    """Keep the first `width` inner neurons of every expert of one MoE block, or of each expert its own number."""
+    fused, block = layer.get_submodule(names["experts"]), layer.get_submodule(names["block"])
+    inner = max(widths_of(fused))
+    if widths is not None:
+        separate(block, fused)
+        narrow(fused, widths)
+    else:
+        _narrow_alike(fused, inner, width)
+    for module in (fused, block):
+        _set_counts(module, inner, width, WIDTHS)
+
+
+def _narrow_alike(fused: Any, inner: int, width: int) -> None:
     transposed = getattr(fused, "is_transposed", True)
-    inner = fused.down_proj.shape[1 if transposed else 2]
     both = [*range(width)]
     if getattr(fused, "has_gate", True):
         concatenated = getattr(fused, "is_concatenated", True)
@@ -166,8 +182,6 @@ def keep_channels(layer: nn.Module, names: Mapping[str, Any], *, width: int) -> 
         dim = 1 if tensor.dim() == 2 or down == transposed else 2
         index = torch.tensor(both[:width] if down else both, device=tensor.device)
         fused._parameters[name] = nn.Parameter(tensor.detach().index_select(dim, index), requires_grad=False)
-    for module in (fused, layer.get_submodule(names["block"])):
-        _set_counts(module, inner, width, WIDTHS)
 
 
 # --- routing ------------------------------------------------------------------------------------------------
@@ -179,7 +193,7 @@ def set_top_k(layer: nn.Module, names: Mapping[str, Any], *, top_k: int) -> None
         module: Any = layer.get_submodule(name)
         if "top_k" in module.__dict__:
             module.top_k = top_k
-    rerouted = _reroute(layer.get_submodule(names["experts"]))
+    rerouted = reroute(layer.get_submodule(names["experts"]))
     if rerouted["active"] is not None:
         rerouted["active"] = min(rerouted["active"], top_k)
 
@@ -192,63 +206,9 @@ def skip_experts(
     `renormalise`: the gates that remain are scaled to the former sum, as in models whose gates add up to one;
     `active`: how many experts a token then uses on average.
     """
-    rerouted = _reroute(layer.get_submodule(names["experts"]))
+    rerouted = reroute(layer.get_submodule(names["experts"]))
     rerouted |= {"threshold": threshold, "renormalise": renormalise, "active": active}
-    _listen(layer, names)
-
-
-def _reroute(fused: nn.Module) -> dict[str, Any]:
-    """What happens between router and experts, kept on the experts module."""
-    nothing = {"alias": None, "threshold": None, "renormalise": False, "heard": False, "active": None}
-    return fused.__dict__.setdefault(REROUTE, nothing)
-
-
-def _listen(layer: nn.Module, names: Mapping[str, Any]) -> None:
-    fused: Any = layer.get_submodule(names["experts"])
-    rerouted = _reroute(fused)
-    if rerouted["alias"] is None and rerouted["threshold"] is None:
-        return
-    if rerouted["threshold"] is not None or fused._parameters.get(NOVICES) is not None:
-        # With expert parallelism transformers' kernels expect ids that mean nobody; only so do they leave them out.
-        fused._is_expert_parallel = True
-    if not rerouted["heard"]:
-        rerouted["heard"] = True
-        fused.register_forward_pre_hook(_before)
-        fused.register_forward_hook(_after)
-
-
-def _before(fused: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    hidden_TD, index_TK, gate_TK = args
-    index_TK, gate_TK, _reroute(fused)["added"] = _rerouted(fused, index_TK, gate_TK)
-    return hidden_TD, index_TK, gate_TK
-
-
-def _after(fused: Any, _args: Any, output_TD: Tensor) -> Tensor:
-    added_TD = _reroute(fused).pop("added")
-    return output_TD if added_TD is None else output_TD + added_TD.to(output_TD.dtype)
-
-
-def _rerouted(fused: Any, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Experts, gates and what novices add. The id `num_experts` means nobody: its gate is 0 and it costs nothing."""
-    how, nobody, novices_ND = _reroute(fused), fused.down_proj.shape[0], fused._parameters.get(NOVICES)
-    weak_TK = None
-    if how["threshold"] is not None:
-        weak_TK = gate_TK < how["threshold"] * gate_TK.amax(-1, keepdim=True)
-        left_TK = gate_TK.masked_fill(weak_TK, 0)
-        if how["renormalise"]:
-            left_TK = left_TK * (gate_TK.sum(-1, keepdim=True) / left_TK.sum(-1, keepdim=True))
-        gate_TK = left_TK
-    if how["alias"] is not None:
-        index_TK = torch.as_tensor(how["alias"], device=index_TK.device, dtype=index_TK.dtype)[index_TK]
-    if weak_TK is not None:
-        index_TK = index_TK.masked_fill(weak_TK, nobody)
-    if novices_ND is None:
-        return index_TK, gate_TK, None
-    real_TK = index_TK < nobody
-    idle_TK = real_TK if weak_TK is None else real_TK | weak_TK
-    row_TK = torch.where(idle_TK, 0, index_TK - nobody)
-    added_TD = (novices_ND[row_TK] * gate_TK.masked_fill(idle_TK, 0).unsqueeze(-1).to(novices_ND.dtype)).sum(1)
-    return torch.where(real_TK, index_TK, nobody), gate_TK.masked_fill(~real_TK, 0), added_TD
+    listen(layer.get_submodule(names["experts"]))
 
 
 # --- layers -------------------------------------------------------------------------------------------------

@@ -7,19 +7,19 @@ as they are numbered when its turn comes. E experts, F neurons of an expert, D m
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moe_compress.model import edited, hf
-from moe_compress.model.families import family_of
-from moe_compress.model.moe import inner_width, moe_view, moe_views, permute_neurons
+from moe_compress.model import hf
+from moe_compress.model.moe import inner_width, moe_views
 from moe_compress.model.requirements import (
+    require_alike,
     require_channels,
     require_layer,
     require_other_moe,
@@ -110,6 +110,7 @@ class MergeExperts(_OnLayer):
             raise ValueError(f"layer {self.layer}: every member of a group needs one weight, from 0 up.")
         if any(sum(w) <= 0 for w in self.weights):
             raise ValueError(f"layer {self.layer}: a group whose weights are all 0 has no mean.")
+        require_alike(model, self.layer, "to merge them")
         self._check_order(model)
         if self.router == "centroid":
             shape.require_ids(tuple(group[0] for group in self.groups))
@@ -204,9 +205,13 @@ class SkipExperts(_OnLayer):
 
 @dataclass(frozen=True, slots=True)
 class KeepChannels(_OnLayer):
-    """Keep `width` inner neurons of every expert of one layer: those of arrays["channels"], [E, width]."""
+    """Keep `width` inner neurons of every expert of one layer: those of arrays["channels"], [E, width].
+
+    With `widths`, one for each expert and none above `width`, only the first so many of an expert's row count.
+    """
 
     width: int
+    widths: tuple[int, ...] | None = None
     edit: Literal["keep_channels"] = field(default="keep_channels", kw_only=True)
 
     @property
@@ -216,7 +221,8 @@ class KeepChannels(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a width that the layer, or the kernels that run it, cannot have."""
-        require_channels(model, self.layer, self.width, self.arrays.get("channels"))
+        require_alike(model, self.layer, "to make them narrower")
+        require_channels(model, self.layer, self.width, self.widths, self.arrays.get("channels"))
 
 
 Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels
@@ -254,47 +260,3 @@ def from_json(values: Mapping[str, Any], arrays: Arrays | None = None) -> Edit:
         where = ".".join(str(part) for part in first["loc"][1:])
         raise ValueError(f"the edit {dict(values)} is not valid: {where}: {first['msg'].lower()}.") from error
     return replace(edit, arrays=dict(arrays or {}))
-
-
-# --- on models ----------------------------------------------------------------------------------------------
-
-
-def check_edits(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
-    """Carry edits out on a skeleton (which is used up), raising ValueError for the first that does not fit."""
-    refuse_if_uneditable(model.config)
-    names = block_names(model)
-    for edit in edits:
-        edit.check(model)
-        edited.apply(hf.stack(model), names, to_json(edit))
-
-
-def refuse_if_uneditable(config: PreTrainedConfig) -> None:
-    """Raise ValueError, with the reason, for a family whose experts cannot be cut."""
-    family = family_of(config)
-    if family.no_expert_edits:
-        raise ValueError(f"experts of {family.model_type} cannot be changed: {family.no_expert_edits}.")
-
-
-def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
-    """Carry out edits on a whole model in memory (or on a skeleton)."""
-    names = block_names(model) if edits else {}
-    for edit in edits:
-        apply_edit(model, names, edit)
-
-
-def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:
-    """Carry out one edit: neurons are put in order first, where the edit says how."""
-    arrays = dict(edit.arrays)
-    order_EF, kept_EW = arrays.pop("order", None), arrays.pop("channels", None)
-    if (order_EF is not None or kept_EW is not None) and not next(model.parameters()).is_meta:
-        view = moe_view(hf.decoder_layers(model)[edit.layer], family_of(model.config))
-        assert view is not None
-        permute_neurons(view, order_EF if kept_EW is None else _first(kept_EW, inner_width(view)))
-    edited.apply(hf.stack(model), names, to_json(edit), arrays)
-
-
-def _first(kept_EW: Tensor, inner: int) -> Tensor:
-    """All neurons of each expert in order, those that stay before the others, [E, F]."""
-    gone_EF = torch.ones(len(kept_EW), inner, dtype=torch.bool).scatter_(1, kept_EW.long().cpu(), False)
-    rest_EX = torch.arange(inner).expand_as(gone_EF)[gone_EF].view(len(kept_EW), -1)
-    return torch.cat([kept_EW.long().cpu(), rest_EX], 1)

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.model import edited, hf
-from moe_compress.model.edited_layers import REROUTE, Nothing
+from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.edits import Edit, to_json
 from moe_compress.model.families import COUNT_KEYS, TOP_K_KEYS, family_of
 from moe_compress.model.moe import inner_width, moe_views
+from moe_compress.model.rerouting import REROUTE
 from moe_compress.model.sublayers import block_names
 
 # Config keys that number layers: one entry a layer; indices of layers without experts, or with them; how many

@@ -39,6 +39,11 @@ class Matrix:
 def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KINDS) -> list[Matrix]:
     """The matrices of these kinds; embeddings, convolutions, norms and biases are none."""
     view = moe_view(layer, family)
+    if view is not None and view.one_by_one and "experts" in kinds:
+        raise ValueError(
+            "experts that differ in width or are packed cannot be changed any more: put this stage before the one that "
+            "made them so, or choose other parts (where=)."
+        )
     found = [*_expert_matrices(view)] if view is not None else []
     names = view.names if view is not None else {"block": "", "router": ""}
     for name, module in layer.named_modules():
@@ -49,7 +54,7 @@ def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KIN
 
 
 def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
-    for name, stack_EOI in view.stacks().items():
+    for name, stack_EOI in ({} if view.one_by_one else view.stacks()).items():
         source = INNER if name == "down" else ROUTED
         yield Matrix(f"{view.names['experts']}.{name}", "experts", source, stack_EOI.detach())
     yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))

@@ -6,16 +6,17 @@ without a gate), `MoEView.expert(e)` gives plain `[out, in]` matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.model.edited_layers import REROUTE
 from moe_compress.model.families import Family, family_of, groups_of
 from moe_compress.model.hf import decoder_layers
+from moe_compress.model.rerouting import REROUTE
+from moe_compress.model.separate import CHILDREN, biases, expert_count, is_separate, stacks, widths
 
 ROUTER_WORDS = ("Router", "Gate", "Gating")
 
@@ -119,7 +120,7 @@ class MoEView:
     @property
     def num_experts(self) -> int:
         """Routed experts that the block holds."""
-        return int(self.experts.down_proj.shape[0])
+        return expert_count(self.experts)
 
     @property
     def alias(self) -> list[int] | None:
@@ -151,48 +152,35 @@ class MoEView:
         return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.rows)
 
     @property
-    def matrices(self) -> list[Tensor]:
-        """The fused weights [E, ...], without biases."""
-        return [p for p in self.experts.parameters(recurse=False) if p.dim() == 3]
+    def widths(self) -> list[int]:
+        """Inner neurons of every expert."""
+        return widths(self.experts)
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether the experts are held one by one, as those of different widths are, and packed ones."""
+        return is_separate(self.experts)
 
     def stacks(self) -> dict[str, Tensor]:
-        """The experts' matrices [E, out, in] by name (gate, where there is one, up, down): views onto the storage."""
-        fused = self.experts
-        transposed = getattr(fused, "is_transposed", True)
+        """The experts' matrices [E, out, in] by name (gate, where there is one, up, down): views onto the storage.
 
-        def stack(name: str) -> Tensor:
-            weight = getattr(fused, name)[: self.num_experts]
-            return weight.transpose(1, 2) if transposed else weight
-
-        if not getattr(fused, "has_gate", True):
-            return {"up": stack("up_proj"), "down": stack("down_proj")}
-        gate, up = self._halves(stack("gate_up_proj"))
-        return {"gate": gate, "up": up, "down": stack("down_proj")}
+        Of experts that are held one by one: copies, filled up with zeros to the largest.
+        """
+        return stacks(self.experts)
 
     def expert(self, index: int) -> Expert:
         """Expert `index` as plain matrices, whatever the storage."""
-        fused, matrix = self.experts, {name: stack_EOI[index] for name, stack_EOI in self.stacks().items()}
-        found = Expert(matrix.get("gate"), matrix["up"], matrix["down"])
-        if not getattr(fused, "has_bias", False):
-            return found
-        if found.gate is None:
-            return replace(found, down_bias=fused.down_proj_bias[index])
-        gate_bias, up_bias = (half[index] for half in self._halves(fused.gate_up_proj_bias))
-        return replace(found, gate_bias=gate_bias, up_bias=up_bias, down_bias=fused.down_proj_bias[index])
-
-    def _halves(self, both_EO: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up of a fused tensor, [E, 2F, ...] -> [E, F, ...] each."""
-        if getattr(self.experts, "is_concatenated", True):
-            gate, up = both_EO.chunk(2, dim=1)
-            return gate, up
-        return both_EO[:, 0::2], both_EO[:, 1::2]
+        matrix = {name: stack_EOI[index] for name, stack_EOI in self.stacks().items()}
+        bias = {name: stack_EO[index] for name, stack_EO in biases(self.experts).items()}
+        return Expert(matrix.get("gate"), matrix["up"], matrix["down"], *(bias.get(part) for part in CHILDREN))
 
 
 def moe_view(layer: nn.Module, family: Family) -> MoEView | None:
     """The MoE block of a decoder layer; None if the layer has none (or none that experts can be cut from)."""
     for name, module in layer.named_modules():
         down = module._parameters.get("down_proj")
-        if down is None or down.dim() != 3 or name.count(".") < 1:
+        fused = is_separate(module) or (down is not None and down.dim() == 3)
+        if not fused or name.count(".") < 1:
             continue
         block_name = name.rpartition(".")[0]
         block = layer.get_submodule(block_name)
@@ -248,8 +236,8 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
 
 
 def inner_width(view: MoEView) -> int:
-    """Inner neurons of each expert."""
-    return int(view.stacks()["down"].shape[2])
+    """Inner neurons of each expert, or of the widest."""
+    return max(view.widths)
 
 
 @torch.no_grad()
@@ -280,10 +268,10 @@ def permute_neurons(view: MoEView, order_EF: Tensor) -> None:
 def weight_sums(view: MoEView) -> dict[str, Tensor]:
     """Sums over each expert's weights, float64 [E]: `abs`, `square`, `count`; and `router_norm`."""
     sums = {key: torch.zeros(view.num_experts, dtype=torch.float64) for key in ("abs", "square", "count")}
-    for weight in view.matrices:
+    for weight in view.stacks().values():
         sums["abs"] += _row_norms(weight, 1).sum(1)
         sums["square"] += _row_norms(weight, 2).square().sum(1)
-        sums["count"] += weight[0].numel()
+        sums["count"] += weight.shape[1] * weight.shape[2] / inner_width(view) * torch.tensor(view.widths)
     row_R = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
     if view.alias is not None:  # an expert with several rows is as long as the longest of them
         led = torch.tensor(view.alias)

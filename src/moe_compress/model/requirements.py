@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -49,20 +51,39 @@ def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
         )
 
 
-def require_channels(model: PreTrainedModel, layer: int, width: int, kept_EW: Tensor | None) -> None:
+def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
+    """Raise ValueError if the layer's experts are held one by one: they differ in width or are packed."""
+    if moe_views(model)[layer].one_by_one:
+        raise ValueError(
+            f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
+            "put this stage before the one that made them so."
+        )
+
+
+def require_channels(
+    model: PreTrainedModel, layer: int, width: int, widths: Sequence[int] | None, kept_EW: Tensor | None
+) -> None:
     """Raise ValueError for a width that the layer, or the kernels that run it, cannot have, or for wrong neurons."""
     experts, inner = shape_of(model, layer).num_experts, inner_width(moe_views(model)[layer])
-    if not 0 < width <= inner:
+    each = [width] * experts if widths is None else list(widths)
+    if len(each) != experts or max(each) != width:
+        raise ValueError(f"layer {layer}: its {experts} experts need a width each, the largest of them {width}.")
+    if not 0 < min(each) <= max(each) <= inner:
         raise ValueError(f"layer {layer}: its experts have {inner} neurons, so width={width} is not possible.")
-    if width % WIDTH_STEP:
-        nearest = f"{width // WIDTH_STEP * WIDTH_STEP} and {-(-width // WIDTH_STEP) * WIDTH_STEP}"
+    odd = next((w for w in each if w % WIDTH_STEP), None)
+    if odd is not None:
+        nearest = f"{odd // WIDTH_STEP * WIDTH_STEP} and {-(-odd // WIDTH_STEP) * WIDTH_STEP}"
         raise ValueError(
-            f"layer {layer}: rows of {width} numbers of 16 bits are no multiple of 16 bytes, without which no grouped "
+            f"layer {layer}: rows of {odd} numbers of 16 bits are no multiple of 16 bytes, without which no grouped "
             f"product runs: {nearest} are possible."
         )
     if kept_EW is None:
         return
     whole = not kept_EW.is_floating_point() and tuple(kept_EW.shape) == (experts, width)
-    fits = whole and bool(((kept_EW >= 0) & (kept_EW < inner)).all())
-    if not fits or not bool((kept_EW.sort(1).values.diff(dim=1) > 0).all()):
+    if not whole or not all(_different(row_W[:w], inner) for row_W, w in zip(kept_EW, each, strict=True)):
         raise ValueError(f"layer {layer}: each of {experts} experts needs {width} different neurons below {inner}.")
+
+
+def _different(kept_W: Tensor, inner: int) -> bool:
+    """Whether these are ascending numbers of neurons."""
+    return bool(((kept_W >= 0) & (kept_W < inner)).all()) and bool((kept_W.diff() > 0).all())

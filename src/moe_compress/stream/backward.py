@@ -6,7 +6,10 @@ E experts, F neurons, D model width, N windows of S positions, R routed rows, P 
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +18,12 @@ from torch.nn.functional import cross_entropy
 from moe_compress.model import hf
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.moe import MoEView
-from moe_compress.runtime import free_memory, gigabytes
+from moe_compress.runtime import require_disk
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Batch, Layers, Progress, begin, run_batches
 from moe_compress.stream.inputs import RunningSums
 from moe_compress.stream.listener import Listener
+from moe_compress.stream.observers import Observer
 
 TOKENS_PER_CHUNK = 1024
 
@@ -60,26 +64,26 @@ class ChannelGradients(Listener):
 
 
 def backward(
-    layers: Layers, windows: Windows, observer: ChannelGradients, progress: Progress | None = None
+    layers: Layers, windows: Windows, observer: Observer, scratch: Path, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:
     """What the observer saw of each layer as the gradient of the mean loss came back through it.
 
-    Raises ValueError if what enters the layers does not fit into memory.
+    What enters the layers is kept in a file in `scratch`, removed at the end, and not in memory. Raises ValueError if
+    the disk is too small for it.
     """
     count = len(hf.decoder_layers(layers.model))
     with torch.no_grad():
         batches, hidden_NSD = begin(layers, windows)
-        _require_memory(count * hidden_NSD.numel() * hidden_NSD.element_size(), layers)
-        entered: list[Tensor | None] = []
+        entered_LNSD = _kept_on_disk((count, *hidden_NSD.shape), hidden_NSD.dtype, scratch)
         for index in range(count):
-            entered.append(hidden_NSD.cpu().clone())
+            entered_LNSD[index] = hidden_NSD.cpu()
             with layers.layer(index) as layer:
                 run_batches(index, layer, hidden_NSD, batches, (), hidden_NSD)
         gradient_NSD = _at_the_end(layers, hidden_NSD, windows)
     seen: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for index in reversed(range(count)):
         with layers.layer(index) as layer:
-            seen[index] = _back(index, layer, entered.pop(), gradient_NSD, batches, observer)
+            seen[index] = _back(index, layer, entered_LNSD[index], gradient_NSD, batches, observer)
         if progress is not None:
             progress(count - index, count)
     return seen
@@ -88,13 +92,12 @@ def backward(
 def _back(
     index: int,
     layer: nn.Module,
-    entered_NSD: Tensor | None,
+    entered_NSD: Tensor,
     gradient_NSD: Tensor,
     batches: Sequence[Batch],
-    observer: ChannelGradients,
+    observer: Observer,
 ) -> dict[str, Tensor]:
     """Bring the gradient back through one layer, in place."""
-    assert entered_NSD is not None
     observer.enter(index, layer)
     for batch in batches:
         observer.begin(batch.info)
@@ -122,10 +125,11 @@ def _at_the_end(layers: Layers, hidden_NSD: Tensor, windows: Windows) -> Tensor:
     return gradient_NSD
 
 
-def _require_memory(needed: int, layers: Layers) -> None:
-    free = free_memory(torch.device("cpu"))
-    if needed > free:
-        raise ValueError(
-            f"gradients need what enters each of {len(hf.decoder_layers(layers.model))} layers at once, "
-            f"{gigabytes(needed)}, and {gigabytes(free)} are free: use fewer or shorter windows (samples=, length=)."
-        )
+def _kept_on_disk(shape: Sequence[int], dtype: torch.dtype, scratch: Path) -> Tensor:
+    """A tensor of zeros that lies in a file without a name: it is gone with the tensor, or with the process."""
+    size = math.prod(shape) * dtype.itemsize
+    advice = "use fewer or shorter windows (samples=, length=), or another disk with results="
+    require_disk(scratch, size, "what enters the layers", advice)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=scratch) as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).view(*shape)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.model import edited, hf
+from moe_compress.model.applying import apply_edit
 from moe_compress.model.edited_layers import mask_experts
-from moe_compress.model.edits import Edit, KeepExperts, apply_edit
+from moe_compress.model.edits import Edit, KeepExperts
 from moe_compress.model.forms import kept_layers, layer_lists
 from moe_compress.model.moe import moe_views
 from moe_compress.model.sublayers import block_names

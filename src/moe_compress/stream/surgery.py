@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, apply_edit
+from moe_compress.model.applying import apply_edit
+from moe_compress.model.edits import Edit
 from moe_compress.model.sublayers import block_names
 from moe_compress.stream.fold import Progress, StreamedLayers
 

@@ -1,7 +1,8 @@
 """Structured pruning inside experts: whole inner neurons (channels) go, with their rows of gate and up and their column
 of down. Experts really become narrower, smaller and faster. E experts, F neurons, D model width.
 
-All experts of a layer keep equally many neurons, each its own best; the widths of layers may differ.
+Neurons are ranked within each expert, so that all experts of a layer keep equally many, or within the whole layer,
+where experts get widths of their own; the widths of layers may differ too (budget=global).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_compress.methods.trimming.allocation import Ladder, Taken, allocate
+from moe_compress.methods.trimming.allocation import Ladder, Taken, allocate, by_threshold
 from moe_compress.model.edits import KeepChannels, Plan
 from moe_compress.model.moe import MoEShape
 from moe_compress.model.shapes import ModelShape
@@ -20,6 +21,8 @@ from moe_compress.registry import Need, method
 from moe_compress.stream.observed import LayerSums, Observed
 
 Score = Literal["camera", "heapr", "wanda", "magnitude"]
+Budget = Literal["layer", "global"]
+Within = Literal["expert", "layer"]
 NEEDS: dict[str, Need] = {"magnitude": "nothing", "heapr": "gradients"}
 
 
@@ -32,7 +35,8 @@ def check(
     *,
     keep: int | None,
     ratio: float | None,
-    budget: Literal["layer", "global"],
+    budget: Budget,
+    within: Within,
     multiple: int,
     alpha: float,
     **_: Any,
@@ -41,9 +45,12 @@ def check(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha={alpha}: the weight of the largest square is from 0 to 1.")
     even = _even(shape.moe, keep, ratio, multiple)
-    ladders = {moe.layer: Ladder((1.0 + n,) * (moe.inner // multiple - 1), multiple) for n, moe in enumerate(shape.moe)}
-    taken, _report = allocate(ladders, even, budget)
-    return Plan([KeepChannels(moe.layer, moe.inner - taken[moe.layer] * multiple) for moe in shape.moe], {}, {})
+    made_up = {
+        moe.layer: torch.arange(1.0, moe.num_experts + 1).mul(n + 1).unsqueeze(1).expand(-1, moe.inner // multiple)
+        for n, moe in enumerate(shape.moe)
+    }
+    found = _widths(shape.moe, made_up, even, budget, within, multiple)
+    return Plan([_edit(layer, widths_E) for layer, widths_E in found.items()], {}, {})
 
 
 def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, multiple: int) -> Taken:
@@ -61,6 +68,42 @@ def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, mul
     return steps
 
 
+def _widths(
+    shapes: Sequence[MoEShape],
+    costs: Mapping[int, Tensor],
+    even: Taken,
+    budget: Budget,
+    within: Within,
+    multiple: int,
+) -> dict[int, list[int]]:
+    """How many neurons each expert keeps, by layer [E]. costs[layer]: of each next `multiple` of every expert."""
+    if within == "expert":
+        ladders = {layer: Ladder(tuple(cost_ES.sum(0)[:-1].tolist()), multiple) for layer, cost_ES in costs.items()}
+        taken, _ = allocate(ladders, even, budget)
+        return {moe.layer: [moe.inner - taken[moe.layer] * multiple] * moe.num_experts for moe in shapes}
+    pools = [list(shapes)] if budget == "global" else [[moe] for moe in shapes]
+    found: dict[int, list[int]] = {}
+    for pool in pools:
+        places = [(moe, e) for moe in pool for e in range(moe.num_experts)]
+        steps = {n: Ladder(tuple(costs[moe.layer][e][:-1].tolist()), multiple) for n, (moe, e) in enumerate(places)}
+        gone = by_threshold(steps, sum(even[moe.layer] * moe.num_experts for moe in pool) * multiple)
+        for n, (moe, _e) in enumerate(places):
+            found.setdefault(moe.layer, []).append(moe.inner - gone[n] * multiple)
+    return found
+
+
+def _edit(layer: int, widths_E: list[int], ranked_EF: Tensor | None = None) -> KeepChannels:
+    """The edit that keeps the last so many neurons of each expert's ranking."""
+    most = max(widths_E)
+    uneven = None if min(widths_E) == most else tuple(widths_E)
+    if ranked_EF is None:
+        return KeepChannels(layer, most, uneven)
+    kept_EW = torch.zeros(len(widths_E), most, dtype=torch.int32)
+    for e, width in enumerate(widths_E):
+        kept_EW[e, :width] = ranked_EF[e, ranked_EF.shape[1] - width :].sort().values
+    return KeepChannels(layer, most, uneven, arrays={"channels": kept_EW})
+
+
 @method(
     "model",
     group="slimming",
@@ -76,27 +119,23 @@ def channels(
     score: Score = "camera",
     keep: int | None = None,
     ratio: float | None = 0.25,
-    budget: Literal["layer", "global"] = "layer",
+    budget: Budget = "layer",
+    within: Within = "expert",
     multiple: int = 8,
     alpha: float = 0.5,
 ) -> Plan:
     """Make experts narrower: keep the inner neurons that matter most, in whole multiples."""
     ranked: dict[int, Tensor] = {}
-    ladders: dict[int, Ladder] = {}
+    costs: dict[int, Tensor] = {}
     for layer in model.layers:
-        score_EF = channel_scores(layer, score, alpha)
-        rising = score_EF.sort(dim=1)
+        rising = channel_scores(layer, score, alpha).sort(dim=1)
         ranked[layer.shape.layer] = rising.indices
         energy = float(layer.sums.get("energy", 1.0))
-        costs = rising.values.unflatten(1, (-1, multiple)).sum((0, 2)) / energy
-        ladders[layer.shape.layer] = Ladder(tuple(costs[:-1].tolist()), multiple)
+        costs[layer.shape.layer] = rising.values.unflatten(1, (-1, multiple)).sum(2) / energy
     shapes = [layer.shape for layer in model.layers]
-    taken, report = allocate(ladders, _even(shapes, keep, ratio, multiple), budget)
-    edits: list[Any] = []
-    for shape in shapes:
-        kept_EW = ranked[shape.layer][:, taken[shape.layer] * multiple :].sort(dim=1).values
-        edits.append(KeepChannels(shape.layer, kept_EW.shape[1], arrays={"channels": kept_EW.int()}))
-    return Plan(edits, {}, {"widths": {edit.layer: edit.width for edit in edits}, **report})
+    found = _widths(shapes, costs, _even(shapes, keep, ratio, multiple), budget, within, multiple)
+    edits: list[Any] = [_edit(layer, widths_E, ranked[layer]) for layer, widths_E in found.items()]
+    return Plan(edits, {}, {"widths": {edit.layer: edit.widths or edit.width for edit in edits}})
 
 
 def channel_scores(layer: LayerSums, score: Score, alpha: float) -> Tensor:

@@ -31,7 +31,7 @@ def output_distance(mean_ED: Tensor) -> Tensor:
 def weight_cosine(view: MoEView) -> Tensor:
     """Cosine between all weights of two experts as they are stored, [E, E]: neurons are not matched."""
     gram_EE = torch.zeros(view.num_experts, view.num_experts, dtype=torch.float64)
-    for matrix in view.matrices:
+    for matrix in view.stacks().values():
         flat_EN = matrix.flatten(1).float()
         gram_EE += (flat_EN @ flat_EN.T).double().cpu()
     return _cosine(gram_EE)

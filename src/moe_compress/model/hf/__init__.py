@@ -4,6 +4,7 @@ skeleton: models without weights; architectures: edited model types; names: chec
 calls: how each layer is called; experts: what was routed where.
 """
 
+from moe_compress.model.expert_forward import RoutedRows
 from moe_compress.model.hf.architectures import (
     edited_config_values,
     modelling_files,
@@ -13,9 +14,7 @@ from moe_compress.model.hf.calls import LayerCall, called_alike, enter, head, la
 from moe_compress.model.hf.experts import (
     EXPERTS_FUNCTION,
     AllExperts,
-    RoutedRows,
     all_experts,
-    gate_on_input,
     run_rows,
     tap,
     untap,
@@ -35,6 +34,7 @@ from moe_compress.model.hf.skeleton import (
     skeleton,
     stack,
 )
+from moe_compress.model.separate import gate_on_input
 
 __all__ = [
     "EXPERTS_FUNCTION",

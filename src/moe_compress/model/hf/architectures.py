@@ -14,10 +14,16 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moe_compress.model import edited, edited_layers
+from moe_compress.model import edited, edited_layers, expert_forward, rerouting, separate
 
 MODELLING_FILE = "modeling_moe_compress"
-SHIPPED = {"edited": edited, "edited_layers": edited_layers}
+SHIPPED = {
+    "edited": edited,
+    "edited_layers": edited_layers,
+    "expert_forward": expert_forward,
+    "rerouting": rerouting,
+    "separate": separate,
+}
 
 
 def _classes(base_type: str) -> tuple[Any, Any]:

@@ -1,39 +1,29 @@
-"""The experts function: what really went through the experts, for every family, without changing a bit of it.
+"""Listening to experts: what really went through them, for every family, without changing a bit of it.
 
-T tokens, K experts per token, E experts, D model width, F inner width, R <= T*K routed (token, expert) pairs.
+T tokens, E experts, N rows of each, D model width, F inner width.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_compress.model.expert_forward import (
+    LISTENERS,
+    Listener,
+    experts_forward,
+    gate_on_input_forward,
+    run,
+)
+from moe_compress.model.separate import gate_on_input
 
 EXPERTS_FUNCTION = "moe_compress"
-
-
-@dataclass(frozen=True, slots=True)
-class RoutedRows:
-    """What really went through the experts of one MoE block. R = routed (token, expert) pairs, by expert.
-
-    token_R, expert_R: which token went to which expert; input_RD: what the expert saw; inner_RF: the input of
-    its down projection; output_RD: its output before the gate weight; gate_R: the gate weight applied;
-    routed_TD: the weighted sum that the block adds.
-    """
-
-    token_R: Tensor
-    expert_R: Tensor
-    input_RD: Tensor
-    inner_RF: Tensor
-    output_RD: Tensor
-    gate_R: Tensor
-    routed_TD: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +34,6 @@ class AllExperts:
     inner_ETF: Tensor
 
 
-Listener = Callable[[RoutedRows], None]
-LISTENERS = "_moe_compress_listeners"
-
-
-def gate_on_input(experts: nn.Module) -> bool:
-    """Whether the gate weight multiplies what the experts see, not what they return (Llama-4)."""
-    return not hasattr(experts, "_apply_gate")
-
-
 def tap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
     """Report every pass through the fused experts of a block to `listener`, and to all others that were added.
 
@@ -61,7 +42,7 @@ def tap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
     """
     experts.__dict__.setdefault(LISTENERS, []).append(listener)
     if gate_on_input(experts):
-        block.__dict__["forward"] = functools.partial(_gate_on_input_forward, block)
+        block.__dict__["forward"] = functools.partial(gate_on_input_forward, block)
 
 
 def untap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
@@ -69,35 +50,6 @@ def untap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
     experts.__dict__[LISTENERS].remove(listener)
     if not experts.__dict__[LISTENERS] and gate_on_input(experts):
         block.__dict__.pop("forward", None)
-
-
-def _report(experts: nn.Module, *rows: Tensor) -> None:
-    listeners = experts.__dict__.get(LISTENERS)
-    if listeners:
-        reported = RoutedRows(*rows)
-        for listener in tuple(listeners):
-            listener(reported)
-
-
-def _gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tensor]:
-    """Llama-4's MoE block on routed tokens only; the router's weight scales the expert's input.
-
-    `output_RD` is what the expert adds divided by its gate weight, so that gate * output is its contribution.
-    """
-    hidden_TD = hidden_BSD.reshape(-1, block.hidden_dim)
-    _, logits_TE = block.router(hidden_TD)
-    value_TK, index_TK = torch.topk(logits_TE, block.top_k, dim=1)
-    expert_R, order = torch.sort(index_TK.reshape(-1))
-    token_R = order // block.top_k
-    gate_R = torch.sigmoid(value_TK.float()).to(hidden_TD.dtype).reshape(-1)[order]
-    experts = block.experts
-    ends_E = torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    input_RD = hidden_TD[token_R] * gate_R.unsqueeze(-1)
-    inner_RF, added_RD = _run(experts, input_RD, expert_R, ends_E)
-    routed_TD = torch.zeros_like(hidden_TD).index_add_(0, token_R, added_RD)
-    output_RD = added_RD / gate_R.unsqueeze(-1)
-    _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
-    return block.shared_expert(hidden_TD) + routed_TD, logits_TE
 
 
 def use_experts_function(model: PreTrainedModel) -> None:
@@ -109,7 +61,7 @@ def all_experts(experts: Any, hidden_TD: Tensor) -> AllExperts:
     """Every expert on every token, with weight one; nobody who listens is told."""
     count, tokens = int(experts.num_experts), len(hidden_TD)
     number_E = torch.arange(count, device=hidden_TD.device)
-    inner_RF, output_RD = _run(experts, hidden_TD.repeat(count, 1), number_E.repeat_interleave(tokens), None)
+    inner_RF, output_RD = run(experts, hidden_TD.repeat(count, 1), number_E.repeat_interleave(tokens), None)
     return AllExperts(output_RD.view(count, tokens, -1), inner_RF.view(count, tokens, -1))
 
 
@@ -117,68 +69,7 @@ def run_rows(experts: Any, input_END: Tensor) -> Tensor:
     """What each expert returns for its own rows [E, N, D], with weight one; nobody who listens is told."""
     count, each = input_END.shape[:2]
     number_R = torch.arange(count, device=input_END.device).repeat_interleave(each)
-    return _run(experts, input_END.flatten(0, 1), number_R, None)[1].view(count, each, -1)
+    return run(experts, input_END.flatten(0, 1), number_R, None)[1].view(count, each, -1)
 
 
-def _run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows sorted by expert: the inputs of the down projections [R, F] and the outputs before the gate [R, D].
-
-    ends_E: where the rows of each expert end; None: all have equally many.
-    """
-    multiply = _batched_linear if ends_E is None else functools.partial(_grouped_linear, offs=ends_E)
-    if gate_on_input(experts):
-        gate_RF, up_RF = multiply(input_RD, experts.gate_up_proj, is_transposed=True).chunk(2, dim=-1)
-        inner_RF = up_RF * experts.act_fn(gate_RF)
-        return inner_RF, multiply(inner_RF, experts.down_proj, is_transposed=True)
-
-    def linear(x_RI: Tensor, name: str) -> Tensor:
-        bias_EO = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        bias_RO = None if bias_EO is None else bias_EO[expert_R]
-        weight = getattr(experts, name)
-        return multiply(x_RI, weight, bias=bias_RO, is_transposed=experts.is_transposed)
-
-    inner_RF = linear(input_RD, "gate_up_proj" if experts.has_gate else "up_proj")
-    inner_RF = experts._apply_gate(inner_RF) if experts.has_gate else experts.act_fn(inner_RF)
-    output_RD = linear(inner_RF, "down_proj")
-    return inner_RF, experts.post_expert_norm(output_RD) if experts.has_post_expert_norm else output_RD
-
-
-def _batched_linear(x_RI: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_transposed: bool) -> Tensor:
-    """The same as a grouped product where all experts have equally many rows, and on a CPU three times as fast."""
-    weight_EIO = weight if is_transposed else weight.transpose(1, 2)
-    out_RO = torch.bmm(x_RI.view(len(weight), -1, x_RI.shape[-1]), weight_EIO).flatten(0, 1)
-    return out_RO if bias is None else out_RO + bias
-
-
-def _experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
-    """The grouped-matmul experts of transformers, with the same operations in the same order, reporting rows.
-
-    An index that is no expert's number means nobody: such a slot adds nothing, costs nothing and is not reported.
-    """
-    top_k = index_TK.shape[-1]
-    expert_R, order = torch.sort(index_TK.reshape(-1))
-    counts = torch.bincount(expert_R, minlength=experts.num_experts)
-    ends_E = counts[: experts.num_experts].cumsum(0).to(torch.int32)
-    # The length of the counts is known without asking the device, unlike the largest index.
-    nobody = len(counts) > experts.num_experts
-    if nobody:
-        expert_R, order = expert_R[: int(ends_E[-1])], order[: int(ends_E[-1])]
-    token_R, gate_R = order // top_k, weight_TK.reshape(-1)[order]
-    input_RD = hidden_TD[token_R]
-    inner_RF, output_RD = _run(experts, input_RD, expert_R, ends_E)
-    weighted_RD = _in_order(output_RD * gate_R.unsqueeze(-1), order, index_TK.numel() if nobody else None)
-    routed_TD = weighted_RD.view(len(hidden_TD), top_k, -1).sum(dim=1).to(hidden_TD.dtype)
-    _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
-    return routed_TD
-
-
-def _in_order(sorted_RD: Tensor, order: Tensor, slots: int | None) -> Tensor:
-    """Rows back where they came from; of `slots` places, those without a row are zero."""
-    if slots is not None:
-        return sorted_RD.new_zeros(slots, sorted_RD.shape[-1]).index_copy_(0, order, sorted_RD)
-    back = torch.empty_like(order)
-    back[order] = torch.arange(len(order), device=order.device)
-    return sorted_RD[back]
-
-
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, _experts_forward)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)
