@@ -51,6 +51,8 @@ SHIPPED = {
     "model.separate": (),
 }
 SHIPPED_WITH = (
+    "math",
+    "warnings",
     "__future__",
     "collections",
     "contextlib",

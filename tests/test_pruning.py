@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.methods.slimming import masks, shares
 from moe_compress.methods.slimming import prune as pruning
-from moe_compress.methods.slimming import sparsegpt as gpt
+from moe_compress.methods.slimming.compensation import inverse_factor
+from moe_compress.methods.slimming.sparsegpt import sparsegpt
 from moe_compress.recipe import make_options
 from moe_compress.run import Run
 from moe_compress.runtime import RunLog
@@ -185,7 +187,7 @@ def pruned_both_ways(
 ) -> list[list[tuple[Tensor, Tensor, Tensor]]]:
     """[expert][matrix] -> (the package's weights, the reference's weights, its mask)."""
     gram = torch.stack([(one.double().T @ one.double()).float() for one in x])
-    found, raised = gpt.sparsegpt(weights, gram, share, pattern, [f"expert {e}" for e in range(len(x))])
+    found, raised = sparsegpt(weights, gram, share, pattern, [f"expert {e}" for e in range(len(x))])
     assert raised == []
     return [
         [
@@ -243,7 +245,7 @@ def test_what_is_never_used_goes_before_anything_else():
     x, weight = random(1, 60, 16, seed=12), random(1, 6, 16, seed=13)
     x[..., 5] = 0
     weight[..., 5] = 100
-    found, _ = gpt.sparsegpt([weight], x.transpose(1, 2) @ x, torch.tensor([1 / 16]), None, ["it"])
+    found, _ = sparsegpt([weight], x.transpose(1, 2) @ x, torch.tensor([1 / 16]), None, ["it"])
     expected = weight.clone()
     expected[..., 5] = 0
     torch.testing.assert_close(found[0], expected)
@@ -252,17 +254,17 @@ def test_what_is_never_used_goes_before_anything_else():
 def test_what_is_pruned_together_is_pruned_as_if_alone():
     x, weights = random(3, 90, 48, seed=14), [random(3, 6, 48, seed=15), random(3, 10, 48, seed=16)]
     gram, share = x.transpose(1, 2) @ x, torch.full((3,), 0.4)
-    both, _ = gpt.sparsegpt(weights, gram, share, None, ["a", "b", "c"])
+    both, _ = sparsegpt(weights, gram, share, None, ["a", "b", "c"])
     for weight, together in zip(weights, both, strict=True):
         for e in range(3):
-            (alone,), _ = gpt.sparsegpt([weight[e : e + 1]], gram[e : e + 1], share[:1], None, ["a"])
+            (alone,), _ = sparsegpt([weight[e : e + 1]], gram[e : e + 1], share[:1], None, ["a"])
             torch.testing.assert_close(together[e], alone[0], rtol=1e-4, atol=1e-5)
 
 
 def test_making_up_for_what_is_lost_pays():
     x = random(300, 16, seed=17) @ random(16, 64, seed=18) + 0.3 * random(300, 64, seed=19)
     weight = random(12, 64, seed=20)
-    (new,), _ = gpt.sparsegpt([weight[None]], (x.T @ x)[None], torch.tensor([0.5]), None, ["it"])
+    (new,), _ = sparsegpt([weight[None]], (x.T @ x)[None], torch.tensor([0.5]), None, ["it"])
     masked = weight.masked_fill(slow.wanda(weight, x, 0.5), 0)
     assert slow.loss(weight, new[0], x) < 0.5 * slow.loss(weight, masked, x)
 
@@ -270,7 +272,7 @@ def test_making_up_for_what_is_lost_pays():
 def test_damping_is_raised_once_and_said():
     gram = torch.eye(8).repeat(3, 1, 1)
     gram[1, 0, 0] = -0.05  # not definite with a damping of 0.01, definite with 0.1
-    factor, raised = gpt.inverse_factor(gram, ["a", "b", "c"])
+    factor, raised = inverse_factor(gram, ["a", "b", "c"])
     assert raised == [1]
     damping = 0.1 * gram[1].diagonal().mean()
     inverse = torch.linalg.inv(gram[1] + damping * torch.eye(8))
@@ -285,7 +287,7 @@ def test_a_gram_matrix_that_nothing_saves(wrong):
     gram[2, 4, 4] = wrong
     names = [f"expert {e} of layer 7" for e in range(3)]
     with pytest.raises(ValueError, match="the Gram matrix of expert 2 of layer 7 is singular or holds NaN"):
-        gpt.sparsegpt([random(3, 4, 8)], gram, torch.full((3,), 0.5), None, names)
+        sparsegpt([random(3, 4, 8)], gram, torch.full((3,), 0.5), None, names)
 
 
 @pytest.mark.parametrize("share", [None, 0.5])
@@ -297,8 +299,8 @@ def test_counts_are_where_the_scores_are(share, monkeypatch):
         places.append((score.device.type, count.device.type))
         return torch.zeros_like(score, dtype=torch.bool)
 
-    monkeypatch.setattr(gpt, "lowest", lowest)
-    monkeypatch.setattr(gpt, "inverse_factor", lambda gram, _names: (gram, []))
+    monkeypatch.setattr(sys.modules[sparsegpt.__module__], "lowest", lowest)
+    monkeypatch.setattr(sys.modules[sparsegpt.__module__], "inverse_factor", lambda gram, _names: (gram, []))
     share_B = None if share is None else torch.full((2,), share, dtype=torch.float64)
     weights, gram = [torch.empty(2, 6, 8, device="meta")], torch.empty(2, 8, 8, device="meta")
     pruning.prune(Group(["a", "b"], weights, gram, share_B), method="sparsegpt", sparsity=0.5)

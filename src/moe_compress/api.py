@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from moe_compress import evaluation, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
-from moe_compress.checkpoint.load import load_model, load_tokenizer
+from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import manifest_of
@@ -197,8 +197,21 @@ def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
-    """A checkpoint (zoo name, folder or hub id), plain or edited, as an ordinary transformers model."""
-    return load_model(open_model(str(model)).folder, dtype, **keywords)
+    """A checkpoint (zoo name, folder or hub id), plain or edited, as an ordinary transformers model.
+
+    Packed weights stay packed in memory, and run in torch's int4 and int8 kernels where the activations are bfloat16.
+    """
+    checkpoint = open_model(str(model))
+    if not checkpoint.packed:
+        return load_model(checkpoint.folder, dtype, **keywords)
+    device = torch.device(str(keywords.pop("device_map", "cpu")))
+    attn = keywords.pop("attn_implementation", None)
+    if keywords:
+        raise ValueError(
+            f"{', '.join(keywords)}: a packed checkpoint is loaded with dtype=, device_map= (one device) and "
+            "attn_implementation=; stock transformers takes everything else, and makes its weights dense."
+        )
+    return load_packed(checkpoint, dtype or checkpoint.stored_dtype, device, attn)
 
 
 def start(options: Options) -> Run:

@@ -29,9 +29,10 @@ from moe_compress.checkpoint.writer import (
 from moe_compress.forecast import Forecast, forecast
 from moe_compress.measuring import parse_mix
 from moe_compress.model import hf
-from moe_compress.model.applying import check_edits
+from moe_compress.model.applying import apply_edits, check_edits
 from moe_compress.model.edits import Edit, Plan, to_json
 from moe_compress.model.forms import form_after, kept_layers
+from moe_compress.model.packing_config import packed_edits
 from moe_compress.planning import plan_stage
 from moe_compress.plans import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.recipe import Options, Recipe, Stage
@@ -175,9 +176,10 @@ def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | No
 def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:
     """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
     if job.edits:
-        check_edits(hf.skeleton(job.source.config, job.source.stored_dtype), job.edits)
+        skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
+        apply_edits(skeleton, packed_edits(skeleton, job.source.values))
+        check_edits(skeleton, job.edits)
     after = form_after(job.source.values, job.edits)
-    form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     started = time.perf_counter()
@@ -187,10 +189,13 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
         if job.slims is not None:
-            job.report[-1] |= slim(job.slims, job.source, run, writer, progress)
+            slimmed = slim(job.slims, job.source, run, writer, progress)
+            job.report[-1] |= slimmed.report
+            after = form_after({**job.source.values, **slimmed.values}, slimmed.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
+        form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
         plan = as_json(plan_values(job.plan, about["base"]))
         writer.finish(after.values, manifest, {**files, PLAN: plan}, {ARRAYS: plan_arrays(job.plan)})

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values
 from moe_compress.harness.flops import Sizes, sizes
 from moe_compress.model import hf
-from moe_compress.model.edits import Edit, KeepExperts, SkipExperts
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.edits import KeepExperts, SkipExperts
 from moe_compress.model.forms import form_after
-from moe_compress.planning import dry_run
+from moe_compress.model.packing_config import packed_edits
+from moe_compress.planning import DryRun, dry_run
 from moe_compress.recipe import Recipe
 from moe_compress.runtime import DTYPES, gigabytes, resolve_device, resolve_dtype
-from moe_compress.slimming import gram_bytes
 
 LAYERS_AT_PEAK = 2.5
 
@@ -52,13 +51,14 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     config = hf.config_from(values)
     stored = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
     model = hf.skeleton(config, stored, options.attn)
-    before = sizes(model, options.length, stored)
     compute = resolve_dtype(options.dtype, resolve_device(options.device))
     itemsize = torch.finfo(compute).bits // 8
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
-    edits = dry_run(recipe, model)
-    form = form_after(values, edits)
+    apply_edits(model, packed_edits(model, values))
+    before = sizes(model, options.length, stored)
+    dry = dry_run(recipe, model)
+    form = form_after(values, dry.edits)
     left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(
         model=options.model,
@@ -68,11 +68,11 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
-        notes=_notes(recipe, edits, model),
+        notes=_notes(recipe, dry),
     )
 
 
-def _notes(recipe: Recipe, edits: Sequence[Edit], model: PreTrainedModel) -> tuple[str, ...]:
+def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
     """What the sizes leave open."""
     notes = []
     name = recipe.options.model
@@ -84,12 +84,12 @@ def _notes(recipe: Recipe, edits: Sequence[Edit], model: PreTrainedModel) -> tup
         notes.append(
             "Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them."
         )
-    for stage in [stage for stage in recipe.stages if stage.needs == "grams"]:
-        needed = max(each * experts for each, experts in gram_bytes(stage, model).values())
-        notes.append(f"Gram matrices of a layer take {gigabytes(needed)} on top; experts_at_once= holds fewer of them.")
-    if any(isinstance(edit, SkipExperts) for edit in edits):
+    if dry.gram_bytes:
+        taken = gigabytes(dry.gram_bytes)
+        notes.append(f"Gram matrices of a layer take {taken} on top; experts_at_once= holds fewer of them.")
+    if any(isinstance(edit, SkipExperts) for edit in dry.edits):
         notes.append("How many experts are skipped depends on the text: what that saves per token is not counted.")
-    if any(isinstance(edit, KeepExperts) and edit.novices for edit in edits):
+    if any(isinstance(edit, KeepExperts) and edit.novices for edit in dry.edits):
         notes.append(
             "How many tokens meet a mean output depends on the text: what that saves per token is not counted."
         )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.formats import pack_skeleton
 from moe_compress.measuring import (
     SEARCH_FOLD,
     calibration_for,
@@ -27,25 +29,36 @@ from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage
 from moe_compress.registry import Method
 from moe_compress.run import Run
-from moe_compress.slimming import check_weights
+from moe_compress.slimming import check_weights, gram_bytes
 from moe_compress.stream.data import FOLDS
 from moe_compress.stream.observed import Observed
 
 
-def dry_run(recipe: Recipe, model: PreTrainedModel) -> list[Edit]:
-    """Carry the recipe out on a skeleton, with arbitrary experts in the right numbers; returns all edits.
+@dataclass
+class DryRun:
+    """All edits of a recipe, with arbitrary experts in the right numbers, and the largest Gram matrices it holds."""
+
+    edits: list[Edit] = field(default_factory=list)
+    gram_bytes: int = 0
+
+
+def dry_run(recipe: Recipe, model: PreTrainedModel) -> DryRun:
+    """Carry the recipe out on a skeleton, which is then as the recipe leaves it.
 
     Raises ValueError for whatever can be known to fail before a weight is read.
     """
-    edits: list[Edit] = []
+    found = DryRun()
     for number, stage in enumerate(recipe.stages, 1):
         try:
-            edits += _dry_stage(stage, model)
+            if stage.needs == "grams":
+                needed = (each * experts for each, experts in gram_bytes(stage, model).values())
+                found.gram_bytes = max(found.gram_bytes, *needed)
+            found.edits += _dry_stage(stage, model)
         except ValueError as error:
             if len(recipe.stages) == 1:
                 raise
             raise ValueError(f"stage {number} ({stage.method}): {error}") from error
-    return edits
+    return found
 
 
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
@@ -54,6 +67,7 @@ def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
     if method.scope == "weight":
         refuse_if_uneditable(model.config)
         check_weights(stage, model)
+        return pack_skeleton(stage, model) if "format" in method.parameters else []
     if method.check is None or method.scope != "model":
         return []
     refuse_if_uneditable(model.config)

@@ -6,7 +6,10 @@ Nothing here knows about models. Importing it has no effect.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import ctypes.util
 import difflib
+import functools
 import hashlib
 import json
 import logging
@@ -213,3 +216,16 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def return_memory() -> None:
+    """Give freed memory back to the system, which glibc otherwise keeps."""
+    libc = _libc()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> Any:
+    name = ctypes.util.find_library("c")
+    return ctypes.CDLL(name) if name else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from transformers import PreTrainedModel
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
+from moe_compress.formats import STORES, Bits, form_of, format_of, quantization_report, spans_of, sparsity_report
 from moe_compress.model import hf
+from moe_compress.model.edits import Edit
 from moe_compress.model.families import family_of
 from moe_compress.model.matrices import ROUTED, Matrix, kinds_of, layer_matrices
 from moe_compress.recipe import Stage
 from moe_compress.run import Run
 from moe_compress.runtime import free_memory, gigabytes, log, read_json, write_json
 from moe_compress.sensitivity import expert_shares
+from moe_compress.storing import Change, Draft
 from moe_compress.stream.choices import Choices, routing_change
 from moe_compress.stream.fold import Pass, Progress, StreamedLayers, visit_layers
 from moe_compress.stream.inputs import Group, InputSums, Moments
@@ -43,6 +47,7 @@ def check_weights(stage: Stage, model: PreTrainedModel) -> None:
     matrices, check = chosen_matrices(stage, model), registry.find(stage.method).check
     if check is not None:
         check(matrices, **stage.parameters)
+    spans_of(stage, model)
     at_once, least = stage.parameters["experts_at_once"], stage.parameters["min_tokens"]
     if at_once < 0 or least < 1:
         raise ValueError(f"experts_at_once={at_once} min_tokens={least}: counts from 0 (all) and from 1 up are needed.")
@@ -75,14 +80,23 @@ def gram_bytes(stage: Stage, model: PreTrainedModel) -> dict[int, tuple[int, int
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Slimmed:
+    """What a weight stage leaves beside the layers it wrote: a report, edits, and values for config.json."""
+
+    report: dict[str, Any]
+    edits: list[Edit]
+    values: dict[str, Any]
+
+
 def slim(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Carry out a weight stage into `writer`; returns what is to be reported."""
+) -> Slimmed:
+    """Carry out a weight stage into `writer`."""
     layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
     slimmer = _Slimmer(stage, source, layers, writer)
     slimmer.require_memory()
-    if stage.parameters["allocate"] != "uniform":
+    if stage.parameters.get("allocate", "uniform") != "uniform":
         slimmer.shares = _shares(stage, source, run, writer, progress)
     if not writer.has(None):
         writer.copy(None)
@@ -93,13 +107,13 @@ def slim(
                     slimmer.visit(index, layer)
             if progress is not None:
                 progress(index + 1, source.num_layers)
-        return slimmer.report()
+        return slimmer.finished({})
     windows = run.windows("calibration", source)
     slimmer.tokens = windows.tokens
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     visit_layers(layers, windows, slimmer.visit, state=writer.scratch, progress=progress)
     # What it cost is the writing's: the two cannot be told apart here.
-    return {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, **slimmer.report()}
+    return slimmer.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
 def _shares(
@@ -122,11 +136,13 @@ class _Slimmer:
         self.options = stage.parameters
         self.kinds = kinds_of(self.options["where"], self.options["spare"])
         self.change = registry.find(stage.method).run
+        self.format = format_of(stage, layers.model)
+        self.spans = spans_of(stage, layers.model)
+        self.store = STORES[self.format](source, layers, writer, self.kinds)
+        self.stored_dtype = source.stored_dtype
         self.shares: dict[int, Tensor] = {}
+        self.bits: Bits | None = None
         self.tokens = 0
-        # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
-        narrower = torch.promote_types(self.model.dtype, source.stored_dtype) != self.model.dtype
-        self.exact = StreamedLayers(source, torch.device("cpu"), source.stored_dtype) if narrower else None
 
     def require_memory(self) -> None:
         """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
@@ -144,17 +160,19 @@ class _Slimmer:
     def visit(self, index: int, layer: nn.Module, run: Pass | None = None) -> None:
         """One layer: observe, change, write, verify, go on."""
         matrices = layer_matrices(layer, self.family, self.kinds)
-        results = [torch.empty_like(matrix.weight_BOI) for matrix in matrices]
+        drafts = [Draft(matrix) for matrix in matrices]
         notes: Notes = defaultdict(list)
         parts = list(self._parts(matrices))
         stays = self.options["propagate"] == "original" or not matrices
         choices = self._choices(run)
         for experts in parts:
             seen = self._observe(run, experts, stays and experts is parts[-1]) if run is not None else {}
-            self._change(index, list(zip(matrices, results, strict=True)), seen, experts, notes)
+            self._change(index, drafts, seen, experts, notes)
         if matrices:
-            self._write(index, matrices, results)
-            self._verify(index, layer, results, notes)
+            changes = [draft.change() for draft in drafts]
+            self.store.write(index, layer, changes)
+            self.store.verify(index, layer, changes)
+            self._count(changes, notes)
         else:
             self.writer.copy(index)
         if choices:
@@ -189,31 +207,40 @@ class _Slimmer:
     def _change(
         self,
         index: int,
-        pairs: Sequence[tuple[Matrix, Tensor]],
+        drafts: Sequence[Draft],
         seen: Mapping[str, Moments],
         experts: range | None,
         notes: Notes,
     ) -> None:
         """Let the method make the new matrices of every source; those that are no experts come with the first part."""
-        by_source: dict[str, list[tuple[Matrix, Tensor]]] = defaultdict(list)
-        for matrix, result_BOI in pairs:
-            by_source[matrix.source].append((matrix, result_BOI))
+        by_source: dict[str, list[Draft]] = defaultdict(list)
+        for draft in drafts:
+            by_source[draft.matrix.source].append(draft)
         for source, group in by_source.items():
-            routed = group[0][0].kind == "experts"
+            routed = group[0].matrix.kind == "experts"
             if not routed and experts is not None and experts.start > 0:
                 continue
             part = slice(experts.start, experts.stop) if routed and experts is not None else slice(None)
-            weights = [matrix.weight_BOI[part] for matrix, _ in group]
-            numbers = range(len(group[0][0].weight_BOI))[part]
+            numbers = range(len(group[0].matrix.weight_BOI))[part]
             names = [f"expert {e} of layer {index}" if routed else f"{source} of layer {index}" for e in numbers]
             moment, rare_B = self._moment(seen.get(source), routed, names)
-            share_B = self.shares[index][part] if routed and self.shares else None
-            changed = self.change(Group(names, weights, moment, share_B), **self.options)
+            changed = self.change(
+                Group(
+                    names,
+                    [draft.matrix.weight_BOI[part] for draft in group],
+                    moment,
+                    self.shares[index][part] if routed and self.shares else None,
+                    span=self.spans.get((index, group[0].matrix.name), 0),
+                    stored=self.stored_dtype,
+                ),
+                **self.options,
+            )
             stay_B = rare_B if self.options["unseen"] == "dense" else torch.zeros_like(rare_B)
-            for (_, result_BOI), weight_BOI, new_BOI in zip(group, weights, changed.weights, strict=True):
-                result_BOI[part] = torch.where(stay_B[:, None, None], weight_BOI, new_BOI.to(weight_BOI))
+            for n, draft in enumerate(group):
+                draft.take(part, stay_B, changed, n)
             if source == ROUTED:
                 notes["unseen"] += [numbers[b] for b in rare_B.nonzero().flatten().tolist()]
+                notes["tokens"] += seen[source].count_B.tolist() if source in seen else []
             for name, found in changed.notes.items():
                 notes[name] += [names[b] for b in found]
 
@@ -232,34 +259,17 @@ class _Slimmer:
             )
         return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
 
-    def _write(self, index: int, matrices: Sequence[Matrix], results: Sequence[Tensor]) -> None:
-        """Write the layer with its new matrices; what did not change is stored as it was, to the last bit."""
-        if self.exact is None:
-            for matrix, result_BOI in zip(matrices, results, strict=True):
-                matrix.weight_BOI.copy_(result_BOI)
-            self.writer.write(index, hf.checkpoint_tensors(self.model, hf.layer_state(self.model, index)))
-            return
-        with self.exact.layer(index) as layer:
-            stored = layer_matrices(layer, self.family, self.kinds)
-            for matrix, result_BOI, exact in zip(matrices, results, stored, strict=True):
-                # A weight that is zero in the arithmetic alone may be one that has to go: zeros are always written.
-                same_BOI = (matrix.weight_BOI == result_BOI) & (result_BOI != 0)
-                new_BOI = result_BOI.to(exact.weight_BOI)
-                exact.weight_BOI.copy_(torch.where(same_BOI.to(new_BOI.device), exact.weight_BOI, new_BOI))
-            self.writer.write(index, hf.checkpoint_tensors(self.exact.model, hf.layer_state(self.exact.model, index)))
-
-    def _verify(self, index: int, layer: nn.Module, results: Sequence[Tensor], notes: Notes) -> None:
-        """Read the layer back as it was written: every zero that was set has to be one in the file."""
-        with self.writer.read(index) as tensors:
-            hf.materialize(self.model, tensors, self.layers.device)
-        zeros: dict[str, int] = defaultdict(int)
-        weights: dict[str, int] = defaultdict(int)
-        for matrix, result_BOI in zip(layer_matrices(layer, self.family, self.kinds), results, strict=True):
-            zero_BOI = matrix.weight_BOI == 0
-            assert bool(zero_BOI[result_BOI == 0].all()), f"layer {index}: {matrix.name} lost zeros on its way to disk"
-            zeros[matrix.kind] += int(zero_BOI.sum())
-            weights[matrix.kind] += zero_BOI.numel()
-        notes["zeros"], notes["weights"] = zeros, weights
+    def _count(self, changes: Sequence[Change], notes: Notes) -> None:
+        """Zeros and weights, packed weights and their bits, by kind."""
+        counts: dict[str, dict[str, int]] = {key: defaultdict(int) for key in ("zeros", "weights", "packed", "bits")}
+        for change in changes:
+            kind, found = change.matrix.kind, change.quantized
+            counts["zeros"][kind] += int((change.result == 0).sum())
+            counts["weights"][kind] += change.result.numel()
+            if found is not None:
+                counts["packed"][kind] += found.codes.numel()
+                counts["bits"][kind] += sum(found.bits) * found.codes[0].numel()
+        notes.update(counts)
 
     def _notes_file(self, index: int) -> Path:
         return self.writer.scratch / f"notes-{index:05d}.json"
@@ -268,21 +278,19 @@ class _Slimmer:
         """Whether an earlier, killed run has finished this layer."""
         return self._notes_file(index).is_file()
 
-    def report(self) -> dict[str, Any]:
-        """Shares of zeros by part of a layer and by layer; experts that saw too few tokens; raised dampings."""
+    def finished(self, report: Mapping[str, Any]) -> Slimmed:
+        """Shares of zeros, or of packed weights and their bits; experts that saw too few tokens; raised dampings."""
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
-        zeros, weights = (
-            {kind: sum(note[key].get(kind, 0) for note in changed.values()) for kind in self.kinds}
-            for key in ("zeros", "weights")
-        )
-        return {
-            "sparsity": {kind: zeros[kind] / weights[kind] for kind in self.kinds if weights[kind]},
-            "sparsity_by_layer": {
-                i: sum(note["zeros"].values()) / sum(note["weights"].values()) for i, note in changed.items()
-            },
+        own = quantization_report if self.stage.method == "quantize" else sparsity_report
+        edits, values = form_of(self.format, self.stage, self.model, self.spans, self.bits)
+        found = {
+            **report,
+            **own(self.kinds, changed),
             "unseen": {i: note["unseen"] for i, note in changed.items() if note.get("unseen")},
+            "tokens": {i: note["tokens"] for i, note in changed.items() if note.get("tokens")},
             "routing_change": {i: note["routing"] for i, note in changed.items() if note.get("routing")},
             "allocated": {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()},
             "damping_raised": [name for note in changed.values() for name in note.get("damped", ())],
         }
+        return Slimmed(found, edits, values)

@@ -1,14 +1,30 @@
-"""Whole models in memory, loaded by stock transformers and checked: nothing missing, unexpected or mismatched."""
+"""Whole models in memory: loaded by stock transformers and checked, or with packed weights that stay packed."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from moe_compress.model import hf
+from moe_compress.checkpoint.packing import PackedWeight
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.model import edited_layers, hf
+from moe_compress.model.matrices import stored_matrices
+from moe_compress.model.packed import WORD, PackedMatrix
+from moe_compress.model.separate import CHILDREN
+from moe_compress.model.sublayers import block_names
+from moe_compress.runtime import return_memory
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
@@ -16,11 +32,72 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     loader: Any = AutoModelForCausalLM
     with hf.quiet():
         model, info = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **keywords)
+    for parameter in model.parameters() if dtype is not None else ():
+        # Weights that transformers makes of codes have the dtype of their scales.
+        parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
     return model.eval()
+
+
+@torch.no_grad()
+def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None) -> PreTrainedModel:
+    """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole."""
+    model = hf.skeleton(checkpoint.config, dtype, attn)
+    names = block_names(model)
+    for index in (None, *range(checkpoint.num_layers)):
+        with checkpoint.read(checkpoint.keys(index)) as tensors:
+            packed = {key: entry for key, entry in tensors.items() if isinstance(entry, PackedWeight)}
+            places = stored_matrices(model, index) if packed and index is not None else {}
+            strange = sorted(packed.keys() - places.keys())
+            if strange:
+                raise ValueError(f"{strange[0]} of {checkpoint.name} is packed, but is no matrix of a layer.")
+            if index is not None:
+                _pack(
+                    hf.decoder_layers(model)[index], names, {places[key]: packed[key] for key in packed}, dtype, device
+                )
+            hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
+        return_memory()
+    model.tie_weights()
+    for name, tensor in model.state_dict().items():
+        if tensor.is_meta:
+            raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")
+    hf.buffers_to(model, device)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.eval()
+
+
+def _pack(
+    layer: nn.Module,
+    names: Mapping[str, Any],
+    weights: Mapping[tuple[str, int], PackedWeight],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Put packed matrices into a layer of a skeleton."""
+    bits: dict[str, list[int]] = defaultdict(list)
+    spans: dict[str, int] = {}
+    for (name, _), weight in sorted(weights.items(), key=lambda item: item[0]):
+        inputs, groups = int(weight.shape[...][1]), weight.scale.get_shape()[1]
+        bits[name].append(weight.packed.get_shape()[1] * WORD // inputs)
+        spans[name] = inputs // groups
+    edited_layers.pack_matrices(layer, names, bits=bits, spans=spans)
+    for (name, number), weight in weights.items():
+        module = packed_matrix(layer, names, name, number)
+        module.words = nn.Parameter(weight.packed[...].to(device), requires_grad=False)
+        module.scales = nn.Parameter(weight.scale[...].to(device, dtype), requires_grad=False)
+
+
+def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:
+    """One packed matrix of a layer by the name of its stack."""
+    stem, _, part = name.rpartition(".")
+    experts: Any = layer.get_submodule(stem if stem == names["experts"] else name)
+    found = experts.separate[number][CHILDREN[part]] if stem == names["experts"] else experts
+    assert isinstance(found, PackedMatrix)
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoint import deepseek_v1
+from moe_compress.checkpoint.packing import PackedWeight, require_readable, with_weights
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
@@ -36,14 +37,28 @@ class Virtual:
     source: Region | None
 
 
+Entry = Region | Virtual | PackedWeight
+
+
+def regions_of(entry: Entry) -> list[Region]:
+    """Where the bytes of a tensor lie, those that say its dtype first; nowhere for a constant."""
+    if isinstance(entry, PackedWeight):
+        return [entry.scale, entry.packed, entry.shape]
+    found = entry if isinstance(entry, Region) else entry.source
+    return [] if found is None else [found]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one."""
+    """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one.
+
+    tensors: by name; a packed matrix is one tensor, under the name of its weights.
+    """
 
     folder: Path
     name: str
     values: dict[str, Any]
-    tensors: dict[str, Region | Virtual] = field(repr=False)
+    tensors: dict[str, Entry] = field(repr=False)
     commit: str | None = None
 
     @functools.cached_property
@@ -75,34 +90,36 @@ class Checkpoint:
     @property
     def stored_dtype(self) -> torch.dtype:
         """A dtype that holds every stored value exactly: the common one, or fp32 where they differ."""
-        stored = {_region(entry).dtype for entry in self.tensors.values() if _region(entry) is not None}
+        stored = {region.dtype for entry in self.tensors.values() for region in regions_of(entry)[:1]}
         floating = {STORED_DTYPES[name] for name in stored if STORED_DTYPES[name].is_floating_point}
         return floating.pop() if len(floating) == 1 else torch.float32
 
     @property
     def bytes(self) -> int:
         """Stored size of all tensors."""
-        return sum(_region(entry).bytes for entry in self.tensors.values() if _region(entry) is not None)
+        return sum(region.bytes for entry in self.tensors.values() for region in regions_of(entry))
+
+    @property
+    def packed(self) -> list[str]:
+        """Names of the matrices that are stored packed."""
+        return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight)]
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
-        return sum(_region(self.tensors[key]).bytes for key in self.keys(layer) if _region(self.tensors[key]))
+        return sum(region.bytes for key in self.keys(layer) for region in regions_of(self.tensors[key]))
 
     @contextlib.contextmanager
     def read(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Tensors by name, read lazily; the files are mapped only inside the block."""
         with contextlib.ExitStack() as stack:
             files: dict[Path, Any] = {}
-            found: dict[str, Any] = {}
-            for key in keys:
-                entry = self.tensors[key]
-                region = _region(entry)
-                stored = None
-                if region is not None:
-                    if region.file not in files:
-                        files[region.file] = stack.enter_context(safe_open(region.file, "pt"))
-                    stored = files[region.file].get_slice(region.key)
-                found[key] = stored if isinstance(entry, Region) else entry.make(None if stored is None else stored[:])
+
+            def lazy(region: Region) -> Any:
+                if region.file not in files:
+                    files[region.file] = stack.enter_context(safe_open(region.file, "pt"))
+                return files[region.file].get_slice(region.key)
+
+            found = {key: _opened(self.tensors[key], lazy) for key in keys}
             yield found
             found.clear()
 
@@ -114,16 +131,21 @@ class Checkpoint:
 
     def _sample(self, key: str, whole: bool) -> list[Any]:
         entry = self.tensors[key]
-        region = _region(entry)
-        if region is None:
-            return [key]
-        with region.file.open("rb") as file:
-            file.seek(region.start)
-            return [key, region.dtype, region.shape, file.read(region.bytes if whole else SAMPLE_BYTES)]
+        found: list[Any] = [key]
+        for region in regions_of(entry):
+            with region.file.open("rb") as file:
+                file.seek(region.start)
+                found += [region.dtype, region.shape, file.read(region.bytes if whole else SAMPLE_BYTES)]
+        return found
 
 
-def _region(entry: Region | Virtual) -> Any:
-    return entry if isinstance(entry, Region) else entry.source
+def _opened(entry: Entry, lazy: Callable[[Region], Any]) -> Any:
+    """A tensor as something that is read when it is asked for."""
+    if isinstance(entry, Region):
+        return lazy(entry)
+    if isinstance(entry, PackedWeight):
+        return PackedWeight(lazy(entry.packed), lazy(entry.scale), lazy(entry.shape))
+    return entry.make(None if entry.source is None else lazy(entry.source)[:])
 
 
 def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = None) -> Checkpoint:
@@ -135,7 +157,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
         raise ValueError(
             f"{folder} holds tensors of type {foreign[0]}, which is not read yet: use a bf16 or fp32 copy."
         )
-    tensors: dict[str, Region | Virtual] = dict(stored)
+    tensors: dict[str, Entry] = with_weights(stored) if values.get("quantization_config") else dict(stored)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
@@ -152,9 +174,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
     values = hf.read_values(folder)
-    if values.get("quantization_config"):
-        kind = values["quantization_config"].get("quant_method", "quantized")
-        raise ValueError(f"{folder} is stored in {kind} format, which is not read: use a bf16 or fp32 copy.")
+    require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)
     _require_supported(folder, values)
@@ -208,13 +228,13 @@ def _weight_map(path: Path) -> dict[str, str]:
     return index
 
 
-def _reexpressed(values: dict[str, Any], tensors: dict[str, Region | Virtual]) -> dict[str, Region | Virtual]:
-    out: dict[str, Region | Virtual] = {}
+def _reexpressed(values: dict[str, Any], tensors: dict[str, Entry]) -> dict[str, Entry]:
+    out: dict[str, Entry] = {}
     for key, entry in tensors.items():
-        region = _region(entry)
+        (region,) = regions_of(entry)
         new_key, make = deepseek_v1.rename(key)
         out[new_key] = region if make is None else Virtual(make, region)
-    dtype = STORED_DTYPES[_region(out["model.embed_tokens.weight"]).dtype]
+    dtype = STORED_DTYPES[regions_of(out["model.embed_tokens.weight"])[0].dtype]
     zero_gate = torch.zeros(1, int(values["hidden_size"]), dtype=dtype)
     for key in deepseek_v1.constant_keys(out):
         out[key] = Virtual(lambda _: zero_gate, None)

@@ -15,8 +15,9 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_compress.checkpoint.reader import INDEX, Checkpoint, Virtual
-from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions, write_shard
+from moe_compress.checkpoint.packing import PackedWeight, stored_parts, with_weights
+from moe_compress.checkpoint.reader import INDEX, Checkpoint, Entry, Virtual, regions_of
+from moe_compress.checkpoint.shards import STORED_DTYPES, read_regions, write_shard
 from moe_compress.model import hf
 from moe_compress.runtime import read_json, require_writable, write_json
 
@@ -75,7 +76,7 @@ class CheckpointWriter:
     def read(self, layer: int) -> Iterator[dict[str, Any]]:
         """A written layer's tensors, read where they are used, by the source's names."""
         with safe_open(self._shard(layer), "pt") as shard:
-            yield {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+            yield with_weights({hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()})  # noqa: SIM118
 
     def copy(self, layer: int | None) -> None:
         """Pass one layer through untouched, byte for byte."""
@@ -87,18 +88,24 @@ class CheckpointWriter:
         with self.source.read(made) as values:
             self._put(layer, {**stored, **values})
 
-    def write(self, layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write one layer's tensors, each in the dtype it was stored in."""
+    def write(self, layer: int, tensors: Mapping[str, Tensor | PackedWeight]) -> None:
+        """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""
         default = self.source.tensors[self.source.keys(layer)[0]]
-        stored = {key: self.source.tensors.get(key, default) for key in tensors}
-        self._put(layer, {key: _as_stored(tensors[key], stored[key]) for key in tensors})
+        found: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            like = self.source.tensors.get(key, default)
+            found[key] = tensor if isinstance(tensor, PackedWeight) else _as_stored(tensor, like)
+        self._put(layer, found)
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
         """Write a shard, its tensors named by the place that the layer will have."""
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
-        write_shard(self._shard(layer), tensors)
+        parts: dict[str, Any] = {}
+        for key, tensor in tensors.items():
+            parts |= stored_parts(key, tensor) if isinstance(tensor, PackedWeight) else {key: tensor}
+        write_shard(self._shard(layer), parts)
 
     def finish(
         self,
@@ -129,13 +136,9 @@ class CheckpointWriter:
         remove_scratch(self.out)
 
 
-def _as_stored(tensor: Tensor, like: Region | Virtual) -> Tensor:
-    if isinstance(like, Virtual) and like.source is None:
-        return tensor
-    region = like if isinstance(like, Region) else like.source
-    assert region is not None
-    dtype = STORED_DTYPES[region.dtype]
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+def _as_stored(tensor: Tensor, like: Entry) -> Tensor:
+    regions = regions_of(like)
+    return tensor.to(STORED_DTYPES[regions[0].dtype]) if regions and tensor.is_floating_point() else tensor
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from moe_compress.model import hf
 from moe_compress.model.edited_layers import Nothing
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_views
+from moe_compress.model.packed import PARAMETERS as PACKED
 from moe_compress.model.rerouting import NOVICES
 
 Active = tuple[float | None, int | None]
@@ -45,13 +46,17 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     active_experts = _active_experts(model)
+    empty = torch.empty(0, dtype=stored)
     top_k = float(getattr(model.config, family_of(model.config).top_k_key))
-    total = touched = multiplied = 0
+    total = size = touched = multiplied = 0
     for _, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or (tied and module is head):
                 continue
             active = _active_fraction(module, parameter, active_experts, top_k)
+            size += parameter.numel() * (parameter if name in PACKED else empty).element_size()
+            if name in PACKED:  # a packed matrix counts as the weights that it holds
+                parameter = module.weight_like if name == PACKED[0] else parameter[:0]
             total += parameter.numel()
             if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 touched += parameter.shape[1]
@@ -63,7 +68,7 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
         touched += embedding.weight.numel() - embedding.weight.shape[1]
         multiplied += embedding.weight.numel()
     buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in model.state_dict())
-    size = (total + buffers) * torch.empty(0, dtype=stored).element_size()
+    size += buffers * empty.element_size()
     flops = 2 * multiplied + attention_flops(model, context)
     return Sizes(parameters=total, bytes=size, touched=touched, flops_per_token=flops, context=context)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.model import edited, hf
@@ -59,3 +60,9 @@ def _first(edit: Any, inner: int) -> Tensor:
         gone_F[row_W[:width]] = False
         rows.append(torch.cat([row_W[:width], gone_F.nonzero().flatten()]))
     return torch.stack(rows)
+
+
+def shallow(layer: nn.Module) -> nn.Module:
+    """Modules of its own, tensors shared with the layer."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})

@@ -24,6 +24,7 @@ from .edited_layers import (
     keep_channels,
     keep_experts,
     merge_experts,
+    pack_matrices,
     set_top_k,
     skip_experts,
     skip_sublayer,
@@ -36,7 +37,8 @@ LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
 # --- whole models -------------------------------------------------------------------------------------------
 
 EDITS: dict[str, Callable[..., None]] = {
-    edit.__name__: edit for edit in (keep_experts, merge_experts, keep_channels, set_top_k, skip_experts, skip_sublayer)
+    edit.__name__: edit
+    for edit in (keep_experts, merge_experts, keep_channels, pack_matrices, set_top_k, skip_experts, skip_sublayer)
 }
 
 

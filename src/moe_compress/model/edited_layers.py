@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .expert_forward import separate
+from .packed import PackedMatrix
 from .rerouting import NOVICES, listen, reroute
-from .separate import SEPARATE, expert_count, is_separate, model_width, narrow, own_tensor
+from .separate import CHILDREN, SEPARATE, expert_count, is_separate, model_width, narrow, own_tensor
 from .separate import widths as widths_of
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
@@ -182,6 +183,23 @@ def _narrow_alike(fused: Any, inner: int, width: int) -> None:
         dim = 1 if tensor.dim() == 2 or down == transposed else 2
         index = torch.tensor(both[:width] if down else both, device=tensor.device)
         fused._parameters[name] = nn.Parameter(tensor.detach().index_select(dim, index), requires_grad=False)
+
+
+def pack_matrices(
+    layer: nn.Module, names: Mapping[str, Any], *, bits: Mapping[str, Sequence[int]], spans: Mapping[str, int]
+) -> None:
+    """Put room for codes and scales in the place of matrices: of every expert's, or of linear maps."""
+    for name, widths in bits.items():
+        stem, _, part = name.rpartition(".")
+        if stem == names["experts"]:
+            fused: Any = layer.get_submodule(stem)
+            separate(layer.get_submodule(names["block"]), fused)
+            for expert, width in zip(fused.separate, widths, strict=True):
+                dense = expert[CHILDREN[part]]
+                expert[CHILDREN[part]] = PackedMatrix.empty(dense.weight, width, spans[name], dense.bias)
+        else:
+            linear: Any = layer.get_submodule(name)
+            layer.set_submodule(name, PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias))
 
 
 # --- routing ------------------------------------------------------------------------------------------------

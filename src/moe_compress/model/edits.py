@@ -225,7 +225,23 @@ class KeepChannels(_OnLayer):
         require_channels(model, self.layer, self.width, self.widths, self.arrays.get("channels"))
 
 
-Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels
+@dataclass(frozen=True, slots=True)
+class PackMatrices(_OnLayer):
+    """Hold matrices of one layer in few bits: by name, the bits of each in a stack, and how many inputs share a scale.
+
+    What the codes are, only a checkpoint knows: the edit makes room for them.
+    """
+
+    bits: dict[str, tuple[int, ...]]
+    spans: dict[str, int]
+    edit: Literal["pack_matrices"] = field(default="pack_matrices", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the layer has no such matrices."""
+        require_layer(model, self.layer)
+
+
+Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels | PackMatrices
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 
 
@@ -248,7 +264,9 @@ def to_json(edit: Edit) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {key: _listed(each) for key, each in value.items()}
+    return [_listed(each) for each in value] if isinstance(value, tuple) else value
 
 
 def from_json(values: Mapping[str, Any], arrays: Arrays | None = None) -> Edit:

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moe_compress.model.families import Family
+from moe_compress.model import hf
+from moe_compress.model.families import Family, family_of
 from moe_compress.model.moe import MoEView, moe_view
 from moe_compress.model.sublayers import BESIDE
 
@@ -69,6 +72,37 @@ def _kind(layer: nn.Module, name: str, module: nn.Linear, block: str) -> Kind:
         return "shared"
     dense = first in DENSE or "MLP" in type(layer.get_submodule(first)).__name__
     return "dense" if dense else "attention"
+
+
+def stored_matrices(model: PreTrainedModel, index: int) -> dict[str, tuple[str, int]]:
+    """Checkpoint tensors of a layer that hold one matrix each -> (the matrix's name, its number in the stack).
+
+    Families that store their experts fused have none for them; a skeleton is enough.
+    """
+    layer, family = hf.decoder_layers(model)[index], family_of(model.config)
+    prefix = f"{hf.layers_prefix(model)}{index}."
+    tags: dict[str, Tensor] = {}
+    places: list[tuple[str, int]] = []
+    view = moe_view(layer, family)
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            tags[f"{prefix}{name}.weight"] = torch.tensor([[float(len(places))]])
+            places.append((name, 0))
+    if view is not None and not view.one_by_one:
+        first = len(places)
+        tags |= {f"{prefix}{view.names['experts']}.{name}": tag for name, tag in _tags(view, first).items()}
+        places += [(f"{view.names['experts']}.{part}", e) for part in view.stacks() for e in range(view.num_experts)]
+    return {name: places[number] for number, name in hf.stored_names(model, tags).items()}
+
+
+def _tags(view: MoEView, first: int) -> dict[str, Tensor]:
+    """The fused tensors with one number in place of each matrix, counted from `first`, part by part."""
+    parts, experts = list(view.stacks()), view.num_experts
+    number_PE = torch.arange(first, first + len(parts) * experts, dtype=torch.float32).view(len(parts), experts)
+    column = {part: number_PE[n].view(-1, 1, 1) for n, part in enumerate(parts)}
+    if "gate" not in column:
+        return {"up_proj": column["up"], "down_proj": column["down"]}
+    return {"gate_up_proj": torch.cat([column["gate"], column["up"]], 1), "down_proj": column["down"]}
 
 
 def _within(name: str, place: str) -> bool:

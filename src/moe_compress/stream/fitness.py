@@ -7,7 +7,6 @@ positions, V vocabulary.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.model import edited, hf
-from moe_compress.model.applying import apply_edit
+from moe_compress.model.applying import apply_edit, shallow
 from moe_compress.model.edited_layers import mask_experts
 from moe_compress.model.edits import Edit, KeepExperts
 from moe_compress.model.forms import kept_layers, layer_lists
@@ -66,7 +65,7 @@ def masked(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
     names = block_names(model)
     plain = [{"edit": edit.edit, "layer": edit.layer} for edit in edits]
     lists = layer_lists(model.config, kept_layers(plain, hf.num_layers(model.config)))
-    stack.layers = nn.ModuleList([_shallow(layer) for layer in whole])
+    stack.layers = nn.ModuleList([shallow(layer) for layer in whole])
     try:
         for edit in edits:
             if isinstance(edit, KeepExperts) and not edit.novices and _reroutable(model, edit.layer):
@@ -77,12 +76,6 @@ def masked(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
             yield
     finally:
         stack.layers = whole
-
-
-def _shallow(layer: nn.Module) -> nn.Module:
-    """Modules of its own, tensors shared with the layer."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
 
 
 def _reroutable(model: PreTrainedModel, layer: int) -> bool:

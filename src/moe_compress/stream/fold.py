@@ -7,13 +7,11 @@ and no family. N windows of S positions, D model width.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import ctypes.util
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +22,7 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.model import hf
+from moe_compress.runtime import return_memory
 from moe_compress.stream.data import Windows
 from moe_compress.stream.observers import BatchInfo, Observer
 
@@ -283,16 +282,3 @@ def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[lis
         return [], 0
     hidden_NSD.copy_(resumed_NSD)
     return seen, start
-
-
-def return_memory() -> None:
-    """Give freed memory back to the system, which glibc otherwise keeps."""
-    libc = _libc()
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-@functools.cache
-def _libc() -> Any:
-    name = ctypes.util.find_library("c")
-    return ctypes.CDLL(name) if name else None

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from moe_compress.checkpoint.packing import PackedWeight
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
 from moe_compress.model.applying import apply_edit
-from moe_compress.model.edits import Edit
+from moe_compress.model.edits import Edit, KeepExperts
+from moe_compress.model.matrices import stored_matrices
 from moe_compress.model.sublayers import block_names
 from moe_compress.stream.fold import Progress, StreamedLayers
 
@@ -48,7 +52,7 @@ def rewrite(
         writer.copy(None)
     by_layer = edits_by_layer(edits, checkpoint.num_layers)
     layers: StreamedLayers | None = None
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     for place, (index, found) in enumerate(by_layer.items()):
         added = {hf.renumbered(n, index): t for n, t in (fill or {}).items() if hf.layer_of(n) == place}
         if not writer.has(index):
@@ -59,9 +63,44 @@ def rewrite(
                     layers = StreamedLayers(checkpoint, torch.device("cpu"), checkpoint.stored_dtype)
                     names = block_names(layers.model) if edits else {}
                 with layers.layer(index):
-                    for edit in found:
-                        apply_edit(layers.model, names, edit)
-                    state = {**hf.layer_state(layers.model, index), **added}
-                    writer.write(index, hf.checkpoint_tensors(layers.model, state))
+                    writer.write(index, _edited(checkpoint, layers.model, index, names, found, added))
         if progress is not None:
             progress(place + 1, len(by_layer))
+
+
+def _edited(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    index: int,
+    names: Mapping[str, Any],
+    edits: Sequence[Edit],
+    added: Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """The tensors of a layer after its edits; what was packed stays so."""
+    packed = any(isinstance(checkpoint.tensors[key], PackedWeight) for key in checkpoint.keys(index))
+    before = stored_matrices(model, index) if packed else {}
+    for edit in edits:
+        apply_edit(model, names, edit)
+    tensors: dict[str, Any] = hf.checkpoint_tensors(model, {**hf.layer_state(model, index), **added})
+    return tensors | _still_packed(checkpoint, model, index, names, before, edits) if packed else tensors
+
+
+def _still_packed(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    index: int,
+    names: Mapping[str, Any],
+    before: Mapping[str, tuple[str, int]],
+    edits: Sequence[Edit],
+) -> dict[str, PackedWeight]:
+    """What is packed in the source and left after the edits, by its new name: the same bytes, never quantized again."""
+    entries = {place: checkpoint.tensors.get(key) for key, place in before.items()}
+    found: dict[str, PackedWeight] = {}
+    for key, (name, number) in stored_matrices(model, index).items():
+        for edit in reversed(edits):
+            if isinstance(edit, KeepExperts) and name.rpartition(".")[0] == names["experts"]:
+                number = edit.experts[number]
+        entry = entries.get((name, number))
+        if isinstance(entry, PackedWeight):
+            found[key] = entry
+    return found

@@ -20,7 +20,7 @@ from moe_compress.model.hf.experts import (
     untap,
     use_experts_function,
 )
-from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize, renumbered
+from moe_compress.model.hf.names import checkpoint_tensors, layer_of, layer_state, materialize, renumbered, stored_names
 from moe_compress.model.hf.skeleton import (
     buffers_to,
     config_from,
@@ -68,6 +68,7 @@ __all__ = [
     "shapes",
     "skeleton",
     "stack",
+    "stored_names",
     "tap",
     "untap",
     "use_experts_function",

@@ -14,13 +14,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moe_compress.model import edited, edited_layers, expert_forward, rerouting, separate
+from moe_compress.model import edited, edited_layers, expert_forward, packed, rerouting, separate
 
 MODELLING_FILE = "modeling_moe_compress"
 SHIPPED = {
     "edited": edited,
     "edited_layers": edited_layers,
     "expert_forward": expert_forward,
+    "packed": packed,
     "rerouting": rerouting,
     "separate": separate,
 }

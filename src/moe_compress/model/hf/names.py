@@ -162,3 +162,16 @@ def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
     """The parameters and saved buffers of one layer under their full module names."""
     prefix = f"{layers_prefix(model)}{index}."
     return {prefix + name: tensor for name, tensor in decoder_layers(model)[index].state_dict().items()}
+
+
+def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int, str]:
+    """Under which name a checkpoint stores each matrix: tags stand in for parameters, one number for a matrix.
+
+    A number that does not come out alone belongs to a matrix that is stored together with others: it is left out.
+    """
+    # Of the conversions, a model remembers those that it needed so far; here all are.
+    used = model.__dict__.pop("_weight_conversions", None)
+    stored = revert_weight_conversion(model, dict(tags))
+    if used is not None:
+        model.__dict__["_weight_conversions"] = used
+    return {int(tag): name for name, tag in stored.items() if tag.numel() == 1}

@@ -1,0 +1,159 @@
+"""In which format a weight stage is stored, what then goes into config.json, and how many inputs share a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moe_compress.methods.slimming.grids import BITS
+from moe_compress.methods.slimming.quantize import span_for
+from moe_compress.model import hf
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.edits import Edit, PackMatrices
+from moe_compress.model.families import family_of
+from moe_compress.model.matrices import Kind, Matrix, kinds_of, layer_matrices, stored_matrices
+from moe_compress.model.packing_config import packed_values, scheme
+from moe_compress.recipe import Stage
+from moe_compress.storing import DenseStore, EditedStore, PackedStore
+
+STORES: dict[str, type[DenseStore]] = {"dense": DenseStore, "compressed-tensors": PackedStore, "packed": EditedStore}
+Bits = Mapping[int, Mapping[str, Sequence[int]]]
+
+
+def format_of(stage: Stage, model: PreTrainedModel) -> str:
+    """dense, compressed-tensors or packed. Raises ValueError for one that the model's experts cannot have."""
+    wanted = str(stage.parameters.get("format", "dense"))
+    if wanted in ("dense", "packed"):
+        return wanted
+    lacking = _without_names(stage, model)
+    if wanted == "auto":
+        return "packed" if lacking or stage.parameters["bits"] == "auto" else "compressed-tensors"
+    if lacking:
+        raise ValueError(
+            f"format={wanted} packs matrices under names of their own, but {model.config.model_type} stores "
+            f"{lacking} together with others: use format=packed or format=dense."
+        )
+    return wanted
+
+
+def _without_names(stage: Stage, model: PreTrainedModel) -> str:
+    """A chosen matrix that no tensor of a stock checkpoint holds alone; empty if there is none."""
+    for index, matrices in _chosen(stage, model).items():
+        named = {name for name, _ in stored_matrices(model, index).values()}
+        for matrix in matrices:
+            if matrix.name not in named:
+                return f"{matrix.name} of layer {index}"
+    return ""
+
+
+def _chosen(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
+    """The matrices that can be packed: routers are no linear maps, and stay plain numbers."""
+    family = family_of(model.config)
+    kinds: list[Kind] = [k for k in kinds_of(stage.parameters["where"], stage.parameters["spare"]) if k != "router"]
+    return {i: layer_matrices(layer, family, kinds) for i, layer in enumerate(hf.decoder_layers(model))}
+
+
+def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]:
+    """(layer, matrix) -> inputs that share a scale, 0 for a matrix that is left as it is.
+
+    Stock loaders know one scheme for experts and one for everything else: there, one number has to do for all.
+    """
+    if "group_size" not in stage.parameters:
+        return {}
+    wanted, format = stage.parameters["group_size"], format_of(stage, model)
+    routers = kinds_of(stage.parameters["where"], stage.parameters["spare"])
+    found = [(i, m) for i, matrices in _chosen(stage, model).items() for m in matrices]
+    if "router" in routers:
+        layers = enumerate(hf.decoder_layers(model))
+        found += [(i, m) for i, layer in layers for m in layer_matrices(layer, family_of(model.config), ["router"])]
+    spans = {(i, m.name): span_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
+    if format in ("dense", "packed") or not wanted:
+        return spans
+    for experts in (True, False):
+        alike = [(i, m) for i, m in found if (m.kind == "experts") == experts and m.kind != "router"]
+        common = span_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
+        if alike and not common:
+            which = "the experts" if experts else "the linear maps that are no experts"
+            raise ValueError(
+                f"group_size={wanted}: no group of 8 and more divides all widths of {which}, and format={format} needs "
+                "one for all of them: use format=packed or dense, which leave out what does not fit."
+            )
+        spans |= {(i, m.name): common for i, m in alike}
+    return spans
+
+
+def form_of(
+    format: str, stage: Stage, model: PreTrainedModel, spans: Mapping[tuple[int, str], int], bits: Bits | None = None
+) -> tuple[list[Edit], dict[str, Any]]:
+    """(edits, config.json values) of a checkpoint that is stored in this format. bits: where they differ."""
+    if format == "dense":
+        return [], {}
+    chosen = _chosen(stage, model)
+    if format == "packed":
+        return [edit for i, found in chosen.items() if (edit := _room(i, found, stage, spans, bits)) is not None], {}
+    width, whole = int(stage.parameters["bits"]), not stage.parameters["group_size"]
+    schemes: dict[bool, dict[str, Any]] = {}
+    for index, matrices in chosen.items():
+        for matrix in matrices:
+            schemes[matrix.kind == "experts"] = scheme(width, spans[index, matrix.name], whole)
+    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
+    return [], packed_values(model, [k for k in kinds if k != "router"], schemes.get(True), schemes.get(False))
+
+
+def _room(
+    index: int, matrices: Sequence[Matrix], stage: Stage, spans: Mapping[tuple[int, str], int], bits: Bits | None
+) -> PackMatrices | None:
+    packed = {m.name: spans[index, m.name] for m in matrices if spans[index, m.name]}
+    counts = {m.name: len(m.weight_BOI) for m in matrices}
+    if not packed:
+        return None
+    if bits is None:
+        widths = {name: _expected(stage, counts[name]) for name in packed}
+    else:
+        widths = {name: tuple(bits[index][name]) for name in packed}
+    return PackMatrices(index, widths, packed)
+
+
+def _expected(stage: Stage, count: int) -> tuple[int, ...]:
+    """Widths of so many matrices; of those that are still to be shared out, as many as add up to the budget."""
+    if stage.parameters["bits"] != "auto":
+        return (int(stage.parameters["bits"]),) * count
+    budget = stage.parameters["budget"]
+    low = max(bits for bits in BITS if bits <= budget)
+    high = min(bits for bits in BITS if bits >= budget)
+    wide = round(count * (budget - low) / max(high - low, 1))
+    return (high,) * wide + (low,) * (count - wide)
+
+
+def pack_skeleton(stage: Stage, model: PreTrainedModel) -> list[Edit]:
+    """Make room for codes in a skeleton; returns the edits that an edited checkpoint will carry."""
+    format = format_of(stage, model)
+    if format == "dense":
+        return []
+    edits, _ = form_of("packed", stage, model, spans_of(stage, model))
+    apply_edits(model, edits)
+    return edits if format == "packed" else []
+
+
+def sparsity_report(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of zeros by part of a layer and by layer."""
+    zeros, weights = (_sums(kinds, notes, key) for key in ("zeros", "weights"))
+    by_layer = {i: sum(note["zeros"].values()) / sum(note["weights"].values()) for i, note in notes.items()}
+    return {"sparsity": {k: zeros[k] / weights[k] for k in kinds if weights[k]}, "sparsity_by_layer": by_layer}
+
+
+def quantization_report(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Shares of weights that are packed, their bits, and what was left as it is, by part of a layer."""
+    packed, weights, bits, zeros = (_sums(kinds, notes, key) for key in ("packed", "weights", "bits", "zeros"))
+    return {
+        "quantized": {k: packed[k] / weights[k] for k in kinds if weights[k]},
+        "bits": {k: bits[k] / packed[k] for k in kinds if packed[k]},
+        "zeros": {k: zeros[k] / weights[k] for k in kinds if weights[k]},
+        "skipped": [name for note in notes.values() for name in note.get("skipped", ())],
+    }
+
+
+def _sums(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, int]:
+    return {kind: sum(note[key].get(kind, 0) for note in notes.values()) for kind in kinds}

@@ -1,0 +1,84 @@
+"""What config.json says of packed weights: written for compressed-tensors, and read back as edits.
+
+Experts have one scheme, all other linear maps another: that is as far as stock loaders tell schemes apart.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moe_compress.model import hf
+from moe_compress.model.edits import PackMatrices
+from moe_compress.model.families import family_of
+from moe_compress.model.matrices import Kind, layer_matrices, stored_matrices
+
+QUANTIZATION = "quantization_config"
+EXPERTS = r"re:.*\.experts\.\d+\..*"
+
+
+def scheme(bits: int, span: int, whole_rows: bool) -> dict[str, Any]:
+    """A symmetric integer grid as compressed-tensors says it."""
+    strategy = {"strategy": "channel"} if whole_rows else {"strategy": "group", "group_size": span}
+    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
+
+
+def packed_values(
+    model: PreTrainedModel, kinds: Sequence[Kind], experts: Mapping[str, Any] | None, others: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """config.json values of a checkpoint whose experts and other chosen linear maps are packed by these schemes."""
+    groups: dict[str, Any] = {}
+    if experts is not None:
+        groups["experts"] = {"targets": [EXPERTS], "weights": dict(experts)}
+    if others is not None:
+        groups["others"] = {"targets": _patterns(model, kinds), "weights": dict(others)}
+    for group in groups.values():
+        group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+    return {
+        QUANTIZATION: {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": ["lm_head"],
+        }
+    }
+
+
+def _patterns(model: PreTrainedModel, kinds: Sequence[Kind]) -> list[str]:
+    """Targets for the linear maps of these kinds. A target with `experts` in it would be taken for that of experts."""
+    family, names = family_of(model.config), set()
+    for layer in hf.decoder_layers(model):
+        names |= {matrix.name for matrix in layer_matrices(layer, family, [k for k in kinds if k != "experts"])}
+    names = {name for name in names if name}
+    return [r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$" for name in sorted(names)]
+
+
+def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
+    """The edits that give a skeleton the room for what the config says is packed; none for a config without."""
+    groups = (values.get(QUANTIZATION) or {}).get("config_groups", {})
+    edits, family = [], family_of(model.config)
+    for index, layer in enumerate(hf.decoder_layers(model) if groups else ()):
+        bits: dict[str, list[int]] = {}
+        spans: dict[str, int] = {}
+        widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in layer_matrices(layer, family)}
+        for stored, (name, _number) in stored_matrices(model, index).items():
+            weights = _scheme_of(stored.removesuffix(".weight"), name, groups)
+            if weights is not None and name in widths:
+                bits.setdefault(name, []).append(weights["num_bits"])
+                spans[name] = weights.get("group_size") or widths[name]
+        if bits:
+            edits.append(PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, spans))
+    return edits
+
+
+def _scheme_of(stored: str, name: str, groups: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    for group in groups.values():
+        for target in group["targets"]:
+            pattern = target.removeprefix("re:")
+            if target.startswith("re:") and any(re.match(pattern, each) for each in (stored, f".layers.0.{name}")):
+                return group["weights"]
+    return None
