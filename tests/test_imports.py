@@ -45,8 +45,9 @@ SEAM = ("model.hf", "model.edited", "model.expert_forward")
 # Files that are shipped inside edited checkpoints: what they may import at all, and of each other, relatively.
 SHIPPED = {
     "model.edited": ("model.edited_layers",),
-    "model.edited_layers": ("model.expert_forward", "model.rerouting", "model.separate"),
+    "model.edited_layers": ("model.expert_forward", "model.packed", "model.rerouting", "model.separate"),
     "model.expert_forward": ("model.separate",),
+    "model.packed": (),
     "model.rerouting": ("model.separate",),
     "model.separate": (),
 }

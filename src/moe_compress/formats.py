@@ -14,11 +14,16 @@ from moe_compress.model.applying import apply_edits
 from moe_compress.model.edits import Edit, PackMatrices
 from moe_compress.model.families import family_of
 from moe_compress.model.matrices import Kind, Matrix, kinds_of, layer_matrices, stored_matrices
-from moe_compress.model.packing_config import packed_values, scheme
+from moe_compress.model.packing_config import gptq_values, packed_values, scheme
 from moe_compress.recipe import Stage
-from moe_compress.storing import DenseStore, EditedStore, PackedStore
+from moe_compress.storing import DenseStore, EditedStore, GptqStore, PackedStore
 
-STORES: dict[str, type[DenseStore]] = {"dense": DenseStore, "compressed-tensors": PackedStore, "packed": EditedStore}
+STORES: dict[str, type[DenseStore]] = {
+    "dense": DenseStore,
+    "compressed-tensors": PackedStore,
+    "gptq": GptqStore,
+    "packed": EditedStore,
+}
 Bits = Mapping[int, Mapping[str, Sequence[int]]]
 
 
@@ -58,7 +63,8 @@ def _chosen(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
 def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]:
     """(layer, matrix) -> inputs that share a scale, 0 for a matrix that is left as it is.
 
-    Stock loaders know one scheme for experts and one for everything else: there, one number has to do for all.
+    Stock loaders know one scheme for experts and one for everything else, GPTQ's one for all: there, one number has to
+    do for every matrix of a scheme.
     """
     if "group_size" not in stage.parameters:
         return {}
@@ -71,11 +77,13 @@ def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]
     spans = {(i, m.name): span_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
     if format in ("dense", "packed") or not wanted:
         return spans
-    for experts in (True, False):
-        alike = [(i, m) for i, m in found if (m.kind == "experts") == experts and m.kind != "router"]
+    packed = [(i, m) for i, m in found if m.kind != "router"]
+    experts = [(i, m) for i, m in packed if m.kind == "experts"]
+    others = [(i, m) for i, m in packed if m.kind != "experts"]
+    sets = {"all matrices": packed} if format == "gptq" else {"the experts": experts, "other linear maps": others}
+    for which, alike in sets.items():
         common = span_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
         if alike and not common:
-            which = "the experts" if experts else "the linear maps that are no experts"
             raise ValueError(
                 f"group_size={wanted}: no group of 8 and more divides all widths of {which}, and format={format} needs "
                 "one for all of them: use format=packed or dense, which leave out what does not fit."
@@ -93,6 +101,8 @@ def form_of(
     chosen = _chosen(stage, model)
     if format == "packed":
         return [edit for i, found in chosen.items() if (edit := _room(i, found, stage, spans, bits)) is not None], {}
+    if format == "gptq":
+        return [], gptq_values(model, stage.parameters, {m.name for found in chosen.values() for m in found}, spans)
     width, whole = int(stage.parameters["bits"]), not stage.parameters["group_size"]
     schemes: dict[bool, dict[str, Any]] = {}
     for index, matrices in chosen.items():
@@ -125,6 +135,12 @@ def _expected(stage: Stage, count: int) -> tuple[int, ...]:
     high = min(bits for bits in BITS if bits >= budget)
     wide = round(count * (budget - low) / max(high - low, 1))
     return (high,) * wide + (low,) * (count - wide)
+
+
+def nearest_bits(options: Mapping[str, Any]) -> int:
+    """The width for which scales are searched: that of all weights, or the one nearest to the budget."""
+    wanted = float(options["budget"] if options["bits"] == "auto" else options["bits"])
+    return min(BITS, key=lambda bits: abs(bits - wanted))
 
 
 def pack_skeleton(stage: Stage, model: PreTrainedModel) -> list[Edit]:

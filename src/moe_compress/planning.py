@@ -29,9 +29,9 @@ from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage
 from moe_compress.registry import Method
 from moe_compress.run import Run
-from moe_compress.slimming import check_weights, gram_bytes
 from moe_compress.stream.data import FOLDS
 from moe_compress.stream.observed import Observed
+from moe_compress.weight_stages import check_weights, gram_bytes
 
 
 @dataclass

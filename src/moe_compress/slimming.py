@@ -15,17 +15,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.formats import STORES, Bits, form_of, format_of, quantization_report, spans_of, sparsity_report
+from moe_compress.formats import (
+    STORES,
+    Bits,
+    form_of,
+    format_of,
+    nearest_bits,
+    quantization_report,
+    spans_of,
+    sparsity_report,
+)
+from moe_compress.mixed import expert_bits
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit
 from moe_compress.model.families import family_of
 from moe_compress.model.matrices import ROUTED, Matrix, kinds_of, layer_matrices
 from moe_compress.recipe import Stage
+from moe_compress.rescaling import Rescaler, rescaled_moments
 from moe_compress.run import Run
 from moe_compress.runtime import free_memory, gigabytes, log, read_json, write_json
 from moe_compress.sensitivity import expert_shares
@@ -33,51 +43,11 @@ from moe_compress.storing import Change, Draft
 from moe_compress.stream.choices import Choices, routing_change
 from moe_compress.stream.fold import Pass, Progress, StreamedLayers, visit_layers
 from moe_compress.stream.inputs import Group, InputSums, Moments
+from moe_compress.weight_stages import gram_bytes
 
-# Tables as large as a Gram matrix that a solver holds beside it, for one source at a time.
-SOLVER_TABLES = 4
-FP32_BYTES = 4
 # Tokens on which a changed router is compared with the one before.
 CHOICES = 4096
 Notes = dict[str, Any]
-
-
-def check_weights(stage: Stage, model: PreTrainedModel) -> None:
-    """Raise ValueError for whatever can be known of a weight stage from a skeleton."""
-    matrices, check = chosen_matrices(stage, model), registry.find(stage.method).check
-    if check is not None:
-        check(matrices, **stage.parameters)
-    spans_of(stage, model)
-    at_once, least = stage.parameters["experts_at_once"], stage.parameters["min_tokens"]
-    if at_once < 0 or least < 1:
-        raise ValueError(f"experts_at_once={at_once} min_tokens={least}: counts from 0 (all) and from 1 up are needed.")
-    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
-    if stage.parameters["propagate"] == "original" and "router" in kinds:
-        raise ValueError("where=router compares the routing on the compressed stream: use propagate=compressed.")
-    if not 0 <= stage.parameters["shrink"] < float("inf"):
-        raise ValueError(f"shrink={stage.parameters['shrink']}: a number of tokens from 0 up is needed.")
-
-
-def chosen_matrices(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
-    """The matrices that a stage changes, by layer. ValueError if there are none."""
-    where, spare = stage.parameters["where"], stage.parameters["spare"]
-    kinds, family = kinds_of(where, spare), family_of(model.config)
-    found = {i: layer_matrices(layer, family, kinds) for i, layer in enumerate(hf.decoder_layers(model))}
-    if not any(found.values()):
-        raise ValueError(f"where={where}: {model.config.model_type} has no such part that can be told apart.")
-    return found
-
-
-def gram_bytes(stage: Stage, model: PreTrainedModel) -> dict[int, tuple[int, int]]:
-    """By layer: bytes that the Gram matrices of one expert and their solution take, and how many are held at once."""
-    found = {}
-    for index, matrices in chosen_matrices(stage, model).items():
-        stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
-        squares = [stack.shape[2] ** 2 for stack in stacks.values()]
-        each = FP32_BYTES * (sum(squares) + SOLVER_TABLES * max(squares, default=0))
-        experts = max((len(stack) for stack in stacks.values()), default=0)
-        found[index] = each, min(stage.parameters["experts_at_once"] or experts, experts)
-    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +68,8 @@ def slim(
     slimmer.require_memory()
     if stage.parameters.get("allocate", "uniform") != "uniform":
         slimmer.shares = _shares(stage, source, run, writer, progress)
+    if stage.parameters.get("bits") == "auto":
+        slimmer.bits = _bits(slimmer, source, run, progress)
     if not writer.has(None):
         writer.copy(None)
     if stage.needs == "nothing":
@@ -127,6 +99,14 @@ def _shares(
     return {int(i): torch.tensor(share_E, dtype=torch.float64) for i, share_E in read_json(file).items()}
 
 
+def _bits(slimmer: _Slimmer, source: Checkpoint, run: Run, progress: Progress | None) -> Bits:
+    """The bits of every matrix, by layer and stack; a killed run has them already."""
+    file = slimmer.writer.scratch / "bits.json"
+    if not file.is_file():
+        write_json(file, expert_bits(slimmer.stage, source, run, slimmer.spans, progress))
+    return {int(i): stacks for i, stacks in read_json(file).items()}
+
+
 class _Slimmer:
     """Changes one layer after the other; what has to be reported of it is kept beside the unfinished checkpoint."""
 
@@ -139,7 +119,8 @@ class _Slimmer:
         self.format = format_of(stage, layers.model)
         self.spans = spans_of(stage, layers.model)
         self.store = STORES[self.format](source, layers, writer, self.kinds)
-        self.stored_dtype = source.stored_dtype
+        # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
+        self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
         self.shares: dict[int, Tensor] = {}
         self.bits: Bits | None = None
         self.tokens = 0
@@ -165,8 +146,14 @@ class _Slimmer:
         parts = list(self._parts(matrices))
         stays = self.options["propagate"] == "original" or not matrices
         choices = self._choices(run)
+        rescales = self.options.get("method") == "awq" and run is not None
         for experts in parts:
-            seen = self._observe(run, experts, stays and experts is parts[-1]) if run is not None else {}
+            on = stays and experts is parts[-1]
+            seen = self._observe(run, experts, on and not rescales) if run is not None else {}
+            if rescales and run is not None and matrices:
+                seen = self._rescale(index, layer, matrices, seen, run, notes)
+            if rescales and run is not None and on:
+                run([], True)
             self._change(index, drafts, seen, experts, notes)
         if matrices:
             changes = [draft.change() for draft in drafts]
@@ -181,9 +168,30 @@ class _Slimmer:
         if run is not None and not stays:
             run([], True)
 
-    def _choices(self, run: Pass | None) -> dict[str, Tensor]:
-        """What the layer's router does to the tokens that come now, if routers are changed."""
-        if run is None or "router" not in self.kinds:
+    def _rescale(
+        self,
+        index: int,
+        layer: nn.Module,
+        matrices: Sequence[Matrix],
+        seen: Mapping[str, Moments],
+        run: Pass,
+        notes: Notes,
+    ) -> Mapping[str, Moments]:
+        """Make inputs larger that matter; the moments of what the matrices then see."""
+        free = self.options["scales"] == "free"
+        before = self._choices(run, free)
+        rescaler = Rescaler(self.family, nearest_bits(self.options), self.spans, self.stored_dtype, not free)
+        done, refused = rescaler.layer(index, layer, matrices, seen, run)
+        self.store.rescale(done)
+        notes["rescaled"] += [rescale.maker for rescale in done]
+        notes["not_rescaled"] += refused
+        if before:
+            notes["routing_rescaled"] = routing_change(before, self._choices(run, free))
+        return rescaled_moments(seen, matrices, done)
+
+    def _choices(self, run: Pass | None, wanted: bool = False) -> dict[str, Tensor]:
+        """What the layer's router does to the tokens that come now, if routers are changed or it is wanted."""
+        if run is None or not (wanted or "router" in self.kinds):
             return {}
         choices = Choices(self.family, self.tokens, CHOICES)
         run([choices], False)
@@ -230,6 +238,7 @@ class _Slimmer:
                     [draft.matrix.weight_BOI[part] for draft in group],
                     moment,
                     self.shares[index][part] if routed and self.shares else None,
+                    [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
                     span=self.spans.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                 ),
@@ -289,6 +298,9 @@ class _Slimmer:
             **own(self.kinds, changed),
             "unseen": {i: note["unseen"] for i, note in changed.items() if note.get("unseen")},
             "tokens": {i: note["tokens"] for i, note in changed.items() if note.get("tokens")},
+            "rescaled": {i: note["rescaled"] for i, note in changed.items() if note.get("rescaled")},
+            "not_rescaled": [name for note in changed.values() for name in note.get("not_rescaled", ())],
+            "routing_rescaled": {i: n["routing_rescaled"] for i, n in changed.items() if n.get("routing_rescaled")},
             "routing_change": {i: note["routing"] for i, note in changed.items() if note.get("routing")},
             "allocated": {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()},
             "damping_raised": [name for note in changed.values() for name in note.get("damped", ())],

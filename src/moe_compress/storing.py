@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoint.load import packed_matrix
-from moe_compress.checkpoint.packing import packed_parts
+from moe_compress.checkpoint.packing import gptq_parts, packed_parts
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import edited_layers, hf
@@ -25,6 +25,7 @@ from moe_compress.model.families import family_of
 from moe_compress.model.matrices import Kind, Matrix, layer_matrices, stored_matrices
 from moe_compress.model.packed import pack
 from moe_compress.model.sublayers import block_names
+from moe_compress.rescaling import Rescale
 from moe_compress.stream.fold import StreamedLayers
 from moe_compress.stream.inputs import Changed, Quantized
 
@@ -45,10 +46,15 @@ class DenseStore:
         self, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter, kinds: Sequence[Kind]
     ) -> None:
         self.layers, self.writer, self.kinds = layers, writer, kinds
+        self.rescales: list[Rescale] = []
         self.model, self.family = layers.model, family_of(source.config)
         # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
         narrower = torch.promote_types(self.model.dtype, source.stored_dtype) != self.model.dtype
         self.exact = StreamedLayers(source, torch.device("cpu"), source.stored_dtype) if narrower else None
+
+    def rescale(self, rescales: Sequence[Rescale]) -> None:
+        """What was done to the layer at hand before its matrices were changed, other parts included."""
+        self.rescales = list(rescales)
 
     def write(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
         """Write the layer; what did not change is stored as it was, to the last bit."""
@@ -66,6 +72,8 @@ class DenseStore:
             yield self.model, layer
             return
         with self.exact.layer(index) as stored:
+            for rescale in self.rescales:
+                rescale.apply(stored, self.family)
             for change, exact in zip(changes, layer_matrices(stored, self.family, self.kinds), strict=True):
                 # A weight that is zero in the arithmetic alone may be one that has to go: zeros are always written.
                 same_BOI = (change.matrix.weight_BOI == change.result) & (change.result != 0)
@@ -85,12 +93,14 @@ class DenseStore:
 class PackedStore(DenseStore):
     """compressed-tensors' `pack-quantized`, under the names that stock checkpoints give to the matrices."""
 
+    layout = staticmethod(packed_parts)
+
     def write(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
         """Write the layer, codes in place of weights."""
         with self.changed(index, layer, changes) as (model, _layer):
             tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
         for name, codes_OI, scale_OG, bits in self._packed(index, changes):
-            tensors[name] = packed_parts(codes_OI, scale_OG, pack(codes_OI, bits))
+            tensors[name] = self.layout(codes_OI.cpu(), scale_OG.cpu(), bits)
         self.writer.write(index, tensors)
 
     def _packed(self, index: int, changes: Sequence[Change]) -> list[tuple[str, Tensor, Tensor, int]]:
@@ -107,6 +117,12 @@ class PackedStore(DenseStore):
         for change, now in zip(changes, layer_matrices(layer, self.family, self.kinds), strict=True):
             same = torch.equal(now.weight_BOI, change.result.to(now.weight_BOI))
             assert same or change.quantized is None, f"layer {index}: {change.matrix.name} is not what was packed"
+
+
+class GptqStore(PackedStore):
+    """GPTQ's layout under the same names."""
+
+    layout = staticmethod(gptq_parts)
 
 
 class EditedStore(DenseStore):

@@ -21,7 +21,7 @@ from moe_compress.checkpoint.packing import PackedWeight
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model import edited_layers, hf
 from moe_compress.model.matrices import stored_matrices
-from moe_compress.model.packed import WORD, PackedMatrix
+from moe_compress.model.packed import PackedMatrix, pack
 from moe_compress.model.separate import CHILDREN
 from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import return_memory
@@ -81,14 +81,15 @@ def _pack(
     bits: dict[str, list[int]] = defaultdict(list)
     spans: dict[str, int] = {}
     for (name, _), weight in sorted(weights.items(), key=lambda item: item[0]):
-        inputs, groups = int(weight.shape[...][1]), weight.scale.get_shape()[1]
-        bits[name].append(weight.packed.get_shape()[1] * WORD // inputs)
-        spans[name] = inputs // groups
+        codes_OI, scale_OG, width = weight.codes()
+        bits[name].append(width)
+        spans[name] = codes_OI.shape[1] // scale_OG.shape[1]
     edited_layers.pack_matrices(layer, names, bits=bits, spans=spans)
     for (name, number), weight in weights.items():
         module = packed_matrix(layer, names, name, number)
-        module.words = nn.Parameter(weight.packed[...].to(device), requires_grad=False)
-        module.scales = nn.Parameter(weight.scale[...].to(device, dtype), requires_grad=False)
+        codes_OI, scale_OG, width = weight.codes()
+        module.words = nn.Parameter(pack(codes_OI, width).to(device), requires_grad=False)
+        module.scales = nn.Parameter(scale_OG.to(device, dtype), requires_grad=False)
 
 
 def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:

@@ -1,33 +1,37 @@
-"""Packed weights in files, in compressed-tensors' `pack-quantized` layout, read as the numbers they stand for.
+"""Packed weights in files, in the layouts of compressed-tensors and of GPTQ, read as the numbers they stand for.
 
-A matrix `X.weight` is three tensors: `X.weight_packed`, `X.weight_scale` and `X.weight_shape`. O outputs, I inputs.
+O outputs, I inputs, G groups of inputs, W words.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from moe_compress.model.packed import WORD, dequantized, unpack
+from moe_compress.model.packed import WORD, dequantized, pack, unpack
 
 WEIGHT = ".weight"
-PARTS = ("packed", "scale", "shape")
-# What a matrix of another kind of packing has beside these: it is not read.
+# What a matrix of another kind of packing has beside its codes: it is not read.
 FOREIGN = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
-METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+READ = "compressed-tensors pack-quantized, or gptq (symmetric, without act-order)"
 
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed matrix, whose parts are read when they are asked for; `[...]` is its weights, in the scales' dtype."""
+    """A packed matrix, whose parts are read when they are asked for; `[...]` is its weights, in the scales' dtype.
 
-    packed: Any
+    compressed-tensors: `X.weight_packed`, `X.weight_scale` and `X.weight_shape` for `X.weight`.
+    """
+
     scale: Any
+    words: Any
     shape: Any
+
+    NAMES: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_packed", "weight_shape")
 
     def __getitem__(self, _everything: Any) -> Tensor:
         """The weights [O, I]."""
@@ -36,46 +40,81 @@ class PackedWeight:
 
     def codes(self) -> tuple[Tensor, Tensor, int]:
         """Signed codes int8 [O, I], scales [O, G] and bits."""
-        words_OW, scale_OG = self.packed[...], self.scale[...]
-        inputs = int(self.shape[...][1])
+        words_OW, inputs = self.words[...], int(self.shape[...][1])
         bits = words_OW.shape[1] * WORD // inputs
-        return unpack(words_OW, bits, inputs), scale_OG, bits
+        return unpack(words_OW, bits, inputs), self.scale[...], bits
 
     def get_dtype(self) -> str:
         """As a safetensors slice says it."""
         return "F32"
 
+    def parts(self) -> dict[str, Any]:
+        """What it is made of, that of the scales first, by the last part of the names."""
+        return {name: getattr(self, field.name) for name, field in zip(self.NAMES, fields(self), strict=True)}
 
-def stored_parts(name: str, parts: PackedWeight) -> dict[str, Any]:
+    def each(self, change: Callable[[Any], Any]) -> PackedWeight:
+        """The same with something else in place of each part."""
+        return type(self)(*(change(part) for part in self.parts().values()))
+
+
+@dataclass(frozen=True, slots=True)
+class GptqWeight(PackedWeight):
+    """GPTQ's own layout: `X.qweight` packed along inputs [W, O], `X.qzeros`, `X.scales` [G, O] and `X.g_idx`."""
+
+    g_idx: Any
+
+    NAMES: ClassVar[tuple[str, ...]] = ("scales", "qweight", "qzeros", "g_idx")
+
+    def codes(self) -> tuple[Tensor, Tensor, int]:
+        """The same, whatever the layout."""
+        words_WO, scale_GO, inputs = self.words[...], self.scale[...], len(self.g_idx[...])
+        bits = words_WO.shape[0] * WORD // inputs
+        return unpack(words_WO.T.contiguous(), bits, inputs), scale_GO.T.contiguous(), bits
+
+
+LAYOUTS: tuple[type[PackedWeight], ...] = (PackedWeight, GptqWeight)
+
+
+def stored_parts(name: str, weight: PackedWeight) -> dict[str, Any]:
     """A matrix by the names of its parts."""
-    return {f"{name}_{part}": getattr(parts, part) for part in PARTS}
+    stem = name.removesuffix(WEIGHT)
+    return {f"{stem}.{last}": part for last, part in weight.parts().items()}
 
 
 def with_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors by name, with one PackedWeight in place of three parts.
+    """Tensors by name, with one PackedWeight in place of its parts.
 
     Raises ValueError for a matrix that is packed in another way, or whose parts are not all there.
     """
     found: dict[str, Any] = {}
+    known = {last: layout for layout in LAYOUTS for last in layout.NAMES}
     for name, tensor in tensors.items():
         stem, _, last = name.rpartition(".")
         if last in FOREIGN:
             raise ValueError(f"{stem} is packed with {last}, which is not read: use a bf16 copy, or symmetric weights.")
-        part = last.removeprefix("weight_")
-        if part not in PARTS:
+        layout = known.get(last)
+        if layout is None:
             found[name] = tensor
-        elif part == "packed":
-            whole = f"{stem}{WEIGHT}"
-            absent = [f"{whole}_{other}" for other in PARTS if f"{whole}_{other}" not in tensors]
+        elif last == layout.NAMES[1]:
+            absent = [f"{stem}.{part}" for part in layout.NAMES if f"{stem}.{part}" not in tensors]
             if absent:
                 raise ValueError(f"{absent[0]} is missing beside {name}: fetch the checkpoint again.")
-            found[whole] = PackedWeight(*(tensors[f"{whole}_{each}"] for each in PARTS))
+            found[f"{stem}{WEIGHT}"] = layout(*(tensors[f"{stem}.{part}"] for part in layout.NAMES))
     return found
 
 
-def packed_parts(codes_OI: Tensor, scale_OG: Tensor, words_OW: Tensor) -> PackedWeight:
-    """The parts of a matrix in memory."""
-    return PackedWeight(words_OW, scale_OG.contiguous(), torch.tensor(codes_OI.shape))
+def packed_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> PackedWeight:
+    """compressed-tensors' parts of a matrix."""
+    return PackedWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape))
+
+
+def gptq_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
+    """GPTQ's parts of a matrix. Zero points are all half of the range, of which this layout stores one less."""
+    inputs, groups = codes_OI.shape[1], scale_OG.shape[1]
+    zeros_GO = torch.full((groups, len(codes_OI)), -1, dtype=torch.int8)
+    index_I = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
+    words_WO = pack(codes_OI, bits).T.contiguous()
+    return GptqWeight(scale_OG.T.contiguous(), words_WO, pack(zeros_GO, bits), index_I)
 
 
 def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
@@ -84,9 +123,8 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
     if not config:
         return
     kind, layout = config.get("quant_method", "quantized"), config.get("format", "")
-    if (kind, layout) == (METHOD, FORMAT):
+    plain_gptq = config.get("sym") and not config.get("desc_act") and config.get("checkpoint_format") == "gptq"
+    if (kind, layout) == ("compressed-tensors", "pack-quantized") or (kind == "gptq" and plain_gptq):
         return
     stored = " ".join([kind, layout]).strip()
-    raise ValueError(
-        f"{folder} is stored in {stored} format, which is not read: use a bf16 or fp32 copy, or {METHOD} {FORMAT}."
-    )
+    raise ValueError(f"{folder} is stored in {stored} format, which is not read: use a bf16 or fp32 copy, or {READ}.")

@@ -43,7 +43,7 @@ Entry = Region | Virtual | PackedWeight
 def regions_of(entry: Entry) -> list[Region]:
     """Where the bytes of a tensor lie, those that say its dtype first; nowhere for a constant."""
     if isinstance(entry, PackedWeight):
-        return [entry.scale, entry.packed, entry.shape]
+        return list(entry.parts().values())
     found = entry if isinstance(entry, Region) else entry.source
     return [] if found is None else [found]
 
@@ -144,7 +144,7 @@ def _opened(entry: Entry, lazy: Callable[[Region], Any]) -> Any:
     if isinstance(entry, Region):
         return lazy(entry)
     if isinstance(entry, PackedWeight):
-        return PackedWeight(lazy(entry.packed), lazy(entry.scale), lazy(entry.shape))
+        return entry.each(lazy)
     return entry.make(None if entry.source is None else lazy(entry.source)[:])
 
 

@@ -6,7 +6,7 @@ Experts have one scheme, all other linear maps another: that is as far as stock 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -48,6 +48,27 @@ def packed_values(
     }
 
 
+def gptq_values(
+    model: PreTrainedModel, options: Mapping[str, Any], packed: Collection[str], spans: Mapping[tuple[int, str], int]
+) -> dict[str, Any]:
+    """config.json values of a checkpoint in GPTQ's layout; linear maps that are not packed are left out by name."""
+    family = family_of(model.config)
+    kept = {m.name for layer in hf.decoder_layers(model) for m in layer_matrices(layer, family)} - set(packed)
+    found = {
+        "quant_method": "gptq",
+        "bits": int(options["bits"]),
+        "group_size": next(span for (_, name), span in spans.items() if name in packed)
+        if options["group_size"]
+        else -1,
+        "sym": True,
+        "desc_act": False,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "dynamic": {rf"-:.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(kept)},
+    }
+    return {QUANTIZATION: found}
+
+
 def _patterns(model: PreTrainedModel, kinds: Sequence[Kind]) -> list[str]:
     """Targets for the linear maps of these kinds. A target with `experts` in it would be taken for that of experts."""
     family, names = family_of(model.config), set()
@@ -59,7 +80,7 @@ def _patterns(model: PreTrainedModel, kinds: Sequence[Kind]) -> list[str]:
 
 def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
     """The edits that give a skeleton the room for what the config says is packed; none for a config without."""
-    groups = (values.get(QUANTIZATION) or {}).get("config_groups", {})
+    groups = _groups(values.get(QUANTIZATION) or {})
     edits, family = [], family_of(model.config)
     for index, layer in enumerate(hf.decoder_layers(model) if groups else ()):
         bits: dict[str, list[int]] = {}
@@ -73,6 +94,16 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
         if bits:
             edits.append(PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, spans))
     return edits
+
+
+def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Targets and their grids; GPTQ packs every linear map but those that it leaves out."""
+    if config.get("quant_method") != "gptq":
+        return config.get("config_groups", {})
+    kept = "|".join(pattern.removeprefix("-:") for pattern in config.get("dynamic") or () if pattern.startswith("-:"))
+    targets = [rf"re:(?!(?:{kept})$).*" if kept else "re:.*"]
+    weights = {"num_bits": config["bits"], "group_size": max(config["group_size"], 0)}
+    return {"all": {"targets": targets, "weights": weights}}
 
 
 def _scheme_of(stored: str, name: str, groups: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -63,6 +63,31 @@ class ChannelGradients(Listener):
         return {"heapr": (self.squares.total * curved_EF).double().cpu()}
 
 
+class OutputGradients(Listener):
+    """`curvature` [D, D]: mean outer product, over tokens, of the loss's gradients at what the routed experts add."""
+
+    def start(self, view: MoEView) -> None:
+        """Begin with empty sums."""
+        width = view.router_rows_ED.shape[1]
+        self.gradients = RunningSums(1, width, "grams", view.router_rows_ED.device)
+
+    def rows(self, rows: RoutedRows) -> None:
+        """Take the gradients of one batch when they come back."""
+        real_T = self.real_T
+
+        def back(gradient_TD: Tensor) -> None:
+            real_RD = gradient_TD[real_T]
+            self.gradients.add(real_RD, torch.zeros(len(real_RD), dtype=torch.long, device=real_RD.device))
+
+        rows.routed_TD.register_hook(back)
+
+    def finish(self, view: MoEView) -> dict[str, Tensor]:
+        """The layer's mean on the CPU."""
+        self.gradients.flush()
+        mean_DD = self.gradients.total[0] / self.gradients.count_B.clamp_min(1)
+        return {"curvature": mean_DD.double().cpu()}
+
+
 def backward(
     layers: Layers, windows: Windows, observer: Observer, scratch: Path, progress: Progress | None = None
 ) -> list[dict[str, Tensor]]:

@@ -163,7 +163,13 @@ def run_batches(
     return [observer.leave() for observer in observers]
 
 
-Pass = Callable[[Sequence[Observer], bool], list[dict[str, Tensor]]]
+class Pass(Protocol):
+    """Runs a layer over its stream."""
+
+    def __call__(
+        self, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """What the observers saw; `go_on`: the stream goes on behind the layer; `first_batch`: no more than that."""
 
 
 @torch.no_grad()
@@ -178,8 +184,8 @@ def visit_layers(
 ) -> None:
     """Visit every layer with one or more streams of hidden states, which are the same until a visit parts them.
 
-    `visit(index, layer, *runs)` may change the layer; a run, of type Pass, takes (observers, go_on), runs the layer
-    over its stream, returns what was seen, and the stream goes on behind the layer if told to. Each has to go on once.
+    `visit(index, layer, *runs)` may change the layer; a run, of type Pass, runs the layer over its stream.
+    Each has to go on once.
     With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
     """
     batches, hidden_NSD = begin(layers, windows)
@@ -190,9 +196,11 @@ def visit_layers(
     for index in range(start, count):
         with layers.layer(index) as layer:
 
-            def run(hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool) -> list[dict[str, Tensor]]:
-                out_NSD = hidden_NSD if go_on else None
-                return run_batches(index, layer, hidden_NSD, batches, observers, out_NSD)  # noqa: B023
+            def run(
+                hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
+            ) -> list[dict[str, Tensor]]:
+                some = batches[:1] if first_batch else batches
+                return run_batches(index, layer, hidden_NSD, some, observers, hidden_NSD if go_on else None)  # noqa: B023
 
             visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams_XNSD))
         if state is not None:

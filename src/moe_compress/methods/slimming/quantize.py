@@ -45,7 +45,7 @@ def span_for(widths: Iterable[int], wanted: int) -> int:
     return next((n for n in range(min(wanted, common), NARROWEST - 1, -1) if common % n == 0), 0)
 
 
-def check_quantize(
+def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
     layers: Mapping[int, Sequence[Matrix]],
     *,
     bits: Bits,
@@ -55,6 +55,9 @@ def check_quantize(
     act_order: bool,
     damping: float,
     format: Format,
+    experts_at_once: int,
+    where: str,
+    spare: str,
     **_: Any,
 ) -> None:
     """Raise ValueError for a grid that these matrices cannot have."""
@@ -66,10 +69,16 @@ def check_quantize(
         raise ValueError(f"damping={damping}: a share of the mean of the diagonal, above 0, is needed.")
     if act_order and method != "gptq":
         raise ValueError(f"act_order=true is GPTQ's, and method={method} goes through no columns.")
+    if experts_at_once and method == "awq":
+        raise ValueError("experts_at_once= is for GPTQ: AWQ searches one scale for all experts of a layer together.")
     if bits != "auto" and budget is not None:
         raise ValueError(f"budget={budget} shares out bits=auto; bits={bits} are the same everywhere.")
     if bits == "auto" and (budget is None or not BITS[0] <= budget <= BITS[-1]):
         raise ValueError(f"bits=auto needs budget=, the mean bits a weight, {BITS[0]} to {BITS[-1]}, not {budget}.")
+    if bits == "auto" and kinds_of(where, spare) != ["experts"]:
+        raise ValueError(
+            f"bits=auto shares out bits among experts: where={where} spare={spare} has to leave just those."
+        )
     if format in ("compressed-tensors", "gptq") and bits == "auto":
         raise ValueError(f"format={format} holds one width for all experts: bits=auto needs format=packed or dense.")
 
@@ -88,6 +97,8 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     method: Way = "gptq",
     bits: Bits = "4",
     budget: float | None = None,
+    by: Literal["error", "gradient", "used", "rare"] = "error",
+    per: Literal["matrix", "expert", "layer"] = "matrix",
     group_size: int = 128,
     where: str = "experts",
     spare: str = "",
@@ -95,6 +106,7 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     clip: Clip = "mse",
     act_order: bool = False,
     damping: float = 0.01,
+    scales: Literal["pow2", "free"] = "pow2",
     propagate: Literal["compressed", "original"] = "compressed",
     unseen: Literal["rtn", "pooled", "error"] = "rtn",
     min_tokens: int = 32,
