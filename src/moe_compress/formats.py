@@ -151,25 +151,3 @@ def pack_skeleton(stage: Stage, model: PreTrainedModel) -> list[Edit]:
     edits, _ = form_of("packed", stage, model, spans_of(stage, model))
     apply_edits(model, edits)
     return edits if format == "packed" else []
-
-
-def sparsity_report(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of zeros by part of a layer and by layer."""
-    zeros, weights = (_sums(kinds, notes, key) for key in ("zeros", "weights"))
-    by_layer = {i: sum(note["zeros"].values()) / sum(note["weights"].values()) for i, note in notes.items()}
-    return {"sparsity": {k: zeros[k] / weights[k] for k in kinds if weights[k]}, "sparsity_by_layer": by_layer}
-
-
-def quantization_report(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Shares of weights that are packed, their bits, and what was left as it is, by part of a layer."""
-    packed, weights, bits, zeros = (_sums(kinds, notes, key) for key in ("packed", "weights", "bits", "zeros"))
-    return {
-        "quantized": {k: packed[k] / weights[k] for k in kinds if weights[k]},
-        "bits": {k: bits[k] / packed[k] for k in kinds if packed[k]},
-        "zeros": {k: zeros[k] / weights[k] for k in kinds if weights[k]},
-        "skipped": [name for note in notes.values() for name in note.get("skipped", ())],
-    }
-
-
-def _sums(kinds: Sequence[Kind], notes: Mapping[int, Mapping[str, Any]], key: str) -> dict[str, int]:
-    return {kind: sum(note[key].get(kind, 0) for note in notes.values()) for kind in kinds}

@@ -25,9 +25,7 @@ from moe_compress.formats import (
     form_of,
     format_of,
     nearest_bits,
-    quantization_report,
     spans_of,
-    sparsity_report,
 )
 from moe_compress.mixed import expert_bits
 from moe_compress.model import hf
@@ -39,6 +37,7 @@ from moe_compress.rescaling import Rescaler, rescaled_moments
 from moe_compress.run import Run
 from moe_compress.runtime import free_memory, gigabytes, log, read_json, write_json
 from moe_compress.sensitivity import expert_shares
+from moe_compress.slimming_report import weights_report
 from moe_compress.storing import Change, Draft
 from moe_compress.stream.choices import Choices, routing_change
 from moe_compress.stream.fold import Pass, Progress, StreamedLayers, visit_layers
@@ -288,21 +287,9 @@ class _Slimmer:
         return self._notes_file(index).is_file()
 
     def finished(self, report: Mapping[str, Any]) -> Slimmed:
-        """Shares of zeros, or of packed weights and their bits; experts that saw too few tokens; raised dampings."""
+        """The report, and what says in config.json how the layers were stored."""
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
-        own = quantization_report if self.stage.method == "quantize" else sparsity_report
-        edits, values = form_of(self.format, self.stage, self.model, self.spans, self.bits)
-        found = {
-            **report,
-            **own(self.kinds, changed),
-            "unseen": {i: note["unseen"] for i, note in changed.items() if note.get("unseen")},
-            "tokens": {i: note["tokens"] for i, note in changed.items() if note.get("tokens")},
-            "rescaled": {i: note["rescaled"] for i, note in changed.items() if note.get("rescaled")},
-            "not_rescaled": [name for note in changed.values() for name in note.get("not_rescaled", ())],
-            "routing_rescaled": {i: n["routing_rescaled"] for i, n in changed.items() if n.get("routing_rescaled")},
-            "routing_change": {i: note["routing"] for i, note in changed.items() if note.get("routing")},
-            "allocated": {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()},
-            "damping_raised": [name for note in changed.values() for name in note.get("damped", ())],
-        }
-        return Slimmed(found, edits, values)
+        allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()}
+        found = {**report, **weights_report(self.stage, self.kinds, changed), "allocated": allocated or self.bits or {}}
+        return Slimmed(found, *form_of(self.format, self.stage, self.model, self.spans, self.bits))

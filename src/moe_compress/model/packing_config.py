@@ -54,12 +54,11 @@ def gptq_values(
     """config.json values of a checkpoint in GPTQ's layout; linear maps that are not packed are left out by name."""
     family = family_of(model.config)
     kept = {m.name for layer in hf.decoder_layers(model) for m in layer_matrices(layer, family)} - set(packed)
+    span = next(span for (_, name), span in spans.items() if name in packed)
     found = {
         "quant_method": "gptq",
         "bits": int(options["bits"]),
-        "group_size": next(span for (_, name), span in spans.items() if name in packed)
-        if options["group_size"]
-        else -1,
+        "group_size": span if options["group_size"] else -1,
         "sym": True,
         "desc_act": False,
         "lm_head": False,
