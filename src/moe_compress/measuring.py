@@ -17,10 +17,10 @@ from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
-from moe_compress.model.moe import MoEView, moe_view, weight_sums
+from moe_compress.model.moe import MoEView, moe_view, moe_views, weight_sums
 from moe_compress.model.shapes import model_shape
 from moe_compress.run import Run
-from moe_compress.runtime import log, one_of, peak_memory_bytes, reset_peak_memory
+from moe_compress.runtime import free_memory, gigabytes, log, one_of, peak_memory_bytes, reset_peak_memory
 from moe_compress.stream.backward import ChannelGradients, backward
 from moe_compress.stream.calibration import (
     Calibration,
@@ -153,11 +153,23 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
     with progress_bar("measuring") as progress:
         family = family_of(checkpoint.config)
         if gradients:
+            _require_gradient_memory(layers)
             seen = backward(layers, windows, ChannelGradients(family), run.results("calibrations"), progress)
         else:
             seen = [found[0] for found in fold(layers, windows, [ChannelSums(family)], progress=progress)[0]]
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
     return _layers(checkpoint, dict(enumerate(seen))), {**windows.description, **cost}
+
+
+def _require_gradient_memory(layers: StreamedLayers) -> None:
+    """Raise ValueError if the outer products of the gradients at every expert's output would not fit."""
+    counts = [view.num_experts for view in moe_views(layers.model).values()]
+    needed, free = 4 * max(counts) * layers.model.config.hidden_size**2, free_memory(layers.device)
+    if needed > free:
+        raise ValueError(
+            f"score=heapr holds an outer product of gradients for each of {max(counts)} experts of a layer, "
+            f"{gigabytes(needed)}, and {gigabytes(free)} are free: use score=camera, or a device with more memory."
+        )
 
 
 @torch.no_grad()

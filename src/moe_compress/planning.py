@@ -33,6 +33,9 @@ from moe_compress.stream.data import FOLDS
 from moe_compress.stream.observed import Observed
 from moe_compress.weight_stages import check_weights, gram_bytes
 
+# Stages that put other weights side by side than were counted for a pattern.
+MIXING = ("channels", "expert_merge")
+
 
 @dataclass
 class DryRun:
@@ -47,9 +50,12 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> DryRun:
 
     Raises ValueError for whatever can be known to fail before a weight is read.
     """
-    found = DryRun()
+    found, pattern = DryRun(), ""
     for number, stage in enumerate(recipe.stages, 1):
         try:
+            if pattern and stage.method in MIXING:
+                raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
+            pattern = stage.parameters.get("pattern") or pattern
             if stage.needs == "grams":
                 needed = (each * experts for each, experts in gram_bytes(stage, model).values())
                 found.gram_bytes = max(found.gram_bytes, *needed)

@@ -56,11 +56,11 @@ def applied(stages: Sequence[StagePlan], identity: str) -> dict[str, Any]:
 
 
 def plan_arrays(stages: Sequence[StagePlan]) -> dict[str, Tensor]:
-    """The tensors of all edits, by `stage.edit.name`."""
+    """The tensors of all edits, by `stage.kind of edit.layer.name`, so that edits may be removed or change places."""
     return {
-        f"{s}.{e}.{name}": tensor.contiguous()
+        f"{s}.{edit.edit}.{edit.layer}.{name}": tensor.contiguous()
         for s, stage in enumerate(stages)
-        for e, edit in enumerate(stage.plan.edits)
+        for edit in stage.plan.edits
         for name, tensor in edit.arrays.items()
     }
 
@@ -92,7 +92,7 @@ def _read_arrays(path: Path) -> dict[str, Tensor]:
 
 
 def _stage(path: Path, number: int, values: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> StagePlan:
-    edits = [_edit(path, f"{number}.{e}.", edit, arrays) for e, edit in enumerate(values["edits"])]
+    edits = [_edit(path, number, edit, arrays) for edit in values["edits"]]
     try:
         scores, report = (
             _SCORES.validate_python(values.get("scores", {})),
@@ -110,9 +110,10 @@ def _stage(path: Path, number: int, values: Mapping[str, Any], arrays: Mapping[s
     return StagePlan(str(values.get("method", "plan")), Plan(edits, scores, report), words)
 
 
-def _edit(path: Path, prefix: str, values: Any, arrays: Mapping[str, Tensor]) -> Edit:
+def _edit(path: Path, stage: int, values: Any, arrays: Mapping[str, Tensor]) -> Edit:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: an edit is an object such as {{'edit': 'drop_layer', 'layer': 3}}, not {values!r}.")
+    prefix = f"{stage}.{values.get('edit')}.{values.get('layer')}."
     try:
         edit = from_json(values, {k.removeprefix(prefix): t for k, t in arrays.items() if k.startswith(prefix)})
     except ValueError as error:

@@ -21,7 +21,7 @@ from moe_compress.checkpoint.packing import PackedWeight
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.model import edited_layers, hf
 from moe_compress.model.matrices import stored_matrices
-from moe_compress.model.packed import PackedMatrix, pack
+from moe_compress.model.packed import PackedMatrix
 from moe_compress.model.separate import CHILDREN
 from moe_compress.model.sublayers import block_names
 from moe_compress.runtime import return_memory
@@ -61,7 +61,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
             hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
         return_memory()
     model.tie_weights()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")
     hf.buffers_to(model, device)
@@ -81,15 +81,18 @@ def _pack(
     bits: dict[str, list[int]] = defaultdict(list)
     spans: dict[str, int] = {}
     for (name, _), weight in sorted(weights.items(), key=lambda item: item[0]):
-        codes_OI, scale_OG, width = weight.codes()
+        _, scale_OG, width, inputs = weight.packed()
         bits[name].append(width)
-        spans[name] = codes_OI.shape[1] // scale_OG.shape[1]
+        spans[name] = inputs // scale_OG.shape[1]
     edited_layers.pack_matrices(layer, names, bits=bits, spans=spans)
     for (name, number), weight in weights.items():
         module = packed_matrix(layer, names, name, number)
-        codes_OI, scale_OG, width = weight.codes()
-        module.words = nn.Parameter(pack(codes_OI, width).to(device), requires_grad=False)
-        module.scales = nn.Parameter(scale_OG.to(device, dtype), requires_grad=False)
+        words_OW, scale_OG, _, _ = weight.packed()
+        # Copies: what lies in a mapped file would keep all of it in memory.
+        module.words = nn.Parameter(words_OW.to(device, copy=True), requires_grad=False)
+        module.scales = nn.Parameter(scale_OG.to(device, dtype, copy=True), requires_grad=False)
+        # Matrix by matrix, so that the words of one alone are there beside the kernel's layout.
+        module.prepare(dtype, device)
 
 
 def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:

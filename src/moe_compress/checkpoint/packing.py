@@ -40,9 +40,13 @@ class PackedWeight:
 
     def codes(self) -> tuple[Tensor, Tensor, int]:
         """Signed codes int8 [O, I], scales [O, G] and bits."""
+        words_OW, scale_OG, bits, inputs = self.packed()
+        return unpack(words_OW, bits, inputs), scale_OG, bits
+
+    def packed(self) -> tuple[Tensor, Tensor, int, int]:
+        """Words int32 [O, W], scales [O, G], bits and inputs."""
         words_OW, inputs = self.words[...], int(self.shape[...][1])
-        bits = words_OW.shape[1] * WORD // inputs
-        return unpack(words_OW, bits, inputs), self.scale[...], bits
+        return words_OW, self.scale[...], words_OW.shape[1] * WORD // inputs, inputs
 
     def get_dtype(self) -> str:
         """As a safetensors slice says it."""
@@ -65,11 +69,14 @@ class GptqWeight(PackedWeight):
 
     NAMES: ClassVar[tuple[str, ...]] = ("scales", "qweight", "qzeros", "g_idx")
 
-    def codes(self) -> tuple[Tensor, Tensor, int]:
+    def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """The same, whatever the layout."""
-        words_WO, scale_GO, inputs = self.words[...], self.scale[...], len(self.g_idx[...])
-        bits = words_WO.shape[0] * WORD // inputs
-        return unpack(words_WO.T.contiguous(), bits, inputs), scale_GO.T.contiguous(), bits
+        words_OW, scale_OG, inputs = (
+            self.words[...].T.contiguous(),
+            self.scale[...].T.contiguous(),
+            len(self.g_idx[...]),
+        )
+        return words_OW, scale_OG, words_OW.shape[1] * WORD // inputs, inputs
 
 
 LAYOUTS: tuple[type[PackedWeight], ...] = (PackedWeight, GptqWeight)

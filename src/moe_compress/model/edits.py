@@ -221,6 +221,7 @@ class KeepChannels(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a width that the layer, or the kernels that run it, cannot have."""
+        shape_of(model, self.layer)
         require_alike(model, self.layer, "to make them narrower")
         require_channels(model, self.layer, self.width, self.widths, self.arrays.get("channels"))
 

@@ -21,6 +21,8 @@ WORD = 32
 KERNEL_ROWS = {"cpu": 32, "cuda": 64}
 KERNEL_GROUPS = (256, 128, 64, 32)
 INNER_TILES = 8
+# Outputs that are converted together on a CPU: whole blocks of its layout, whatever the processor.
+KERNEL_STEP = 512
 PARAMETERS = ("words", "scales")
 
 
@@ -113,21 +115,23 @@ class PackedMatrix(nn.Module):
         """The product with rows of inputs."""
         rows = x_RI.reshape(-1, self.in_features)
         if self.kernel is None and len(rows) and not rows.requires_grad:
-            self._prepare(rows)
+            reason = self.prepare(rows.dtype, rows.device)
+            if reason:
+                warnings.warn(f"packed weights are made dense for every product: {reason}.", stacklevel=2)
         if self.kernel is None or len(rows) > KERNEL_ROWS[rows.device.type] or rows.dtype != torch.bfloat16:
             return linear(x_RI, self.dense().to(x_RI.dtype), self.bias)
         out_RO = self.kernel.multiply(rows).view(*x_RI.shape[:-1], self.out_features)
         return out_RO if self.bias is None else out_RO + self.bias
 
-    def _prepare(self, rows: Tensor) -> None:
-        """Change over to the kernel's layout, if there is one for such rows."""
-        reason = kernel_lacks(self, rows)
+    def prepare(self, dtype: torch.dtype, device: torch.device) -> str:
+        """Change over to the layout of the kernel for such rows; why there is none, or empty where there is."""
+        reason = kernel_lacks(self, dtype, device.type)
         if reason:
-            warnings.warn(f"packed weights are made dense for every product: {reason}.", stacklevel=2)
-            return
+            return reason
         make = _Int8 if self.bits == 8 else _Int4
-        self.kernel = make(unpack(self.words, self.bits, self.in_features), self.scales.detach())
+        self.kernel = make(self.words.detach(), self.scales.detach(), self.bits, self.in_features)
         self.words = nn.Parameter(self.words.new_empty(0), requires_grad=False)
+        return ""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -142,13 +146,13 @@ class PackedMatrix(nn.Module):
         return super()._apply(fn, recurse)
 
 
-def kernel_lacks(matrix: PackedMatrix, rows: Tensor) -> str:
+def kernel_lacks(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> str:
     """Why no kernel multiplies this matrix with such rows; empty where one does."""
-    device, outputs = rows.device.type, matrix.out_features
+    outputs = matrix.out_features
     if device not in KERNEL_ROWS:
         return f"torch has no kernel for them on {device}"
-    if rows.dtype != torch.bfloat16:
-        return f"the kernels take bfloat16 activations, not {str(rows.dtype).removeprefix('torch.')}"
+    if dtype != torch.bfloat16:
+        return f"the kernels take bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
     if matrix.bits == 8:
         return "" if matrix.scales.shape[1] == 1 else "the 8-bit kernel takes one scale a row (group_size=0)"
     step = 16 if device == "cpu" else 8
@@ -175,10 +179,14 @@ class _Kernel:
         """The signed codes again."""
         raise NotImplementedError
 
+    def tensors(self) -> list[Tensor]:
+        """What it keeps in memory."""
+        return [value for value in self.__dict__.values() if isinstance(value, Tensor)]
+
 
 class _Int8(_Kernel):
-    def __init__(self, codes_OI: Tensor, scale_O1: Tensor) -> None:
-        self.codes_OI, self.scale_O = codes_OI.contiguous(), scale_O1[:, 0].bfloat16().contiguous()
+    def __init__(self, words_OW: Tensor, scale_O1: Tensor, bits: int, inputs: int) -> None:
+        self.codes_OI, self.scale_O = unpack(words_OW, bits, inputs), scale_O1[:, 0].bfloat16().contiguous()
 
     def multiply(self, rows_RI: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(rows_RI.contiguous(), self.codes_OI, self.scale_O)
@@ -190,13 +198,16 @@ class _Int8(_Kernel):
 class _Int4(_Kernel):
     """weight = (code + 8 - 8) * scale + 0; scales in bf16, as the kernel takes them."""
 
-    def __init__(self, codes_OI: Tensor, scale_OG: Tensor) -> None:
-        self.shape = codes_OI.shape
-        self.group = _kernel_group(codes_OI.shape[1] // scale_OG.shape[1]) or 0
-        scale_OG = scale_OG.repeat_interleave(codes_OI.shape[1] // self.group // scale_OG.shape[1], 1)
+    def __init__(self, words_OW: Tensor, scale_OG: Tensor, bits: int, inputs: int) -> None:
+        self.shape = torch.Size((len(words_OW), inputs))
+        self.group = _kernel_group(inputs // scale_OG.shape[1]) or 0
+        scale_OG = scale_OG.repeat_interleave(inputs // self.group // scale_OG.shape[1], 1)
         scale_GO = scale_OG.T.bfloat16()
         self.scales_GO2 = torch.stack([scale_GO, torch.zeros_like(scale_GO)], 2).contiguous()
-        self.packed = _to_kernel(codes_OI)
+        # Rows go over a few at a time: whole matrices of 32-bit codes would take eight times the packed one.
+        rows = len(words_OW) if words_OW.is_cuda else KERNEL_STEP
+        parts = [_to_kernel(unpack(part, bits, inputs)) for part in words_OW.split(rows)]
+        self.packed = parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def multiply(self, rows_RI: Tensor) -> Tensor:
         return self._product(rows_RI.contiguous(), self.scales_GO2)

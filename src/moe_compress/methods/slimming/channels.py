@@ -127,15 +127,24 @@ def channels(
     """Make experts narrower: keep the inner neurons that matter most, in whole multiples."""
     ranked: dict[int, Tensor] = {}
     costs: dict[int, Tensor] = {}
+    unseen: dict[int, list[int]] = {}
     for layer in model.layers:
         rising = channel_scores(layer, score, alpha).sort(dim=1)
         ranked[layer.shape.layer] = rising.indices
-        energy = float(layer.sums.get("energy", 1.0))
-        costs[layer.shape.layer] = rising.values.unflatten(1, (-1, multiple)).sum(2) / energy
+        costs[layer.shape.layer] = _comparable(rising.values, score, layer).unflatten(1, (-1, multiple)).sum(2)
+        idle = (rising.values <= 0).all(1).nonzero().flatten().tolist() if score != "magnitude" else []
+        unseen |= {layer.shape.layer: idle} if idle else {}
     shapes = [layer.shape for layer in model.layers]
     found = _widths(shapes, costs, _even(shapes, keep, ratio, multiple), budget, within, multiple)
     edits: list[Any] = [_edit(layer, widths_E, ranked[layer]) for layer, widths_E in found.items()]
-    return Plan(edits, {}, {"widths": {edit.layer: edit.widths or edit.width for edit in edits}})
+    return Plan(edits, {}, {"widths": {edit.layer: edit.widths or edit.width for edit in edits}, "unseen": unseen})
+
+
+def _comparable(score_EF: Tensor, score: Score, layer: LayerSums) -> Tensor:
+    """Scores on one scale for all layers: squares over the stream's energy, or shares of the layer's weights."""
+    if score == "magnitude":
+        return score_EF / score_EF.mean()
+    return (score_EF.square() if score == "wanda" else score_EF) / float(layer.sums.get("energy", 1.0))
 
 
 def channel_scores(layer: LayerSums, score: Score, alpha: float) -> Tensor:

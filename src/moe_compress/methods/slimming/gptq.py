@@ -69,9 +69,10 @@ class _Grid:
 
     def fix_scales(self, weight_BIR: Tensor, order_BI: Tensor) -> None:
         """Find all scales beforehand, in groups of inputs as they lie in the file."""
-        weight_BGgR = weight_BIR.unflatten(1, (-1, self.group))
-        importance = self.importance_BI.unflatten(1, (-1, self.group)).unsqueeze(3)
-        self.scale_BGR = group_scale(weight_BGgR, self.bits, self.dtype, self.clip, 2, importance).squeeze(2)
+        weight_YgR = weight_BIR.unflatten(1, (-1, self.group)).flatten(0, 1)
+        importance_Yg = self.importance_BI.unflatten(1, (-1, self.group)).flatten(0, 1)
+        scale_YR = group_scale(weight_YgR, self.bits, self.dtype, self.clip, importance_Yg)
+        self.scale_BGR = scale_YR.unflatten(0, (len(weight_BIR), -1))
         self.place_BI = order_BI // self.group
 
     def begin(self, weight_BIR: Tensor) -> None:
@@ -91,9 +92,8 @@ class _Grid:
         g = i // self.group
         if self.place_BI is None and i % self.group == 0:
             here = slice(i, i + self.group)
-            importance = self.importance_BI[:, here, None]
-            scale = group_scale(weight_BIR[:, here], self.bits, self.dtype, self.clip, 1, importance)
-            self.scale_BGR[:, g] = scale.squeeze(1)
+            importance_Bg = self.importance_BI[:, here]
+            self.scale_BGR[:, g] = group_scale(weight_BIR[:, here], self.bits, self.dtype, self.clip, importance_Bg)
         if self.place_BI is None:
             scale_BR = self.scale_BGR[:, g]
         else:

@@ -16,6 +16,8 @@ BITS = (2, 3, 4, 8)
 # Scales that are tried for a group: the full range times 1, 0.98, ..., 0.2.
 SHRINKS = 41
 SHRINK_STEP = 0.02
+# Weights that are tried together: their buffers stay in a processor's cache.
+PIECE = 1 << 15
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -24,35 +26,49 @@ def code_range(bits: int) -> tuple[int, int]:
 
 
 def group_scale(
-    weight: Tensor, bits: int, dtype: torch.dtype, clip: Clip, dim: int, importance: Tensor | None = None
+    weight_YGR: Tensor, bits: int, dtype: torch.dtype, clip: Clip, importance_YG: Tensor | None = None
 ) -> Tensor:
-    """The scale of every group, which lies along `dim` (kept, with one entry), in fp32, rounded to `dtype`.
+    """The scale of every group of G weights, fp32 [Y, R], rounded to `dtype`; groups are the columns of [Y, G, R].
 
     clip=max: the largest weight is just within reach; mse: what makes the least squared error over the group, with
-    each input's error times its importance.
+    each input's error times its importance. Goes through the weights in pieces that stay in the cache.
     """
-    full = weight.abs().amax(dim, keepdim=True) / (2 ** (bits - 1) - 0.5)
-    full = torch.where(full > 0, full, 1.0)
-    best = _rounded(full, dtype)
+    full_YR = weight_YGR.abs().amax(1) / (2 ** (bits - 1) - 0.5)
+    full_YR = torch.where(full_YR > 0, full_YR, 1.0)
     if clip == "max":
-        return best
-    least = _error(weight, best, bits, dim, importance)
-    for n in range(1, SHRINKS):
-        scale = _rounded(full * (1 - SHRINK_STEP * n), dtype)
-        error = _error(weight, scale, bits, dim, importance)
-        better = error < least
-        best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
+        return _rounded(full_YR, dtype)
+    weighs_YG = weight_YGR.new_ones(weight_YGR.shape[:2]) if importance_YG is None else importance_YG.float()
+    scale_YR = torch.empty_like(full_YR)
+    count, size, rows = weight_YGR.shape
+    # A GPU is given everything at once: what it lacks is not cache, but time for small steps.
+    many, columns = (count, rows) if weight_YGR.is_cuda else (1, max(1, PIECE // size))
+    for y in range(0, count, many):
+        for start in range(0, rows, columns):
+            here = slice(y, y + many), slice(start, start + columns)
+            piece_YGR = weight_YGR[here[0], :, here[1]].contiguous()
+            scale_YR[here] = _searched(piece_YGR, full_YR[here], bits, dtype, weighs_YG[here[0]])
+    return scale_YR
+
+
+def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype, weighs_YG: Tensor) -> Tensor:
+    """The first of the shrunken scales with the least error, [Y, R]."""
+    best_YR, least_YR = full_YR, torch.full_like(full_YR, torch.inf)
+    off_YGR = torch.empty_like(weight_YGR)
+    low, high = code_range(bits)
+    for n in range(SHRINKS):
+        scale_YR = _rounded(full_YR * (1 - SHRINK_STEP * n), dtype)
+        scale_Y1R = scale_YR.unsqueeze(1)
+        torch.div(weight_YGR, scale_Y1R, out=off_YGR)
+        off_YGR.round_().clamp_(low, high).mul_(scale_Y1R).sub_(weight_YGR).square_()
+        error_YR = torch.bmm(weighs_YG.unsqueeze(1), off_YGR).squeeze(1)
+        better_YR = error_YR < least_YR
+        best_YR, least_YR = torch.where(better_YR, scale_YR, best_YR), torch.where(better_YR, error_YR, least_YR)
+    return best_YR
 
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it will be stored, but never zero."""
     return scale.to(dtype).clamp_min(torch.finfo(dtype).smallest_normal).float()
-
-
-def _error(weight: Tensor, scale: Tensor, bits: int, dim: int, importance: Tensor | None) -> Tensor:
-    off = (rounded_codes(weight, scale, bits) * scale - weight).square_()
-    return (off if importance is None else off.mul_(importance)).sum(dim, keepdim=True)
 
 
 def rounded_codes(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -64,8 +80,13 @@ def rtn(
     weight_BOI: Tensor, bits: int, group: int, dtype: torch.dtype, clip: Clip, importance_BI: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Codes int8 [B, O, I] and scales [B, O, G], every weight rounded to the nearest (round to nearest, RTN)."""
-    weight_BOGI = weight_BOI.float().unflatten(2, (-1, group))
-    importance = None if importance_BI is None else importance_BI.float().unflatten(1, (1, -1, group))
-    scale_BOG1 = group_scale(weight_BOGI, bits, dtype, clip, 3, importance)
-    codes_BOI = rounded_codes(weight_BOGI, scale_BOG1, bits).flatten(2).to(torch.int8)
-    return codes_BOI, scale_BOG1.squeeze(3).to(dtype)
+    experts, outputs, inputs = weight_BOI.shape
+    groups = inputs // group
+    weight_YGR = (
+        weight_BOI.float().reshape(experts, outputs, groups, group).permute(0, 2, 3, 1).flatten(0, 1).contiguous()
+    )
+    importance = None if importance_BI is None else importance_BI.float().reshape(experts * groups, group)
+    scale_YR = group_scale(weight_YGR, bits, dtype, clip, importance)
+    codes_YGR = rounded_codes(weight_YGR, scale_YR.unsqueeze(1), bits).to(torch.int8)
+    codes_BOI = codes_YGR.view(experts, groups, group, outputs).permute(0, 3, 1, 2).reshape(weight_BOI.shape)
+    return codes_BOI, scale_YR.view(experts, groups, outputs).transpose(1, 2).to(dtype).contiguous()

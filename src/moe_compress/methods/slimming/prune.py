@@ -38,12 +38,17 @@ def check_prune(
     pattern: str | None,
     allocate: Allocation,
     spread: float,
+    unseen: Unseen,
     **_: Any,
 ) -> None:
     """Raise ValueError for a sparsity, a pattern or an allocation that these matrices cannot have."""
     kept = pattern_of(pattern or "")
     if kept is None and (sparsity is None or not 0 <= sparsity < 1):
         raise ValueError(f"sparsity={sparsity}: the fraction of weights that become zero is in [0, 1).")
+    if allocate != "uniform" and unseen == "dense":
+        raise ValueError(
+            f"allocate={allocate} keeps a budget, which unseen=dense would break: use pooled or magnitude."
+        )
     if allocate != "uniform":
         require_allocatable(layers, allocate, sparsity, spread)
     for layer, matrices in layers.items():

@@ -49,7 +49,9 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
     Raises ValueError when a tensor fits no parameter, has the wrong shape or holds no floating-point weights.
     """
     mapping: list[Any] = get_model_conversion_mapping(model)
-    expected = model.state_dict()
+    # Not its state_dict, for which packed weights would leave their kernel's layout.
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    expected: dict[str, Tensor] = {name: tensor for pairs in named for name, tensor in pairs}
     converters = {pattern: c for c in mapping if hasattr(c, "operations") for pattern in c.source_patterns}
     for name, by_pattern in _by_parameter(model, mapping, expected, tensors).items():
         _require_weights(by_pattern, name, expected)
