@@ -24,6 +24,7 @@ from .separate import (
     expert_count,
     gate_on_input,
     is_separate,
+    run_one_token,
     run_separate,
     stacks,
 )

@@ -156,15 +156,15 @@ def run_separate(fused: Any, input_RD: Tensor, counts: Sequence[int]) -> tuple[T
 
 def run_one_token(fused: Any, hidden_1D: Tensor, chosen: Sequence[int], weight_K: Tensor) -> Tensor:
     """The weighted sum of one token's experts, without putting rows in order: what decoding spends its time on."""
-    routed_1D = torch.zeros_like(hidden_1D)
+    added = [torch.zeros_like(hidden_1D)]
     for k, number in enumerate(chosen):
         if number < len(fused.separate):
             expert = fused.separate[number]
             output_1D = expert[CHILDREN["down"]](_inner(fused, expert, hidden_1D))
             if getattr(fused, "has_post_expert_norm", False):
                 output_1D = fused.post_expert_norm(output_1D)
-            routed_1D = routed_1D + (output_1D * weight_K[k]).to(routed_1D.dtype)
-    return routed_1D
+            added.append(output_1D * weight_K[k])
+    return torch.stack(added, 1).sum(1).to(hidden_1D.dtype)
 
 
 def _inner(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
