@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,23 @@ PAIRS = (
     ("prune method=wanda sparsity=0.5 allocate=owl", "prune method=wanda sparsity=0.5"),
     ("prune method=sparsegpt sparsity=0.5 allocate=both", "prune method=sparsegpt sparsity=0.5"),
 )
+QUANTIZED_PAIRS = (
+    *(
+        (f"quantize method=gptq bits={b} group_size=32", f"quantize method=rtn bits={b} group_size=32")
+        for b in (2, 3, 4)
+    ),
+    *(
+        (f"quantize method=awq bits={b} group_size=32", f"quantize method=rtn bits={b} group_size=32")
+        for b in (2, 3, 4)
+    ),
+    *(
+        (f"quantize method=gptq bits=auto budget=3.0{by} group_size=32", "quantize method=gptq bits=3 group_size=32")
+        for by in ("", " by=gradient", " per=expert", " per=layer", " by=used", " by=rare")
+    ),
+    ("quantize method=gptq bits=3 act_order=True group_size=32", "quantize method=gptq bits=3 group_size=32"),
+)
+# Recipes whose result no calibration text changes.
+SEEDLESS = ("magnitude", "rtn")
 Row = list[Record]
 
 
@@ -121,28 +139,57 @@ def pruning(records: Sequence[Record]) -> str:
     return table("recipe", grid, sorted(_originals(records)), cell)
 
 
-def orderings(records: Sequence[Record], documents: Path) -> str:
-    """Differences between ways of pruning, paired by document, each side the mean of its seeds."""
+def quantization(records: Sequence[Record]) -> str:
+    """Rows: recipes with quantized weights, other stages beside it or not; columns: models; with the size of the file."""
+    grid: dict[str, dict[Any, Row]] = {}
+    for found in one_row_each(records):
+        if any(stage["method"] == "quantize" for stage in found[0].recipe):
+            grid.setdefault(_stages(found[0]), {})[found[0].model] = found
+
+    def sized(found: Row) -> str:
+        return cell(found, f", {found[0].sizes['bytes'] / 2**20:.2f} MiB")
+
+    return table("recipe", grid, sorted(_originals(records)), sized)
+
+
+def _stages(record: Record) -> str:
+    """All stages of a recipe as a sentence."""
+    return " + ".join(_name({"stage": stage["method"], **stage["given"]}, True) for stage in record.recipe)
+
+
+def loaded(results: Path) -> str:
+    """Packed zoo models beside their originals, from scripts/benchmark/quantization.sh: memory and speed."""
+    figures = json.loads((results / "quantization.json").read_text())
+    lines = ["| model, 4 bits | weights in memory | decoding |", "|---|---|---|"]
+    for name, found in figures["speed"].items():
+        share = found["variant"]["weight_bytes"] / found["original"]["weight_bytes"]
+        low, high = found["speedup_interval"]
+        lines.append(f"| {name} | {share:.2f} x | {found['speedup']:.2f} [{low:.2f}, {high:.2f}] x as fast |")
+    return "\n".join(lines) + "\n"
+
+
+def orderings(records: Sequence[Record], documents: Path, pairs: Sequence[tuple[str, str]]) -> str:
+    """Differences between recipes, paired by document, each side the mean of its seeds."""
     rows: dict[tuple[str, str], Row] = {}
     for found in one_row_each(records):
         rows[_name(_given(found[0]), True) if _given(found[0]) else "", found[0].model] = found
     lines = []
-    for better, worse in PAIRS:
+    for better, worse in pairs:
         cells = []
         for model in sorted(_originals(records)):
             sides = [rows.get((name, model), []) for name in (better, worse)]
             kept = all(_sums(record, documents).is_file() for side in sides for record in side)
             cells.append(_difference(*sides, documents) if all(sides) and kept else "")
-        lines.append(f"| {better} - {worse.removeprefix('prune ')} | " + " | ".join(cells) + " |")
+        lines.append(f"| {better} - {worse.partition(' ')[2]} | " + " | ".join(cells) + " |")
     models = sorted(_originals(records))
     return "\n".join([f"| difference | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *lines]) + "\n"
 
 
 def _difference(better: Row, worse: Row, documents: Path) -> str:
-    """Mean difference per token. Both sides have the same seeds, but for magnitudes, which no seed changes."""
+    """Mean difference per token. Both sides have the same seeds, but where no seed changes anything."""
     given = [row[0].recipe[0]["parameters"] for row in (better, worse)]
     shared = {record.seed for record in better} & {record.seed for record in worse}
-    fixed = any(parameters["method"] == "magnitude" for parameters in given)
+    fixed = any(parameters["method"] in SEEDLESS for parameters in given)
     rows = [[record for record in row if fixed or record.seed in shared] for row in (better, worse)]
     sides = [[load_file(_sums(record, documents)) for record in row] for row in rows]
     means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
@@ -195,7 +242,14 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     parts += ["**Fewer active experts**, nothing removed from the file:", active(records)]
     parts += ["**Pruned weights**, the file as large as before:", pruning(records)]
     parts += ["Differences in pairs, of the mean over the calibration texts that both have; intervals over documents:"]
-    parts += [orderings(records, documents)]
+    parts += [orderings(records, documents, PAIRS)]
+    parts += [
+        "**Quantized experts**, groups of 32 inputs; behind each cell the size of the file:",
+        quantization(records),
+    ]
+    parts += ["Differences in pairs, as above:", orderings(records, documents, QUANTIZED_PAIRS)]
+    if (documents.parent / "quantization.json").is_file():
+        parts += ["Loaded and run in bf16 on two CPU cores, the original beside it:", loaded(documents.parent)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 

@@ -100,6 +100,39 @@ SLIMMING = (
     "channels score=wanda ratio=0.25",
     "channels score=magnitude ratio=0.25",
 )
+# What decides the order of the ways to quantize is run on three calibration texts, too.
+QUANTIZED_ORDER = (
+    "quantize method=gptq bits=2 group_size=32",
+    "quantize method=gptq bits=3 group_size=32",
+    "quantize method=gptq bits=4 group_size=32",
+    "quantize method=awq bits=3 group_size=32",
+)
+QUANTIZED = (
+    "quantize method=rtn bits=2 group_size=32",
+    "quantize method=rtn bits=3 group_size=32",
+    "quantize method=rtn bits=4 group_size=32",
+    "quantize method=rtn bits=8 group_size=32",
+    "quantize method=awq bits=2 group_size=32",
+    "quantize method=awq bits=4 group_size=32",
+    "quantize method=gptq bits=3 act_order=true group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 group_size=32",
+    "quantize method=gptq bits=auto budget=3 group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=gradient group_size=32",
+    "quantize method=gptq bits=auto budget=3 per=expert group_size=32",
+    "quantize method=gptq bits=auto budget=3 per=layer group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=used group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=rare group_size=32",
+    "quantize method=gptq bits=4 group_size=32 where=all",
+    "quantize method=gptq bits=4 group_size=32 where=experts,router",
+    "quantize group_size=32 + expert_drop ratio=0.25",
+    "expert_drop ratio=0.25 + quantize group_size=32",
+    "quantize group_size=32 + layer_drop drop=1",
+    "layer_drop drop=1 + quantize group_size=32",
+    "quantize group_size=32 + block_drop drop=1",
+    "block_drop drop=1 + quantize group_size=32",
+    "prune method=sparsegpt pattern=2:4 + quantize group_size=32",
+    "channels score=camera ratio=0.25 + quantize group_size=32",
+)
 SHARED = {
     "tiny-mixtral": (),
     "tiny-deepseek": (
@@ -116,8 +149,10 @@ def recipes(model: str) -> list[tuple[str, int]]:
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
     found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
     family = model.removesuffix("-seed1")
-    found += [(sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *SHARED[family])]
-    found += list(itertools.product(ORDER, ORDER_SEEDS))
+    found += [
+        (sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *QUANTIZED, *SHARED[family])
+    ]
+    found += list(itertools.product((*ORDER, *QUANTIZED_ORDER), ORDER_SEEDS))
     return found
 
 
@@ -125,7 +160,13 @@ def run_model(model: str, results: Path) -> None:
     """All recipes on one model; checkpoints are measured and removed."""
     records = results / "records"
     for sentence, seed in recipes(model):
-        words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-").replace(":", ".")
+        words = (
+            sentence.replace("expert_drop ", "")
+            .replace(" ", "-")
+            .replace("=", "-")
+            .replace(":", ".")
+            .replace("+", "then")
+        )
         name = f"{model}-{words}-seed{seed}"
         if (records / f"{name}.json").is_file():
             continue
