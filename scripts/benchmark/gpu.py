@@ -7,18 +7,22 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
+import moe_compress
 import tiny
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
+from moe_compress.methods.slimming.gptq import gptq
 from moe_compress.methods.slimming.prune import prune
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
+from moe_compress.model.packed import PackedMatrix
 from moe_compress.runtime import atomic_write, gigabytes
 from moe_compress.stream.calibration import observers_for
 from moe_compress.stream.data import FOLDS, Windows
@@ -81,6 +85,82 @@ def same_masks(device: torch.device) -> dict[str, float]:
 
 
 @torch.no_grad()
+def quantized(device: torch.device) -> dict[str, float]:
+    """Share of GPTQ's codes that are the CPU's; seconds and peak bytes for Mixtral's gate and up of 8 experts."""
+    generator = torch.Generator().manual_seed(0)
+    weight_BOI, x_BRI = (torch.randn(8, rows, 512, generator=generator) for rows in (1024, 2048))
+    gram_BII = x_BRI.transpose(1, 2) @ x_BRI / x_BRI.shape[1]
+    names, found = [""] * 8, {}
+    for act_order in (False, True):
+        sides = [
+            gptq([weight_BOI.to(d)], gram_BII.to(d), 4, 128, torch.bfloat16, names, act_order=act_order)[0][0][0].cpu()
+            for d in (torch.device("cpu"), device)
+        ]
+        found["act_order" if act_order else "in order"] = float((sides[0] == sides[1]).float().mean())
+    weights = [torch.randn(8, 14336, 4096, device=device) * 0.02 for _ in range(2)]
+    gram_BII = torch.eye(4096, device=device).expand(8, -1, -1).contiguous()
+    for clip in ("max", "mse"):
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        gptq(weights, gram_BII, 4, 128, torch.bfloat16, names, clip=clip)
+        torch.cuda.synchronize()
+        found[f"seconds, clip={clip}"] = time.perf_counter() - started
+        found[f"peak_bytes, clip={clip}"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+@torch.no_grad()
+def kernels(device: torch.device) -> dict[str, float]:
+    """Packed matrices (4096 x 14336) against dense bf16 ones: largest relative difference, and speed by rows."""
+    found: dict[str, float] = {}
+    for bits, group in ((4, 128), (2, 128), (8, 14336)):
+        codes = torch.randint(-(1 << (bits - 1)), 1 << (bits - 1), (4096, 14336), dtype=torch.int8, device=device)
+        scale = torch.rand(4096, 14336 // group, device=device).bfloat16() * 0.01
+        packed = PackedMatrix.of(codes, scale, bits)
+        dense = packed.dense()
+        for rows in (1, 8, 64, 512):
+            x = torch.randn(rows, 14336, device=device, dtype=torch.bfloat16)
+            mine, theirs = packed(x), torch.nn.functional.linear(x, dense)
+            seconds = {"dense": timed(lambda x=x, w=dense: torch.nn.functional.linear(x, w))}
+            seconds["packed"] = timed(lambda x=x, m=packed: m(x))
+            found[f"{bits} bits, {rows} rows: difference"] = float((mine - theirs).abs().max() / theirs.abs().max())
+            found[f"{bits} bits, {rows} rows: times as fast"] = seconds["dense"] / seconds["packed"]
+        found[f"{bits} bits: kernel"] = float(packed.kernel is not None)
+        found[f"{bits} bits: codes are kept"] = float(torch.equal(packed.codes().cpu(), codes.cpu()))
+    return found
+
+
+def timed(work: Callable[[], object], repeats: int = 50) -> float:
+    """Seconds of one call, the device waited for."""
+    for _ in range(5):
+        work()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(repeats):
+        work()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - started) / repeats
+
+
+@torch.no_grad()
+def packed_families(place: Path) -> dict[str, float]:
+    """Packed tiny models on the GPU against the same on the CPU, fp32: largest relative difference of the logits."""
+    found = {}
+    for family in ("mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe"):
+        folder, out = place / f"{family}-whole", place / f"{family}-packed"
+        tiny.save(tiny.make(family), folder)
+        words = "quantize method=rtn bits=4 group_size=8"
+        moe_compress.compress(words, model=str(folder), out=str(out), eval=False, results=str(place), device="cuda")
+        ids = tiny.token_ids()
+        sides = [
+            moe_compress.load(out, torch.float32, device_map=where)(ids.to(where)).logits.cpu()
+            for where in ("cpu", "cuda")
+        ]
+        found[family] = float((sides[0] - sides[1]).abs().max() / sides[0].abs().max())
+    return found
+
+
+@torch.no_grad()
 def full_size_layer(hub_id: str) -> dict[str, float]:
     """Seconds and peak memory of one MoE layer in bf16: alone, with all scores, with a probe; 16,384 tokens."""
     folder = zoo.config_path(hub_id)
@@ -140,6 +220,12 @@ def main() -> None:
             print(family, figures[family])
     figures["pruning"] = same_masks(CUDA)
     print("pruning", figures["pruning"])
+    for what, found in (("quantization", quantized(CUDA)), ("kernels", kernels(CUDA))):
+        figures[what] = found
+        print(what, found)
+    with tempfile.TemporaryDirectory() as place:
+        figures["packed"] = packed_families(Path(place))
+        print("packed", figures["packed"])
     for hub_id in FULL_SIZE:
         found = full_size_layer(hub_id)
         figures[hub_id] = found

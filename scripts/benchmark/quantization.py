@@ -179,7 +179,7 @@ def loaded() -> dict[str, Any]:
 
 
 def zoo_speed() -> dict[str, Any]:
-    """The shipped models with experts of 4 bits beside their originals: too small for a gain, and measured all the same."""
+    """The shipped models with experts of 4 bits beside their originals: too small for a gain, but measured."""
     found = {}
     with tempfile.TemporaryDirectory() as place:
         for name in zoo.NAMES:

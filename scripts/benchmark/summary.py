@@ -140,7 +140,7 @@ def pruning(records: Sequence[Record]) -> str:
 
 
 def quantization(records: Sequence[Record]) -> str:
-    """Rows: recipes with quantized weights, other stages beside it or not; columns: models; with the size of the file."""
+    """Rows: recipes with quantized weights, other stages beside it or not; columns: models; with the file's size."""
     grid: dict[str, dict[Any, Row]] = {}
     for found in one_row_each(records):
         if any(stage["method"] == "quantize" for stage in found[0].recipe):

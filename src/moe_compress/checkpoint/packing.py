@@ -100,7 +100,7 @@ def with_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
         if last in FOREIGN:
             raise ValueError(f"{stem} is packed with {last}, which is not read: use a bf16 copy, or symmetric weights.")
         layout = known.get(last)
-        if layout is None:
+        if layout is None or f"{stem}.{layout.NAMES[1]}" not in tensors:
             found[name] = tensor
         elif last == layout.NAMES[1]:
             absent = [f"{stem}.{part}" for part in layout.NAMES if f"{stem}.{part}" not in tensors]

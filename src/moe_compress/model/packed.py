@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 WORD = 32
 # Up to so many rows the kernel of small products wins over making the matrix dense and multiplying.
-KERNEL_ROWS = {"cpu": 32, "cuda": 64}
+KERNEL_ROWS = {"cpu": 32, "cuda": 8}
 KERNEL_GROUPS = (256, 128, 64, 32)
 INNER_TILES = 8
 # Outputs that are converted together on a CPU: whole blocks of its layout, whatever the processor.
@@ -153,6 +153,10 @@ def kernel_lacks(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> str:
         return f"torch has no kernel for them on {device}"
     if dtype != torch.bfloat16:
         return f"the kernels take bfloat16 activations, not {str(dtype).removeprefix('torch.')}"
+    if matrix.bits == 8 and device == "cuda":
+        return "torch's 8-bit kernel is slower than that on cuda"
+    if matrix.bits == 8 and matrix.in_features % WORD:
+        return f"a matrix with {matrix.in_features} inputs does not fit the 8-bit kernel"
     if matrix.bits == 8:
         return "" if matrix.scales.shape[1] == 1 else "the 8-bit kernel takes one scale a row (group_size=0)"
     step = 16 if device == "cpu" else 8
@@ -210,20 +214,14 @@ class _Int4(_Kernel):
         self.packed = parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def multiply(self, rows_RI: Tensor) -> Tensor:
-        return self._product(rows_RI.contiguous(), self.scales_GO2)
-
-    def _product(self, rows_RI: Tensor, scales_GO2: Tensor) -> Tensor:
         aten = torch.ops.aten
         multiply = aten._weight_int4pack_mm if rows_RI.is_cuda else aten._weight_int4pack_mm_for_cpu
-        return multiply(rows_RI, self.packed, self.group, scales_GO2)
+        return multiply(rows_RI.contiguous(), self.packed, self.group, self.scales_GO2)
 
     def codes(self) -> Tensor:
-        if not self.packed.is_cuda:
-            return _from_cpu_kernel(self.packed, self.shape, _cpu_block())
-        # The layout of tensor cores is the kernel's own affair: the matrix is its product with the identity.
-        ones = self.scales_GO2.new_tensor([1.0, 0.0]).expand_as(self.scales_GO2).contiguous()
-        eye_II = torch.eye(self.shape[1], dtype=torch.bfloat16, device=self.packed.device)
-        return self._product(eye_II, ones).T.round().to(torch.int8)
+        if self.packed.is_cuda:
+            return _from_cuda_kernel(self.packed, self.shape)
+        return _from_cpu_kernel(self.packed, self.shape, _cpu_block())
 
 
 def _to_kernel(codes_OI: Tensor) -> Tensor:
@@ -246,6 +244,26 @@ def _from_cpu_kernel(packed: Tensor, shape: torch.Size, block: int) -> Tensor:
         rest = flat[whole * inputs // 2 :].view(inputs, -1)
         found.append(torch.stack([rest & 15, rest >> 4], 2).flatten(1).T)
     return torch.cat(found).to(torch.int8) - 8
+
+
+def _from_cuda_kernel(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Codes of the CUDA kernel's layout: tiles of 8 outputs and 128 inputs, each in the order of the tensor cores."""
+    nibbles = _nibbles(packed)[..., _cuda_order(packed.device)]
+    return nibbles.unflatten(-1, (8, -1)).transpose(1, 2).reshape(shape).to(torch.int8) - 8
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """The 1,024 numbers of every tile as they lie in memory."""
+    words = packed.flatten(2)
+    return torch.stack([(words >> (4 * n)) & 15 for n in range(8)], -1).flatten(2)
+
+
+@functools.cache
+def _cuda_order(device: torch.device) -> Tensor:
+    """Where each number of a tile lies, found by converting a tile that holds the digits of every place."""
+    place = torch.arange(8 * 16 * INNER_TILES, device=device).view(8, -1)
+    digits = [_nibbles(_to_kernel((place // 16**n % 16 - 8).to(torch.int8))).flatten() for n in range(3)]
+    return sum(digit * 16**n for n, digit in enumerate(digits)).argsort()
 
 
 @functools.cache
