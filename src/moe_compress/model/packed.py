@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 WORD = 32
 # Up to so many rows the kernel of small products wins over making the matrix dense and multiplying.
-KERNEL_ROWS = {"cpu": 32, "cuda": 8}
+KERNEL_ROWS = {"cpu": 32, "cuda": 64}
 KERNEL_GROUPS = (256, 128, 64, 32)
 INNER_TILES = 8
 # Outputs that are converted together on a CPU: whole blocks of its layout, whatever the processor.
@@ -42,6 +42,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
     """The same backwards: int8 [..., I]."""
+    if bits != 3:  # codes that never part are taken out of bytes, all at once
+        raised = _parts_of_bytes(words.contiguous().view(torch.uint8), bits)[..., :inputs]
+        return (
+            (raised ^ (1 << (bits - 1))).view(torch.int8) if bits == 8 else raised.view(torch.int8) - (1 << (bits - 1))
+        )
     whole = math.ceil(inputs / WORD) * bits
     words = torch.nn.functional.pad(words, (0, whole - words.shape[-1])).unflatten(-1, (-1, bits))
     codes = torch.empty(*words.shape[:-1], WORD, dtype=torch.int8, device=words.device)
@@ -55,6 +60,14 @@ def unpack(words: Tensor, bits: int, inputs: int) -> Tensor:
             code = code | (words[..., word + 1] << (WORD - shift))
         codes[..., i] = (code & mask) - (1 << (bits - 1))
     return codes.flatten(-2)[..., :inputs]
+
+
+def _parts_of_bytes(octets: Tensor, bits: int) -> Tensor:
+    """Bytes [..., N] cut into numbers of 2, 4 or 8 bits, low ones first: uint8 [..., N * 8 / bits]."""
+    if bits == 8:
+        return octets
+    mask = (1 << bits) - 1
+    return torch.stack([(octets >> shift) & mask for shift in range(0, 8, bits)], -1).flatten(-2)
 
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
@@ -248,21 +261,20 @@ def _from_cpu_kernel(packed: Tensor, shape: torch.Size, block: int) -> Tensor:
 
 def _from_cuda_kernel(packed: Tensor, shape: torch.Size) -> Tensor:
     """Codes of the CUDA kernel's layout: tiles of 8 outputs and 128 inputs, each in the order of the tensor cores."""
-    nibbles = _nibbles(packed)[..., _cuda_order(packed.device)]
-    return nibbles.unflatten(-1, (8, -1)).transpose(1, 2).reshape(shape).to(torch.int8) - 8
+    nibbles = _nibbles(packed).index_select(2, _cuda_order(packed.device))
+    return nibbles.unflatten(-1, (8, -1)).transpose(1, 2).reshape(shape).view(torch.int8) - 8
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """The 1,024 numbers of every tile as they lie in memory."""
-    words = packed.flatten(2)
-    return torch.stack([(words >> (4 * n)) & 15 for n in range(8)], -1).flatten(2)
+    """The 1,024 numbers of every tile as they lie in memory, uint8."""
+    return _parts_of_bytes(packed.flatten(2).view(torch.uint8), 4)
 
 
 @functools.cache
 def _cuda_order(device: torch.device) -> Tensor:
     """Where each number of a tile lies, found by converting a tile that holds the digits of every place."""
     place = torch.arange(8 * 16 * INNER_TILES, device=device).view(8, -1)
-    digits = [_nibbles(_to_kernel((place // 16**n % 16 - 8).to(torch.int8))).flatten() for n in range(3)]
+    digits = [_nibbles(_to_kernel((place // 16**n % 16 - 8).to(torch.int8))).flatten().long() for n in range(3)]
     return sum(digit * 16**n for n, digit in enumerate(digits)).argsort()
 
 
