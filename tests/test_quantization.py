@@ -164,8 +164,7 @@ def test_gptq_is_that_of_the_paper(bits, inputs, group, dtype, clip, act_order):
         require_same(mine, expected, both, gram[b], clip == "max" or bits == 8)
 
 
-BIG = pytest.mark.xfail(strict=True, reason="a group of more than 128 inputs that 16 does not divide begins mid-block")
-UNEVEN = [(144, 24), (320, 160), (200, 200), pytest.param(400, 200, marks=BIG)]
+UNEVEN = [(144, 24), (320, 160), (200, 200), (400, 200)]
 
 
 @pytest.mark.parametrize(("inputs", "group"), UNEVEN)
@@ -256,7 +255,6 @@ def test_rounded_experts_are_those_of_the_reference(family, bits, lab, made):
     require_alike(here, theirs(folder))
 
 
-@pytest.mark.xfail(strict=True, reason="bits are told from the count of words, which 3 and 4 bits of 24 inputs share")
 def test_three_bits_of_a_narrow_matrix(reader_folder, lab, tmp_path):
     options = {**lab("mixtral"), "model": str(reader_folder("mixtral")), "out": str(tmp_path / "out")}
     folder = moe_compress.compress(f"{BLIND} bits=3", **options).folder
@@ -307,14 +305,13 @@ def test_a_quantized_checkpoint_is_evaluated(lab, options):
 
 ATTENTION, DENSE = r"self_attn\.\w*(proj\w*)\.weight", r"layers\.0\.mlp\.(gate|up|down)_proj\.weight"
 ONE, SHARED = r"experts\.\d+\.\w+\.weight", r"shared_experts?\..*weight"
-ALONE = pytest.mark.xfail(strict=True, reason="stock transformers cannot load packed others beside dense experts")
 PARTS: list[Any] = [
     ("deepseek_v3", "where=all", rf"{ONE}|{SHARED}|{ATTENTION}|{DENSE}"),
     ("qwen2_moe", "where=all,router spare=attention,router", rf"{ONE}|{SHARED}"),
     ("mixtral", "where=experts,attention", rf"{ONE}|{ATTENTION}"),
     ("gpt_oss", "where=attention", ATTENTION),
-    pytest.param("deepseek_v3", "where=shared,dense", rf"{SHARED}|{DENSE}", marks=ALONE),
-    pytest.param("mixtral", "where=attention", ATTENTION, marks=ALONE),
+    ("deepseek_v3", "where=shared,dense", rf"{SHARED}|{DENSE}"),
+    ("mixtral", "where=attention", ATTENTION),
 ]
 
 
@@ -338,13 +335,11 @@ def test_other_parts_of_edited_checkpoints(lab, made):
     require_alike(here, stock(made("llama4_text", f"{FEW} where=all format=dense")))
 
 
-TAKEN = pytest.mark.xfail(strict=True, reason="the router's codes are stored, though no config or edit knows of them")
-BARE = pytest.mark.xfail(strict=True, reason="a config of packed weights that names none, which stock cannot load")
 ROUTERS: list[Any] = [
     ("deepseek_v3", "where=all,router", r"mlp\.gate\.weight$"),
-    pytest.param("mixtral", "where=router", r"gate\.weight$", marks=BARE),
-    pytest.param("qwen2_moe", "where=experts,router", r"mlp\.(gate|shared_expert_gate)\.weight$", marks=TAKEN),
-    pytest.param("gpt_oss", "where=experts,router", r"router\.weight$", marks=TAKEN),
+    ("mixtral", "where=router", r"gate\.weight$"),
+    ("qwen2_moe", "where=experts,router", r"mlp\.(gate|shared_expert_gate)\.weight$"),
+    ("gpt_oss", "where=experts,router", r"router\.weight$"),
 ]
 
 
@@ -381,16 +376,13 @@ def test_the_largest_group_that_divides_the_widths(words, groups, made):
     require_alike(ours(folder), theirs(folder))
 
 
-AUTO = pytest.mark.xfail(strict=True, reason="format=auto looks at names alone, not at whether a group fits")
-
-
 @pytest.fixture(scope="session")
 def odd(lab, tmp_path_factory) -> Options:
     """Options for a model whose down projections have 20 inputs, of which no group from 8 up to 16 is left."""
     return {**lab("mixtral"), "model": str(wide("mixtral", tmp_path_factory.mktemp("odd") / "model", 20))}
 
 
-@pytest.mark.parametrize("format", ["packed", "dense", pytest.param("auto", marks=AUTO)])
+@pytest.mark.parametrize("format", ["packed", "dense", "auto"])
 def test_a_width_that_no_group_fits_is_left_as_it_is(format, odd, tmp_path):
     folder = moe_compress.compress(f"{FEW} format={format}", **{**odd, "out": str(tmp_path / "out")}).folder
     for layer, view in moe_views(ours(folder)).items():
@@ -441,14 +433,13 @@ def test_dropping_experts_moves_the_bytes_of_the_others(family, words, made):
     require_alike(ours(folder), theirs(folder))
 
 
-STAND_IN = pytest.mark.xfail(strict=True, reason="the zeros that stand in for a MoE block are taken for packed ones")
 OTHERS: list[Any] = [
     ("mixtral", BLIND, "identity"),
     ("mixtral", BLIND, "layer_drop layers=1"),
     ("mixtral", BLIND, "block_drop layers=1"),
     ("gpt_oss", BLIND, "block_drop layers=1"),
     ("deepseek_v3", f"{BLIND} where=all", "layer_drop layers=1 part=attention"),
-    pytest.param("deepseek_v3", f"{BLIND} where=all", "layer_drop layers=1", marks=STAND_IN),
+    ("deepseek_v3", f"{BLIND} where=all", "layer_drop layers=1"),
 ]
 
 
@@ -509,12 +500,11 @@ def test_packed_weights_do_not_change_any_more(family, second, said, lab, made, 
     assert said in refused(second, {**lab(family), "model": str(folder)}, tmp_path) and not calls
 
 
-MIXED = pytest.mark.xfail(strict=True, reason="a stage on other parts writes what is packed as plain numbers again")
 ASIDE: list[Any] = [
-    pytest.param("mixtral", BLIND, f"{BLIND} where=attention", marks=MIXED),
-    pytest.param("mixtral", BLIND, "prune where=attention", marks=MIXED),
+    ("mixtral", BLIND, f"{BLIND} where=attention"),
+    ("mixtral", BLIND, "prune where=attention"),
     ("gpt_oss", BLIND, "prune where=attention"),
-    pytest.param("gpt_oss", f"{BLIND} where=attention", "prune", marks=MIXED),
+    ("gpt_oss", f"{BLIND} where=attention", "prune"),
 ]
 
 
@@ -627,15 +617,11 @@ def test_an_expert_without_tokens_can_be_an_error(lonely, tmp_path):
     assert said.startswith(f"expert {LONELY} of layer 0: fewer than 1 tokens of the calibration text")
 
 
-@pytest.mark.xfail(strict=True, reason="the sentence names the values that unseen= has for prune")
 def test_the_error_names_values_that_quantize_has(lonely, tmp_path):
     assert "magnitude" not in refused("quantize min_tokens=1 unseen=error", lonely, tmp_path)
 
 
 # --- what a user can get wrong, and what is foretold -----------------------------------------------------------------
-
-
-EARLY = pytest.mark.xfail(strict=True, reason="Gram matrices are counted before the family is asked")
 
 
 @pytest.mark.parametrize(
@@ -655,7 +641,7 @@ EARLY = pytest.mark.xfail(strict=True, reason="Gram matrices are counted before 
         ("mixtral", "quantize experts_at_once=-1", "experts_at_once=-1 min_tokens=32: counts from 0 (all) and from 1"),
         ("gpt_oss", "quantize format=compressed-tensors", "gpt_oss stores mlp.experts.gate of layer 0 together with"),
         ("jetmoe", "quantize method=rtn", "experts of jetmoe cannot be changed"),
-        pytest.param("jetmoe", "quantize", "experts of jetmoe cannot be changed", marks=EARLY),
+        ("jetmoe", "quantize", "experts of jetmoe cannot be changed"),
         ("mixtral", "expert_drop keep=4 + quantize group_size=4", "stage 2 (quantize): group_size=4: the inputs"),
     ],
 )

@@ -55,9 +55,10 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     itemsize = torch.finfo(compute).bits // 8
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
-    apply_edits(model, packed_edits(model, values))
+    room = packed_edits(model, values)
+    apply_edits(model, room)
     before = sizes(model, options.length, stored)
-    dry = dry_run(recipe, model)
+    dry = dry_run(recipe, model, packed=bool(room))
     form = form_after(values, dry.edits)
     left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(

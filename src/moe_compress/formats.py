@@ -30,22 +30,44 @@ Bits = Mapping[int, Mapping[str, Sequence[int]]]
 def format_of(stage: Stage, model: PreTrainedModel) -> str:
     """dense, compressed-tensors or packed. Raises ValueError for one that the model's experts cannot have."""
     wanted = str(stage.parameters.get("format", "dense"))
-    if wanted in ("dense", "packed"):
+    chosen = _chosen(stage, model)
+    if wanted == "dense" or not any(chosen.values()):
+        return "dense"
+    if wanted == "packed":
         return wanted
-    lacking = _without_names(stage, model)
+    reason = _not_plain(stage, model, chosen, "compressed-tensors" if wanted == "auto" else wanted)
     if wanted == "auto":
-        return "packed" if lacking or stage.parameters["bits"] == "auto" else "compressed-tensors"
-    if lacking:
-        raise ValueError(
-            f"format={wanted} packs matrices under names of their own, but {model.config.model_type} stores "
-            f"{lacking} together with others: use format=packed or format=dense."
-        )
+        return "packed" if reason or stage.parameters["bits"] == "auto" else "compressed-tensors"
+    if reason:
+        raise ValueError(f"format={wanted} {reason}: use format=packed or format=dense.")
     return wanted
 
 
-def _without_names(stage: Stage, model: PreTrainedModel) -> str:
+def _not_plain(stage: Stage, model: PreTrainedModel, chosen: Mapping[int, Sequence[Matrix]], format: str) -> str:
+    """Why a plain format cannot hold these matrices; empty if it can."""
+    lacking = _without_names(model, chosen)
+    if lacking:
+        return f"packs matrices one by one, but {model.config.model_type} stores {lacking} together with others"
+    if format == "compressed-tensors" and not any(m.kind == "experts" for found in chosen.values() for m in found):
+        return "is read by stock transformers only where experts are packed, too"
+    for which, alike in _alike(chosen, format).items():
+        if alike and not span_for([m.weight_BOI.shape[2] for _, m in alike], stage.parameters["group_size"]):
+            return f"needs one group size for all of {which}, and no group of 8 and more divides all widths"
+    return ""
+
+
+def _alike(chosen: Mapping[int, Sequence[Matrix]], format: str) -> dict[str, list[tuple[int, Matrix]]]:
+    """Matrices that one scheme is for: stock loaders know one for experts and one for the rest, GPTQ's one for all."""
+    packed = [(i, m) for i, matrices in chosen.items() for m in matrices]
+    if format == "gptq":
+        return {"its matrices": packed}
+    experts = [(i, m) for i, m in packed if m.kind == "experts"]
+    return {"the experts": experts, "the other linear maps": [(i, m) for i, m in packed if m.kind != "experts"]}
+
+
+def _without_names(model: PreTrainedModel, chosen: Mapping[int, Sequence[Matrix]]) -> str:
     """A chosen matrix that no tensor of a stock checkpoint holds alone; empty if there is none."""
-    for index, matrices in _chosen(stage, model).items():
+    for index, matrices in chosen.items():
         named = {name for name, _ in stored_matrices(model, index).values()}
         for matrix in matrices:
             if matrix.name not in named:
@@ -63,31 +85,20 @@ def _chosen(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
 def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]:
     """(layer, matrix) -> inputs that share a scale, 0 for a matrix that is left as it is.
 
-    Stock loaders know one scheme for experts and one for everything else, GPTQ's one for all: there, one number has to
-    do for every matrix of a scheme.
+    In a plain format, one number has to do for every matrix of a scheme.
     """
     if "group_size" not in stage.parameters:
         return {}
-    wanted, format = stage.parameters["group_size"], format_of(stage, model)
-    routers = kinds_of(stage.parameters["where"], stage.parameters["spare"])
-    found = [(i, m) for i, matrices in _chosen(stage, model).items() for m in matrices]
-    if "router" in routers:
+    wanted, format, chosen = stage.parameters["group_size"], format_of(stage, model), _chosen(stage, model)
+    found = [(i, m) for i, matrices in chosen.items() for m in matrices]
+    if "router" in kinds_of(stage.parameters["where"], stage.parameters["spare"]):
         layers = enumerate(hf.decoder_layers(model))
         found += [(i, m) for i, layer in layers for m in layer_matrices(layer, family_of(model.config), ["router"])]
     spans = {(i, m.name): span_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
     if format in ("dense", "packed") or not wanted:
         return spans
-    packed = [(i, m) for i, m in found if m.kind != "router"]
-    experts = [(i, m) for i, m in packed if m.kind == "experts"]
-    others = [(i, m) for i, m in packed if m.kind != "experts"]
-    sets = {"all matrices": packed} if format == "gptq" else {"the experts": experts, "other linear maps": others}
-    for which, alike in sets.items():
+    for alike in _alike(chosen, format).values():
         common = span_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
-        if alike and not common:
-            raise ValueError(
-                f"group_size={wanted}: no group of 8 and more divides all widths of {which}, and format={format} needs "
-                "one for all of them: use format=packed or dense, which leave out what does not fit."
-            )
         spans |= {(i, m.name): common for i, m in alike}
     return spans
 

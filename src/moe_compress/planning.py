@@ -24,6 +24,7 @@ from moe_compress.measuring import (
 )
 from moe_compress.model.applying import check_edits, refuse_if_uneditable
 from moe_compress.model.edits import Edit, KeepExperts, MergeExperts, Plan, SkipExperts, to_json
+from moe_compress.model.packed import is_packed
 from moe_compress.model.shapes import model_shape
 from moe_compress.progressive import plan_progressively
 from moe_compress.recipe import Recipe, Stage
@@ -45,8 +46,8 @@ class DryRun:
     gram_bytes: int = 0
 
 
-def dry_run(recipe: Recipe, model: PreTrainedModel) -> DryRun:
-    """Carry the recipe out on a skeleton, which is then as the recipe leaves it.
+def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> DryRun:
+    """Carry the recipe out on a skeleton, which is then as the recipe leaves it. packed: so is the model, and plain.
 
     Raises ValueError for whatever can be known to fail before a weight is read.
     """
@@ -55,11 +56,11 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> DryRun:
         try:
             if pattern and stage.method in MIXING:
                 raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
+            if registry.find(stage.method).scope == "weight":
+                packed = _dry_weights(stage, model, packed, found)
+            else:
+                found.edits += _dry_stage(stage, model)
             pattern = stage.parameters.get("pattern") or pattern
-            if stage.needs == "grams":
-                needed = (each * experts for each, experts in gram_bytes(stage, model).values())
-                found.gram_bytes = max(found.gram_bytes, *needed)
-            found.edits += _dry_stage(stage, model)
         except ValueError as error:
             if len(recipe.stages) == 1:
                 raise
@@ -67,13 +68,26 @@ def dry_run(recipe: Recipe, model: PreTrainedModel) -> DryRun:
     return found
 
 
+def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryRun) -> bool:
+    """The same for one stage that changes weights; whether the model is then packed in a plain format."""
+    refuse_if_uneditable(model.config)
+    if packed:
+        raise ValueError(
+            "weights beside those that are packed in a plain format do not change any more: put this stage before the "
+            "one that made them so, or pack with format=packed."
+        )
+    check_weights(stage, model)
+    if stage.needs == "grams":
+        needed = (each * experts for each, experts in gram_bytes(stage, model).values())
+        found.gram_bytes = max(found.gram_bytes, *needed)
+    edits = pack_skeleton(stage, model) if "format" in stage.parameters else []
+    found.edits += edits
+    return "format" in stage.parameters and not edits and is_packed(model)
+
+
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
-    """The same for one stage; the skeleton is then as the stage leaves it."""
+    """The same for one stage that changes the structure."""
     method = registry.find(stage.method)
-    if method.scope == "weight":
-        refuse_if_uneditable(model.config)
-        check_weights(stage, model)
-        return pack_skeleton(stage, model) if "format" in method.parameters else []
     if method.check is None or method.scope != "model":
         return []
     refuse_if_uneditable(model.config)

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,7 @@ class _Slimmer:
         self.spans = spans_of(stage, layers.model)
         self.store = STORES[self.format](source, layers, writer, self.kinds)
         # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
+        writer.packed_bits = int(self.options["bits"]) if str(self.options.get("bits")).isdigit() else None
         self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
         self.shares: dict[int, Tensor] = {}
         self.bits: Bits | None = None
@@ -261,9 +262,10 @@ class _Slimmer:
         unseen = self.options["unseen"]
         if unseen == "error" and bool(rare_B.any()):
             few = [names[b] for b in rare_B.nonzero().flatten().tolist()]
+            others = [each for each in get_args(registry.find(self.stage.method).hints["unseen"]) if each != "error"]
             raise ValueError(
                 f"{', '.join(few[:3])}: fewer than {least} tokens of the calibration text. Calibrate on more "
-                "(samples=), or say unseen=pooled, magnitude or dense."
+                f"(samples=), or say unseen= with one of {', '.join(others)}."
             )
         return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
 

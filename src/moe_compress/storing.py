@@ -195,6 +195,6 @@ class Draft:
 
     def change(self) -> Change:
         """The stack as it will be."""
-        if self.codes is None or self.scale is None:
-            return Change(self.matrix, self.result)
+        if self.codes is None or self.scale is None or self.matrix.kind == "router":
+            return Change(self.matrix, self.result)  # routers are no linear maps: they are stored as plain numbers
         return Change(self.matrix, self.result, Quantized(self.codes, self.scale, self.bits))

@@ -6,7 +6,7 @@ O outputs, I inputs, G groups of inputs, W words.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class PackedWeight:
     scale: Any
     words: Any
     shape: Any
+    bits: int | None = field(default=None, kw_only=True)
 
     NAMES: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_packed", "weight_shape")
 
@@ -46,7 +47,7 @@ class PackedWeight:
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """Words int32 [O, W], scales [O, G], bits and inputs."""
         words_OW, inputs = self.words[...], int(self.shape[...][1])
-        return words_OW, self.scale[...], words_OW.shape[1] * WORD // inputs, inputs
+        return words_OW, self.scale[...], self.bits or words_OW.shape[1] * WORD // inputs, inputs
 
     def get_dtype(self) -> str:
         """As a safetensors slice says it."""
@@ -54,11 +55,12 @@ class PackedWeight:
 
     def parts(self) -> dict[str, Any]:
         """What it is made of, that of the scales first, by the last part of the names."""
-        return {name: getattr(self, field.name) for name, field in zip(self.NAMES, fields(self), strict=True)}
+        held = [getattr(self, each.name) for each in fields(self) if each.name != "bits"]
+        return dict(zip(self.NAMES, held, strict=True))
 
     def each(self, change: Callable[[Any], Any]) -> PackedWeight:
         """The same with something else in place of each part."""
-        return type(self)(*(change(part) for part in self.parts().values()))
+        return type(self)(*(change(part) for part in self.parts().values()), bits=self.bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class GptqWeight(PackedWeight):
             self.scale[...].T.contiguous(),
             len(self.g_idx[...]),
         )
-        return words_OW, scale_OG, words_OW.shape[1] * WORD // inputs, inputs
+        return words_OW, scale_OG, self.bits or words_OW.shape[1] * WORD // inputs, inputs
 
 
 LAYOUTS: tuple[type[PackedWeight], ...] = (PackedWeight, GptqWeight)
@@ -88,8 +90,16 @@ def stored_parts(name: str, weight: PackedWeight) -> dict[str, Any]:
     return {f"{stem}.{last}": part for last, part in weight.parts().items()}
 
 
-def with_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors by name, with one PackedWeight in place of its parts.
+def bits_of(values: Mapping[str, Any]) -> int | None:
+    """The width of all packed matrices, where config.json knows of one: narrow matrices do not tell 3 bits from 4."""
+    config = values.get("quantization_config") or {}
+    groups = config.get("config_groups", {}).values()
+    found = {config.get("bits"), *(group["weights"]["num_bits"] for group in groups if group.get("weights"))} - {None}
+    return found.pop() if len(found) == 1 else None
+
+
+def with_weights(tensors: Mapping[str, Any], bits: int | None = None) -> dict[str, Any]:
+    """Tensors by name, with one PackedWeight in place of its parts. bits: of all of them, if known.
 
     Raises ValueError for a matrix that is packed in another way, or whose parts are not all there.
     """
@@ -106,13 +116,13 @@ def with_weights(tensors: Mapping[str, Any]) -> dict[str, Any]:
             absent = [f"{stem}.{part}" for part in layout.NAMES if f"{stem}.{part}" not in tensors]
             if absent:
                 raise ValueError(f"{absent[0]} is missing beside {name}: fetch the checkpoint again.")
-            found[f"{stem}{WEIGHT}"] = layout(*(tensors[f"{stem}.{part}"] for part in layout.NAMES))
+            found[f"{stem}{WEIGHT}"] = layout(*(tensors[f"{stem}.{part}"] for part in layout.NAMES), bits=bits)
     return found
 
 
 def packed_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> PackedWeight:
     """compressed-tensors' parts of a matrix."""
-    return PackedWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape))
+    return PackedWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape), bits=bits)
 
 
 def gptq_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
@@ -121,7 +131,7 @@ def gptq_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
     zeros_GO = torch.full((groups, len(codes_OI)), -1, dtype=torch.int8)
     index_I = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
     words_WO = pack(codes_OI, bits).T.contiguous()
-    return GptqWeight(scale_OG.T.contiguous(), words_WO, pack(zeros_GO, bits), index_I)
+    return GptqWeight(scale_OG.T.contiguous(), words_WO, pack(zeros_GO, bits), index_I, bits=bits)
 
 
 def require_readable(folder: Any, values: Mapping[str, Any]) -> None:

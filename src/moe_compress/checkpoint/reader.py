@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoint import deepseek_v1
-from moe_compress.checkpoint.packing import PackedWeight, require_readable, with_weights
+from moe_compress.checkpoint.packing import PackedWeight, bits_of, require_readable, with_weights
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
@@ -157,7 +157,9 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
         raise ValueError(
             f"{folder} holds tensors of type {foreign[0]}, which is not read yet: use a bf16 or fp32 copy."
         )
-    tensors: dict[str, Entry] = with_weights(stored) if values.get("quantization_config") else dict(stored)
+    tensors: dict[str, Entry] = (
+        with_weights(stored, bits_of(values)) if values.get("quantization_config") else dict(stored)
+    )
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)

@@ -49,6 +49,8 @@ class CheckpointWriter:
         self.extra = source.extra_layers if keep_extra_layers else []
         self.source = source
         self.partial = partial_folder(out)
+        # Of all matrices that are written packed, where one number says it.
+        self.packed_bits: int | None = None
         self.layers = list(range(source.num_layers) if layers is None else layers)
         self._begin(identity)
 
@@ -76,7 +78,8 @@ class CheckpointWriter:
     def read(self, layer: int) -> Iterator[dict[str, Any]]:
         """A written layer's tensors, read where they are used, by the source's names."""
         with safe_open(self._shard(layer), "pt") as shard:
-            yield with_weights({hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()})  # noqa: SIM118
+            named = {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
+            yield with_weights(named, self.packed_bits)
 
     def copy(self, layer: int | None) -> None:
         """Pass one layer through untouched, byte for byte."""

@@ -160,6 +160,9 @@ def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> Form | None:
     if signature(rebuilt, stand_ins) != signature(model, stand_ins) or not _same_buffers(rebuilt, model):
         return None
     fill = _fill(rebuilt, stand_ins)
+    # Zeros in the place of what a config calls packed would be taken for codes.
+    if fill and values.get("quantization_config"):
+        return None
     # Zeros as wide as the family's real dense layers would be stored and multiplied with: better edited.
     if any(tensor.numel() > 2 * STAND_IN_WIDTH * model.config.hidden_size for tensor in fill.values()):
         return None

@@ -159,6 +159,11 @@ class PackedMatrix(nn.Module):
         return super()._apply(fn, recurse)
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether any matrix of a model is packed."""
+    return any(isinstance(module, PackedMatrix) for module in model.modules())
+
+
 def kernel_lacks(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> str:
     """Why no kernel multiplies this matrix with such rows; empty where one does."""
     outputs = matrix.out_features
@@ -172,6 +177,8 @@ def kernel_lacks(matrix: PackedMatrix, dtype: torch.dtype, device: str) -> str:
         return f"a matrix with {matrix.in_features} inputs does not fit the 8-bit kernel"
     if matrix.bits == 8:
         return "" if matrix.scales.shape[1] == 1 else "the 8-bit kernel takes one scale a row (group_size=0)"
+    if device == "cpu" and not _cpu_block():
+        return "the layout of torch's int4 kernel on this processor is not known"
     step = 16 if device == "cpu" else 8
     if outputs % step or matrix.in_features % (WORD if device == "cpu" else 16 * INNER_TILES):
         return f"a matrix of {outputs} x {matrix.in_features} does not fit the 4-bit kernel"
@@ -280,11 +287,13 @@ def _cuda_order(device: torch.device) -> Tensor:
 
 @functools.cache
 def _cpu_block() -> int:
-    """How many outputs this processor's layout takes together, found by trying."""
+    """How many outputs this processor's layout takes together, found by trying; 0 for a layout that is not known."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (144, 64), dtype=torch.int8, generator=generator)
     packed = _to_kernel(codes)
+    if packed.dtype != torch.uint8 or packed.numel() != codes.numel() // 2:
+        return 0
     for block in (64, 32, 16, 1 << 30):
         if torch.equal(_from_cpu_kernel(packed, codes.shape, block), codes):
             return block
-    raise RuntimeError("the layout of torch's int4 kernel on this processor is not known.")
+    return 0

@@ -6,7 +6,6 @@ of all matrices of an expert that share their inputs (gate and up). B experts, I
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -36,8 +35,11 @@ def compensate(weight_BIR: Tensor, factor_BII: Tensor, rule: Rule, group: int = 
     unless a block is too short for them.
     """
     inputs = weight_BIR.shape[1]
-    sub_block = group * -(-SUB_BLOCK // group) if group <= BLOCK else SUB_BLOCK
-    block = math.lcm(sub_block, group) if group > BLOCK else sub_block * -(-BLOCK // sub_block)
+    if group > BLOCK:  # a group begins where all before it is done
+        sub_block, block = next(n for n in range(SUB_BLOCK, 0, -1) if group % n == 0), group
+    else:
+        sub_block = group * -(-SUB_BLOCK // group)
+        block = sub_block * -(-BLOCK // sub_block)
     for start in range(0, inputs, block):
         stop = min(start + block, inputs)
         rule.block(weight_BIR, start, stop)
