@@ -51,7 +51,7 @@ QUANTIZED_PAIRS = (
         (f"quantize method=gptq bits=auto budget=3.0{by} group_size=32", "quantize method=gptq bits=3 group_size=32")
         for by in ("", " by=gradient", " per=expert", " per=layer", " by=used", " by=rare")
     ),
-    ("quantize method=gptq bits=3 act_order=True group_size=32", "quantize method=gptq bits=3 group_size=32"),
+    ("quantize method=gptq bits=3 group_size=32 act_order=True", "quantize method=gptq bits=3 group_size=32"),
 )
 # Recipes whose result no calibration text changes.
 SEEDLESS = ("magnitude", "rtn")
