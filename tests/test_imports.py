@@ -45,11 +45,20 @@ SEAM = ("model.hf", "model.edited", "model.expert_forward")
 # Files that are shipped inside edited checkpoints: what they may import at all, and of each other, relatively.
 SHIPPED = {
     "model.edited": ("model.edited_layers",),
-    "model.edited_layers": ("model.expert_forward", "model.packed", "model.rerouting", "model.separate"),
-    "model.expert_forward": ("model.separate",),
-    "model.packed": (),
+    "model.edited_layers": (
+        "model.expert_forward",
+        "model.packed",
+        "model.rerouting",
+        "model.rounding",
+        "model.separate",
+    ),
+    "model.expert_forward": ("model.rounding", "model.separate"),
+    "model.codes": (),
+    "model.kernels": ("model.codes", "model.rounding"),
+    "model.packed": ("model.codes", "model.kernels", "model.rounding"),
     "model.rerouting": ("model.separate",),
-    "model.separate": (),
+    "model.rounding": (),
+    "model.separate": ("model.rounding",),
 }
 SHIPPED_WITH = (
     "math",

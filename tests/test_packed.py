@@ -22,8 +22,10 @@ import readers
 from editing import logits_of
 from moe_compress.checkpoint.load import load_model
 from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.model import packed
-from moe_compress.model.packed import KERNEL_ROWS, PackedMatrix, dequantized, kernel_lacks, pack, unpack
+from moe_compress.model import kernels
+from moe_compress.model.codes import dequantized, pack, unpack
+from moe_compress.model.kernels import KERNEL_ROWS, kernel_lacks
+from moe_compress.model.packed import PackedMatrix
 
 BITS = (2, 3, 4, 8)
 MOST = KERNEL_ROWS["cpu"]
@@ -184,10 +186,11 @@ def test_gradients_flow_to_the_inputs(strict):
 
 
 PLAIN_PROCESSOR = """
-import importlib.util, sys, torch
-spec = importlib.util.spec_from_file_location("packed", sys.argv[1])
-packed = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(packed)
+import importlib, sys, torch, types
+package = types.ModuleType("shipped")
+package.__path__ = [sys.argv[1]]
+sys.modules["shipped"] = package
+packed = importlib.import_module("shipped.packed")
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 codes = torch.randint(-8, 8, (80, 64), dtype=torch.int8)
 matrix = packed.PackedMatrix.of(codes, torch.ones(80, 2).bfloat16(), 4)
@@ -201,7 +204,7 @@ assert torch.equal(matrix.codes(), codes)
 def test_processors_without_vector_instructions():
     """Their layout is another, as is ARM's: with a kernel or without, nothing breaks. The module needs torch alone."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", PLAIN_PROCESSOR, str(Path(packed.__file__))]
+    words = [sys.executable, "-c", PLAIN_PROCESSOR, str(Path(kernels.__file__).parent)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

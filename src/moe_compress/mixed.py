@@ -15,10 +15,10 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.methods.slimming.grids import BITS, rtn
 from moe_compress.methods.slimming.widths import by_use, cheapest_widths
 from moe_compress.model import hf
+from moe_compress.model.codes import dequantized
 from moe_compress.model.families import family_of
 from moe_compress.model.matrices import Matrix, layer_matrices
 from moe_compress.model.moe import moe_view
-from moe_compress.model.packed import dequantized
 from moe_compress.recipe import Stage
 from moe_compress.run import Run
 from moe_compress.sensitivity import ROWS

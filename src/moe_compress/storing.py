@@ -20,10 +20,10 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import edited_layers, hf
 from moe_compress.model.applying import shallow
+from moe_compress.model.codes import pack
 from moe_compress.model.edits import PackMatrices
 from moe_compress.model.families import family_of
 from moe_compress.model.matrices import Kind, Matrix, layer_matrices, stored_matrices
-from moe_compress.model.packed import pack
 from moe_compress.model.sublayers import block_names
 from moe_compress.rescaling import Rescale
 from moe_compress.stream.fold import StreamedLayers

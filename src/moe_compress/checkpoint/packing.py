@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.model.packed import WORD, dequantized, pack, unpack
+from moe_compress.model.codes import WORD, dequantized, pack, unpack
 
 WEIGHT = ".weight"
 # What a matrix of another kind of packing has beside its codes: it is not read.

@@ -25,6 +25,7 @@ from .edited_layers import (
     keep_experts,
     merge_experts,
     pack_matrices,
+    round_activations,
     set_top_k,
     skip_experts,
     skip_sublayer,
@@ -38,7 +39,16 @@ LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
 
 EDITS: dict[str, Callable[..., None]] = {
     edit.__name__: edit
-    for edit in (keep_experts, merge_experts, keep_channels, pack_matrices, set_top_k, skip_experts, skip_sublayer)
+    for edit in (
+        keep_experts,
+        merge_experts,
+        keep_channels,
+        pack_matrices,
+        round_activations,
+        set_top_k,
+        skip_experts,
+        skip_sublayer,
+    )
 }
 
 

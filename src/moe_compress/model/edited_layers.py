@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .expert_forward import separate
-from .packed import PackedMatrix
+from .expert_forward import round_experts, separate
+from .packed import PackedMatrix, expect_rounded
 from .rerouting import NOVICES, listen, reroute
+from .rounding import round_inputs, rounds
 from .separate import CHILDREN, SEPARATE, expert_count, is_separate, model_width, narrow, own_tensor
 from .separate import widths as widths_of
 
@@ -197,9 +198,27 @@ def pack_matrices(
             for expert, width in zip(fused.separate, widths, strict=True):
                 dense = expert[CHILDREN[part]]
                 expert[CHILDREN[part]] = PackedMatrix.empty(dense.weight, width, spans[name], dense.bias)
+            if rounds(fused) == "experts":
+                expect_rounded(fused)
         else:
             linear: Any = layer.get_submodule(name)
-            layer.set_submodule(name, PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias))
+            matrix = PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias)
+            if rounds(linear):
+                round_inputs(matrix)
+            layer.set_submodule(name, matrix)
+
+
+def round_activations(layer: nn.Module, names: Mapping[str, Any], *, where: str) -> None:
+    """Round rows to 8 bits: what experts are `sent`, all that `experts` multiply, or `all` linear maps but gates."""
+    if names["experts"] in dict(layer.named_modules()):
+        fused = layer.get_submodule(names["experts"])
+        round_experts(layer.get_submodule(names["block"]), fused, "sent" if where == "sent" else "experts")
+        if where != "sent":
+            expect_rounded(fused)
+    for name, module in layer.named_modules() if where == "all" else ():
+        held = any(f"{name}.".startswith(f"{names[part]}.") for part in ("experts", "router"))
+        if isinstance(module, nn.Linear | PackedMatrix) and module.out_features > 1 and not held:
+            round_inputs(module)
 
 
 # --- routing ------------------------------------------------------------------------------------------------

@@ -242,7 +242,24 @@ class PackMatrices(_OnLayer):
         require_layer(model, self.layer)
 
 
-Edit = KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels | PackMatrices
+@dataclass(frozen=True, slots=True)
+class RoundActivations(_OnLayer):
+    """Round rows of one layer to 8 bits: what experts are sent, all that experts multiply, or all but routers."""
+
+    where: Literal["sent", "experts", "all"]
+    edit: Literal["round_activations"] = field(default="round_activations", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the layer has no experts, and nothing else is to be rounded."""
+        require_layer(model, self.layer)
+        if self.where != "all":
+            shape_of(model, self.layer)
+
+
+Edit = (
+    KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels | PackMatrices
+    | RoundActivations
+)  # fmt: skip
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 
 

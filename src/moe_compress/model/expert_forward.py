@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
+from .rounding import ROUNDS, rounded, rounds
 from .separate import (
     CHILDREN,
     SEPARATE,
@@ -24,6 +25,7 @@ from .separate import (
     expert_count,
     gate_on_input,
     is_separate,
+    multiplied,
     run_one_token,
     run_separate,
     stacks,
@@ -74,12 +76,17 @@ def gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tenso
     gate_R = torch.sigmoid(value_TK.float()).to(hidden_TD.dtype).reshape(-1)[order]
     experts = block.experts
     ends_E = torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32)
-    input_RD = hidden_TD[token_R] * gate_R.unsqueeze(-1)
+    input_RD = sent(experts, hidden_TD[token_R] * gate_R.unsqueeze(-1))
     inner_RF, added_RD = run(experts, input_RD, expert_R, ends_E)
     routed_TD = torch.zeros_like(hidden_TD).index_add_(0, token_R, added_RD)
     output_RD = added_RD / gate_R.unsqueeze(-1)
     _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
     return block.shared_expert(hidden_TD) + routed_TD, logits_TE
+
+
+def sent(experts: nn.Module, hidden_TD: Tensor) -> Tensor:
+    """Tokens as experts get them."""
+    return rounded(hidden_TD) if rounds(experts) else hidden_TD
 
 
 def run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -92,7 +99,7 @@ def run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None)
     multiply = _batched_linear if ends_E is None else functools.partial(_grouped_linear, offs=ends_E)
     if gate_on_input(experts):
         gate_RF, up_RF = multiply(input_RD, experts.gate_up_proj, is_transposed=True).chunk(2, dim=-1)
-        inner_RF = up_RF * experts.act_fn(gate_RF)
+        inner_RF = multiplied(experts, up_RF * experts.act_fn(gate_RF))
         return inner_RF, multiply(inner_RF, experts.down_proj, is_transposed=True)
 
     def linear(x_RI: Tensor, name: str) -> Tensor:
@@ -102,7 +109,7 @@ def run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None)
         return multiply(x_RI, weight, bias=bias_RO, is_transposed=experts.is_transposed)
 
     inner_RF = linear(input_RD, "gate_up_proj" if experts.has_gate else "up_proj")
-    inner_RF = experts._apply_gate(inner_RF) if experts.has_gate else experts.act_fn(inner_RF)
+    inner_RF = multiplied(experts, experts._apply_gate(inner_RF) if experts.has_gate else experts.act_fn(inner_RF))
     output_RD = linear(inner_RF, "down_proj")
     return inner_RF, experts.post_expert_norm(output_RD) if experts.has_post_expert_norm else output_RD
 
@@ -120,7 +127,7 @@ def experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK
     An index that is no expert's number means nobody: such a slot adds nothing, costs nothing and is not reported.
     """
     if len(hidden_TD) == 1 and is_separate(experts) and not experts.__dict__.get(LISTENERS):
-        return run_one_token(experts, hidden_TD, index_TK[0].tolist(), weight_TK[0])
+        return run_one_token(experts, sent(experts, hidden_TD), index_TK[0].tolist(), weight_TK[0])
     top_k = index_TK.shape[-1]
     expert_R, order = torch.sort(index_TK.reshape(-1))
     counts = torch.bincount(expert_R, minlength=experts.num_experts)
@@ -130,7 +137,7 @@ def experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK
     if nobody:
         expert_R, order = expert_R[: int(ends_E[-1])], order[: int(ends_E[-1])]
     token_R, gate_R = order // top_k, weight_TK.reshape(-1)[order]
-    input_RD = hidden_TD[token_R]
+    input_RD = sent(experts, hidden_TD)[token_R]
     inner_RF, output_RD = run(experts, input_RD, expert_R, ends_E)
     weighted_RD = _in_order(output_RD * gate_R.unsqueeze(-1), order, index_TK.numel() if nobody else None)
     routed_TD = weighted_RD.view(len(hidden_TD), top_k, -1).sum(dim=1).to(hidden_TD.dtype)
@@ -147,7 +154,14 @@ def _in_order(sorted_RD: Tensor, order: Tensor, slots: int | None) -> Tensor:
     return sorted_RD[back]
 
 
-# --- from fused to separate ---------------------------------------------------------------------------------
+# --- changing how experts are held and run ------------------------------------------------------------------
+
+
+def round_experts(block: nn.Module, fused: Any, what: str) -> None:
+    """Let an experts module round its rows: what experts are `sent`, or all that `experts` multiply."""
+    fused.__dict__[ROUNDS] = what
+    if not is_separate(fused):
+        _run_here(block, fused)
 
 
 def separate(block: nn.Module, fused: Any) -> None:
@@ -170,12 +184,16 @@ def separate(block: nn.Module, fused: Any) -> None:
     for name in [name for name, tensor in fused._parameters.items() if tensor is not None and "_proj" in name]:
         del fused._parameters[name]
     fused.register_module(SEPARATE, nn.ModuleList(experts))
-    if gate_on_input(fused):
-        block.__class__ = _running(type(block), gate_on_input_forward)
-    else:
-        fused.__class__ = _running(type(fused), experts_forward)
+    _run_here(block, fused)
+
+
+def _run_here(block: Any, fused: Any) -> None:
+    """Let experts run through the functions of this file, whoever calls them."""
+    place, forward = (block, gate_on_input_forward) if gate_on_input(fused) else (fused, experts_forward)
+    if type(place).forward is not forward:
+        place.__class__ = _running(type(place), forward)
 
 
 def _running(kind: Any, forward: Any) -> type:
     """A class that is `kind` in all but its forward."""
-    return type(f"Separate{kind.__name__}", (kind,), {"forward": forward})
+    return type(f"Own{kind.__name__}", (kind,), {"forward": forward})

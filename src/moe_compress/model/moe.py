@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from moe_compress.model.families import Family, family_of, groups_of
 from moe_compress.model.hf import decoder_layers
 from moe_compress.model.rerouting import REROUTE
-from moe_compress.model.separate import CHILDREN, biases, expert_count, is_separate, stacks, widths
+from moe_compress.model.separate import CHILDREN, biases, expert_count, is_separate, model_width, stacks, widths
 
 ROUTER_WORDS = ("Router", "Gate", "Gating")
 
@@ -28,6 +28,8 @@ class MoEShape:
     layer: int
     num_experts: int
     top_k: int
+    active: float | None = None
+    width: int = 0
     inner: int = 0
     groups: int = 1
     groups_used: int = 1
@@ -224,6 +226,8 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         layer=index,
         num_experts=view.num_experts,
         top_k=view.top_k or getattr(config, family.top_k_key),
+        active=view.active,
+        width=model_width(view.experts),
         inner=inner_width(view),
         groups=groups,
         groups_used=groups_used,

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from .rounding import rounded, rounds
+
 SEPARATE = "separate"
 # What an expert's matrices are called. No `gate`: checkpoints of some families are renamed wherever it occurs.
 CHILDREN = {"gate": "w_switch", "up": "w_up", "down": "w_down"}
@@ -167,8 +169,17 @@ def run_one_token(fused: Any, hidden_1D: Tensor, chosen: Sequence[int], weight_K
     return torch.stack(added, 1).sum(1).to(hidden_1D.dtype)
 
 
+def multiplied(fused: nn.Module, inner_RF: Tensor) -> Tensor:
+    """Inputs of down projections as these multiply them."""
+    return rounded(inner_RF) if rounds(fused) == "experts" else inner_RF
+
+
 def _inner(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
     """What the down projection of one expert is given."""
+    return multiplied(fused, _activated(fused, expert, x_RD))
+
+
+def _activated(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
     up_RF = expert[CHILDREN["up"]](x_RD)
     if CHILDREN["gate"] not in expert:
         return fused.act_fn(up_RF)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.model import hf
+from moe_compress.model.codes import dequantized
 from moe_compress.model.families import Family
 from moe_compress.model.hf import RoutedRows
 from moe_compress.model.matrices import INNER, ROUTED, ROUTER, Kind, Matrix, layer_matrices
 from moe_compress.model.moe import moe_view
-from moe_compress.model.packed import dequantized
 from moe_compress.stream.observers import BatchInfo
 
 Statistic = Literal["squares", "grams"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.methods.slimming.grids import rtn
-from moe_compress.model.packed import dequantized
+from moe_compress.model.codes import dequantized
 
 STEPS = 20
 LEAST = 1e-4

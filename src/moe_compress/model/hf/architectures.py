@@ -14,15 +14,28 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
 
-from moe_compress.model import edited, edited_layers, expert_forward, packed, rerouting, separate
+from moe_compress.model import (
+    codes,
+    edited,
+    edited_layers,
+    expert_forward,
+    kernels,
+    packed,
+    rerouting,
+    rounding,
+    separate,
+)
 
 MODELLING_FILE = "modeling_moe_compress"
 SHIPPED = {
+    "codes": codes,
     "edited": edited,
     "edited_layers": edited_layers,
     "expert_forward": expert_forward,
+    "kernels": kernels,
     "packed": packed,
     "rerouting": rerouting,
+    "rounding": rounding,
     "separate": separate,
 }
 
