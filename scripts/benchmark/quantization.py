@@ -23,9 +23,10 @@ from moe_compress import zoo
 from moe_compress.harness.speed import Setting, compare_speed
 from moe_compress.methods.slimming.gptq import gptq
 from moe_compress.methods.slimming.grids import Clip, rtn
+from moe_compress.model.codes import dequantized
 from moe_compress.model.expert_forward import experts_forward, separate
 from moe_compress.model.moe import moe_views
-from moe_compress.model.packed import PackedMatrix, dequantized
+from moe_compress.model.packed import PackedMatrix
 from moe_compress.runtime import atomic_write, gigabytes
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
