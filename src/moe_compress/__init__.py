@@ -9,7 +9,7 @@ Importing the package also lets `AutoModelForCausalLM` load the checkpoints whos
 import importlib
 from typing import Any
 
-from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, table
+from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, routing, table
 
 __version__ = "0.1.0"
 # Fetched when first asked for.
@@ -18,7 +18,8 @@ COMPRESSOR = (
     "MoELayerInfo", "estimate_compressed_size", "estimate_model_size", "get_moe_layer_info",
     "print_compression_summary",
 )  # fmt: skip
-__all__ = ["analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "table", *COMPRESSOR]
+COMMANDS = ("analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "routing", "table")
+__all__ = [*COMMANDS, *COMPRESSOR]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,6 +115,15 @@ def compare(words: Annotated[list[str], _words("two models, then options of the 
 
 
 @app.command()
+def routing(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
+    """Say how far a checkpoint routes otherwise than its original, layer by layer: routing FOLDER [original=...]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    show_markdown(api.routing(words[0], **_pairs(words[1:])).markdown())
+
+
+@app.command()
 def table(
     words: Annotated[
         list[str] | None,

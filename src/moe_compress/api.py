@@ -19,6 +19,7 @@ from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
+from moe_compress.fidelity import RoutingReport, routing_report
 from moe_compress.forecast import Forecast, forecast
 from moe_compress.harness import generations
 from moe_compress.harness.generations import Comparison
@@ -108,6 +109,19 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
     path = record.save(run.results("records"))
     run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
     return Result(checkpoint.folder, record, original)
+
+
+def routing(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> RoutingReport:
+    """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
+    if "model" in options:
+        raise ValueError("routing takes the checkpoint as its first word; what it is compared with is original=.")
+    opened = open_model(str(checkpoint), recipe.make_options({**options, "model": checkpoint}).revision)
+    base = _original(opened, original)
+    run = start(recipe.make_options({**options, "model": base.name}).resolved())
+    with threads(run.options.threads):
+        report = routing_report(opened, base, run)
+    report.save(run.results("routing"))
+    return report
 
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:

@@ -13,10 +13,13 @@ from safetensors import SafetensorError
 from moe_compress.checkpoint.load import load_model, load_tokenizer
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import manifest_of
-from moe_compress.harness import perplexity, statistics
+from moe_compress.fidelity import ancestry_of
+from moe_compress.harness import perplexity, routing, statistics
 from moe_compress.harness.flops import sizes
 from moe_compress.harness.perplexity import Measurement, Original
+from moe_compress.harness.routing import RoutingSample, Samples, fidelity, free_running
 from moe_compress.model import hf
+from moe_compress.model.families import family_of
 from moe_compress.report.record import Metric, Record, environment, now
 from moe_compress.run import Run
 from moe_compress.runtime import dtype_name, fingerprint, log
@@ -55,19 +58,23 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
     return Yardstick(windows, items, {**protocol, "id": fingerprint(protocol)})
 
 
-def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> Original:
-    """The original's measurement and final hidden states, measured once and kept under runs/originals."""
+def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> tuple[Original, Samples]:
+    """The original's measurement, final hidden states and routing, measured once and kept under runs/originals."""
     path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
-    if not path.is_file():
+    routed = path.with_suffix(".routing.safetensors")
+    if not path.is_file() or not routed.is_file():
         log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
         layers = layers_of(checkpoint, run)
-        measurement, hidden_NSD = _measure(layers, checkpoint, stick, None, run)
+        measurement, hidden_NSD, samples = _measure(layers, checkpoint, stick, None, run)
+        routing.save(routed, samples)
         perplexity.save_original(path, measurement, hidden_NSD)
     outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
     try:
-        return perplexity.load_original(path, outer.model, stick.windows)
+        return perplexity.load_original(path, outer.model, stick.windows), routing.load(routed)
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole measurement: remove it, and it is measured anew.") from error
+        raise ValueError(
+            f"{path} and {routed.name} are no whole measurement: remove them, and it is measured anew."
+        ) from error
 
 
 def _pair(checkpoint: Checkpoint, stick: Yardstick) -> str:
@@ -85,17 +92,20 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
 
 def _measure(
     layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None, run: Run
-) -> tuple[Measurement, Any]:
+) -> tuple[Measurement, Any, Samples]:
     """Measure; the layers that an interrupted run has done are not run again."""
     state = run.results("originals") / f"{_pair(checkpoint, stick)}.partial"
     with progress_bar("evaluating") as progress:
-        measurement, hidden_NSD = perplexity.measure(layers, stick.windows, original, state=state, progress=progress)
+        watch = [RoutingSample(family_of(checkpoint.config), stick.windows)]
+        measurement, hidden_NSD, seen = perplexity.measure(
+            layers, stick.windows, original, watch, state=state, progress=progress
+        )
         if stick.items:
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
             correct = perplexity.answers(layers, stick.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
     shutil.rmtree(state)
-    return measurement, hidden_NSD
+    return measurement, hidden_NSD, free_running(seen)
 
 
 def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[Record, Record]:
@@ -104,16 +114,28 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
     if words != others:
         raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
     stick = yardstick(base, run)
-    original = original_of(base, stick, run)
+    original, routed = original_of(base, stick, run)
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
     if checkpoint.folder == base.folder:
         return first, first
-    measurement, _ = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
-    found = statistics.metrics(measurement, original.measurement)
+    measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
+    found = statistics.metrics(measurement, original.measurement) | _routing(checkpoint, base, routed, samples, stick)
     record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run)
     for name, sums in ((first.name, original.measurement), (record.name, measurement)):
         perplexity.save_documents(run.results("documents") / f"{name}.safetensors", sums)
     return record, first
+
+
+def _routing(
+    checkpoint: Checkpoint, base: Checkpoint, before: Samples, after: Samples, stick: Yardstick
+) -> dict[str, statistics.Metric]:
+    """How far the free-running routing differs; nothing where it is not known whose experts are whose."""
+    try:
+        found = fidelity(before, after, ancestry_of(checkpoint, base), stick.windows)
+    except ValueError as error:
+        log.info("routing is not compared: %s", error)
+        return {}
+    return {f"routing_{name}": value for name, value in found.together.items()}
 
 
 def make_record(

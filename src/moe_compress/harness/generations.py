@@ -89,8 +89,8 @@ def compare(
         share, prefix = token_overlap(one, other)
         texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (one, other)]
         generations.append(Generation(prompt, texts[0], texts[1], share, prefix, max(len(one), len(other))))
-    first, hidden_NSD = measure(ResidentLayers(before), windows, progress=progress)
-    second, _ = measure(ResidentLayers(after), windows, Original(hidden_NSD, before, first), progress=progress)
+    first, hidden_NSD, _ = measure(ResidentLayers(before), windows, progress=progress)
+    second, *_ = measure(ResidentLayers(after), windows, Original(hidden_NSD, before, first), progress=progress)
     found = statistics.metrics(second, first)
     return Comparison(
         generations,

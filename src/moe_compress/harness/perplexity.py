@@ -19,6 +19,7 @@ from moe_compress.checkpoint.shards import write_shard
 from moe_compress.model import hf
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, Progress, fold
+from moe_compress.stream.observers import Observer
 from moe_compress.zoo.tasks import Item
 
 LOGITS_PER_CHUNK = 1 << 25
@@ -54,13 +55,14 @@ def measure(
     layers: Layers,
     windows: Windows,
     original: Original | None = None,
+    watch: Sequence[Observer] = (),
     *,
     state: Path | None = None,
     progress: Progress | None = None,
-) -> tuple[Measurement, Tensor]:
-    """Run the text through the model; returns the sums per document and the final hidden states [N, S, D]."""
-    _, hidden_NSD = fold(layers, windows, state=state, progress=progress)
-    return score_hidden(layers.model, hidden_NSD, windows, original), hidden_NSD
+) -> tuple[Measurement, Tensor, list[list[dict[str, Tensor]]]]:
+    """Run the text through the model: sums per document, final hidden states [N, S, D], what the observers saw."""
+    seen, hidden_NSD = fold(layers, windows, watch, state=state, progress=progress)
+    return score_hidden(layers.model, hidden_NSD, windows, original), hidden_NSD, seen
 
 
 @torch.no_grad()

@@ -125,6 +125,7 @@ def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
         "change of NLL": _cell(records, "delta_nll", 4, sign=True),
         "KL": _cell(records, "kl", 4),
         "same top token": _cell(records, "top1_agreement", 3),
+        "same experts": _cell(records, "routing_overlap", 3),
         "tasks right": _cell(records, "task_accuracy", 3),
     }
     if first.cost:
