@@ -18,8 +18,9 @@ COMPRESSOR = (
     "MoELayerInfo", "estimate_compressed_size", "estimate_model_size", "get_moe_layer_info",
     "print_compression_summary",
 )  # fmt: skip
-COMMANDS = ("analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "routing", "table")
-__all__ = [*COMMANDS, *COMPRESSOR]
+__all__ = [
+    "analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "routing", "table", *COMPRESSOR,
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Whether a compressed model still routes as the original does, layer by layer.
 
 Two ways to ask, never mixed: *free-running*, each model on its own hidden states, where changes add up, and
-*teacher-forced*, both layers on the original's, where a layer's routing changes only if something before its experts did.
+*teacher-forced*, both layers on the original's, where its own changes alone count.
 T sampled tokens, E experts of the original, F of the other.
 """
 
@@ -188,7 +188,7 @@ def _layer(
 def utilisation(count_E: Tensor, tokens: float) -> dict[str, Any]:
     """How evenly experts are used.
 
-    cv: standard deviation over mean of the tokens per expert; busiest: largest over mean; dead: experts without a token;
+    cv: standard deviation over mean of the tokens per expert; busiest: largest over mean; dead: without a token;
     dead_below: the share of tokens below which each of them really is, with 95 % confidence.
     """
     mean = float(count_E.mean())
