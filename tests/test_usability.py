@@ -170,8 +170,6 @@ def test_every_option_and_parameter_is_documented_with_its_default():
 @pytest.mark.parametrize(
     ("sentence", "model", "note"),
     [
-        ("expert_drop", "deepseek-ai/DeepSeek-V3", "published in FP8, which is not read yet: compress a bf16 copy"),
-        ("expert_drop", "openai/gpt-oss-20b", "published in MXFP4, which is not read yet: compress a bf16 copy"),
         ("skip share=0.5", "tiny-mixtral", "How many experts are skipped depends on the text"),
         ("expert_drop novice=mean", "tiny-mixtral", "How many tokens meet a mean output depends on the text"),
         ("expert_drop", "tiny-mixtral", ""),

@@ -86,7 +86,5 @@ def zoo_markdown() -> str:
         checkpoint = open_checkpoint(zoo.path(name), name)
         lines.append(f"- `{name}`: {gigabytes(checkpoint.bytes)}, {checkpoint.num_layers} layers, {zoo.path(name)}")
     lines += ["", "### Shapes known offline (for `plan`)", ""]
-    for hub_id in zoo.known_configs():
-        stored = zoo.STORED_AS.get(hub_id)
-        lines.append(f"- `{hub_id}`" + (f": published in {stored}; to compress it, use a bf16 copy" if stored else ""))
+    lines += [f"- `{hub_id}`" for hub_id in zoo.known_configs()]
     return "\n".join(lines)

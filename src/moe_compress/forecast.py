@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from moe_compress import zoo
 from moe_compress.checkpoint.reader import architecture_values
 from moe_compress.harness.flops import Sizes, sizes
 from moe_compress.model import hf
 from moe_compress.model.applying import apply_edits
 from moe_compress.model.edits import KeepExperts, SkipExperts
 from moe_compress.model.forms import form_after
-from moe_compress.model.packing_config import packed_edits
+from moe_compress.model.packing_config import packed_edits, scale_bytes
 from moe_compress.planning import DryRun, dry_run
 from moe_compress.recipe import Recipe
 from moe_compress.runtime import DTYPES, gigabytes, resolve_device, resolve_dtype
@@ -57,14 +56,15 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
     room = packed_edits(model, values)
     apply_edits(model, room)
-    before = sizes(model, options.length, stored)
+    scale = scale_bytes(values)
+    before = sizes(model, options.length, stored, scale)
     dry = dry_run(recipe, model, packed=bool(room))
     form = form_after(values, dry.edits)
     left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(
         model=options.model,
         before=before,
-        after=sizes(left, options.length, stored),
+        after=sizes(left, options.length, stored, scale),
         form="plain" if form.plain else "edited",
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
@@ -76,11 +76,6 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
 def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
     """What the sizes leave open."""
     notes = []
-    name = recipe.options.model
-    if name in zoo.STORED_AS:
-        notes.append(
-            f"{name} is published in {zoo.STORED_AS[name]}, which is not read yet: compress a bf16 copy of it."
-        )
     if any(stage.method == "prune" for stage in recipe.stages):
         notes.append(
             "Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them."

@@ -74,7 +74,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
     if packed:
         raise ValueError(
             "weights beside those that are packed in a plain format do not change any more: put this stage before the "
-            "one that made them so, or pack with format=packed."
+            "one that made them so, or pack with format=packed (of a model that is published so, use a bf16 copy)."
         )
     check_weights(stage, model)
     if stage.needs == "grams":

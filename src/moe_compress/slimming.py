@@ -118,8 +118,8 @@ class _Slimmer:
         self.format = format_of(stage, layers.model)
         self.spans = spans_of(stage, layers.model)
         self.store = STORES[self.format](source, layers, writer, self.kinds)
+        writer.values = {**source.values, **form_of(self.format, stage, self.model, self.spans)[1]}
         # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
-        writer.packed_bits = int(self.options["bits"]) if str(self.options.get("bits")).isdigit() else None
         self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
         self.shares: dict[int, Tensor] = {}
         self.bits: Bits | None = None

@@ -1,28 +1,68 @@
-"""Packed weights in files, in the layouts of compressed-tensors and of GPTQ, read as the numbers they stand for.
+"""Weights that files hold as several tensors, read as the numbers they stand for, and moved as bytes.
 
-O outputs, I inputs, G groups of inputs, W words.
+Whole codes and scales: the layouts of compressed-tensors and of GPTQ. Floating-point codes, scales of blocks: FP8 as
+DeepSeek-V3 is published, MXFP4 as GPT-OSS is. O outputs, I inputs, G groups of inputs, W words, E experts, B blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from moe_compress.model.codes import WORD, dequantized, pack, unpack
 
-WEIGHT = ".weight"
 # What a matrix of another kind of packing has beside its codes: it is not read.
 FOREIGN = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
-READ = "compressed-tensors pack-quantized, or gptq (symmetric, without act-order)"
+READ = "compressed-tensors pack-quantized, gptq (symmetric, without act-order), fp8 in blocks, mxfp4"
+# Numbers of 4 bits with 2 of exponent, by code.
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E8M0_BIAS = 127
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A packed matrix, whose parts are read when they are asked for; `[...]` is its weights, in the scales' dtype.
+class StoredWeight:
+    """A weight of several tensors, which are read when they are asked for; `[...]` is its numbers.
+
+    NAMES: how its tensors end, that which tells the dtype first; SIGN: the one by which it is known.
+    """
+
+    NAMES: ClassVar[tuple[str, ...]] = ()
+    SIGN: ClassVar[str] = ""
+    END: ClassVar[str] = ".weight"
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The numbers."""
+        raise NotImplementedError
+
+    def get_dtype(self) -> str:
+        """As a safetensors slice says it."""
+        return "F32"
+
+    @classmethod
+    def stem(cls, name: str) -> str:
+        """What the names of its tensors begin with, from the name of the weight."""
+        return name.removesuffix(cls.END)
+
+    @property
+    def _held(self) -> list[str]:
+        return [each.name for each in fields(self) if not each.kw_only]
+
+    def parts(self) -> dict[str, Any]:
+        """What it is made of, by how the names end."""
+        return dict(zip(self.NAMES, (getattr(self, name) for name in self._held), strict=True))
+
+    def each(self, change: Callable[[Any], Any]) -> Self:
+        """The same with something else in place of each part."""
+        return replace(self, **{name: change(getattr(self, name)) for name in self._held})
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight(StoredWeight):
+    """A packed matrix; its numbers come in the scales' dtype.
 
     compressed-tensors: `X.weight_packed`, `X.weight_scale` and `X.weight_shape` for `X.weight`.
     """
@@ -32,7 +72,8 @@ class PackedWeight:
     shape: Any
     bits: int | None = field(default=None, kw_only=True)
 
-    NAMES: ClassVar[tuple[str, ...]] = ("weight_scale", "weight_packed", "weight_shape")
+    NAMES: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight_packed", ".weight_shape")
+    SIGN: ClassVar[str] = ".weight_packed"
 
     def __getitem__(self, _everything: Any) -> Tensor:
         """The weights [O, I]."""
@@ -49,19 +90,6 @@ class PackedWeight:
         words_OW, inputs = self.words[...], int(self.shape[...][1])
         return words_OW, self.scale[...], self.bits or words_OW.shape[1] * WORD // inputs, inputs
 
-    def get_dtype(self) -> str:
-        """As a safetensors slice says it."""
-        return "F32"
-
-    def parts(self) -> dict[str, Any]:
-        """What it is made of, that of the scales first, by the last part of the names."""
-        held = [getattr(self, each.name) for each in fields(self) if each.name != "bits"]
-        return dict(zip(self.NAMES, held, strict=True))
-
-    def each(self, change: Callable[[Any], Any]) -> PackedWeight:
-        """The same with something else in place of each part."""
-        return type(self)(*(change(part) for part in self.parts().values()), bits=self.bits)
-
 
 @dataclass(frozen=True, slots=True)
 class GptqWeight(PackedWeight):
@@ -69,7 +97,8 @@ class GptqWeight(PackedWeight):
 
     g_idx: Any
 
-    NAMES: ClassVar[tuple[str, ...]] = ("scales", "qweight", "qzeros", "g_idx")
+    NAMES: ClassVar[tuple[str, ...]] = (".scales", ".qweight", ".qzeros", ".g_idx")
+    SIGN: ClassVar[str] = ".qweight"
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """The same, whatever the layout."""
@@ -81,42 +110,102 @@ class GptqWeight(PackedWeight):
         return words_OW, scale_OG, self.bits or words_OW.shape[1] * WORD // inputs, inputs
 
 
-LAYOUTS: tuple[type[PackedWeight], ...] = (PackedWeight, GptqWeight)
+@dataclass(frozen=True, slots=True)
+class Fp8Weight(StoredWeight):
+    """A matrix [O, I] of 8-bit floating-point numbers, and a factor for every block of it (DeepSeek-V3), in fp32."""
+
+    scale: Any
+    codes: Any
+    block: tuple[int, int] = field(default=(128, 128), kw_only=True)
+
+    NAMES: ClassVar[tuple[str, ...]] = (".weight_scale_inv", ".weight")
+    SIGN: ClassVar[str] = ".weight_scale_inv"
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The numbers [O, I]."""
+        codes_OI, scale_BB = self.codes[...].float(), self.scale[...].float()
+        for dim, size in enumerate(self.block):
+            scale_BB = scale_BB.repeat_interleave(size, dim).narrow(dim, 0, codes_OI.shape[dim])
+        return codes_OI * scale_BB
 
 
-def stored_parts(name: str, weight: PackedWeight) -> dict[str, Any]:
-    """A matrix by the names of its parts."""
-    stem = name.removesuffix(WEIGHT)
-    return {f"{stem}.{last}": part for last, part in weight.parts().items()}
+@dataclass(frozen=True, slots=True)
+class Mxfp4Weight(StoredWeight):
+    """All experts' matrices [E, O, I]: blocks of 32 inputs with a power of two each, two codes a byte (GPT-OSS).
+
+    Its numbers come as the model computes with them, [E, I, O], in bf16, which holds them exactly.
+    """
+
+    scale: Any
+    codes: Any
+
+    NAMES: ClassVar[tuple[str, ...]] = ("_scales", "_blocks")
+    SIGN: ClassVar[str] = "_blocks"
+    END: ClassVar[str] = ""
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The numbers [E, I, O]."""
+        octets, exponent_EOB = self.codes[...], self.scale[...].int() - E8M0_BIAS
+        value = torch.tensor([*E2M1, *(-number for number in E2M1)])
+        number = torch.stack([value[(octets & 15).int()], value[(octets >> 4).int()]], -1).flatten(-2)
+        return torch.ldexp(number, exponent_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
+
+    def experts(self, chosen: Sequence[int]) -> Mxfp4Weight:
+        """The same of some experts, as they are."""
+        return self.each(lambda part: part[...][list(chosen)])
 
 
-def bits_of(values: Mapping[str, Any]) -> int | None:
-    """The width of all packed matrices, where config.json knows of one: narrow matrices do not tell 3 bits from 4."""
+LAYOUTS: dict[str, tuple[type[StoredWeight], ...]] = {
+    "compressed-tensors": (PackedWeight,),
+    "gptq": (GptqWeight,),
+    "fp8": (Fp8Weight,),
+    "mxfp4": (Mxfp4Weight,),
+}
+
+
+def stored_parts(name: str, weight: StoredWeight) -> dict[str, Any]:
+    """A weight by the names of its tensors."""
+    return {f"{weight.stem(name)}{end}": part for end, part in weight.parts().items()}
+
+
+def settings_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json alone knows of its stored weights, for their classes: bits, or the size of blocks.
+
+    bits: the width of all packed matrices, where there is one: narrow matrices do not tell 3 bits from 4.
+    """
     config = values.get("quantization_config") or {}
+    if config.get("quant_method") == "fp8":
+        return {"block": tuple(config["weight_block_size"])}
+    if config.get("quant_method") == "mxfp4":
+        return {}
     groups = config.get("config_groups", {}).values()
     found = {config.get("bits"), *(group["weights"]["num_bits"] for group in groups if group.get("weights"))} - {None}
-    return found.pop() if len(found) == 1 else None
+    return {"bits": found.pop()} if len(found) == 1 else {}
 
 
-def with_weights(tensors: Mapping[str, Any], bits: int | None = None) -> dict[str, Any]:
-    """Tensors by name, with one PackedWeight in place of its parts. bits: of all of them, if known.
+def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by name, with one StoredWeight in place of its parts, as the config `values` say they are stored.
 
     Raises ValueError for a matrix that is packed in another way, or whose parts are not all there.
     """
-    found: dict[str, Any] = {}
-    known = {last: layout for layout in LAYOUTS for last in layout.NAMES}
-    for name, tensor in tensors.items():
-        stem, _, last = name.rpartition(".")
-        if last in FOREIGN:
+    config, settings = values.get("quantization_config"), settings_of(values)
+    if not config:
+        return dict(tensors)
+    layouts, found = LAYOUTS[config["quant_method"]], dict(tensors)
+    for name in tensors:
+        if name.endswith(FOREIGN):
+            stem, _, last = name.rpartition(".")
             raise ValueError(f"{stem} is packed with {last}, which is not read: use a bf16 copy, or symmetric weights.")
-        layout = known.get(last)
-        if layout is None or f"{stem}.{layout.NAMES[1]}" not in tensors:
-            found[name] = tensor
-        elif last == layout.NAMES[1]:
-            absent = [f"{stem}.{part}" for part in layout.NAMES if f"{stem}.{part}" not in tensors]
+        for layout in layouts:
+            if not name.endswith(layout.SIGN):
+                continue
+            stem = name.removesuffix(layout.SIGN)
+            parts = [f"{stem}{end}" for end in layout.NAMES]
+            absent = [part for part in parts if part not in tensors]
             if absent:
                 raise ValueError(f"{absent[0]} is missing beside {name}: fetch the checkpoint again.")
-            found[f"{stem}{WEIGHT}"] = layout(*(tensors[f"{stem}.{part}"] for part in layout.NAMES), bits=bits)
+            held = [found.pop(part) for part in parts]
+            found[f"{stem}{layout.END}"] = layout(*held, **settings)
     return found
 
 
@@ -141,7 +230,13 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
         return
     kind, layout = config.get("quant_method", "quantized"), config.get("format", "")
     plain_gptq = config.get("sym") and not config.get("desc_act") and config.get("checkpoint_format") == "gptq"
-    if (kind, layout) == ("compressed-tensors", "pack-quantized") or (kind == "gptq" and plain_gptq):
+    readable = {
+        "compressed-tensors": layout == "pack-quantized",
+        "gptq": plain_gptq,
+        "fp8": config.get("fmt", "e4m3") == "e4m3" and len(config.get("weight_block_size") or ()) == 2,
+        "mxfp4": True,
+    }
+    if readable.get(kind):
         return
     stored = " ".join([kind, layout]).strip()
     raise ValueError(f"{folder} is stored in {stored} format, which is not read: use a bf16 or fp32 copy, or {READ}.")

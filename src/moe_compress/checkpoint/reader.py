@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoint import deepseek_v1
-from moe_compress.checkpoint.packing import PackedWeight, bits_of, require_readable, with_weights
+from moe_compress.checkpoint.packing import PackedWeight, StoredWeight, require_readable, with_weights
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
@@ -37,12 +37,12 @@ class Virtual:
     source: Region | None
 
 
-Entry = Region | Virtual | PackedWeight
+Entry = Region | Virtual | StoredWeight
 
 
 def regions_of(entry: Entry) -> list[Region]:
     """Where the bytes of a tensor lie, those that say its dtype first; nowhere for a constant."""
-    if isinstance(entry, PackedWeight):
+    if isinstance(entry, StoredWeight):
         return list(entry.parts().values())
     found = entry if isinstance(entry, Region) else entry.source
     return [] if found is None else [found]
@@ -143,7 +143,7 @@ def _opened(entry: Entry, lazy: Callable[[Region], Any]) -> Any:
     """A tensor as something that is read when it is asked for."""
     if isinstance(entry, Region):
         return lazy(entry)
-    if isinstance(entry, PackedWeight):
+    if isinstance(entry, StoredWeight):
         return entry.each(lazy)
     return entry.make(None if entry.source is None else lazy(entry.source)[:])
 
@@ -157,9 +157,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
         raise ValueError(
             f"{folder} holds tensors of type {foreign[0]}, which is not read yet: use a bf16 or fp32 copy."
         )
-    tensors: dict[str, Entry] = (
-        with_weights(stored, bits_of(values)) if values.get("quantization_config") else dict(stored)
-    )
+    tensors: dict[str, Entry] = with_weights(stored, values)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)

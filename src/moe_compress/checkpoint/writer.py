@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from moe_compress.checkpoint.packing import PackedWeight, stored_parts, with_weights
+from moe_compress.checkpoint.packing import StoredWeight, stored_parts, with_weights
 from moe_compress.checkpoint.reader import INDEX, Checkpoint, Entry, Virtual, regions_of
 from moe_compress.checkpoint.shards import STORED_DTYPES, read_regions, write_shard
 from moe_compress.model import hf
@@ -49,8 +49,8 @@ class CheckpointWriter:
         self.extra = source.extra_layers if keep_extra_layers else []
         self.source = source
         self.partial = partial_folder(out)
-        # Of all matrices that are written packed, where one number says it.
-        self.packed_bits: int | None = None
+        # What config.json will say; until it is known, what the source's says.
+        self.values: Mapping[str, Any] = source.values
         self.layers = list(range(source.num_layers) if layers is None else layers)
         self._begin(identity)
 
@@ -79,7 +79,7 @@ class CheckpointWriter:
         """A written layer's tensors, read where they are used, by the source's names."""
         with safe_open(self._shard(layer), "pt") as shard:
             named = {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
-            yield with_weights(named, self.packed_bits)
+            yield with_weights(named, self.values)
 
     def copy(self, layer: int | None) -> None:
         """Pass one layer through untouched, byte for byte."""
@@ -91,13 +91,13 @@ class CheckpointWriter:
         with self.source.read(made) as values:
             self._put(layer, {**stored, **values})
 
-    def write(self, layer: int, tensors: Mapping[str, Tensor | PackedWeight]) -> None:
+    def write(self, layer: int, tensors: Mapping[str, Tensor | StoredWeight]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""
         default = self.source.tensors[self.source.keys(layer)[0]]
         found: dict[str, Any] = {}
         for key, tensor in tensors.items():
             like = self.source.tensors.get(key, default)
-            found[key] = tensor if isinstance(tensor, PackedWeight) else _as_stored(tensor, like)
+            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(tensor, like)
         self._put(layer, found)
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
@@ -107,7 +107,7 @@ class CheckpointWriter:
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
         parts: dict[str, Any] = {}
         for key, tensor in tensors.items():
-            parts |= stored_parts(key, tensor) if isinstance(tensor, PackedWeight) else {key: tensor}
+            parts |= stored_parts(key, tensor) if isinstance(tensor, StoredWeight) else {key: tensor}
         write_shard(self._shard(layer), parts)
 
     def finish(

@@ -40,8 +40,11 @@ class Sizes:
         return asdict(self)
 
 
-def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
-    """Count a model or a skeleton; `context` tokens attend to each other, `stored` is the dtype on disk."""
+def sizes(model: PreTrainedModel, context: int, stored: torch.dtype, scale_bytes: float | None = None) -> Sizes:
+    """Count a model or a skeleton; `context` tokens attend to each other, `stored` is the dtype on disk.
+
+    scale_bytes: what a scale of packed weights takes there, if not that.
+    """
     embedding = model.get_input_embeddings()
     head = model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
@@ -54,7 +57,8 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype) -> Sizes:
             if parameter is None or (tied and module is head):
                 continue
             active = _active_fraction(module, parameter, active_experts, top_k)
-            size += parameter.numel() * (parameter if name in PACKED else empty).element_size()
+            each = (parameter if name in PACKED else empty).element_size()
+            size += round(parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each))
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]
             total += parameter.numel()

@@ -5,6 +5,7 @@ Experts have one scheme, all other linear maps another: that is as far as stock 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from moe_compress.model.families import family_of
 from moe_compress.model.matrices import Kind, layer_matrices, stored_matrices
 
 QUANTIZATION = "quantization_config"
+MXFP4_BITS, MXFP4_SPAN = 4, 32
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
@@ -78,8 +80,14 @@ def _patterns(model: PreTrainedModel, kinds: Sequence[Kind]) -> list[str]:
 
 
 def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
-    """The edits that give a skeleton the room for what the config says is packed; none for a config without."""
-    groups = _groups(values.get(QUANTIZATION) or {})
+    """The edits that give a skeleton the room for what the config says is packed; none for a config without.
+
+    Floating-point codes take the room of whole ones of as many bits.
+    """
+    config = values.get(QUANTIZATION) or {}
+    if config.get("quant_method") == "mxfp4":
+        return _mxfp4_edits(model)
+    groups = _groups(config)
     edits, family = [], family_of(model.config)
     for index, layer in enumerate(hf.decoder_layers(model) if groups else ()):
         bits: dict[str, list[int]] = {}
@@ -95,8 +103,32 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     return edits
 
 
+def _mxfp4_edits(model: PreTrainedModel) -> list[PackMatrices]:
+    """All matrices of experts, which families that publish in MXFP4 keep in one stack a layer."""
+    edits, family = [], family_of(model.config)
+    for index, layer in enumerate(hf.decoder_layers(model)):
+        stacks = {matrix.name: matrix.weight_BOI.shape for matrix in layer_matrices(layer, family, ["experts"])}
+        bits = {name: (MXFP4_BITS,) * count for name, (count, _, _) in stacks.items()}
+        spans = {name: math.gcd(MXFP4_SPAN, inputs) for name, (_, _, inputs) in stacks.items()}
+        if bits:
+            edits.append(PackMatrices(index, bits, spans))
+    return edits
+
+
+def scale_bytes(values: Mapping[str, Any]) -> float | None:
+    """What a scale takes of a file, where it is not one number of the model's dtype for a group of inputs."""
+    config = values.get(QUANTIZATION) or {}
+    if config.get("quant_method") == "fp8":  # one in fp32 for a block of outputs as well
+        return 4 / float(config["weight_block_size"][0])
+    return 1.0 if config.get("quant_method") == "mxfp4" else None
+
+
 def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Targets and their grids; GPTQ packs every linear map but those that it leaves out."""
+    """Targets and their grids; GPTQ and FP8 pack every linear map but those that they leave out."""
+    if config.get("quant_method") == "fp8":
+        kept = "|".join(re.escape(name) for name in config.get("modules_to_not_convert") or ())
+        target = rf"re:(?!.*(?:{kept})).*" if kept else "re:.*"
+        return {"all": {"targets": [target], "weights": {"num_bits": 8, "group_size": config["weight_block_size"][1]}}}
     if config.get("quant_method") != "gptq":
         return config.get("config_groups", {})
     kept = "|".join(pattern.removeprefix("-:") for pattern in config.get("dynamic") or () if pattern.startswith("-:"))

@@ -56,7 +56,7 @@ def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
     if moe_views(model)[layer].one_by_one:
         raise ValueError(
             f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
-            "put this stage before the one that made them so."
+            "put this stage before the one that made them so, or use a bf16 copy of a model that is published so."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoint.packing import PackedWeight
+from moe_compress.checkpoint.packing import Mxfp4Weight, StoredWeight
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
 from moe_compress.model import hf
@@ -77,12 +77,15 @@ def _edited(
     added: Mapping[str, Tensor],
 ) -> dict[str, Any]:
     """The tensors of a layer after its edits; what was packed stays so."""
-    packed = any(isinstance(checkpoint.tensors[key], PackedWeight) for key in checkpoint.keys(index))
+    packed = any(isinstance(checkpoint.tensors[key], StoredWeight) for key in checkpoint.keys(index))
     before = stored_matrices(model, index) if packed else {}
     for edit in edits:
         apply_edit(model, names, edit)
     tensors: dict[str, Any] = hf.checkpoint_tensors(model, {**hf.layer_state(model, index), **added})
-    return tensors | _still_packed(checkpoint, model, index, names, before, edits) if packed else tensors
+    if packed:
+        tensors |= _still_packed(checkpoint, model, index, names, before, edits)
+        tensors |= _still_stacked(checkpoint, [key for key in checkpoint.keys(index) if key in tensors], edits)
+    return tensors
 
 
 def _still_packed(
@@ -92,15 +95,33 @@ def _still_packed(
     names: Mapping[str, Any],
     before: Mapping[str, tuple[str, int]],
     edits: Sequence[Edit],
-) -> dict[str, PackedWeight]:
+) -> dict[str, StoredWeight]:
     """What is packed in the source and left after the edits, by its new name: the same bytes, never quantized again."""
     entries = {place: checkpoint.tensors.get(key) for key, place in before.items()}
-    found: dict[str, PackedWeight] = {}
+    found: dict[str, StoredWeight] = {}
     for key, (name, number) in stored_matrices(model, index).items():
-        for edit in reversed(edits):
-            if isinstance(edit, KeepExperts) and name.rpartition(".")[0] == names["experts"]:
-                number = edit.experts[number]
+        if name.rpartition(".")[0] == names.get("experts"):
+            number = _number_before(edits, number)
         entry = entries.get((name, number))
-        if isinstance(entry, PackedWeight):
+        if isinstance(entry, StoredWeight):
             found[key] = entry
     return found
+
+
+def _still_stacked(checkpoint: Checkpoint, keys: Sequence[str], edits: Sequence[Edit]) -> dict[str, Any]:
+    """The same of experts that are packed in one stack: those that are left of it."""
+    cuts = [edit for edit in edits if isinstance(edit, KeepExperts)]
+    stacks = [key for key in keys if isinstance(checkpoint.tensors[key], Mxfp4Weight)]
+    if not cuts or not stacks:
+        return {key: checkpoint.tensors[key] for key in stacks}
+    left = [_number_before(cuts, number) for number in range(len(cuts[-1].experts))]
+    with checkpoint.read(stacks) as tensors:
+        return {key: stack.experts(left) for key, stack in tensors.items()}
+
+
+def _number_before(edits: Sequence[Edit], number: int) -> int:
+    """Which expert of the source an expert that is left was."""
+    for edit in reversed(edits):
+        if isinstance(edit, KeepExperts):
+            number = edit.experts[number]
+    return number

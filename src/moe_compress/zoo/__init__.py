@@ -11,9 +11,6 @@ from pathlib import Path
 
 NAMES = ("tiny-mixtral", "tiny-mixtral-seed1", "tiny-deepseek", "tiny-deepseek-seed1")
 
-# Formats in which well-known models are published, where that is not one of those that are read.
-STORED_AS = {"deepseek-ai/DeepSeek-V3": "FP8", "openai/gpt-oss-20b": "MXFP4"}
-
 
 def path(name: str) -> Path:
     """Return the folder of a shipped model."""
