@@ -16,8 +16,11 @@ BITS = (2, 3, 4, 8)
 # Scales that are tried for a group: the full range times 1, 0.98, ..., 0.2.
 SHRINKS = 41
 SHRINK_STEP = 0.02
+# After so many of them, groups that cannot do better any more are left out: with more bits, most cannot soon.
+CHECKED = {2: (), 3: (24, 30), 4: (12, 17, 22), 8: (3, 6)}
+WORTHWHILE = 0.8
 # Weights that are tried together: their buffers stay in a processor's cache.
-PIECE = 1 << 15
+PIECE = 1 << 18
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -51,11 +54,27 @@ def group_scale(
 
 
 def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype, weighs_YG: Tensor) -> Tensor:
-    """The first of the shrunken scales with the least error, [Y, R]."""
+    """The first of the shrunken scales with the least error, [Y, R].
+
+    What a scale cuts off is more with every smaller one: groups for which that alone is too much are done, exactly.
+    """
     best_YR, least_YR = full_YR, torch.full_like(full_YR, torch.inf)
+    found_YR, live_R = full_YR.clone(), torch.arange(full_YR.shape[1], device=full_YR.device)
     off_YGR = torch.empty_like(weight_YGR)
     low, high = code_range(bits)
     for n in range(SHRINKS):
+        if n in CHECKED[bits]:
+            scale_Y1R = _rounded(full_YR * (1 - SHRINK_STEP * n), dtype).unsqueeze(1)
+            torch.abs(weight_YGR, out=off_YGR).add_(low * scale_Y1R).relu_().square_()
+            open_R = (torch.bmm(weighs_YG.unsqueeze(1), off_YGR).squeeze(1) < least_YR).any(0)
+            share = float(open_R.float().mean())
+            if share < WORTHWHILE:
+                found_YR[:, live_R] = best_YR
+                live_R, weight_YGR = live_R[open_R], weight_YGR[:, :, open_R]
+                full_YR, best_YR, least_YR = full_YR[:, open_R], best_YR[:, open_R], least_YR[:, open_R]
+                off_YGR = torch.empty_like(weight_YGR)
+            if not share:
+                break
         scale_YR = _rounded(full_YR * (1 - SHRINK_STEP * n), dtype)
         scale_Y1R = scale_YR.unsqueeze(1)
         torch.div(weight_YGR, scale_Y1R, out=off_YGR)
@@ -63,7 +82,8 @@ def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype
         error_YR = torch.bmm(weighs_YG.unsqueeze(1), off_YGR).squeeze(1)
         better_YR = error_YR < least_YR
         best_YR, least_YR = torch.where(better_YR, scale_YR, best_YR), torch.where(better_YR, error_YR, least_YR)
-    return best_YR
+    found_YR[:, live_R] = best_YR
+    return found_YR
 
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
