@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -234,6 +235,25 @@ def test_experts_are_quantized_and_nothing_else(family, lab, made):
     assert (said["quantized"], said["bits"], said["skipped"]) == ({"experts": 1.0}, {"experts": 3.0}, [])
     few = {i: [e for e, count in enumerate(each) if count < 4] for i, each in said["tokens"].items()}
     assert len(few) == len(layers) and said["unseen"] == {i: found for i, found in few.items() if found}
+
+
+def grid() -> list[Any]:
+    """Every method, width and family; three families of different storage in the default run, the others when asked."""
+    found = itertools.product(tiny.EDITABLE, ("rtn", "gptq", "awq"), BITS)
+    quick = ("mixtral", "deepseek_v3", "gpt_oss")
+    return [pytest.param(*each, marks=() if each[0] in quick else pytest.mark.slow) for each in found]
+
+
+@pytest.mark.parametrize(("family", "method", "bits"), grid())
+def test_every_method_and_width_of_every_family(family, method, bits, lab, made):
+    """Stock transformers gives the logits that the packed checkpoint does, which are near the original's."""
+    folder = made(family, f"quantize method={method} bits={bits} group_size=8 min_tokens=1 clip=max")
+    packed = packed_in(ours(folder))
+    assert packed and {module.bits for module in packed.values()} == {bits}
+    require_alike(ours(folder), theirs(folder))
+    expected, found = logits_of(moe_compress.load(str(lab(family)["model"]), torch.float32)), logits_of(ours(folder))
+    error = float((found - expected).norm() / expected.norm())
+    assert 0 < error < {2: 1.5, 3: 1.0, 4: 0.6, 8: 0.2}[bits]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])

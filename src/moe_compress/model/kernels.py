@@ -35,7 +35,7 @@ def kernel_lacks(matrix: Any, dtype: torch.dtype, device: str) -> str:
         return f"a matrix with {matrix.in_features} inputs does not fit the 8-bit kernel"
     if matrix.bits == 8:
         return "" if matrix.scales.shape[1] == 1 else "the 8-bit kernel takes one scale a row (group_size=0)"
-    if device == "cpu" and not _cpu_block():
+    if device == "cpu" and not _cpu_layout()[0]:
         return "the layout of torch's int4 kernel on this processor is not known"
     step = 16 if device == "cpu" else 8
     if outputs % step or matrix.in_features % (WORD if device == "cpu" else 16 * INNER_TILES):
@@ -74,8 +74,8 @@ class Kernel:
         """The product with rows of inputs."""
         raise NotImplementedError
 
-    def codes(self) -> Tensor:
-        """The signed codes again."""
+    def codes(self, start: int, stop: int) -> Tensor:
+        """The signed codes again, of these outputs; `start` is a multiple of KERNEL_STEP."""
         raise NotImplementedError
 
     def tensors(self) -> list[Tensor]:
@@ -90,8 +90,8 @@ class _Int8(Kernel):
     def multiply(self, rows_RI: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(rows_RI.contiguous(), self.codes_OI, self.scale_O.bfloat16())
 
-    def codes(self) -> Tensor:
-        return self.codes_OI
+    def codes(self, start: int, stop: int) -> Tensor:
+        return self.codes_OI[start:stop]
 
 
 class _Int8Rows(_Int8):
@@ -108,7 +108,7 @@ class _Int4(Kernel):
     """weight = (code + 8 - 8) * scale + 0; scales in bf16, as the kernel takes them."""
 
     def __init__(self, words_OW: Tensor, scale_OG: Tensor, bits: int, inputs: int) -> None:
-        self.shape = torch.Size((len(words_OW), inputs))
+        self.inputs = inputs
         self.group = _kernel_group(inputs // scale_OG.shape[1]) or 0
         scale_OG = scale_OG.repeat_interleave(inputs // self.group // scale_OG.shape[1], 1)
         scale_GO = scale_OG.T.bfloat16()
@@ -123,10 +123,12 @@ class _Int4(Kernel):
         multiply = aten._weight_int4pack_mm if rows_RI.is_cuda else aten._weight_int4pack_mm_for_cpu
         return multiply(rows_RI.contiguous(), self.packed, self.group, self.scales_GO2)
 
-    def codes(self) -> Tensor:
+    def codes(self, start: int, stop: int) -> Tensor:
+        shape = torch.Size((stop - start, self.inputs))
         if self.packed.is_cuda:
-            return _from_cuda_kernel(self.packed, self.shape)
-        return _from_cpu_kernel(self.packed, self.shape, _cpu_block())
+            return _from_cuda_kernel(self.packed[start // 8 : stop // 8], shape)
+        part = self.packed.flatten()[start * self.inputs // 2 : stop * self.inputs // 2]
+        return _from_cpu_kernel(part, shape, *_cpu_layout())
 
 
 def _to_kernel(codes_OI: Tensor) -> Tensor:
@@ -137,14 +139,16 @@ def _to_kernel(codes_OI: Tensor) -> Tensor:
     return torch.ops.aten._convert_weight_to_int4pack(pairs_OI.contiguous(), INNER_TILES)
 
 
-def _from_cpu_kernel(packed: Tensor, shape: torch.Size, block: int) -> Tensor:
+def _from_cpu_kernel(packed: Tensor, shape: torch.Size, block: int, pairs: bool) -> Tensor:
     """Codes of the CPU kernel's layout: blocks of outputs, input by input, the first half of a block in the low bits;
-    what is left of the outputs in pairs of neighbours.
+    what is left of the outputs, and without vector instructions every block, in pairs of neighbours.
     """
     outputs, inputs = shape
     flat, whole = packed.flatten(), outputs // block * block
     blocked = flat[: whole * inputs // 2].view(-1, inputs, block // 2)
-    found = [torch.cat([blocked & 15, blocked >> 4], 2).transpose(1, 2).reshape(whole, inputs)]
+    halves = [blocked & 15, blocked >> 4]
+    joined = torch.stack(halves, 3).flatten(2) if pairs else torch.cat(halves, 2)
+    found = [joined.transpose(1, 2).reshape(whole, inputs)]
     if whole < outputs:
         rest = flat[whole * inputs // 2 :].view(inputs, -1)
         found.append(torch.stack([rest & 15, rest >> 4], 2).flatten(1).T)
@@ -171,14 +175,16 @@ def _cuda_order(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _cpu_block() -> int:
-    """How many outputs this processor's layout takes together, found by trying; 0 for a layout that is not known."""
+def _cpu_layout() -> tuple[int, bool]:
+    """How many outputs this processor's layout takes together, and whether in pairs of neighbours: found out by trying.
+
+    (0, False) for a layout that is not known.
+    """
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (144, 64), dtype=torch.int8, generator=generator)
     packed = _to_kernel(codes)
-    if packed.dtype != torch.uint8 or packed.numel() != codes.numel() // 2:
-        return 0
-    for block in (64, 32, 16, 1 << 30):
-        if torch.equal(_from_cpu_kernel(packed, codes.shape, block), codes):
-            return block
-    return 0
+    if packed.dtype == torch.uint8 and packed.numel() == codes.numel() // 2:
+        for block, pairs in ((64, False), (32, False), (16, False), (64, True), (32, True), (16, True)):
+            if torch.equal(_from_cpu_kernel(packed, codes.shape, block, pairs), codes):
+                return block, pairs
+    return 0, False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .codes import WORD, dequantized, pack, unpack
-from .kernels import Kernel, integers_multiply, kernel_lacks, kernel_of
+from .kernels import KERNEL_STEP, Kernel, integers_multiply, kernel_lacks, kernel_of
 from .rounding import ROUNDS, rounds
 
 PARAMETERS = ("words", "scales")
+# Outputs that are made dense together, where no kernel multiplies.
+TILE = defaultdict(lambda: KERNEL_STEP, cuda=16 * KERNEL_STEP)
 
 
 class PackedMatrix(nn.Module):
@@ -60,15 +63,25 @@ class PackedMatrix(nn.Module):
         """Inputs that share a scale."""
         return self.in_features // self.scales.shape[1]
 
-    def codes(self) -> Tensor:
-        """Signed codes int8 [O, I]."""
+    def codes(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Signed codes int8 [O, I], or those of some outputs, from a multiple of KERNEL_STEP on."""
+        stop = self.out_features if stop is None else stop
         if self.kernel is not None:
-            return self.kernel.codes()
-        return unpack(self.words, self.bits, self.in_features)
+            return self.kernel.codes(start, stop)
+        return unpack(self.words[start:stop], self.bits, self.in_features)
 
-    def dense(self) -> Tensor:
-        """The matrix as plain numbers [O, I], in the dtype of its scales."""
-        return dequantized(self.codes(), self.scales.detach())
+    def dense(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The same as plain numbers, in the dtype of its scales."""
+        return dequantized(self.codes(start, stop), self.scales.detach()[start:stop])
+
+    def _by_tiles(self, x_RI: Tensor) -> Tensor:
+        """The product with tiles of the matrix that are made dense in turn, so that it never is as a whole."""
+        step, found = TILE[x_RI.device.type], []
+        for start in range(0, self.out_features, step):
+            stop = min(start + step, self.out_features)
+            bias = None if self.bias is None else self.bias[start:stop]
+            found.append(linear(x_RI, self.dense(start, stop).to(x_RI.dtype), bias))
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     def forward(self, x_RI: Tensor) -> Tensor:
         """The product with rows of inputs."""
@@ -78,7 +91,7 @@ class PackedMatrix(nn.Module):
             if reason:
                 warnings.warn(f"packed weights are made dense for every product: {reason}.", stacklevel=2)
         if self.kernel is None or not self.kernel.takes(rows):
-            return linear(x_RI, self.dense().to(x_RI.dtype), self.bias)
+            return self._by_tiles(x_RI)
         out_RO = self.kernel.multiply(rows).view(*x_RI.shape[:-1], self.out_features)
         return out_RO if self.bias is None else out_RO + self.bias
 
@@ -95,7 +108,7 @@ class PackedMatrix(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.kernel is not None:
-            destination[f"{prefix}words"] = pack(self.kernel.codes(), self.bits)
+            destination[f"{prefix}words"] = pack(self.codes(), self.bits)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.leave_kernel()  # layouts differ between devices: back to words, and over again there
@@ -104,7 +117,7 @@ class PackedMatrix(nn.Module):
     def leave_kernel(self) -> None:
         """Go back to the words, from which the next product takes the layout that it needs."""
         if self.kernel is not None:
-            self.words = nn.Parameter(pack(self.kernel.codes(), self.bits), requires_grad=False)
+            self.words = nn.Parameter(pack(self.codes(), self.bits), requires_grad=False)
             self.kernel = None
 
 
