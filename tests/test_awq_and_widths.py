@@ -258,8 +258,8 @@ def test_gptq_layout_reads_and_trims_like_the_others(made):
     [
         ("gpt_oss", "quantize format=gptq group_size=8", "format=gptq packs matrices one by one, but gpt_oss stores"),
         ("mixtral", "quantize bits=auto budget=3 format=gptq", "format=gptq holds one width for all experts"),
-        ("mixtral", "quantize bits=auto budget=9", "the mean bits a weight, 2 to 8"),
-        ("mixtral", "quantize bits=auto budget=1.5", "the mean bits a weight, 2 to 8"),
+        ("mixtral", "quantize bits=auto budget=9", "the mean bits a weight, from 2 to 8, not"),
+        ("mixtral", "quantize bits=auto budget=1.5", "the mean bits a weight, from 2 to 8, not"),
         ("mixtral", "quantize bits=auto budget=3 where=all", "shares out bits among experts"),
         ("mixtral", "quantize method=awq experts_at_once=2", "experts_at_once= is for GPTQ"),
         ("mixtral", "prune pattern=2:4 + channels keep=8", "it would not leave 2:4 as it is"),

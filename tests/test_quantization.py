@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -410,7 +411,7 @@ def test_a_width_that_no_group_fits_is_left_as_it_is(format, odd, tmp_path):
             assert torch.equal(old[2], view.stacks()["down"][e]) and not torch.equal(old[0], view.stacks()["gate"][e])
     said = report(folder)
     assert said["quantized"] == pytest.approx({"experts": 2 / 3})
-    assert sorted(said["skipped"]) == [f"expert {e} of layer {i}" for e in range(8) for i in range(3)]
+    assert sorted(said["skipped"]) == [f"mlp.experts.down of layer {i}" for i in range(3)]
     assert len(packed_in(ours(folder))) == (0 if format == "dense" else 2 * tiny.LAYERS * tiny.EXPERTS)
 
 
@@ -543,16 +544,103 @@ def test_what_is_packed_outlasts_a_stage_on_other_parts(family, first, second, m
 
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "sym": False, "checkpoint_format": "gptq"}
+GROUP = {"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": True}
+TARGETS = {"targets": ["re:.*experts.*"]}
 PACKED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+PACKED |= {"config_groups": {"experts": {**TARGETS, "weights": GROUP}}}
+
+
+def grouped(**change: Any) -> dict[str, Any]:
+    return {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, **change}}}}
+
+
 ZERO = {"model.layers.0.it.weight_zero_point": torch.zeros(1)}
 CONFIGS: list[Any] = [
-    (GPTQ, {}, "is stored in gptq format, which is not read: use a bf16 or fp32 copy"),
-    ({**GPTQ, "sym": True, "desc_act": True}, {}, "is stored in gptq format, which is not read"),
+    (GPTQ, {}, "is stored in gptq format, which is not read with sym=False: use a bf16 or fp32 copy"),
+    ({**GPTQ, "sym": True, "desc_act": True}, {}, "is stored in gptq format, which is not read with desc_act=True"),
     ({"quant_method": "fp8"}, {}, "is stored in fp8 format, which is not read"),
     ({**PACKED, "format": "float-quantized"}, {}, "is stored in compressed-tensors float-quantized format, which is"),
+    ({**PACKED, "config_groups": {}}, {}, "whose config_groups are missing"),
+    (
+        {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, "num_bits": None}}}},
+        {},
+        "group 'a' lacks num_bits",
+    ),
+    (
+        {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, "symmetric": False}}}},
+        {},
+        "not read with zero",
+    ),
+    (
+        {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, "group_size": None}}}},
+        {},
+        "no strategy and gro",
+    ),
+    ({**GPTQ, "sym": True, "group_size": 8, "dynamic": {"+:.*": {"bits": 8}}}, {}, "settings of their own for +:.*"),
     (PACKED, ZERO, "model.layers.0.it is packed with weight_zero_point, which is not read: use a bf16 copy, or symm"),
     (PACKED, {"model.layers.0.it.weight_packed": torch.zeros(1)}, "weight_scale is missing beside model.layers.0.it"),
 ]
+
+
+def damaged(folder: Path, out: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], None]) -> Path:
+    """A copy of a checkpoint in one file, after a change of its tensors or its config."""
+    shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    tensors, values = dict(stored(folder)), json.loads((folder / "config.json").read_text())
+    change(tensors, values)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out / "model.safetensors")
+    (out / "config.json").write_text(json.dumps(values))
+    return out
+
+
+def _ending(tensors: dict[str, Tensor], end: str) -> str:
+    return next(name for name in sorted(tensors) if name.endswith(end))
+
+
+def _other_groups(tensors, _values):
+    tensors[_ending(tensors, ".weight_scale")] = tensors[_ending(tensors, ".weight_scale")][:, :1]
+
+
+def _other_bits(_tensors, values):
+    values["quantization_config"]["config_groups"]["experts"]["weights"]["num_bits"] = 8
+
+
+def _nothing_said(_tensors, values):
+    del values["quantization_config"]
+
+
+def _nan(tensors, _values):
+    tensors[_ending(tensors, ".weight_scale")][0, 0] = torch.nan
+
+
+def _zero_points(tensors, _values):
+    tensors[_ending(tensors, ".qzeros")][0, 0] = 0
+
+
+def _order(tensors, _values):
+    index = tensors[_ending(tensors, ".g_idx")]
+    index[0] = index[-1]
+
+
+def _no_edits(_tensors, values):
+    del values["moe_compress"]["edits"]
+
+
+DAMAGES: list[Any] = [
+    ("", _other_groups, "has scales .* as config.json says"),
+    ("", _other_bits, "that is not 8 bits in groups of 8"),
+    ("", _nothing_said, "is packed, but config.json has no quantization_config"),
+    ("", _nan, "NaN or infinity"),
+    ("format=gptq", _zero_points, "has zero points"),
+    ("format=gptq", _order, "order of their own"),
+    ("format=packed", _no_edits, "lacks moe_compress.edits"),
+]
+
+
+@pytest.mark.parametrize(("words", "change", "said"), DAMAGES)
+def test_damaged_checkpoints_are_refused(words, change, said, made, tmp_path):
+    folder = damaged(made("mixtral", f"{BLIND} {words}"), tmp_path / "damaged", change)
+    with pytest.raises(ValueError, match=said):
+        moe_compress.load(folder)
 
 
 @pytest.mark.parametrize(("config", "more", "said"), CONFIGS)
@@ -648,7 +736,7 @@ def test_the_error_names_values_that_quantize_has(lonely, tmp_path):
     ("family", "sentence", "said"),
     [
         ("mixtral", "quantize bits=5", "quantize.bits=5: allowed: 2, 3, 4, 8, auto."),
-        ("mixtral", "quantize bits=auto", "bits=auto needs budget=, the mean bits a weight, 2 to 8, not None."),
+        ("mixtral", "quantize bits=auto", "bits=auto needs budget=, the mean bits a weight, from 2 to 8."),
         ("mixtral", "quantize budget=3", "budget=3.0 shares out bits=auto; bits=4 are the same everywhere."),
         ("mixtral", "quantize group_size=-1", "group_size=-1: the inputs that share a scale are 0 (a whole row) or 8"),
         ("mixtral", "quantize group_size=4", "group_size=4: the inputs that share a scale are 0 (a whole row) or 8"),

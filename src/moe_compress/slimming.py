@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from moe_compress import registry
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.formats import (
-    STORES,
-    Bits,
-    form_of,
-    format_of,
-    nearest_bits,
-    spans_of,
-)
+from moe_compress.formats import STORES, Bits, form_of, format_of, nearest_bits, spans_of
 from moe_compress.mixed import expert_bits
 from moe_compress.model import hf
 from moe_compress.model.edits import Edit
@@ -37,7 +30,7 @@ from moe_compress.rescaling import Rescaler, rescaled_moments
 from moe_compress.run import Run
 from moe_compress.runtime import free_memory, gigabytes, log, read_json, write_json
 from moe_compress.sensitivity import expert_shares
-from moe_compress.slimming_report import weights_report
+from moe_compress.slimming_report import warn_of_skipped, weights_report
 from moe_compress.storing import Change, Draft
 from moe_compress.stream.choices import Choices, routing_change
 from moe_compress.stream.fold import Pass, Progress, StreamedLayers, visit_layers
@@ -117,6 +110,7 @@ class _Slimmer:
         self.change = registry.find(stage.method).run
         self.format = format_of(stage, layers.model)
         self.spans = spans_of(stage, layers.model)
+        warn_of_skipped(self.spans)
         self.store = STORES[self.format](source, layers, writer, self.kinds)
         writer.values = {**source.values, **form_of(self.format, stage, self.model, self.spans)[1]}
         # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
@@ -293,5 +287,6 @@ class _Slimmer:
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
         allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()}
-        found = {**report, **weights_report(self.stage, self.kinds, changed), "allocated": allocated or self.bits or {}}
+        found = {**report, **weights_report(self.stage, self.kinds, changed, self.spans)}
+        found["allocated"] = allocated or self.bits or {}
         return Slimmed(found, *form_of(self.format, self.stage, self.model, self.spans, self.bits))

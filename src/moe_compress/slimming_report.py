@@ -7,17 +7,23 @@ from typing import Any
 
 from moe_compress.model.matrices import Kind
 from moe_compress.recipe import Stage
+from moe_compress.runtime import log
 
 Notes = Mapping[int, Mapping[str, Any]]
+SHOWN = 3
 
 
-def weights_report(stage: Stage, kinds: Sequence[Kind], notes: Notes) -> dict[str, Any]:
+def weights_report(
+    stage: Stage, kinds: Sequence[Kind], notes: Notes, spans: Mapping[tuple[int, str], int]
+) -> dict[str, Any]:
     """Shares of zeros or of packed weights; experts with too few tokens; changed routing; raised dampings.
 
-    notes: of every layer in which something changed.
+    notes: of every layer in which something changed; spans: inputs that share a scale, 0 where none can.
     """
     quantized = "format" in stage.parameters
     found = _quantized(kinds, notes) if quantized else _sparsity(kinds, notes)
+    if quantized:
+        found["skipped"] = _skipped(spans)
     for key, name in (("unseen", "unseen"), ("tokens", "tokens"), ("routing", "routing_change")):
         found[name] = {i: note[key] for i, note in notes.items() if note.get(key)}
     found["damping_raised"] = _all(notes, "damped")
@@ -26,6 +32,19 @@ def weights_report(stage: Stage, kinds: Sequence[Kind], notes: Notes) -> dict[st
         found["not_rescaled"] = _all(notes, "not_rescaled")
         found["routing_rescaled"] = {i: n["routing_rescaled"] for i, n in notes.items() if n.get("routing_rescaled")}
     return found
+
+
+def warn_of_skipped(spans: Mapping[tuple[int, str], int]) -> None:
+    """Say which matrices stay as they are."""
+    left = _skipped(spans)
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        which = ", ".join(left[:SHOWN]) + more
+        log.warning("left as they are, for no group of 8 inputs or more divides their width: %s.", which)
+
+
+def _skipped(spans: Mapping[tuple[int, str], int]) -> list[str]:
+    return [f"{name} of layer {layer}" for (layer, name), span in spans.items() if not span]
 
 
 def _all(notes: Notes, key: str) -> list[str]:
@@ -46,7 +65,6 @@ def _quantized(kinds: Sequence[Kind], notes: Notes) -> dict[str, Any]:
         "quantized": {k: packed[k] / weights[k] for k in kinds if weights[k]},
         "bits": {k: bits[k] / packed[k] for k in kinds if packed[k]},
         "zeros": {k: zeros[k] / weights[k] for k in kinds if weights[k]},
-        "skipped": _all(notes, "skipped"),
     }
 
 

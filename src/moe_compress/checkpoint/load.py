@@ -88,6 +88,8 @@ def _pack(
     for (name, number), weight in weights.items():
         module = packed_matrix(layer, names, name, number)
         words_OW, scale_OG, _, _ = weight.packed()
+        if not bool(scale_OG.isfinite().all()):
+            raise ValueError(f"the scales of {name} (number {number}) hold NaN or infinity.")
         # Copies: what lies in a mapped file would keep all of it in memory.
         module.words = nn.Parameter(words_OW.to(device, copy=True), requires_grad=False)
         module.scales = nn.Parameter(scale_OG.to(device, dtype, copy=True), requires_grad=False)

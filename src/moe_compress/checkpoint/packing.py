@@ -17,7 +17,6 @@ from moe_compress.model.codes import WORD, dequantized, pack, unpack
 
 # What a matrix of another kind of packing has beside its codes: it is not read.
 FOREIGN = ("weight_zero_point", "weight_g_idx", "weight_global_scale")
-READ = "compressed-tensors pack-quantized, gptq (symmetric, without act-order), fp8 in blocks, mxfp4"
 # Numbers of 4 bits with 2 of exponent, by code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
@@ -101,13 +100,16 @@ class GptqWeight(PackedWeight):
     SIGN: ClassVar[str] = ".qweight"
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
-        """The same, whatever the layout."""
-        words_OW, scale_OG, inputs = (
-            self.words[...].T.contiguous(),
-            self.scale[...].T.contiguous(),
-            len(self.g_idx[...]),
-        )
-        return words_OW, scale_OG, self.bits or words_OW.shape[1] * WORD // inputs, inputs
+        """The same, whatever the layout. ValueError for zero points or an order of inputs that say something."""
+        words_OW, scale_OG = self.words[...].T.contiguous(), self.scale[...].T.contiguous()
+        index_I, inputs = self.g_idx[...], len(self.g_idx[...])
+        bits, groups = self.bits or words_OW.shape[1] * WORD // inputs, scale_OG.shape[1]
+        # What lies in the place of compressed-tensors' shape are zero points.
+        middle_GO = torch.full((groups, len(words_OW)), -1, dtype=torch.int8)
+        in_order = torch.equal(index_I.long(), torch.arange(inputs) // (inputs // groups))
+        if not in_order or not torch.equal(self.shape[...], pack(middle_GO, bits)):
+            raise ValueError("a gptq matrix has zero points, or inputs in an order of their own: it is not read.")
+        return words_OW, scale_OG, bits, inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +192,10 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     """
     config, settings = values.get("quantization_config"), settings_of(values)
     if not config:
+        signs = tuple(layout.SIGN for layouts in LAYOUTS.values() for layout in layouts)
+        packed = next((name for name in tensors if name.endswith(signs)), None)
+        if packed is not None:
+            raise ValueError(f"{packed} is packed, but config.json has no quantization_config that says how.")
         return dict(tensors)
     layouts, found = LAYOUTS[config["quant_method"]], dict(tensors)
     for name in tensors:
@@ -221,22 +227,3 @@ def gptq_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
     index_I = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
     words_WO = pack(codes_OI, bits).T.contiguous()
     return GptqWeight(scale_OG.T.contiguous(), words_WO, pack(zeros_GO, bits), index_I, bits=bits)
-
-
-def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
-    """Raise ValueError for a quantized checkpoint in a layout that is not read."""
-    config = values.get("quantization_config")
-    if not config:
-        return
-    kind, layout = config.get("quant_method", "quantized"), config.get("format", "")
-    plain_gptq = config.get("sym") and not config.get("desc_act") and config.get("checkpoint_format") == "gptq"
-    readable = {
-        "compressed-tensors": layout == "pack-quantized",
-        "gptq": plain_gptq,
-        "fp8": config.get("fmt", "e4m3") == "e4m3" and len(config.get("weight_block_size") or ()) == 2,
-        "mxfp4": True,
-    }
-    if readable.get(kind):
-        return
-    stored = " ".join([kind, layout]).strip()
-    raise ValueError(f"{folder} is stored in {stored} format, which is not read: use a bf16 or fp32 copy, or {READ}.")

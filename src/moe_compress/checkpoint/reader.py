@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoint import deepseek_v1
-from moe_compress.checkpoint.packing import PackedWeight, StoredWeight, require_readable, with_weights
+from moe_compress.checkpoint.packing import PackedWeight, StoredWeight, with_weights
 from moe_compress.checkpoint.shards import STORED_DTYPES, Region, read_regions
+from moe_compress.checkpoint.stored_formats import require_agreement, require_readable
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.runtime import fingerprint, read_json
@@ -158,6 +159,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
             f"{folder} holds tensors of type {foreign[0]}, which is not read yet: use a bf16 or fp32 copy."
         )
     tensors: dict[str, Entry] = with_weights(stored, values)
+    require_agreement(folder, values, tensors)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
@@ -183,6 +185,10 @@ def architecture_values(folder: Path) -> dict[str, Any]:
 
 def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     """Raise ValueError unless the values make a config of a family that is known and not refused."""
+    manifest = values.get("moe_compress", {"edits": [], "moe": {}, "base_model_type": ""})
+    absent = [key for key in ("edits", "moe", "base_model_type") if key not in manifest]
+    if absent:
+        raise ValueError(f"{folder / 'config.json'} lacks moe_compress.{absent[0]}: it was changed; make it anew.")
     try:
         family_of(hf.config_from(values))
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -116,6 +116,9 @@ def kinds_of(where: str, spare: str) -> list[Kind]:
     """
     everything = [kind for kind in KINDS if kind != "router"]
     wanted = {kind for word in _words("where", where) for kind in (everything if word == ALL else [word])}
+    idle = [kind for kind in _words("spare", spare) if kind not in wanted]
+    if idle:
+        raise ValueError(f"spare={spare}: where={where} does not hold {idle[0]} anyway.")
     left = [kind for kind in KINDS if kind in wanted and kind not in _words("spare", spare)]
     if not left:
         raise ValueError(f"where={where} spare={spare}: nothing is left to be changed.")

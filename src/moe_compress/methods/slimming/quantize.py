@@ -58,6 +58,9 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
     experts_at_once: int,
     where: str,
     spare: str,
+    by: str,
+    per: str,
+    scales: str,
     **_: Any,
 ) -> None:
     """Raise ValueError for a grid that these matrices cannot have."""
@@ -67,20 +70,30 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
         )
     if not 0 < damping < math.inf:
         raise ValueError(f"damping={damping}: a share of the mean of the diagonal, above 0, is needed.")
-    if act_order and method != "gptq":
-        raise ValueError(f"act_order=true is GPTQ's, and method={method} goes through no columns.")
-    if experts_at_once and method == "awq":
-        raise ValueError("experts_at_once= is for GPTQ: AWQ searches one scale for all experts of a layer together.")
+    _check_method(method, act_order, experts_at_once, scales)
+    if bits != "auto" and (by != "error" or per != "matrix"):
+        raise ValueError(f"by={by} per={per} say how bits=auto are shared out; bits={bits} are the same everywhere.")
     if bits != "auto" and budget is not None:
         raise ValueError(f"budget={budget} shares out bits=auto; bits={bits} are the same everywhere.")
     if bits == "auto" and (budget is None or not BITS[0] <= budget <= BITS[-1]):
-        raise ValueError(f"bits=auto needs budget=, the mean bits a weight, {BITS[0]} to {BITS[-1]}, not {budget}.")
+        given = "." if budget is None else f", not {budget}."
+        raise ValueError(f"bits=auto needs budget=, the mean bits a weight, from {BITS[0]} to {BITS[-1]}{given}")
     if bits == "auto" and kinds_of(where, spare) != ["experts"]:
         raise ValueError(
             f"bits=auto shares out bits among experts: where={where} spare={spare} has to leave just those."
         )
     if format in ("compressed-tensors", "gptq") and bits == "auto":
         raise ValueError(f"format={format} holds one width for all experts: bits=auto needs format=packed or dense.")
+
+
+def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: str) -> None:
+    """Raise ValueError for parameters that say nothing to the method."""
+    if act_order and method != "gptq":
+        raise ValueError(f"act_order=true is GPTQ's, and method={method} goes through no columns.")
+    if experts_at_once and method != "gptq":
+        raise ValueError(f"experts_at_once= is for GPTQ's Gram matrices, and method={method} takes experts together.")
+    if scales != "pow2" and method != "awq":
+        raise ValueError(f"scales={scales} is AWQ's, and method={method} makes no inputs larger.")
 
 
 @method(
@@ -115,7 +128,7 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
 ) -> Changed:
     """Store weights in few bits: a code for each, and a scale for every group of inputs."""
     if not group.span:
-        return Changed(group.weights, {"skipped": list(range(len(group.names)))})
+        return Changed(group.weights, {})
     widths = group.bits or [[int(bits)] * len(group.names) for _ in group.weights]
     how = _How(method, clip, act_order, damping)
     if method == "gptq" and len({width for each in widths for width in each}) == 1:
