@@ -133,6 +133,14 @@ QUANTIZED = (
     "prune method=sparsegpt pattern=2:4 + quantize group_size=32",
     "channels score=camera ratio=0.25 + quantize group_size=32",
 )
+# Whole numbers on both sides of the experts' products, or of all; and only what experts elsewhere would be sent.
+ACTIVATIONS = (
+    "activations where=sent",
+    "activations where=experts",
+    "activations where=all",
+    "quantize method=rtn bits=8 group_size=0 format=packed + activations",
+    "quantize group_size=32 format=packed + activations where=sent",
+)
 SHARED = {
     "tiny-mixtral": (),
     "tiny-deepseek": (
@@ -150,7 +158,8 @@ def recipes(model: str) -> list[tuple[str, int]]:
     found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
     family = model.removesuffix("-seed1")
     found += [
-        (sentence, 0) for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *QUANTIZED, *SHARED[family])
+        (sentence, 0)
+        for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *QUANTIZED, *ACTIVATIONS, *SHARED[family])
     ]
     found += list(itertools.product((*ORDER, *QUANTIZED_ORDER), ORDER_SEEDS))
     return found
