@@ -16,21 +16,26 @@ import torch
 from engine import fastest
 from pruning import SHAPES, TOKENS, moments, sample
 from torch import Tensor
+from torch.nn.functional import linear
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_compress
 from moe_compress import zoo
 from moe_compress.harness.speed import Setting, compare_speed
+from moe_compress.harness.timing import Effort
 from moe_compress.methods.slimming.gptq import gptq
 from moe_compress.methods.slimming.grids import Clip, rtn
 from moe_compress.model.codes import dequantized
 from moe_compress.model.expert_forward import experts_forward, separate
 from moe_compress.model.moe import moe_views
 from moe_compress.model.packed import PackedMatrix
+from moe_compress.model.rounding import round_inputs
 from moe_compress.runtime import atomic_write, gigabytes
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BLOCK, BITS, GROUP, LAYERS = 128, 4, 128, 16
+SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=Effort(10, 0.0), dtype="bfloat16")
+ROWS = (1, 32, 512)
 
 
 # --- the plain side -----------------------------------------------------------------------------------------
@@ -160,6 +165,32 @@ def pack_experts(block: Any, experts: Any) -> None:
             expert[name] = PackedMatrix.of(codes[0], scale[0], BITS)
 
 
+@torch.inference_mode()
+def whole_numbers() -> dict[str, dict[str, float]]:
+    """Seconds of a product of 1024 x 2048, by rows: in fp32, and of 8-bit codes with rows rounded to 8 bits."""
+    weight = torch.randn(1024, 2048)
+    codes, scale = rtn(weight[None], 8, 2048, torch.float32, "max")
+    matrix = PackedMatrix.of(codes[0], scale[0], 8)
+    round_inputs(matrix)
+    found = {}
+    for rows in ROWS:
+        x = torch.randn(rows, 2048)
+        found[str(rows)] = fastest({"fp32": lambda: linear(x, weight), "w8a8": lambda: matrix(x)}, 10)  # noqa: B023
+    return found
+
+
+def one_point(found: dict[str, Any]) -> dict[str, Any]:
+    """Decoding speed and the memory of the weights, loaded and at the peak of loading."""
+    (point,) = found["points"]
+    sides = {
+        side: {"weight_bytes": point["memory"][side]["weights"], "peak_bytes": found[side]["load_peak_bytes"]}
+        for side in ("original", "variant")
+    }
+    kept = ("original_seconds", "variant_seconds", "speedup", "speedup_interval")
+    times = {key: point["decode"][key] for key in kept}
+    return {"setting": found["setting"], **times, **sides}
+
+
 def loaded() -> dict[str, Any]:
     """Memory of experts that are loaded packed, and decoding speed, against the bf16 checkpoint."""
     with tempfile.TemporaryDirectory() as place:
@@ -170,7 +201,7 @@ def loaded() -> dict[str, Any]:
             "quantize method=rtn bits=4 group_size=128 clip=max", model=str(whole), out=str(small), eval=False,
             results=place,
         )  # fmt: skip
-        found = compare_speed(whole, small, Setting(context=64, tokens=16, pairs=10))
+        found = one_point(compare_speed(whole, small, SETTING))
     experts = LAYERS * 8 * 3 * 2048 * 1024 * 2
     outside = found["original"]["weight_bytes"] - experts
     for side in ("original", "variant"):
@@ -188,7 +219,7 @@ def zoo_speed() -> dict[str, Any]:
             moe_compress.compress(
                 "quantize method=rtn bits=4 group_size=32", model=name, out=str(out), eval=False, results=place
             )
-            found[name] = compare_speed(zoo.path(name), out, Setting(context=64, tokens=16, pairs=10))
+            found[name] = one_point(compare_speed(zoo.path(name), out, SETTING))
     return found
 
 
@@ -211,6 +242,8 @@ def main() -> None:
         f"experts of one token, 2048 x 1024, 4 bits in groups of 128: {times['bf16'] / times['packed']:.1f} x as fast "
         f"as dense ones in bf16 and {times['fp32'] / times['packed']:.1f} x in fp32 (at least 3)"
     )
+    for rows, seconds in figures.setdefault("whole numbers", whole_numbers()).items():
+        print(f"{rows} rows rounded to 8 bits times a matrix of 8 bits: {seconds['fp32'] / seconds['w8a8']:.1f} x fp32")
     memory = figures["loaded"] = loaded()
     share = memory["variant"]["experts_weight_bytes"] / memory["expert_bytes_in_bf16"]
     peak = memory["variant"]["experts_peak_bytes"] / memory["expert_bytes_in_bf16"]

@@ -124,6 +124,15 @@ def routing(words: Annotated[list[str], _words("a model, then options of the run
 
 
 @app.command()
+def speed(words: Annotated[list[str], _words("a model, then options as key=value words.")]) -> None:
+    """Time a checkpoint beside its original: speed FOLDER [original=] [prompts=128,1024] [batches=1,8] [quick=true]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    show_markdown(api.speed(words[0], **_pairs(words[1:])).markdown())
+
+
+@app.command()
 def table(
     words: Annotated[
         list[str] | None,

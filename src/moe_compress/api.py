@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from moe_compress.report.record import Record, load_records, now
 from moe_compress.report.table import Table, make_tables
 from moe_compress.run import Run
 from moe_compress.runtime import RunLog, log, require_writable, threads
+from moe_compress.speed_report import SpeedReport, setting_of, speed_report
 from moe_compress.stream.prompts import prompt_windows, read_prompts
 from moe_compress.terminal import progress_bar
 
@@ -122,6 +124,30 @@ def routing(checkpoint: str | Path, /, original: str | Path | None = None, **opt
         report = routing_report(opened, base, run)
     report.save(run.results("routing"))
     return report
+
+
+def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setting: Any) -> SpeedReport:
+    """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.
+
+    prompts, batches: numbers separated by commas; tokens: decoded behind a prompt; runs, seconds: how long each is
+    timed, at least; quick: one short point; dtype, device, threads, results: as everywhere.
+    """
+    results = Path(setting.pop("results", "runs"))
+    opened = open_model(str(checkpoint))
+    base, asked = _original(opened, original), setting_of(**_known(setting, setting_of, "speed"))
+    require_writable(results, f"results={results}")
+    report = speed_report(opened, base, asked)
+    report.save(results / "speed")
+    return report
+
+
+def _known(given: dict[str, Any], function: Callable[..., Any], command: str) -> dict[str, Any]:
+    """The words, if the function takes them all."""
+    known = list(inspect.signature(function).parameters)
+    for key in given:
+        if key not in known:
+            raise ValueError(f"{command} has no option {key!r}; it takes: original, results, {', '.join(known)}.")
+    return given
 
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:

@@ -1,159 +1,118 @@
-"""How fast two checkpoints decode, and what memory they take, measured beside each other.
+"""How fast two checkpoints run beside each other, and what memory they take, at several prompts and batches.
 
-Each is loaded in a process of its own, where nothing else runs; they are timed in turn (A B B A ...), so that what
-slows the machine for a while slows both. The numbers are the medians of the pairs' ratios, with a bootstrap interval.
+Each is loaded in a process of its own, where nothing else runs; they are timed in turn (timing.py), so that what slows
+the machine for a while slows both. The numbers are medians of paired ratios with bootstrap intervals.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
-import time
+import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+import psutil
 
-from moe_compress import zoo
-from moe_compress.checkpoint.load import load_model, load_packed
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.model.packed import PackedMatrix
-from moe_compress.runtime import DTYPES, peak_memory_bytes, reset_peak_memory, return_memory, threads
+from moe_compress.harness.timing import Effort, paired
+from moe_compress.harness.worker import How, Point, Worker
+from moe_compress.runtime import log
 
-WARM_UP = 3
-RESAMPLES = 10_000
+BUSY = 0.5
+QUICK = Effort(pairs=6, seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """`batch` sequences of `context` tokens decode `tokens` more, `pairs` times; dtype: as the models are run."""
+    """What is measured: every prompt with every batch, `tokens` decoded behind it; how long; as what, and where."""
 
-    batch: int = 1
-    context: int = 128
+    prompts: tuple[int, ...] = (128, 1024)
+    batches: tuple[int, ...] = (1, 8)
     tokens: int = 32
-    pairs: int = 10
-    dtype: str = "bfloat16"
+    effort: Effort = field(default_factory=Effort)
+    dtype: str = "float32"
     device: str = "cpu"
     threads: int | None = None
 
+    def points(self) -> list[Point]:
+        """All of them. ValueError for counts below one."""
+        if min(*self.prompts, *self.batches, self.tokens, self.effort.pairs) < 1 or not self.effort.seconds >= 0:
+            raise ValueError("prompts=, batches=, tokens= and runs= are counts from 1 up, seconds= from 0 up.")
+        return [Point(batch, prompt, self.tokens) for batch in self.batches for prompt in self.prompts]
+
 
 def compare_speed(original: Path, variant: Path, setting: Setting) -> dict[str, Any]:
-    """Seconds per token of both, their ratio (above 1: the variant is faster), bytes of the weights and at the peak."""
-    with _Worker(original, setting) as first, _Worker(variant, setting) as second:
-        seconds: list[tuple[float, float]] = []
-        for n in range(setting.pairs):
-            order = (first, second) if n % 2 == 0 else (second, first)
-            times = {id(worker): worker.ask("decode") for worker in order}
-            seconds.append((times[id(first)], times[id(second)]))
-        memory = [worker.ask("memory") for worker in (first, second)]
-    ratios = [a / b for a, b in seconds]
+    """Seconds, ratios (above 1: the variant is faster) and memory at every point; kernels, load and clocks."""
+    points, before = setting.points(), machine(setting.device)
+    if before["busy"]:
+        log.warning("BUSY: the machine's load is %.1f on %d cores: do not trust these times.", *_load())
+    how = How(setting.dtype, setting.device, setting.threads)
+    with Worker(original, how) as first, Worker(variant, how) as second:
+        found = [_point(first, second, point, setting.effort) for point in points]
+        about = [first.about, second.about]
     return {
         "setting": asdict(setting),
-        "original_seconds_per_token": statistics.median(a for a, _ in seconds),
-        "variant_seconds_per_token": statistics.median(b for _, b in seconds),
-        "speedup": statistics.median(ratios),
-        "speedup_interval": median_interval(ratios),
-        "original": memory[0],
-        "variant": memory[1],
+        "machine": {"before": before, "after": machine(setting.device)},
+        "original": about[0],
+        "variant": about[1],
+        "points": found,
     }
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile bootstrap of the median."""
-    generator = np.random.default_rng(0)
-    draws = generator.choice(np.asarray(values), (RESAMPLES, len(values)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return float(low), float(high)
+def _point(first: Worker, second: Worker, point: Point, effort: Effort) -> dict[str, Any]:
+    found: dict[str, Any] = {"batch": point.batch, "prompt": point.prompt, "tokens": point.tokens}
+    for what, tokens in (("prefill", point.batch * point.prompt), ("decode", point.batch)):
+        used = [_energy(), _energy()]
+        pair = paired(lambda: first.ask(what, point), lambda: second.ask(what, point), effort)  # noqa: B023
+        used[1] = _energy()
+        times = pair.to_json()
+        rates = {f"{side}_tokens_per_second": tokens / times[f"{side}_seconds"] for side in ("original", "variant")}
+        joules = None if None in used else (used[1] - used[0]) / 1000  # type: ignore[operator]
+        found[what] = {**times, **rates, "joules_of_both": "not available" if joules is None else joules}
+    found["memory"] = {"original": first.ask("memory", point), "variant": second.ask("memory", point)}
+    return found
 
 
-class _Worker:
-    """A process that holds one model and answers `decode` and `memory`."""
-
-    def __init__(self, folder: Path, setting: Setting) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, folder, setting), daemon=True)
-
-    def __enter__(self) -> _Worker:
-        self.process.start()
-        self._answer()  # it has loaded and warmed up
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.connection.send("end")
-        self.process.join()
-
-    def ask(self, what: str) -> Any:
-        """The answer to one question."""
-        self.connection.send(what)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self.connection.recv()
-        except EOFError as error:
-            raise ValueError("the process that measures speed ended early: it may have run out of memory.") from error
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+def machine(device: str) -> dict[str, Any]:
+    """What else the machine does, and its clocks."""
+    load, cores = _load()
+    clock = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+    return {
+        "load": load,
+        "cores": cores,
+        "busy": load > BUSY * cores,
+        "megahertz": None if clock is None else clock.current,
+        "device": device,
+    }
 
 
-def _serve(connection: Any, folder: Path, setting: Setting) -> None:
+def _load() -> tuple[float, int]:
+    """Processes that want to run, on average of the last minute, and cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return psutil.getloadavg()[0], cores
+
+
+def _energy() -> int | None:
+    """Millijoules that the first GPU has used so far, if its driver's library is there to say so."""
     try:
-        device = torch.device(setting.device)
-        with threads(setting.threads), torch.inference_mode():
-            # Libraries that come in with a first model are no part of what this one takes.
-            decode(load(zoo.path(zoo.NAMES[0]), DTYPES[setting.dtype], device), setting)
-            return_memory()
-            reset_peak_memory(device)
-            before = peak_memory_bytes(device)
-            model = load(folder, DTYPES[setting.dtype], device)
-            for _ in range(WARM_UP):
-                decode(model, setting)
-            memory = {"weight_bytes": weight_bytes(model), "peak_bytes": peak_memory_bytes(device) - before}
-            connection.send("ready")
-            while (what := connection.recv()) != "end":
-                connection.send(decode(model, setting) if what == "decode" else memory)
+        import pynvml  # type: ignore[import-not-found]
+
+        pynvml.nvmlInit()
+        return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    except Exception:  # no library, no driver, no GPU, no counter: each has an error of its own
+        return None
+
+
+def was_busy(found: dict[str, Any]) -> bool:
+    """Whether something else ran: the load before the measurement tells; behind it, it is the measurement's own."""
+    return bool(found["machine"]["before"]["busy"])
+
+
+def numbers(words: str | Sequence[int], key: str) -> tuple[int, ...]:
+    """`128,1024` as numbers. ValueError if they are none."""
+    if not isinstance(words, str):
+        return tuple(words)
+    try:
+        return tuple(int(word) for word in words.split(","))
     except ValueError as error:
-        connection.send(error)
-
-
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """A checkpoint as it is run: what is packed stays packed."""
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.packed:
-        return load_packed(checkpoint, dtype, device, None)
-    return load_model(folder, dtype, device_map=str(device))
-
-
-def decode(model: Any, setting: Setting) -> float:
-    """Seconds per step of greedy decoding with a cache, the prompt not counted."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (setting.batch, setting.context), generator=generator)
-    out = model(ids.to(model.device), use_cache=True, logits_to_keep=1)
-    cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    _wait(model)
-    started = time.perf_counter()
-    for _ in range(setting.tokens):
-        out = model(token, past_key_values=cache, use_cache=True)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
-    _wait(model)
-    return (time.perf_counter() - started) / setting.tokens
-
-
-def _wait(model: Any) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters as they lie in memory, kernels' layouts included, every storage once."""
-    tensors: list[Tensor] = [*model.parameters()]
-    for module in model.modules():
-        if isinstance(module, PackedMatrix) and module.kernel is not None:
-            tensors += module.kernel.tensors()
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        raise ValueError(f"{key}={words}: numbers separated by commas are needed, such as 128,1024.") from error

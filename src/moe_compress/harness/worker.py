@@ -1,0 +1,236 @@
+"""A process that holds one model and runs what it is asked: prefill and decoding, their times and their memory.
+
+Never are two of them asked at once, so that each has the machine to itself.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress import zoo
+from moe_compress.checkpoint.load import load_model, load_packed
+from moe_compress.checkpoint.reader import open_checkpoint
+from moe_compress.model.moe import moe_views
+from moe_compress.model.packed import PackedMatrix
+from moe_compress.runtime import DTYPES, peak_memory_bytes, reset_peak_memory, return_memory, threads
+
+WARM_UP = 3
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """As what, where, and on how many threads a model is run."""
+
+    dtype: str
+    device: str
+    threads: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """`batch` sequences of `prompt` tokens, behind which `tokens` more are decoded."""
+
+    batch: int
+    prompt: int
+    tokens: int
+
+
+class Worker:
+    """The other end: starts the process, asks, and passes its errors on."""
+
+    def __init__(self, folder: Path, how: How) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, folder, how), daemon=True)
+
+    def __enter__(self) -> Worker:
+        self.process.start()
+        self.about = self._answer()  # it has loaded
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.process.is_alive():
+            self.connection.send(("end", None))
+        self.process.join()
+
+    def ask(self, what: str, point: Point) -> Any:
+        """The answer to one question: seconds of `prefill` or `decode` (a token), or their `memory`."""
+        self.connection.send((what, point))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.connection.recv()
+        except EOFError as error:
+            raise ValueError("the process that measures speed ended early: it may have run out of memory.") from error
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def serve(connection: Any, folder: Path, how: How) -> None:
+    """What the process does: load, say what was loaded, answer until the end."""
+    try:
+        device = torch.device(how.device)
+        with threads(how.threads), torch.inference_mode():
+            # Libraries that come in with a first model are no part of what this one takes.
+            small = Point(1, 8, 2)
+            decode(load(zoo.path(zoo.NAMES[0]), DTYPES[how.dtype], device), small)
+            held = _start(device)
+            model = load(folder, DTYPES[how.dtype], device)
+            decode(model, small)
+            connection.send({**kernels(model), "load_peak_bytes": peak_memory_bytes(device) - held})
+            warm: set[tuple[str, Point]] = set()
+            while (question := connection.recv())[0] != "end":
+                connection.send(answer(model, question[0], question[1], warm))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        connection.send(error if isinstance(error, ValueError) else ValueError(f"{folder}: {error}"))
+
+
+def _start(device: torch.device) -> int:
+    """Forget what was; the bytes that are held now."""
+    return_memory()
+    reset_peak_memory(device)
+    return peak_memory_bytes(device)
+
+
+RUNS: dict[str, Callable[[Any, Point], float]] = {}
+
+
+def answer(model: Any, what: str, point: Point, warm: set[tuple[str, Point]]) -> Any:
+    """Seconds or memory; what is timed for the first time is warmed up."""
+    if what == "memory":
+        return memory(model, point)
+    if (what, point) not in warm:
+        for _ in range(WARM_UP):
+            RUNS[what](model, point)
+        warm.add((what, point))
+    return RUNS[what](model, point)
+
+
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A checkpoint as it is run: what is packed stays packed."""
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.packed:
+        return load_packed(checkpoint, dtype, device, None)
+    model = load_model(folder, dtype, device_map=str(device))
+    for module in model.modules():
+        if isinstance(module, PackedMatrix):  # else only at its first product
+            module.prepare(dtype, device)
+    return model
+
+
+def prefill(model: Any, point: Point) -> float:
+    """Seconds from the prompt to the first token."""
+    ids = _prompt(model, point)
+    return _timed(model, lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1))
+
+
+def decode(model: Any, point: Point) -> float:
+    """Seconds per step of greedy decoding with a cache, the prompt not counted."""
+    cache, token = _prefilled(model, point)
+
+    def steps() -> None:
+        nonlocal token
+        for _ in range(point.tokens):
+            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    return _timed(model, steps) / point.tokens
+
+
+RUNS |= {"prefill": prefill, "decode": decode}
+
+
+def _prompt(model: Any, point: Point) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    shape = (point.batch, point.prompt)
+    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+
+
+def _prefilled(model: Any, point: Point) -> tuple[Any, Tensor]:
+    out = model(_prompt(model, point), use_cache=True, logits_to_keep=1)
+    return out.past_key_values, out.logits[:, -1:].argmax(-1)
+
+
+def _timed(model: Any, run: Callable[[], Any]) -> float:
+    """Seconds of a run, by the device's own clock where it has one."""
+    if model.device.type != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    torch.cuda.synchronize(model.device)
+    return float(start.elapsed_time(stop)) / 1000
+
+
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def memory(model: Any, point: Point) -> dict[str, int]:
+    """Bytes of the weights, of the cache behind the prompt, and of what prefill and decoding take beside both.
+
+    step_bytes: of weights and cache that one step of decoding reads, each expert once if any sequence is expected to
+    use it.
+    """
+    held = _start(model.device)
+    cache, token = _prefilled(model, point)
+    kept = sum(tensor.nbytes for tensor in cache_tensors(cache))
+    model(token, past_key_values=cache, use_cache=True)
+    return {
+        "weights": sum(tensor.untyped_storage().nbytes() for tensor in weight_tensors(model)),
+        "cache": kept,
+        "activations": max(peak_memory_bytes(model.device) - held - kept, 0),
+        "step_bytes": round(step_bytes(model, point.batch)) + kept,
+    }
+
+
+def cache_tensors(cache: Any) -> list[Tensor]:
+    """What a cache of keys and values, or of recurrent states, keeps."""
+    found = []
+    for layer in getattr(cache, "layers", ()):
+        found += [value for value in vars(layer).values() if isinstance(value, Tensor)]
+    return found
+
+
+def weight_tensors(module: nn.Module) -> list[Tensor]:
+    """Weights as they lie in memory, kernels' layouts included, every storage once."""
+    tensors: list[Tensor] = [*module.parameters()]
+    for part in module.modules():
+        if isinstance(part, PackedMatrix) and part.kernel is not None:
+            tensors += part.kernel.tensors()
+    return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
+
+
+def step_bytes(model: Any, batch: int) -> float:
+    """Expected bytes of weights that one step reads for `batch` sequences that choose their experts alone."""
+    table = model.get_input_embeddings()
+    whole = {id(tensor): 1.0 for tensor in weight_tensors(model)}
+    if table.weight is not getattr(model.get_output_embeddings(), "weight", None):
+        whole[id(table.weight)] = batch / len(table.weight)
+    for view in moe_views(model).values():
+        share = 1 - (1 - min(view.active or view.num_experts, view.num_experts) / view.num_experts) ** batch
+        whole |= {id(tensor): share for tensor in weight_tensors(view.experts)}
+    return sum(tensor.numel() * tensor.element_size() * whole[id(tensor)] for tensor in weight_tensors(model))
+
+
+def kernels(model: Any) -> dict[str, Any]:
+    """Which implementations run: attention, experts, and packed matrices by kernel."""
+    packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
+    names = [f"{module.bits} bits in {type(module.kernel).__name__.lstrip('_')}" for module in packed if module.kernel]
+    names += [f"{module.bits} bits made dense" for module in packed if not module.kernel]
+    return {
+        "attention": str(model.config._attn_implementation),
+        "experts": str(getattr(model.config, "_experts_implementation", None)),
+        "packed": {name: names.count(name) for name in sorted(set(names))},
+    }

@@ -1,0 +1,91 @@
+"""Speed of a checkpoint beside its original: what is asked, and the record of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.harness.speed import QUICK, Setting, compare_speed, numbers
+from moe_compress.harness.timing import Effort
+from moe_compress.registry import coerce
+from moe_compress.report.record import environment, now
+from moe_compress.report.speed import as_markdown
+from moe_compress.runtime import dtype_name, resolve_device, resolve_dtype, write_json
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """Prefill and decoding of two models in turn: `found` holds settings, machine, kernels, times, memory."""
+
+    model: str
+    original: str
+    found: dict[str, Any]
+    environment: dict[str, Any]
+    written: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """Tables of times and memory."""
+        return as_markdown(self.to_json())
+
+    def save(self, folder: Path) -> Path:
+        """Write it as JSON under the model's name."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.model}.json"
+        write_json(path, self.to_json())
+        return path
+
+
+def setting_of(
+    *,
+    prompts: str = "",
+    batches: str = "",
+    tokens: int | str = 0,
+    runs: int | str = 0,
+    seconds: float | str = -1.0,
+    quick: bool | str = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    threads: int | str | None = None,
+) -> Setting:
+    """What to measure, in words. quick: one prompt, one sequence and short turns, for tiny models.
+
+    On a CPU, models run in fp32 unless told otherwise: bf16 products are slow there, and would flatter what is packed.
+    """
+    where = resolve_device(device)
+    short = coerce(bool, quick, "quick")
+    whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if short else Setting()
+    pairs, least = coerce(int, runs, "runs"), coerce(float, seconds, "seconds")
+    effort = Effort(pairs or whole.effort.pairs, whole.effort.seconds if least < 0 else least)
+    found = Setting(
+        numbers(prompts, "prompts") if prompts else whole.prompts,
+        numbers(batches, "batches") if batches else whole.batches,
+        coerce(int, tokens, "tokens") or whole.tokens,
+        effort,
+        dtype_name(resolve_dtype(dtype, where)),
+        str(where),
+        None if threads is None else coerce(int, threads, "threads"),
+    )
+    found.points()
+    return found
+
+
+def speed_report(checkpoint: Checkpoint, base: Checkpoint, setting: Setting) -> SpeedReport:
+    """Measure both. ValueError for other vocabularies, and for prompts that are too long for the original."""
+    words, others = base.config.vocab_size, checkpoint.config.vocab_size
+    if words != others:
+        raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
+    longest = max(setting.prompts) + setting.tokens
+    positions = getattr(base.config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise ValueError(
+            f"prompts of {max(setting.prompts)} tokens and {setting.tokens} behind them: {base.name} was made for "
+            f"{positions}. Use prompts= with shorter ones."
+        )
+    found = compare_speed(base.folder, checkpoint.folder, setting)
+    return SpeedReport(checkpoint.folder.name, Path(base.name).name, found, environment(), now())
