@@ -143,13 +143,30 @@ def quantization(records: Sequence[Record]) -> str:
     """Rows: recipes with quantized weights, other stages beside it or not; columns: models; with the file's size."""
     grid: dict[str, dict[Any, Row]] = {}
     for found in one_row_each(records):
-        if any(stage["method"] == "quantize" for stage in found[0].recipe):
+        if any(stage["method"] == "quantize" for stage in found[0].recipe) and not _rounds(found[0]):
             grid.setdefault(_stages(found[0]), {})[found[0].model] = found
 
     def sized(found: Row) -> str:
         return cell(found, f", {found[0].sizes['bytes'] / 2**20:.2f} MiB")
 
     return table("recipe", grid, sorted(_originals(records)), sized)
+
+
+def rounding(records: Sequence[Record]) -> str:
+    """Rows: recipes with rounded activations; columns: models; with how much of a token's experts stays the same."""
+    grid: dict[str, dict[Any, Row]] = {}
+    for found in one_row_each(records):
+        if _rounds(found[0]):
+            grid.setdefault(_stages(found[0]), {})[found[0].model] = found
+
+    def routed(found: Row) -> str:
+        return cell(found, f", experts {found[0].metrics['routing_overlap'].value:.3f}")
+
+    return table("recipe", grid, sorted(_originals(records)), routed)
+
+
+def _rounds(record: Record) -> bool:
+    return any(stage["method"] == "activations" for stage in record.recipe)
 
 
 def _stages(record: Record) -> str:
@@ -248,6 +265,8 @@ def summary(records: Sequence[Record], documents: Path) -> str:
         quantization(records),
     ]
     parts += ["Differences in pairs, as above:", orderings(records, documents, QUANTIZED_PAIRS)]
+    parts += ["**Rounded activations**; behind each cell how much of a token's experts stays the same (Jaccard):"]
+    parts += [rounding(records)]
     if (documents.parent / "quantization.json").is_file():
         parts += ["Loaded and run in bf16 on two CPU cores, the original beside it:", loaded(documents.parent)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
