@@ -9,7 +9,20 @@ Importing the package also lets `AutoModelForCausalLM` load the checkpoints whos
 import importlib
 from typing import Any
 
-from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, routing, speed, table
+from moe_compress.api import (
+    analyze,
+    apply,
+    compare,
+    compress,
+    evaluate,
+    export,
+    flops,
+    load,
+    plan,
+    routing,
+    speed,
+    table,
+)
 
 __version__ = "0.1.0"
 # Fetched when first asked for.
@@ -19,8 +32,8 @@ COMPRESSOR = (
     "print_compression_summary",
 )  # fmt: skip
 __all__ = [
-    "analyze", "apply", "compare", "compress", "evaluate", "export", "load", "plan", "routing", "speed", "table",
-    *COMPRESSOR,
+    "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "routing", "speed",
+    "table", *COMPRESSOR,
 ]  # fmt: skip
 
 

@@ -79,6 +79,16 @@ def plan(words: Annotated[list[str], _words(RECIPE)]) -> None:
 
 
 @app.command()
+def flops(words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, check=true.")]) -> None:
+    """Count FLOPs and sizes by component: flops MODEL [tokens=2048] [context=2048] [batch=1] [check=true]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    options: dict[str, Any] = dict(_only(_pairs(words[1:]), ("tokens", "context", "batch", "check"), "flops"))
+    show_markdown(api.flops(words[0], **options).markdown())
+
+
+@app.command()
 def export(
     words: Annotated[list[str], typer.Argument(help="an edited checkpoint, then out=DIR", metavar="WORDS")],
     pad: Annotated[bool, typer.Option("--pad", help="fill layers with fewer experts up with dead ones")] = False,
@@ -130,6 +140,20 @@ def speed(words: Annotated[list[str], _words("a model, then options as key=value
     from moe_compress.terminal import show_markdown
 
     show_markdown(api.speed(words[0], **_pairs(words[1:])).markdown())
+
+
+@app.command()
+def verify(words: Annotated[list[str], typer.Argument(help="a checkpoint", metavar="FOLDER")]) -> None:
+    """Load a checkpoint in a fresh process by stock transformers, compare, and say which programs can load it."""
+    from moe_compress.checkpoint.locate import open_model
+    from moe_compress.terminal import show_markdown
+    from moe_compress.verification import verify as verified
+
+    _only(_pairs(words[1:]), (), "verify")
+    found = verified(open_model(words[0]))
+    show_markdown(found.markdown())
+    if not found.passed:
+        sys.exit(1)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress import evaluation, padding, recipe, registry
+from moe_compress import evaluation, flops_report, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
@@ -21,6 +21,7 @@ from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
 from moe_compress.fidelity import RoutingReport, routing_report
+from moe_compress.flops_report import FlopsReport
 from moe_compress.forecast import Forecast, forecast
 from moe_compress.harness import generations
 from moe_compress.harness.generations import Comparison
@@ -148,6 +149,11 @@ def _known(given: dict[str, Any], function: Callable[..., Any], command: str) ->
         if key not in known:
             raise ValueError(f"{command} has no option {key!r}; it takes: original, results, {', '.join(known)}.")
     return given
+
+
+def flops(model: str | Path, /, **words: Any) -> FlopsReport:
+    """Count a model's FLOPs, parameters and bytes by component, from its config alone: see flops_report.flops."""
+    return flops_report.flops(model, **words)
 
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:

@@ -1,28 +1,27 @@
-"""Four different sizes of a model, from its skeleton alone: stored, on disk, touched per token, computed per token.
+"""Four different sizes of a model, from its skeleton alone, and a check of the FLOPs against torch's own counter.
 
-Two floating-point operations a multiply-add; attention over the full T x T square, not the causal half; the head on
-every token; recurrent scans and convolutions are not counted.
+What is counted how is said in components.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch.utils import flop_counter
 from transformers import PreTrainedModel
 
+from moe_compress.harness.components import components
+from moe_compress.harness.parts import ATTENTION_CHILDREN, NORMS, PROJECTIONS, SCORES, attentions_of, places
 from moe_compress.model import hf
-from moe_compress.model.edited_layers import Nothing
-from moe_compress.model.families import family_of
-from moe_compress.model.moe import moe_views
-from moe_compress.model.packed import PARAMETERS as PACKED
-from moe_compress.model.rerouting import NOVICES
 
-Active = tuple[float | None, int | None]
-ATTENTION_CHILDREN = ("self_attn", "self_attention", "attention", "attn")
+__all__ = ["ATTENTION_CHILDREN", "Agreement", "Sizes", "check", "sizes"]
+TOLERANCE = 1e-3
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,80 +44,126 @@ def sizes(model: PreTrainedModel, context: int, stored: torch.dtype, scale_bytes
 
     scale_bytes: what a scale of packed weights takes there, if not that.
     """
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    active_experts = _active_experts(model)
-    empty = torch.empty(0, dtype=stored)
-    top_k = float(getattr(model.config, family_of(model.config).top_k_key))
-    total = size = touched = multiplied = 0
-    for _, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or (tied and module is head):
-                continue
-            active = _active_fraction(module, parameter, active_experts, top_k)
-            each = (parameter if name in PACKED else empty).element_size()
-            size += round(parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each))
-            if name in PACKED:  # a packed matrix counts as the weights that it holds
-                parameter = module.weight_like if name == PACKED[0] else parameter[:0]
-            total += parameter.numel()
-            if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
-                touched += parameter.shape[1]
-                continue
-            used = round(parameter.numel() * active)
-            touched += used
-            multiplied += used if parameter.dim() > 1 and not name.endswith("bias") else 0
-    if tied and isinstance(embedding, nn.Embedding):
-        touched += embedding.weight.numel() - embedding.weight.shape[1]
-        multiplied += embedding.weight.numel()
-    buffers = sum(buffer.numel() for name, buffer in model.named_buffers() if name in model.state_dict())
-    size += buffers * empty.element_size()
-    flops = 2 * multiplied + attention_flops(model, context)
-    return Sizes(parameters=total, bytes=size, touched=touched, flops_per_token=flops, context=context)
-
-
-def _active_experts(model: PreTrainedModel) -> dict[int, Active]:
-    """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
-    found: dict[int, Active] = {}
-    for view in moe_views(model).values():
-        found[id(view.experts)] = view.active, None
-        if view.one_by_one:
-            found |= {id(module): (view.active, view.num_experts) for module in view.experts.separate.modules()}
-    return found
-
-
-def _active_fraction(
-    module: nn.Module,
-    parameter: torch.Tensor,
-    active_experts: Mapping[int, tuple[float | None, int | None]],
-    top_k: float,
-) -> float:
-    """The share of an experts tensor that one token uses on average; 1 for everything else."""
-    active, count = active_experts.get(id(module), (top_k, None))
-    if count is not None:
-        return 1.0 if active is None else min(active, count) / count
-    if active is None or parameter.dim() < 2 or type(module).__name__.endswith(("Router", "Gate", "Gating")):
-        return 1.0
-    is_experts = hasattr(module, "_apply_gate") or (parameter.dim() == 3 and "xpert" in type(module).__name__)
-    return min(active, parameter.shape[0]) / parameter.shape[0] if is_experts else 1.0
-
-
-def attention_flops(model: PreTrainedModel, context: int) -> int:
-    """Scores and weighted values of all attention layers, per token."""
-    config = model.config
-    heads = int(getattr(config, "num_attention_heads", 0))
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1)
-    if getattr(config, "kv_lora_rank", None):
-        query, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
-    else:
-        query = value = head_dim
-    layers = sum(_has_attention(layer) for layer in hf.decoder_layers(model))
-    return 2 * context * heads * (query + value) * layers
-
-
-def _has_attention(layer: nn.Module) -> bool:
-    return any(
-        (name in ATTENTION_CHILDREN and not isinstance(child, Nothing))
-        or (name == "mixer" and "Attention" in type(child).__name__)
-        for name, child in layer.named_children()
+    found = components(model, context, context, 1, stored, scale_bytes=scale_bytes)
+    return Sizes(
+        parameters=sum(each.parameters for each in found),
+        bytes=sum(each.bytes for each in found),
+        touched=sum(each.touched for each in found),
+        flops_per_token=sum(each.prefill for each in found) // context,
+        context=context,
     )
+
+
+# --- beside torch's counter ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """One component in one phase (prefill or decode): FLOPs by our count and by torch's.
+
+    compared: whether they should be the same. Scans need not be, nor experts of which the text decides how many run,
+    nor what is not counted here at all (rotary tables).
+    """
+
+    component: str
+    phase: str
+    analytic: int
+    counted: int
+    compared: bool = True
+
+    @property
+    def difference(self) -> float:
+        """How far they are apart, relative to torch's count."""
+        return abs(self.analytic - self.counted) / max(self.counted, 1)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether they are the same to 0.1 %, where they should be."""
+        return not self.compared or self.difference <= TOLERANCE
+
+
+def check(model: PreTrainedModel, tokens: int) -> list[Agreement]:
+    """Run `tokens` tokens and then one more under torch's FLOP counter, and lay its counts beside ours.
+
+    No decode step where there is no attention left, whose cache it needs. The model has its weights on the CPU, or is a
+    skeleton, which is left as it is. Raises ValueError for a skeleton of experts that run on weights alone.
+    """
+    skeleton, running = next(model.parameters()).is_meta, model
+    if skeleton:  # the grouped matmul takes nothing but bf16 on the meta device; buffers have to be there as well
+        copied: Any = copy.deepcopy(model)
+        running = copied.to("meta", torch.bfloat16)
+    ids = torch.zeros(1, tokens, dtype=torch.long, device=next(running.parameters()).device)
+    cached = next(attentions_of(model), None) is not None
+    try:
+        prefill, output = _counted(running, ids, use_cache=cached)
+        phases = [("prefill", prefill)]
+        if cached:
+            decode, _ = _counted(running, ids[:, :1], use_cache=True, past_key_values=output.past_key_values)
+            phases.append(("decode", decode))
+    except (NotImplementedError, RuntimeError) as error:
+        if not skeleton:
+            raise
+        raise ValueError(
+            f"torch cannot count {model.config.model_type} without weights ({str(error).splitlines()[0]}): "
+            "check a checkpoint that has them."
+        ) from error
+    found = components(model, tokens, tokens + 1, 1, torch.float32, executed=True)
+    return [
+        Agreement(
+            component=each.name,
+            phase=phase,
+            analytic=getattr(each, phase),
+            counted=counted[each.name],
+            compared=not each.estimate and each.name != NORMS,
+        )
+        for phase, counted in phases
+        for each in found
+        if getattr(each, phase) or counted[each.name]
+    ]
+
+
+@torch.no_grad()
+def _counted(model: PreTrainedModel, ids: torch.Tensor, **keywords: Any) -> tuple[Counter[str], Any]:
+    """FLOPs of one run by component: what a module computes itself, without its children, belongs to its own."""
+    counter = flop_counter.FlopCounterMode(display=False, custom_mapping=MAPPING)
+    with hf.quiet(), counter:
+        output = model(ids, **keywords)
+    root, place = type(model).__name__, places(model)
+    inclusive = {name: sum(kernels.values()) for name, kernels in counter.get_flop_counts().items()}
+    total: Counter[str] = Counter()
+    for name, count in inclusive.items():
+        if not name.startswith(root):  # the counter's own sum
+            continue
+        path = name.removeprefix(root).removeprefix(".")
+        total[_component(model, path, place[path])] += count
+        caller = next((name[:end] for end in _ends(name) if name[:end] in inclusive), None)
+        if caller is not None:
+            above = caller.removeprefix(root).removeprefix(".")
+            total[_component(model, above, place[above])] -= count
+    return total, output
+
+
+def _ends(name: str) -> list[int]:
+    """Where the names of all modules around this one end, the nearest first (lists of modules are never called)."""
+    return [end for end in range(len(name) - 1, 0, -1) if name[end] == "."]
+
+
+def _component(model: PreTrainedModel, path: str, place: str) -> str:
+    """An attention multiplies queries, keys and values itself, and leaves projections to its children."""
+    mixing = place == PROJECTIONS and next(model.get_submodule(path).children(), None) is not None
+    return SCORES if mixing else place
+
+
+def _grouped(rows: Sequence[int], stack: Sequence[int], *_: Any, **__: Any) -> int:
+    """Rows [R, I] by a stack [E, I, O]: each row meets one matrix."""
+    return 2 * rows[0] * rows[1] * stack[-1]
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Queries [B, H, Q, D] by keys [B, H, K, D], and the scores by values [B, H, K, V]: the full square."""
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+# Kernels that torch's counter does not know.
+MAPPING = {aten._grouped_mm: _grouped, aten._scaled_dot_product_flash_attention_for_cpu: _attention}
