@@ -72,9 +72,10 @@ def sparsegpt(weight: Tensor, inputs: Tensor, share: Share) -> tuple[Tensor, Ten
     w, x = weight.double().clone(), inputs.double()
     hessian = x.T @ x
     count = len(hessian)
+    live = [float(number) for number in hessian.diagonal() if number != 0]
     for j in range(count):
         if hessian[j, j] == 0:
-            hessian[j, j] = 1
+            hessian[j, j] = sum(live) / len(live) if live else 1
             w[:, j] = 0
     hessian += DAMPING * hessian.diagonal().mean() * torch.eye(count, dtype=torch.float64)
     inverse = [torch.linalg.inv(hessian[j:, j:]) for j in range(count)]

@@ -104,12 +104,13 @@ def gptq(
     w, hessian = weight_OI.double().clone(), gram_II.double().clone()
     kept = weight_OI != 0
     count = w.shape[1]
+    importance = hessian.diagonal().clone()
+    live = [float(number) for number in importance if number != 0]
     for i in range(count):
         if hessian[i, i] == 0:
-            hessian[i, i] = 1
-    importance = hessian.diagonal().clone()
+            hessian[i, i] = sum(live) / len(live) if live else 1
     order = torch.argsort(importance, descending=True, stable=True) if act_order else torch.arange(count)
-    inverse = torch.linalg.inv(hessian + damping * importance.mean() * torch.eye(count, dtype=torch.float64))
+    inverse = torch.linalg.inv(hessian + damping * hessian.diagonal().mean() * torch.eye(count, dtype=torch.float64))
 
     codes = torch.zeros(w.shape, dtype=torch.int64)
     scales = rtn(w, bits, group, dtype, clip, importance)[1]
@@ -162,16 +163,6 @@ def awq_scale(
         if error < best:
             best, chosen = error, s
     return chosen
-
-
-def int8_tokens(x_TD: Tensor) -> Tensor:
-    """The tokens as dynamic int8 leaves them, float64: one scale per token, that of its largest feature."""
-    rows = []
-    for x in x_TD.double():
-        largest = x.abs().max()
-        scale = largest / 127 if largest > 0 else torch.ones_like(largest)
-        rows.append(torch.round(x / scale).clamp(-127, 127) * scale)
-    return torch.stack(rows)
 
 
 def pack(codes_OI: Tensor, bits: int) -> Tensor:

@@ -122,7 +122,7 @@ def require_same(found: Rounded, expected: Rounded, weight: Tensor, gram: Tensor
     """
     same = float((found[0].long() == expected[0]).double().mean())
     new, old = (slow.output_error(weight, slow.dequantized(c, s.double()), gram) for c, s in (found, expected))
-    assert found[0].dtype == torch.int8 and same >= (0.96 if often else 0.995)
+    assert found[0].dtype == torch.int8 and same >= (0.96 if often else 0.99)
     assert new == pytest.approx(old, rel=0.05 if often else 0.01)
 
 
@@ -167,6 +167,21 @@ def test_gptq_is_that_of_the_paper(bits, inputs, group, dtype, clip, act_order):
 
 
 UNEVEN = [(144, 24), (320, 160), (200, 200), (400, 200)]
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_inputs_that_are_always_zero_weigh_nothing(size):
+    """Neither on the scales of the others nor on the damping, however large these are."""
+    rows = random(200, 64, seed=5) * size
+    dead = torch.arange(64) % 8 == 3
+    rows[:, dead] = 0
+    weight, gram = random(1, 16, 64, seed=6), (rows.T @ rows / len(rows))[None]
+    ((codes, scale),), _ = gptq([weight], gram, 3, 32, torch.float32, ["it"])
+    ((alone, _),), _ = gptq([weight * ~dead], gram, 3, 32, torch.float32, ["it"])
+    live = (codes[..., ~dead] == alone[..., ~dead]).double().mean()
+    error = slow.output_error(weight[0], slow.dequantized(codes[0], scale[0].double()), gram[0])
+    plain = slow.rtn(weight[0], 3, 32, torch.float32, "mse", gram[0].diagonal())
+    assert float(live) > 0.9 and error < slow.output_error(weight[0], slow.dequantized(*plain), gram[0])
 
 
 @pytest.mark.parametrize(("inputs", "group"), UNEVEN)

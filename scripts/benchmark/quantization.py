@@ -135,7 +135,6 @@ def config(layers: int) -> MixtralConfig:
 @torch.inference_mode()
 def products() -> dict[str, float]:
     """Seconds of the experts of one token: dense in bf16 and fp32 as stock transformers runs them, packed in 4 bits."""
-    found = {}
     token_TD, index_TK = torch.randn(1, 2048), torch.tensor([[2, 5]])
     gate_TK = torch.tensor([[0.6, 0.4]])
     runs = {}

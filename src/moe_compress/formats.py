@@ -28,7 +28,7 @@ Bits = Mapping[int, Mapping[str, Sequence[int]]]
 
 
 def format_of(stage: Stage, model: PreTrainedModel) -> str:
-    """dense, compressed-tensors or packed. Raises ValueError for one that the model's experts cannot have."""
+    """dense, compressed-tensors, gptq or packed. Raises ValueError for one that the model's experts cannot have."""
     wanted = str(stage.parameters.get("format", "dense"))
     chosen = _chosen(stage, model)
     if wanted == "dense" or not any(chosen.values()):

@@ -101,6 +101,12 @@ def _factor(gram_BII: Tensor, damping_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def revived(gram_BII: Tensor) -> tuple[Tensor, Tensor]:
-    """The Gram matrices with ones where an input was always zero, and which inputs were [B, I]."""
-    dead_BI = gram_BII.diagonal(dim1=1, dim2=2) == 0
-    return gram_BII + torch.diag_embed(dead_BI.to(gram_BII)), dead_BI
+    """The Gram matrices with the mean of the others where an input was always zero, and which inputs were [B, I].
+
+    A fixed number there would weigh much beside small inputs, and little beside large ones.
+    """
+    diagonal_BI = gram_BII.diagonal(dim1=1, dim2=2)
+    dead_BI = diagonal_BI == 0
+    live_B = (~dead_BI).sum(1)
+    mean_B = torch.where(live_B > 0, diagonal_BI.sum(1) / live_B.clamp_min(1), 1.0)
+    return gram_BII + torch.diag_embed(dead_BI * mean_B.unsqueeze(1)), dead_BI

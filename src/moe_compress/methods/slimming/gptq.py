@@ -32,8 +32,8 @@ def gptq(
     which takes inputs by their moments, before any of them, in the order of the file. Weights that are zero stay zero.
     Raises ValueError for a Gram matrix that no damping makes definite.
     """
+    importance_BI = gram_BII.float().diagonal(dim1=1, dim2=2).clone()
     gram_BII, _ = revived(gram_BII.float())
-    importance_BI = gram_BII.diagonal(dim1=1, dim2=2).clone()
     weight_BIR = inputs_first(weights)
     grid = _Grid(bits, group, dtype, clip, importance_BI)
     order_BI = None
