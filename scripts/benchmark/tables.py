@@ -122,6 +122,8 @@ QUANTIZED = (
     "quantize method=gptq bits=auto budget=3 per=layer group_size=32",
     "quantize method=gptq bits=auto budget=3 by=used group_size=32",
     "quantize method=gptq bits=auto budget=3 by=rare group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 by=used group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 by=rare group_size=32",
     "quantize method=gptq bits=4 group_size=32 where=all",
     "quantize method=gptq bits=4 group_size=32 where=experts,router",
     "quantize group_size=32 + expert_drop ratio=0.25",
