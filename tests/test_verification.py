@@ -1,0 +1,82 @@
+"""Verifying a checkpoint: what a fresh stock process makes of good and of broken ones, and who is said to load it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe_compress
+from moe_compress import verification
+from moe_compress.checkpoint.reader import open_checkpoint
+from moe_compress.compatibility import compatibility
+from moe_compress.verification import verify
+
+RTN = "quantize method=rtn group_size=8 clip=max"
+
+
+def made(sentence: str, folder: Path, options: dict[str, object]) -> Path:
+    found = moe_compress.compress(sentence, model=str(folder), **{**options, "eval": False}).folder
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sentence", "form"),
+    [("block_drop drop=1", "plain"), ("activations", "edited"), (f"{RTN} bits=4", "packed")],
+)
+def test_a_good_checkpoint_is_verified(sentence, form, reader_folder, options):
+    found = verify(open_checkpoint(made(sentence, reader_folder("mixtral"), options)))
+    assert found.passed and found.form == form and found.error is not None and found.error <= found.tolerance
+    assert found.stock_class is not None and "MixtralForCausalLM" in found.stock_class
+    assert f"{form} checkpoint: verified." in found.markdown() and "| vLLM" in found.markdown()
+
+
+def test_a_checkpoint_without_one_of_its_tensors_is_not(reader_folder, tmp_path):
+    """Stock transformers fills the gap with noise, says so at most, and goes on."""
+    folder = tmp_path / "broken"
+    shutil.copytree(reader_folder("mixtral"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="does not load cleanly"):
+        verify(open_checkpoint(folder))
+
+
+def test_a_layout_that_stock_transformers_does_not_load_is_not_tried(reader_folder, options):
+    found = verify(open_checkpoint(made(f"{RTN} bits=4 format=gptq", reader_folder("mixtral"), options)))
+    assert found.passed and found.stock_class is None and "was not asked" in found.markdown()
+
+
+CLIENTS: list[Any] = [
+    ("mixtral", "expert_drop keep=6", (True, True, True), "as any other model"),
+    ("mixtral", f"{RTN} bits=4", (True, True, True), "convert_hf_to_gguf.py makes the weights dense"),
+    ("mixtral", f"{RTN} bits=3", (True, False, True), "4 and 8 bits, not 3: use format=dense"),
+    ("mixtral", f"{RTN} bits=4 format=packed", (True, False, False), "trust_remote_code=True"),
+    ("mixtral", f"{RTN} bits=4 format=gptq", (False, True, True), "use moe_compress.load, gptqmodel or vLLM"),
+    ("mixtral", f"{RTN} bits=4 + activations", (False, False, False), "under an edited architecture"),
+    ("minimax", "expert_drop keep=6", (True, False, False), "not known to"),
+]
+
+
+@pytest.mark.parametrize(("family", "sentence", "loads", "said"), CLIENTS)
+def test_who_loads_it_and_why_not(family, sentence, loads, said, reader_folder, options):
+    found = compatibility(open_checkpoint(made(sentence, reader_folder(family), options)))
+    assert tuple(verdict.loads for verdict in found) == loads
+    assert any(said in verdict.why for verdict in found), [verdict.why for verdict in found]
+
+
+def test_different_logits_are_a_problem(reader_folder, options, monkeypatch):
+    checkpoint = open_checkpoint(made("expert_drop keep=6", reader_folder("mixtral"), options))
+    right = verification._ours(checkpoint)
+    monkeypatch.setattr(verification, "_ours", lambda _: right * 1.01)
+    stock = {"wrong": {}, "class": "It", "logits": right, "made": torch.zeros(1, 20)}
+    monkeypatch.setattr(verification, "_in_fresh_process", lambda *_: stock)
+    found = verify(checkpoint)
+    assert not found.passed and "logits differ by 9.9e-03" in found.problems[0]
+    assert json.loads(json.dumps(found.to_json()))["passed"] is False and "NOT VERIFIED" in found.markdown()
