@@ -446,7 +446,7 @@ def test_windows_longer_than_the_model_was_made_for(reader_folder, options, capl
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("columns", "as_columns"), [(80, True), (300, False)])
+@pytest.mark.parametrize(("columns", "as_columns"), [(80, True), (340, False)])
 def test_a_narrow_terminal_gets_rows_as_columns(
     columns, as_columns, reader_folder, options, monkeypatch, capsys, tmp_path
 ):

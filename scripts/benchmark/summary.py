@@ -51,6 +51,13 @@ QUANTIZED_PAIRS = (
         (f"quantize method=gptq bits=auto budget=3.0{by} group_size=32", "quantize method=gptq bits=3 group_size=32")
         for by in ("", " by=gradient", " per=expert", " per=layer", " by=used", " by=rare")
     ),
+    *(
+        (
+            f"quantize method=gptq bits=auto budget=2.5 by={by} group_size=32",
+            "quantize method=gptq bits=auto budget=2.5 group_size=32",
+        )
+        for by in ("used", "rare")
+    ),
     ("quantize method=gptq bits=3 group_size=32 act_order=True", "quantize method=gptq bits=3 group_size=32"),
 )
 # Recipes whose result no calibration text changes.
@@ -177,11 +184,12 @@ def _stages(record: Record) -> str:
 def loaded(results: Path) -> str:
     """Packed zoo models beside their originals, from scripts/benchmark/quantization.sh: memory and speed."""
     figures = json.loads((results / "quantization.json").read_text())
-    lines = ["| model, 4 bits | weights in memory | decoding |", "|---|---|---|"]
+    lines = ["| model, rounded to the nearest | file | weights in memory | decoding |", "|---|---|---|---|"]
     for name, found in figures["speed"].items():
         share = found["variant"]["weight_bytes"] / found["original"]["weight_bytes"]
         low, high = found["speedup_interval"]
-        lines.append(f"| {name} | {share:.2f} x | {found['speedup']:.2f} [{low:.2f}, {high:.2f}] x as fast |")
+        size = f"{found['file_bytes'] / 2**20:.2f} MiB"
+        lines.append(f"| {name} | {size} | {share:.2f} x | {found['speedup']:.2f} [{low:.2f}, {high:.2f}] x as fast |")
     return "\n".join(lines) + "\n"
 
 
@@ -268,7 +276,8 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     parts += ["**Rounded activations**; behind each cell how much of a token's experts stays the same (Jaccard):"]
     parts += [rounding(records)]
     if (documents.parent / "quantization.json").is_file():
-        parts += ["Loaded and run in bf16 on two CPU cores, the original beside it:", loaded(documents.parent)]
+        where = "Loaded and run in bf16 on two CPU cores, where products in bf16 are slow, the original beside it;"
+        parts += [f"{where} models this small have little to gain:", loaded(documents.parent)]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 

@@ -22,6 +22,7 @@ from moe_compress.api import (
     routing,
     speed,
     table,
+    tasks,
 )
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ COMPRESSOR = (
 )  # fmt: skip
 __all__ = [
     "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "routing", "speed",
-    "table", *COMPRESSOR,
+    "table", "tasks", *COMPRESSOR,
 ]  # fmt: skip
 
 

@@ -143,6 +143,16 @@ def speed(words: Annotated[list[str], _words("a model, then options as key=value
 
 
 @app.command()
+def tasks(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
+    """Accuracy on tasks beside the original's: tasks FOLDER [tasks=local|paper|NAMES|FILE] [limit=] [fewshot=]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    options: dict[str, Any] = dict(_pairs(words[1:]))
+    show_markdown(api.tasks(words[0], **options).markdown())
+
+
+@app.command()
 def verify(words: Annotated[list[str], typer.Argument(help="a checkpoint", metavar="FOLDER")]) -> None:
     """Load a checkpoint in a fresh process by stock transformers, compare, and say which programs can load it."""
     from moe_compress.checkpoint.locate import open_model

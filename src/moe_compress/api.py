@@ -23,7 +23,7 @@ from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
 from moe_compress.fidelity import RoutingReport, routing_report
 from moe_compress.flops_report import FlopsReport
 from moe_compress.forecast import Forecast, forecast
-from moe_compress.harness import generations
+from moe_compress.harness import generations, lm_tasks
 from moe_compress.harness.generations import Comparison
 from moe_compress.recipe import Options, Recipe
 from moe_compress.report.record import Record, load_records, now
@@ -32,6 +32,7 @@ from moe_compress.run import Run
 from moe_compress.runtime import RunLog, log, require_writable, threads
 from moe_compress.speed_report import SpeedReport, setting_of, speed_report
 from moe_compress.stream.prompts import prompt_windows, read_prompts
+from moe_compress.task_evaluation import TaskReport, task_report
 from moe_compress.terminal import progress_bar
 
 
@@ -74,14 +75,21 @@ def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options:
 
 def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
+    opened, base, run = _beside(checkpoint, original, options, "evaluate")
+    with threads(run.options.threads):
+        return _record(opened, base, run)
+
+
+def _beside(
+    checkpoint: str | Path, original: str | Path | None, options: dict[str, Any], command: str
+) -> tuple[Checkpoint, Checkpoint, Run]:
+    """A checkpoint, its original, and a run with the original's defaults."""
     if "model" in options:
-        raise ValueError("evaluate takes the checkpoint as its first word; what it is compared with is original=.")
+        raise ValueError(f"{command} takes the checkpoint as its first word; what it is compared with is original=.")
     given = recipe.make_options({**options, "model": checkpoint})
     opened = open_model(given.model, given.revision)
     base = _original(opened, original)
-    run = start(given.model_copy(update={"model": base.name}).resolved())
-    with threads(run.options.threads):
-        return _record(opened, base, run)
+    return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
 
 
 def _original(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
@@ -116,11 +124,7 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
 
 def routing(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> RoutingReport:
     """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
-    if "model" in options:
-        raise ValueError("routing takes the checkpoint as its first word; what it is compared with is original=.")
-    opened = open_model(str(checkpoint), recipe.make_options({**options, "model": checkpoint}).revision)
-    base = _original(opened, original)
-    run = start(recipe.make_options({**options, "model": base.name}).resolved())
+    opened, base, run = _beside(checkpoint, original, options, "routing")
     with threads(run.options.threads):
         report = routing_report(opened, base, run)
     report.save(run.results("routing"))
@@ -149,6 +153,31 @@ def _known(given: dict[str, Any], function: Callable[..., Any], command: str) ->
         if key not in known:
             raise ValueError(f"{command} has no option {key!r}; it takes: original, results, {', '.join(known)}.")
     return given
+
+
+def tasks(
+    checkpoint: str | Path,
+    /,
+    tasks: str | Sequence[str] = "local",
+    original: str | Path | None = None,
+    *,
+    limit: int | str | None = None,
+    batch: int | str = lm_tasks.BATCH,
+    fewshot: int | str = 0,
+    **options: Any,
+) -> TaskReport:
+    """Accuracy of a checkpoint on tasks of lm_eval beside its original's, paired document by document.
+
+    tasks: `local` (no network), `paper` (its eight), names of lm_eval, paths of .yaml files, joined by commas; limit:
+    documents of a task; batch: prompts at once; fewshot: examples in a prompt.
+    """
+    asked = registry.coerce(int | None, limit, "limit")
+    size, shots = registry.coerce(int, batch, "batch"), registry.coerce(int, fewshot, "fewshot")
+    opened, base, run = _beside(checkpoint, original, options, "tasks")
+    with threads(run.options.threads):
+        report = task_report(opened, base, run, tasks, limit=asked, batch=size, fewshot=shots)
+    report.save(run.results("tasks"))
+    return report
 
 
 def flops(model: str | Path, /, **words: Any) -> FlopsReport:

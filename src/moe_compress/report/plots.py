@@ -1,18 +1,23 @@
-"""Pictures of analyses: lists of numbers in, PNG files out. This module knows nothing of ours.
+"""Pictures of analyses and fronts: numbers in, PNG files out, SVG too of fronts. This module knows nothing of ours.
 
 Colours tell apart what colour-blind readers can tell apart: cividis and PuOr for tables, Okabe and Ito's for lines.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from moe_compress.report import svg
+from moe_compress.report.pareto import Front, Point
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
@@ -21,6 +26,10 @@ COLUMNS = 6
 DPI = 150
 ALIKE = "PuOr_r"
 LEAST_LIMIT = 0.2
+NAMED, NAME = 0.05, 70
+HIGH, NEAR = 1000, 40
+WHISKER: dict[str, Any] = {"colors": "grey", "linewidth": 0.7}
+META: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}}
 Table = Sequence[Sequence[float | None]]
 
 
@@ -110,7 +119,46 @@ def _ticks(values: Sequence[int], most: int = TICKS) -> tuple[list[int], list[st
     return places, [str(values[place]) for place in places]
 
 
-def _saved(figure: Figure, path: Path) -> Path:
+def _saved(figure: Figure, path: Path, **keywords: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI, **keywords)
     return path
+
+
+def front(stem: Path, title: str, found: Front) -> list[Path]:
+    """A front as PNG and SVG: perplexity with whiskers over cost; what is often on the front is numbered and named."""
+    figure = Figure(figsize=(11.0, 4.8), layout="constrained")
+    axes = figure.subplots()
+    up = svg.perplexity_axis(found.points, 0, HIGH)
+    named = [point for point in found.points if point.front or point.share >= NAMED]
+    for points, colour in ((found.points, LINES[0]), (named, LINES[1])):
+        x, y = [point.cost for point in points], [up(point.perplexity) for point in points]
+        axes.vlines(
+            x, *zip(*((up(low), up(high)) for low, high in (p.interval for p in points)), strict=True), **WHISKER
+        )
+        axes.hlines(y, *zip(*(p.cost_interval or (p.cost, p.cost) for p in points), strict=True), **WHISKER)
+        axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.8)
+    for (cost, height), numbers in _together(named, up).items():
+        axes.annotate(numbers, (cost, height), (4, 4), textcoords="offset points", fontsize=7)
+    for number, point in enumerate(named, 1):
+        name = f"{number}  {textwrap.shorten(point.name, NAME, placeholder=' ...')}: {point.share:.0%}"
+        axes.plot([], [], " ", label=name.replace("$", r"\$"))
+    axes.set(title=title.replace("$", r"\$"), xlabel=found.label, ylabel="perplexity, root of log scale")
+    axes.set_yticks(*zip(*up.ticks(), strict=True))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="on the front in ... of the draws")
+    # Without these two, a second run would write other bytes.
+    with rc_context({"svg.hashsalt": "moe-compress"}):
+        return [_saved(figure, stem.with_name(f"{stem.name}.{kind}"), **META.get(kind, {})) for kind in ("png", "svg")]
+
+
+def _together(points: Sequence[Point], up: svg.Axis) -> dict[tuple[float, float], str]:
+    """Numbers of points by place, those that are too near for a number each in one text."""
+    across = svg.axis([point.cost for point in points], 0, HIGH)
+    found: dict[tuple[float, float], str] = {}
+    cells: dict[tuple[int, int], tuple[float, float]] = {}
+    for number, point in enumerate(points, 1):
+        cell = int(across(point.cost) // NEAR), int(up(point.perplexity) // NEAR)
+        place = cells.setdefault(cell, (point.cost, up(point.perplexity)))
+        found[place] = f"{found[place]}, {number}" if place in found else f"{number}"
+    return found

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "moe-compress")
+# What no table can do without, though the schema leaves it to the harness what else stands beside it.
+NEEDED = {"base": ("fingerprint",), "protocol": ("id", "text", "dtype", "device"), "sizes": ("parameters", "bytes")}
 
 
 class Metric(BaseModel):
@@ -30,7 +33,8 @@ class Record(BaseModel):
 
     name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages (none for
     the original itself); protocol: all that a number depends on besides the model; sizes: parameters, bytes, ...
-    cost: seconds and peak bytes; report: what the method had to say (experts without tokens, stability).
+    cost: seconds and peak bytes; report: what the method had to say (experts without tokens, stability);
+    digest: hash of all else, written by `save` (None before, and in records that are older than it).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,26 +52,102 @@ class Record(BaseModel):
     report: list[dict[str, Any]]
     environment: dict[str, Any]
     written: str
+    digest: str | None = None
 
     def save(self, folder: Path) -> Path:
-        """Write the record under its name, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-        return path
+        """Write the record under its name, with its digest, whole or not at all."""
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return _save(folder / f"{self.name}.json", {**values, "digest": digest_of(values)})
+
+
+class Failure(BaseModel):
+    """A run that did not finish. recipe: its sentence; reason: what went wrong; written: when, in UTC."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    model: str
+    recipe: str
+    reason: str
+    written: str
+
+    def save(self, folder: Path) -> Path:
+        """Write the failure under its name, whole or not at all."""
+        return _save(folder / f"{self.name}.json", self.model_dump(mode="json"))
+
+
+def _save(path: Path, values: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def digest_of(values: Mapping[str, Any]) -> str:
+    """Hash of a record's JSON without its own digest, whatever its spaces and the order of its keys."""
+    rest = {key: value for key, value in values.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+Kind = TypeVar("Kind", Record, Failure)
 
 
 def load_records(paths: Iterable[Path]) -> list[Record]:
-    """Read records; a file that is none is named."""
-    records = []
+    """Read records. ValueError names the first file that is none, or was changed since."""
+    records, problems = read_records(paths)
+    if problems:
+        raise ValueError(problems[0])
+    return records
+
+
+def read_records(paths: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """The records among these files, and a sentence for each file that is none or was changed since."""
+    return _read(paths, Record, "record")
+
+
+def read_failures(paths: Iterable[Path]) -> tuple[list[Failure], list[str]]:
+    """The failures among these files, and a sentence for each file that is none."""
+    return _read(paths, Failure, "failure")
+
+
+def gather(places: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
+    """Records of files and of folders of them, and what `read_records` says of the others.
+
+    ValueError for a place that is not there, or where files are, but no record among them.
+    """
+    paths: list[Path] = []
+    for place in map(Path, places):
+        if not place.exists():
+            raise ValueError(f"there is no record or folder of records {place}: run a recipe first.")
+        paths += sorted(place.glob("*.json")) if place.is_dir() else [place]
+    records, problems = read_records(paths)
+    if problems and not records:
+        raise ValueError(problems[0])
+    return records, problems
+
+
+def _read(paths: Iterable[Path], kind: type[Kind], word: str) -> tuple[list[Kind], list[str]]:
+    found, problems = [], []
     for path in paths:
         try:
-            records.append(Record.model_validate_json(path.read_text(encoding="utf-8")))
-        except (ValidationError, UnicodeDecodeError, OSError) as error:
-            raise ValueError(f"{path} is not a record of moe-compress: {str(error).splitlines()[0]}") from error
-    return records
+            values = json.loads(path.read_text(encoding="utf-8"))
+            read = kind.model_validate(values)
+            _require_whole(values, word)
+            found.append(read)
+        except (ValueError, OSError, RecursionError) as error:  # pydantic's and JSON's errors are ValueErrors
+            problems.append(f"{path} is not a {word} of moe-compress: {str(error).splitlines()[0]}")
+    return found, problems
+
+
+def _require_whole(values: Mapping[str, Any], word: str) -> None:
+    if word != "record":
+        return
+    if values.get("digest") not in (None, digest_of(values)):
+        raise ValueError("it was changed after it was written, for its digest does not fit")
+    for part, keys in NEEDED.items():
+        for key in keys:
+            if key not in values[part]:
+                raise ValueError(f"its {part} has no {key}")
 
 
 def environment() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,29 +12,65 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
 from moe_compress.report.record import Record
 
 BYTES = 2**20
+SAME = "no detectable difference"
+# Column -> what of the record's sizes, its unit and how that is written.
+SIZES = {
+    "parameters": ("parameters", 1e6, " M"),
+    "MiB": ("bytes", BYTES, ""),
+    "touched per token": ("touched", 1e6, " M"),
+    "MFLOPs per token": ("flops_per_token", 1e6, ""),
+}
+# Column -> metric and how its numbers are written.
+METRICS = {
+    "perplexity": ("perplexity", ".2f"),
+    "change of NLL": ("delta_nll", "+.4f"),
+    "KL": ("kl", ".4f"),
+    "same top token": ("top1_agreement", ".3f"),
+    "same experts": ("routing_overlap", ".3f"),
+    "tasks right": ("task_accuracy", ".3f"),
+}
+SECONDS, PEAK = "calibration + writing s", "peak MiB"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows that may be compared: same original model, same protocol."""
+    """Rows that may be compared: same original model, same protocol.
+
+    frame: their cells as text; rows: the records behind each, one a seed.
+    """
 
     title: str
     protocol: dict[str, Any]
     frame: pd.DataFrame
+    rows: Sequence[Sequence[Record]]
 
     def markdown(self, turned: bool = False) -> str:
         """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
-        text = self.protocol["text"]
-        how = (
-            f"{text['tokens']:,} tokens of {text['source']} ({text['windows']} windows of {text['length']}), "
-            f"{self.protocol['dtype']} on {self.protocol['device']}, protocol `{self.protocol['id']}`"
-        )
+        how = f"{self.how()}, protocol `{self.protocol['id']}`"
         frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.frame
         cells = frame.to_markdown(index=turned, disable_numparse=True)
         return f"### {self.title}\n\n{how}\n\n{cells}\n"
+
+    def how(self) -> str:
+        """The text, and the arithmetic it was run in."""
+        text = self.protocol["text"]
+        return (
+            f"{text['tokens']:,} tokens of {text['source']} ({text['windows']} windows of {text['length']}), "
+            f"{self.protocol['dtype']} on {self.protocol['device']}"
+        )
+
+    def latex(self) -> str:
+        """The same cells as a LaTeX longtable."""
+        return formats.latex(self.title, f"{self.how()}, protocol {self.protocol['id']}", self.frame)
+
+    def to_json(self) -> dict[str, Any]:
+        """Model, protocol, and the numbers of every row."""
+        rows = formats.numbers(list(self.frame["recipe"]), self.rows)
+        return {"model": self.title, "base": self.rows[0][0].base, "protocol": self.protocol, "rows": rows}
 
     def csv(self) -> str:
         """The same cells as CSV."""
@@ -50,11 +87,11 @@ def make_tables(records: Iterable[Record]) -> list[Table]:
         groups.setdefault(key, []).append(record)
     if not groups:
         raise ValueError("there are no records to make a table of: run a recipe first.")
-    return [Table(model, group[0].protocol, _frame(group)) for (model, *_), group in sorted(groups.items())]
+    rows = {key: sorted(one_row_each(group), key=_order) for key, group in sorted(groups.items())}
+    return [Table(key[0], found[0][0].protocol, _frame(found), found) for key, found in rows.items()]
 
 
-def _frame(records: Sequence[Record]) -> pd.DataFrame:
-    rows = sorted(one_row_each(records), key=_order)
+def _frame(rows: Sequence[Sequence[Record]]) -> pd.DataFrame:
     named = [_row_name(row[0]) for row in rows]
     names = [
         f"{name} [{_text_of(row[0])}]" if named.count(name) > 1 else name for name, row in zip(named, rows, strict=True)
@@ -92,7 +129,8 @@ def _text_of(record: Record) -> str:
 
 def _order(records: Sequence[Record]) -> tuple[bool, float, float]:
     """The original first, then larger before smaller, then better before worse."""
-    perplexity = sum(record.metrics["perplexity"].value for record in records) / len(records)
+    found = [record.metrics["perplexity"].value for record in records if "perplexity" in record.metrics]
+    perplexity = sum(found) / len(found) if found else math.inf
     return (records[0].form != "original", -records[0].sizes["parameters"], perplexity)
 
 
@@ -102,7 +140,12 @@ def _row_name(record: Record) -> str:
         return "original"
     if not record.recipe:
         return record.name
-    return " + ".join(_sentence(stage) for stage in record.recipe)
+    return sentence_of(record.recipe)
+
+
+def sentence_of(stages: Sequence[dict[str, Any]]) -> str:
+    """Stages in the words that they were asked for with, their seeds left out."""
+    return " + ".join(_sentence(stage) for stage in stages)
 
 
 def _sentence(stage: dict[str, Any]) -> str:
@@ -114,47 +157,63 @@ def _sentence(stage: dict[str, Any]) -> str:
 
 def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
     first = records[0]
-    cells = {
-        "recipe": name + (f" ({len(records)} seeds)" if len(records) > 1 else ""),
-        "form": first.form,
-        "parameters": f"{first.sizes['parameters'] / 1e6:,.2f} M",
-        "MiB": f"{first.sizes['bytes'] / BYTES:,.2f}",
-        "touched per token": f"{first.sizes['touched'] / 1e6:,.2f} M",
-        "MFLOPs per token": f"{first.sizes['flops_per_token'] / 1e6:,.2f}",
-        "perplexity": _cell(records, "perplexity", 2),
-        "change of NLL": _cell(records, "delta_nll", 4, sign=True),
-        "KL": _cell(records, "kl", 4),
-        "same top token": _cell(records, "top1_agreement", 3),
-        "same experts": _cell(records, "routing_overlap", 3),
-        "tasks right": _cell(records, "task_accuracy", 3),
-    }
-    if first.cost:
-        cells["calibration + writing s"] = f"{first.cost['calibration_seconds'] + first.cost['surgery_seconds']:.1f}"
-        cells["peak MiB"] = f"{first.cost['peak_bytes'] / BYTES:,.0f}"
-    return cells
+    cells = {"recipe": name + (f" ({len(records)} seeds)" if len(records) > 1 else ""), "form": first.form}
+    for column, (key, unit, suffix) in SIZES.items():
+        cells[column] = f"{first.sizes[key] / unit:,.2f}{suffix}" if key in first.sizes else ""
+    cells |= {column: _cell(records, key, form) for column, (key, form) in METRICS.items()}
+    if formats.detectable(records) is False:
+        cells["change of NLL"] += f" {SAME}"
+    cost = _cost(first)
+    return cells | ({SECONDS: f"{cost[SECONDS]:.1f}", PEAK: f"{cost[PEAK]:,.0f}"} if cost else {})
 
 
-def _cell(records: Sequence[Record], name: str, digits: int, sign: bool = False) -> str:
+def _cost(record: Record) -> dict[str, float]:
+    """Seconds and MiB that a compression took; nothing for a model that was only measured."""
+    cost = record.cost
+    if not cost:
+        return {}
+    return {SECONDS: cost["calibration_seconds"] + cost["surgery_seconds"], PEAK: cost["peak_bytes"] / BYTES}
+
+
+def row_numbers(records: Sequence[Record]) -> dict[str, float]:
+    """What the cells of a row say, as numbers by column; what is missing has none."""
+    sizes = {column: records[0].sizes[key] for column, (key, *_) in SIZES.items() if key in records[0].sizes}
+    found = {column: _values(records, key) for column, (key, _) in METRICS.items()}
+    means = {column: sum(values) / len(values) for column, values in found.items() if values}
+    return sizes | means | _cost(records[0])
+
+
+def _values(records: Sequence[Record], name: str) -> list[float]:
+    return [record.metrics[name].value for record in records if name in record.metrics]
+
+
+def _cell(records: Sequence[Record], name: str, form: str) -> str:
     """value [low, high] of one record; mean and smallest to largest of several seeds."""
+    values = _values(records, name)
+    if len(values) > 1:
+        return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
     found = [record.metrics[name] for record in records if name in record.metrics]
-    if not found:
-        return ""
-    form = f"{'+' if sign else ''}.{digits}f"
-    if len(found) == 1:
-        interval = found[0].interval
-        ends = f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else ""
-        return f"{found[0].value:{form}}{ends}"
-    values = [metric.value for metric in found]
-    return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+    return formats.with_interval(found[0], form) if found else ""
+
+
+def stems(tables: Sequence[Table]) -> list[str]:
+    """A file name for each: model and protocol; numbered where two models have one name."""
+    found: list[str] = []
+    for table in tables:
+        stem = f"{table.title}-{table.protocol['id'][:6]}"
+        found.append(f"{stem}-{found.count(stem) + 1}" if stem in found else stem)
+    return found
 
 
 def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """tables.md with all of them, and one CSV each."""
+    """tables.md, tables.tex and tables.json with all of them, and one CSV each."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "tables.md"]
-    written[0].write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
-    for table in tables:
-        path = folder / f"{table.title}-{table.protocol['id'][:6]}.csv"
-        path.write_text(table.csv(), encoding="utf-8")
-        written.append(path)
-    return written
+    texts = {
+        "tables.md": "\n".join(table.markdown() for table in tables),
+        "tables.tex": "\n\n".join([formats.PACKAGES_NEEDED, *(table.latex() for table in tables)]) + "\n",
+        "tables.json": json.dumps([table.to_json() for table in tables], indent=1) + "\n",
+    }
+    texts |= {f"{stem}.csv": table.csv() for stem, table in zip(stems(tables), tables, strict=True)}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]

@@ -1,0 +1,145 @@
+"""One static HTML page of tables, fronts and pictures: nothing is fetched, and all text is escaped by the template.
+
+This module knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import jinja2
+
+from moe_compress.report import formats, pictures, svg
+from moe_compress.report.pareto import Front
+from moe_compress.report.record import Failure, Record, now
+from moe_compress.report.table import Table, row_numbers, sentence_of
+
+TEMPLATE = "page.html.j2"
+ON_FRONT = {"bytes": "on front: bytes", "flops_per_token": "on front: FLOPs", "latency": "on front: latency"}
+Context = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table, its fronts, and the runs of its model that did not finish."""
+
+    table: Table
+    fronts: Sequence[Front] = ()
+    failures: Sequence[Failure] = ()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """A heading, and pictures of layers below it."""
+
+    title: str
+    pictures: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a page shows. failures: of models that have no table; problems: sentences about skipped files."""
+
+    sections: Sequence[Section]
+    failures: Sequence[Failure] = ()
+    galleries: Sequence[Gallery] = ()
+    problems: Sequence[str] = field(default_factory=tuple)
+
+
+def render(contents: Contents) -> str:
+    """The page, whole: styles, scripts and pictures are in it."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        sections=[_section(at, section) for at, section in enumerate(contents.sections)],
+        failures=contents.failures,
+        galleries=contents.galleries,
+        problems=contents.problems,
+        written=now(),
+    )
+
+
+def _section(number: int, section: Section) -> Context:
+    table = section.table
+    shown = table.frame.loc[:, (table.frame != "").any()]
+    shares = {front.key: {point.name: point.share for point in front.points} for front in section.fronts}
+    extra = [ON_FRONT[key] for key in shares]
+    names = list(table.frame["recipe"])
+    ids = {name: _id(table, name) for name in names}
+    rows = []
+    for name, records, cells in zip(names, table.rows, shown.to_dict("records"), strict=True):
+        of_row = {ON_FRONT[key]: found[name] for key, found in shares.items() if name in found}
+        rows.append(_row(ids[name], records, cells, of_row, extra))
+    return {
+        "id": f"table-{number}",
+        "title": table.title,
+        "how": table.how(),
+        "protocol": table.protocol,
+        "base": records[0].base,
+        "columns": [*shown.columns, *extra],
+        "rows": rows,
+        "failures": section.failures,
+        "plots": [svg.scatter(front) for front in section.fronts],
+        "ids": ids,
+    }
+
+
+def _id(table: Table, name: str) -> str:
+    """What a row is called in links: the same on every page that shows it."""
+    identity = json.dumps([table.title, table.rows[0][0].base, table.protocol["id"], name], sort_keys=True)
+    return f"row-{hashlib.sha256(identity.encode()).hexdigest()[:10]}"
+
+
+def _row(
+    identity: str,
+    records: Sequence[Record],
+    cells: Mapping[str, str],
+    shares: Mapping[str, float],
+    extra: Sequence[str],
+) -> Context:
+    numbers = row_numbers(records)
+    texts = {**cells, **{column: f"{shares[column]:.0%}" if column in shares else "" for column in extra}}
+    numbers |= shares
+    found = [{"text": text, "number": numbers.get(str(column))} for column, text in texts.items()]
+    return {"id": identity, "cells": found, "runs": [_run(record) for record in records]}
+
+
+def _run(record: Record) -> Context:
+    drawn, rest = [], []
+    for entry in record.report:
+        found, left = pictures.of_report(entry)
+        drawn += [{**picture, "title": f"{entry.get('method', '')}: {picture['title']}"} for picture in found]
+        rest.append(left)
+    metrics = [(name, formats.with_interval(metric), metric.unit) for name, metric in record.metrics.items()]
+    return {
+        "name": record.name,
+        "sentence": sentence_of(record.recipe) or record.form,
+        "facts": {
+            "seed": record.seed,
+            "form": record.form,
+            "written": record.written,
+            "digest": record.digest or "none: written by an older version",
+            "commit of the original": record.base.get("commit") or "none",
+            "fingerprint of the original": record.base["fingerprint"],
+        },
+        "metrics": metrics,
+        "texts": {
+            "stages, with every parameter": [_json(stage) for stage in record.recipe],
+            "reported by the stages": [_json(left) for left in rest],
+            "sizes": [_json(record.sizes)],
+            "cost": [_json(record.cost)],
+            "environment": [_json(record.environment)],
+        },
+        "pictures": drawn,
+    }
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,97 @@
+"""The report: records and what was left beside them in, one HTML page and plots of its fronts out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_compress.report import beside, pareto, pictures, plots
+from moe_compress.report.page import Contents, Gallery, Section, render
+from moe_compress.report.record import Failure, Record, gather, read_failures
+from moe_compress.report.table import make_tables, stems
+from moe_compress.runtime import log, require_writable
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written, and a sentence for each file that was skipped."""
+
+    files: list[Path]
+    skipped: list[str]
+
+
+def report(records: Sequence[str | Path] = ("runs/records",), out: str | Path = "runs") -> list[Path]:
+    """Write out/report.html and out/plots/; returns their paths. See `make_report`."""
+    return make_report(records, out).files
+
+
+def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Path = "runs") -> Report:
+    """Write the page and the plots of records (files, or folders of them) and of what other commands left beside them.
+
+    Files that are none of ours, or were changed, are named in a warning and skipped. ValueError without any record.
+    """
+    require_writable(Path(out), f"out={out}")
+    good, skipped = gather(records)
+    tables = make_tables(good)
+    places = _beside(records)
+    speeds, wrong = beside.read_json(_files(places, "speed/*.json"), beside.timed, "speed")
+    skipped = skipped + wrong
+    failures, wrong = read_failures(_files(places, "failures/*.json"))
+    skipped += wrong
+    galleries, wrong = _galleries(places)
+    skipped += wrong
+    timed = beside.latencies([each for found in speeds for each in found], good)
+    folders = [place / "documents" for place in places]
+    left = [failure for failure in failures if not _done_since(failure, good)]
+    sections = []
+    for table in tables:
+        fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
+        sections.append(Section(table, fronts, [failure for failure in left if failure.model == table.title]))
+    models = {table.title for table in tables}
+    homeless = [failure for failure in left if failure.model not in models]
+    for sentence in skipped:
+        log.warning("skipped: %s.", sentence)
+    page = Path(out) / PAGE
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(render(Contents(sections, homeless, galleries, skipped)), encoding="utf-8")
+    return Report([page, *_plots(sections, Path(out) / "plots")], skipped)
+
+
+def _beside(records: Sequence[str | Path]) -> list[Path]:
+    """The folders that hold the folders of records."""
+    found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, records)]
+    return list(dict.fromkeys(found))
+
+
+def _files(places: Sequence[Path], pattern: str) -> Iterator[Path]:
+    return (path for place in places for path in sorted(place.glob(pattern)))
+
+
+def _galleries(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
+    """Pictures of routing and of analyses, and sentences about files that are none."""
+    routing, wrong = beside.read_json(
+        _files(places, "routing/*.json"),
+        lambda found: Gallery(f"Routing of {found['model']} beside {found['original']}", pictures.of_routing(found)),
+        "routing",
+    )
+    analyses, others = beside.read_json(
+        _files(places, "analysis/*/analysis.json"),
+        lambda found: Gallery(f"Experts of {found['model']}", pictures.of_analysis(found)),
+        "analysis",
+    )
+    return [*analyses, *routing], [*wrong, *others]
+
+
+def _done_since(failure: Failure, records: Sequence[Record]) -> bool:
+    return any(record.name == failure.name and record.written >= failure.written for record in records)
+
+
+def _plots(sections: Sequence[Section], folder: Path) -> list[Path]:
+    files: list[Path] = []
+    for stem, section in zip(stems([section.table for section in sections]), sections, strict=True):
+        for front in section.fronts:
+            files += plots.front(folder / f"{stem}-{front.key}", section.table.title, front)
+    return files

@@ -1,0 +1,158 @@
+"""Tasks on a checkpoint and on its original: nothing is asked twice, every answer is kept, the report is paired."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.harness import lm_tasks, task_choice
+from moe_compress.harness.lm_tasks import Scores
+from moe_compress.harness.task_choice import Chosen
+from moe_compress.model import hf
+from moe_compress.report.tasks import as_markdown
+from moe_compress.run import Run
+from moe_compress.runtime import dtype_name, fingerprint, free_memory, gigabytes, log, write_json
+from moe_compress.terminal import progress_bar
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """Accuracy of the original (`before`) and of a model (`after`, unless it is the original), and the change.
+
+    tasks: by name; average: of several tasks; settings: what else the numbers depend on; id: of all of it.
+    """
+
+    model: str
+    original: str
+    settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    average: dict[str, Any] | None
+    id: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """A row for each task, and their average."""
+        return as_markdown(self.to_json())
+
+    def save(self, folder: Path) -> Path:
+        """Write it as JSON under the model's name."""
+        path = folder / f"{self.model}-{self.id[:6]}.json"
+        write_json(path, self.to_json())
+        return path
+
+
+def task_report(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    run: Run,
+    tasks: str | Sequence[str] = "local",
+    *,
+    limit: int | None = None,
+    batch: int = lm_tasks.BATCH,
+    fewshot: int = 0,
+) -> TaskReport:
+    """Ask both models the same; what either was asked before, in the same arithmetic, is read back.
+
+    tasks: `local`, `paper`, names of lm_eval, paths of .yaml files, joined by commas; limit: documents of a task (of a
+    group: of each part); batch: prompts at once; fewshot: examples in a prompt. Raises ValueError, before weights are
+    read, for tasks that cannot be run here, and for models that do not fit into memory.
+    """
+    for name, value, least in (("limit", limit, 1), ("batch", batch, 1), ("fewshot", fewshot, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: a number from {least} is needed.")
+    chosen = task_choice.choose(tasks, fewshot)
+    settings = {
+        "limit": limit,
+        "fewshot": fewshot,
+        "dtype": dtype_name(run.dtype),
+        "device": run.device.type,
+        "attn": run.options.attn or hf.skeleton(base.config, run.dtype).config._attn_implementation,
+        "lm_eval": task_choice.version(),
+    }
+    asked = {each.name: task_choice.identity(each, limit) for each in chosen}
+    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, batch)
+    if checkpoint.folder == base.folder:
+        return _report(checkpoint, base, chosen, asked, settings, before, None)
+    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, batch)
+    return _report(checkpoint, base, chosen, asked, settings, before, after)
+
+
+def _answers(
+    checkpoint: Checkpoint,
+    title: str,
+    chosen: Sequence[Chosen],
+    asked: dict[str, str],
+    settings: dict[str, Any],
+    run: Run,
+    batch: int,
+) -> dict[str, Scores]:
+    """Kept ones, and new ones of tasks that are missing, kept from now on: a folder a model, a file a task."""
+    paths = {}
+    for name, questions in asked.items():
+        key, task = fingerprint(checkpoint.fingerprint, settings, questions)[:8], re.sub(r"[^\w.-]+", "-", name)
+        paths[name] = run.results("tasks") / title / f"{task}-{key}.safetensors"
+    missing = [each for each in chosen if not paths[each.name].is_file()]
+    if missing:
+        log.info("asking %s: %s.", checkpoint.name, ", ".join(each.name for each in missing))
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        model, limit = _loaded(checkpoint, run), settings["limit"]
+        with progress_bar("asking") as progress:
+            found = lm_tasks.run_tasks(model, tokenizer, missing, batch=batch, limit=limit, progress=progress)
+        for each in missing:
+            about = {**settings, "model": checkpoint.fingerprint, "task": each.name, "metric": each.metric}
+            lm_tasks.save_scores(paths[each.name], found[each.name], about)
+    return {name: lm_tasks.load_scores(path) for name, path in paths.items()}
+
+
+def _loaded(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
+    """The whole model; what is packed stays packed."""
+    size = 1.0 if checkpoint.packed else run.dtype.itemsize / checkpoint.stored_dtype.itemsize
+    needed, free = int(checkpoint.bytes * size), free_memory(run.device)
+    if needed > free:
+        raise ValueError(
+            f"tasks need all of {checkpoint.name} in memory, {gigabytes(needed)} as {dtype_name(run.dtype)}, but "
+            f"{run.device.type} has {gigabytes(free)} free: use a smaller dtype= or another device=."
+        )
+    if checkpoint.packed:
+        return load_packed(checkpoint, run.dtype, run.device, run.options.attn)
+    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
+    return load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    chosen: Sequence[Chosen],
+    asked: dict[str, str],
+    settings: dict[str, Any],
+    before: dict[str, Scores],
+    after: dict[str, Scores] | None,
+) -> TaskReport:
+    rows: dict[str, dict[str, Any]] = {}
+    for each in chosen:
+        old = before[each.name]
+        row = {"metric": each.metric, "documents": len(old.correct), "chance": old.chance}
+        row["before"] = lm_tasks.accuracy(old)
+        if after is not None:
+            row |= {"after": lm_tasks.accuracy(after[each.name]), **lm_tasks.paired(old, after[each.name])}
+        rows[each.name] = row
+    average = None
+    if len(chosen) > 1:
+        first = list(before.values())
+        average = {"before": lm_tasks.mean_accuracy(first)}
+        if after is not None:
+            second = list(after.values())
+            average |= {"after": lm_tasks.mean_accuracy(second), "delta": lm_tasks.mean_change(first, second)}
+    name = Path(base.name).name
+    identity = fingerprint(checkpoint.fingerprint, base.fingerprint, settings, asked)
+    return TaskReport(name if after is None else checkpoint.folder.name, name, settings, rows, average, identity)
