@@ -18,7 +18,9 @@ from summary import write_summary
 import moe_compress
 from moe_compress import zoo
 from moe_compress.methods.trimming.scores import Score
+from moe_compress.report.record import Failure, now
 from moe_compress.report.table import write_tables
+from moe_compress.report_page import make_report
 from moe_compress.terminal import set_up_logging
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +185,12 @@ def run_model(model: str, results: Path) -> None:
             continue
         out = results / "checkpoints" / name
         shutil.rmtree(out, ignore_errors=True)
-        moe_compress.compress(sentence, model=model, seed=seed, name=name, out=str(out), results=str(results))
+        try:
+            moe_compress.compress(sentence, model=model, seed=seed, name=name, out=str(out), results=str(results))
+        except ValueError as error:
+            failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
+            failure.save(results / "failures")
+            continue
         shutil.rmtree(out)
 
 
@@ -206,6 +213,7 @@ def main() -> None:
             sys.exit(f"error: {failed} failed; run the same command again to go on.")
     for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
         print(path)
+    make_report([given.results / "records"], given.results)
     write_summary(given.results, ROOT / "README.md" if given.results.resolve() == RESULTS else None)
     for name in ACTIVE:
         moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)

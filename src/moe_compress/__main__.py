@@ -166,24 +166,47 @@ def verify(words: Annotated[list[str], typer.Argument(help="a checkpoint", metav
         sys.exit(1)
 
 
+Records = Annotated[
+    list[str] | None,
+    typer.Argument(help="records, or folders of them (runs/records), and out=DIR (runs)", metavar="WORDS"),
+]
+
+
 @app.command()
-def table(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(help="records, or folders of them (runs/records), and out=DIR (runs)", metavar="WORDS"),
-    ] = None,
-) -> None:
-    """Make Markdown and CSV tables from records, one per protocol and model: table [RECORDS] [out=DIR]."""
-    from moe_compress import api
-    from moe_compress.report.table import write_tables
+def table(words: Records = None) -> None:
+    """Make tables from records (Markdown, CSV, LaTeX, JSON), one per protocol and model: table [RECORDS] [out=DIR]."""
+    from moe_compress.report.record import gather
+    from moe_compress.report.table import make_tables, write_tables
     from moe_compress.terminal import show_tables
 
-    places = [word for word in words or () if not word.startswith("out=")]
-    options = _pairs([word for word in words or () if word.startswith("out=")])
-    tables = api.table(places) if places else api.table()
-    written = write_tables(tables, Path(options.get("out", "runs")))
+    places, out = _places(words)
+    found, skipped = gather(places)
+    tables = make_tables(found)
+    written = write_tables(tables, out)
     show_tables(tables)
     typer.echo(f"written: {', '.join(map(str, written))}", err=True)
+    for sentence in skipped:
+        typer.echo(f"warning: skipped: {sentence}.", err=True)
+    if skipped:
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(words: Records = None) -> None:
+    """Make one HTML page of records: tables, fronts, pictures; and the plots as files: report [RECORDS] [out=DIR]."""
+    from moe_compress.report_page import make_report
+
+    made = make_report(*_places(words))
+    typer.echo(f"written: {', '.join(map(str, made.files))}", err=True)
+    if made.skipped:
+        raise typer.Exit(1)
+
+
+def _places(words: list[str] | None) -> tuple[list[str], Path]:
+    """Records, and the folder to write to."""
+    places = [word for word in words or () if "=" not in word]
+    options = _only(_pairs([word for word in words or () if "=" in word]), ("out",), "this command")
+    return places or ["runs/records"], Path(options.get("out", "runs"))
 
 
 @app.command("list")

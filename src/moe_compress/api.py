@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moe_compress import evaluation, flops_report, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
+from moe_compress.cards import update_card
 from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -26,7 +27,7 @@ from moe_compress.forecast import Forecast, forecast
 from moe_compress.harness import generations, lm_tasks
 from moe_compress.harness.generations import Comparison
 from moe_compress.recipe import Options, Recipe
-from moe_compress.report.record import Record, load_records, now
+from moe_compress.report.record import Record, gather, now
 from moe_compress.report.table import Table, make_tables
 from moe_compress.run import Run
 from moe_compress.runtime import RunLog, log, require_writable, threads
@@ -118,6 +119,7 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
     if not (run.results("records") / f"{original.name}.json").is_file():
         original.save(run.results("records"))
     path = record.save(run.results("records"))
+    update_card(checkpoint, base, record, original)
     run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
     return Result(checkpoint.folder, record, original)
 
@@ -262,13 +264,11 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -
 
 
 def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
-    """Tables of records (files, or folders of them): one per protocol and original model."""
-    paths: list[Path] = []
-    for place in map(Path, records):
-        if not place.exists():
-            raise ValueError(f"there is no record or folder of records {place}: run a recipe first.")
-        paths += sorted(place.glob("*.json")) if place.is_dir() else [place]
-    return make_tables(load_records(paths))
+    """Tables of records (files, or folders of them), one per protocol and original model; broken ones are skipped."""
+    found, skipped = gather(records)
+    for sentence in skipped:
+        log.warning("skipped: %s.", sentence)
+    return make_tables(found)
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moe_compress import registry
+from moe_compress.cards import CARD, card_of
 from moe_compress.checkpoint.claim import claimed
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -134,7 +135,7 @@ def _run_stages(
         if not _made_by(target, identity):
             remove_intermediate(target)
             require_free(target)
-            job = _plan_job(stage, current, target, earlier, run)
+            job = _plan_job(stage, current, source, target, earlier, run)
             about: dict[str, Any] = {"identity": identity, "base": _base(source)}
             about["intermediate"] = target is not targets[-1]
             _write(job, about, {RECIPE: recipe.to_yaml()}, run)
@@ -146,6 +147,7 @@ class _Job:
     """A checkpoint to be written: from what, with which edits; `plan` is that of all stages up to this one."""
 
     source: Checkpoint
+    origin: Checkpoint
     target: Path
     edits: Sequence[Edit]
     plan: list[StagePlan]
@@ -155,7 +157,9 @@ class _Job:
     slims: Stage | None = None
 
 
-def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | None, run: Run) -> _Job:
+def _plan_job(
+    stage: Stage, source: Checkpoint, origin: Checkpoint, target: Path, earlier: Path | None, run: Run
+) -> _Job:
     before = (manifest_of(earlier) if earlier else None) or {"report": [], "stages": []}
     scope = registry.find(stage.method).scope
     plan, calibration = plan_stage(stage, source, run) if scope == "model" else (Plan([], {}, {}), {})
@@ -163,6 +167,7 @@ def _plan_job(stage: Stage, source: Checkpoint, target: Path, earlier: Path | No
     done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
     return _Job(
         source=source,
+        origin=origin,
         target=target,
         edits=plan.edits,
         plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan, stage.given)],
@@ -198,7 +203,8 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
         plan = as_json(plan_values(job.plan, about["base"]))
-        writer.finish(after.values, manifest, {**files, PLAN: plan}, {ARRAYS: plan_arrays(job.plan)})
+        card = card_of(job.target.name, job.origin, manifest, after.values)
+        writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
 
@@ -236,7 +242,9 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
             run.windows("heldout", source)
         about: dict[str, Any] = {"identity": identity, "base": _base(source)}
         done = [applied(stages, identity)]
-        job = _Job(source=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=done)
+        job = _Job(
+            source=source, origin=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=done
+        )
         with claimed(out, [identity]):
             _write(job, about, {}, run)
     return Outcome(out, source, manifest_of(out) or {})

@@ -18,7 +18,9 @@ from moe_compress.harness.timing import Effort, paired
 from moe_compress.harness.worker import How, Point, Worker
 from moe_compress.runtime import log
 
-BUSY = 0.5
+# Share of the processor that others may use; the load average would count what this process did a minute ago.
+BUSY = 0.25
+LOOK_SECONDS = 1.0
 QUICK = Effort(pairs=6, seconds=1.0)
 
 
@@ -45,7 +47,7 @@ def compare_speed(original: Path, variant: Path, setting: Setting) -> dict[str, 
     """Seconds, ratios (above 1: the variant is faster) and memory at every point; kernels, load and clocks."""
     points, before = setting.points(), machine(setting.device)
     if before["busy"]:
-        log.warning("BUSY: the machine's load is %.1f on %d cores: do not trust these times.", *_load())
+        log.warning("BUSY: others use %.0f %% of the processor: do not trust these times.", 100 * before["used"])
     how = How(setting.dtype, setting.device, setting.threads)
     with Worker(original, how) as first, Worker(variant, how) as second:
         found = [_point(first, second, point, setting.effort) for point in points]
@@ -74,16 +76,22 @@ def _point(first: Worker, second: Worker, point: Point, effort: Effort) -> dict[
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What else the machine does, and its clocks."""
-    load, cores = _load()
+    """What else the machine does, seen for a moment while this process waits, and its clocks."""
+    used, (load, cores) = used_by_others(), _load()
     clock = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
     return {
         "load": load,
         "cores": cores,
-        "busy": load > BUSY * cores,
+        "used": used,
+        "busy": used > BUSY,
         "megahertz": None if clock is None else clock.current,
         "device": device,
     }
+
+
+def used_by_others() -> float:
+    """Share of all processors that is in use while this process sleeps."""
+    return float(psutil.cpu_percent(LOOK_SECONDS)) / 100
 
 
 def _load() -> tuple[float, int]:
@@ -101,11 +109,6 @@ def _energy() -> int | None:
         return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)))
     except Exception:  # no library, no driver, no GPU, no counter: each has an error of its own
         return None
-
-
-def was_busy(found: dict[str, Any]) -> bool:
-    """Whether something else ran: the load before the measurement tells; behind it, it is the measurement's own."""
-    return bool(found["machine"]["before"]["busy"])
 
 
 def numbers(words: str | Sequence[int], key: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     found, parts = report["found"], [f"### {report['model']} beside {report['original']}"]
     before = found["machine"]["before"]
     if before["busy"]:
-        parts.append(f"**BUSY MACHINE: load {before['load']:.1f} on {before['cores']} cores before it began.**")
+        parts.append(f"**BUSY MACHINE: others used {before['used']:.0%} of the processor before it began.**")
     parts += [_table([_times(point, what) for point in found["points"] for what in WHAT])]
     parts += [_table([_memory(point, side) for point in found["points"] for side in ("original", "variant")])]
     return "\n\n".join([*parts, _how(found), MEANING]) + "\n"

@@ -1,0 +1,50 @@
+"""Model cards: README.md of a checkpoint, written with it, and again with its numbers once it is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_compress.checkpoint.reader import Checkpoint
+from moe_compress.checkpoint.writer import manifest_of
+from moe_compress.model.packing_config import QUANTIZATION
+from moe_compress.report.card import model_card
+from moe_compress.report.record import Record
+from moe_compress.runtime import atomic_write
+
+CARD = "README.md"
+LICENCES = ("LICENSE*", "LICENCE*")
+
+
+def card_of(
+    name: str,
+    base: Checkpoint,
+    manifest: Mapping[str, Any],
+    values: Mapping[str, Any],
+    record: Record | None = None,
+    original: Record | None = None,
+) -> str:
+    """The card of a checkpoint made from `base`; values: its config.json."""
+    edits = values.get("moe_compress", {}).get("edits", ())
+    packed = bool(values.get(QUANTIZATION)) or any(edit["edit"] == "pack_matrices" for edit in edits)
+    licence = next((path for pattern in LICENCES for path in sorted(base.folder.glob(pattern))), None)
+    return model_card(
+        manifest, record, original, name=name, packed=packed,
+        base_card=_text(base.folder / CARD), licence_text=_text(licence) if licence else "",
+    )  # fmt: skip
+
+
+def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, original: Record) -> None:
+    """Put an evaluation into the card that was written with a checkpoint of ours; nothing for any other folder."""
+    manifest, path = manifest_of(checkpoint.folder), checkpoint.folder / CARD
+    if manifest is None or checkpoint.folder == base.folder:
+        return
+    name, values = checkpoint.folder.name, checkpoint.values
+    # A card that was changed since it was written with the checkpoint is its owner's.
+    if _text(path) == card_of(name, base, manifest, values):
+        atomic_write(path, card_of(name, base, manifest, values, record, original).encode())
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

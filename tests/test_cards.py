@@ -1,0 +1,63 @@
+"""Model cards that come with checkpoints, and the commands that make tables and the page, of broken records too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import moe_compress
+from moe_compress import __main__ as cli
+
+
+@pytest.fixture
+def made(reader_folder, options) -> Path:
+    folder = moe_compress.compress("expert_drop keep=6", model=str(reader_folder("mixtral")), **options).folder
+    assert folder is not None
+    return folder
+
+
+def test_a_checkpoint_comes_with_its_card(made):
+    card = (made / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert {"mixture-of-experts", "expert_drop"} <= set(head["tags"]) and head["license"] == "other"
+    assert "expert_drop keep=6" in card and "from_pretrained" in card and "KL" in card
+
+
+def test_a_card_before_and_after_an_evaluation(reader_folder, options):
+    words = {**options, "model": str(reader_folder("mixtral"))}
+    folder = moe_compress.compress("quantize method=rtn group_size=8 format=packed", **{**words, "eval": False}).folder
+    before = (folder / "README.md").read_text()
+    assert "KL" not in before and "trust_remote_code=True" in before and "moe_compress.load" in before
+    told = {key: value for key, value in options.items() if key not in ("data", "samples")}
+    moe_compress.evaluate(folder, **told)
+    after = (folder / "README.md").read_text()
+    assert "KL" in after and before.split("## How to load it")[0] == after.split("## How to load it")[0]
+    (folder / "README.md").write_text("mine\n")
+    moe_compress.evaluate(folder, **told)
+    assert (folder / "README.md").read_text() == "mine\n"
+
+
+def run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["moe-compress", *words])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0), capsys.readouterr().err
+
+
+def test_tables_and_the_page_leave_broken_records_out_and_say_so(made, options, monkeypatch, capsys, tmp_path):
+    records, out = Path(str(options["results"])) / "records", tmp_path / "made"
+    for command, files in (("table", {"tables.md", "tables.tex", "tables.json"}), ("report", {"report.html"})):
+        code, said = run([command, str(records), f"out={out}"], monkeypatch, capsys)
+        assert code == 0 and "written:" in said and files <= {path.name for path in out.iterdir()}
+    path = next(path for path in records.iterdir() if "original" not in path.name)
+    values = json.loads(path.read_text())
+    values["metrics"]["kl"]["value"] = 0.0
+    path.write_text(json.dumps(values))
+    for command in ("table", "report"):
+        code, said = run([command, str(records), f"out={out}"], monkeypatch, capsys)
+        assert code == 1 and path.name in said and "changed after it was written" in said
+    code, said = run(["report", str(tmp_path / "nowhere")], monkeypatch, capsys)
+    assert code == 2 and "there is no record or folder of records" in said
