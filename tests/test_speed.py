@@ -115,7 +115,8 @@ def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatc
         assert point["prefill"]["pairs"] == point["decode"]["pairs"] == 2
         assert point["memory"]["variant"]["weights"] < point["memory"]["original"]["weights"]
     text = as_markdown(found.to_json())
-    assert "BUSY MACHINE: others used 90% of the processor" in text and "attention sdpa" in text and "not available" in text
+    for words in ("BUSY MACHINE: others used 90% of the processor", "attention sdpa", "not available"):
+        assert words in text
     assert (folder.parents[1] / "speed" / f"{folder.name}.json").is_file()
 
 
