@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import subprocess
 import sys
@@ -90,8 +91,17 @@ def reference(model: Any, where: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("where", ["sent", "experts", "all"])
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+def places() -> list[Any]:
+    """Every family and place; in the default run, what all experts multiply, and every place of four families."""
+    quick = ("mixtral", "deepseek_v2", "gpt_oss", "llama4_text")
+    found = itertools.product(tiny.EDITABLE, ("sent", "experts", "all"))
+    return [
+        pytest.param(*each, marks=() if each[0] in quick or each[1] == "experts" else pytest.mark.slow)
+        for each in found
+    ]
+
+
+@pytest.mark.parametrize(("family", "where"), places())
 def test_every_family_computes_with_rounded_rows(family, where, sources):
     if family == "llama4_text" and where != "sent":
         pytest.skip("its experts keep gate and up in one expression: no place for a hook between them and down")
@@ -150,7 +160,14 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.parametrize("sentence", ["activations where=sent", "activations", f"{W8} + activations"])
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        pytest.param("activations where=sent", marks=pytest.mark.slow),
+        pytest.param("activations", marks=pytest.mark.slow),
+        f"{W8} + activations",
+    ],
+)
 def test_a_recipe_reports_its_bytes_and_loads_where_the_package_is_not(sentence, reader_folder, options, tmp_path):
     result = moe_compress.compress(sentence, model=str(reader_folder("mixtral")), **options)
     found = json.loads((result.folder / writer.MANIFEST).read_text())

@@ -23,18 +23,18 @@ def test_a_checkpoint_comes_with_its_card(made):
     card = (made / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert {"mixture-of-experts", "expert_drop"} <= set(head["tags"]) and head["license"] == "other"
-    assert "expert_drop keep=6" in card and "from_pretrained" in card and "KL" in card
+    assert "keep=6" in card and "from_pretrained" in card and "| delta_nll |" in card and "| routing_overlap |" in card
 
 
 def test_a_card_before_and_after_an_evaluation(reader_folder, options):
     words = {**options, "model": str(reader_folder("mixtral"))}
     folder = moe_compress.compress("quantize method=rtn group_size=8 format=packed", **{**words, "eval": False}).folder
     before = (folder / "README.md").read_text()
-    assert "KL" not in before and "trust_remote_code=True" in before and "moe_compress.load" in before
+    assert "| kl |" not in before and "trust_remote_code=True" in before and "moe_compress.load" in before
     told = {key: value for key, value in options.items() if key not in ("data", "samples")}
     moe_compress.evaluate(folder, **told)
     after = (folder / "README.md").read_text()
-    assert "KL" in after and before.split("## How to load it")[0] == after.split("## How to load it")[0]
+    assert "| kl |" in after and before.split("## How to load it")[0] == after.split("## How to load it")[0]
     (folder / "README.md").write_text("mine\n")
     moe_compress.evaluate(folder, **told)
     assert (folder / "README.md").read_text() == "mine\n"

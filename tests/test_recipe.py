@@ -9,7 +9,7 @@ from moe_compress import registry
 from moe_compress.recipe import Options, make_options, parse, split_words
 from moe_compress.registry import coerce, method
 
-KNOWN = "block_drop, channels, expert_drop, expert_merge, identity, layer_drop, prune, quantize, skip, top_k"
+KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, identity, layer_drop, prune, quantize, skip"
 
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:

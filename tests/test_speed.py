@@ -109,8 +109,8 @@ def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatc
     words = {**options, "eval": False, "model": str(reader_folder("mixtral"))}
     folder = moe_compress.compress("block_drop drop=1", **words).folder
     results = str(options["results"])
-    found = moe_compress.speed(folder, prompts="8,16", batches="1,2", tokens=2, runs=2, seconds=0, results=results)
-    assert [(point["batch"], point["prompt"]) for point in found.found["points"]] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    found = moe_compress.speed(folder, prompts="8,16", batches="2", tokens=2, runs=2, seconds=0, results=results)
+    assert [(point["batch"], point["prompt"]) for point in found.found["points"]] == [(2, 8), (2, 16)]
     for point in found.found["points"]:
         assert point["prefill"]["pairs"] == point["decode"]["pairs"] == 2
         assert point["memory"]["variant"]["weights"] < point["memory"]["original"]["weights"]
