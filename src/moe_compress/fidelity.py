@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from moe_compress.harness.routing import (
     free_running,
     teacher_forced,
 )
+from moe_compress.kept import Kept
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_views
 from moe_compress.plans import PLAN, read_plan
 from moe_compress.report.routing import as_markdown
 from moe_compress.run import Run
-from moe_compress.runtime import write_json
 from moe_compress.stream.fold import StreamedLayers, fold
 from moe_compress.terminal import progress_bar
 
@@ -53,7 +53,7 @@ def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
 
 
 @dataclass(frozen=True)
-class RoutingReport:
+class RoutingReport(Kept):
     """Both ways of asking, on one text; `text`: which."""
 
     model: str
@@ -62,20 +62,9 @@ class RoutingReport:
     free_running: Fidelity
     teacher_forced: Fidelity
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
     def markdown(self) -> str:
         """A table for each way of asking."""
         return as_markdown(self.to_json())
-
-    def save(self, folder: Path) -> Path:
-        """Write it as JSON under the model's name."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.model}.json"
-        write_json(path, self.to_json())
-        return path
 
 
 def routing_report(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> RoutingReport:

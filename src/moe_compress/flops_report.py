@@ -16,11 +16,12 @@ from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
 from moe_compress.harness.components import Component, components
 from moe_compress.harness.flops import Agreement
 from moe_compress.harness.flops import check as check_flops
+from moe_compress.kept import Kept
 from moe_compress.model import hf
 from moe_compress.model.applying import apply_edits
 from moe_compress.model.packing_config import packed_edits, scale_bytes
 from moe_compress.report.flops import as_markdown
-from moe_compress.runtime import DTYPES, write_json
+from moe_compress.runtime import DTYPES
 
 # Tokens for which a model whose experts need their weights really runs.
 RUN_TOKENS = 128
@@ -28,7 +29,7 @@ SUMMED = ("parameters", "bytes", "touched", "prefill", "decode")
 
 
 @dataclass(frozen=True)
-class FlopsReport:
+class FlopsReport(Kept):
     """All components, for `batch` sequences of `tokens` tokens and a step at `context`; check: None where not asked."""
 
     model: str
@@ -57,12 +58,6 @@ class FlopsReport:
     def markdown(self) -> str:
         """As a table, with what is counted below."""
         return as_markdown(self.to_json())
-
-    def save(self, folder: Path) -> Path:
-        """Write it as JSON under the model's name."""
-        path = folder / f"{Path(self.model).name}.json"
-        write_json(path, self.to_json())
-        return path
 
 
 def flops(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness.speed import QUICK, Setting, compare_speed, numbers
 from moe_compress.harness.timing import Effort
+from moe_compress.kept import Kept
 from moe_compress.registry import coerce
 from moe_compress.report.record import environment, now
 from moe_compress.report.speed import as_markdown
-from moe_compress.runtime import dtype_name, resolve_device, resolve_dtype, write_json
+from moe_compress.runtime import dtype_name, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
-class SpeedReport:
+class SpeedReport(Kept):
     """Prefill and decoding of two models in turn: `found` holds settings, machine, kernels, times, memory."""
 
     model: str
@@ -25,20 +26,9 @@ class SpeedReport:
     environment: dict[str, Any]
     written: str
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
-
     def markdown(self) -> str:
         """Tables of times and memory."""
         return as_markdown(self.to_json())
-
-    def save(self, folder: Path) -> Path:
-        """Write it as JSON under the model's name."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.model}.json"
-        write_json(path, self.to_json())
-        return path
 
 
 def setting_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness import lm_tasks, task_choice
 from moe_compress.harness.lm_tasks import Scores
 from moe_compress.harness.task_choice import Chosen
+from moe_compress.kept import Kept
 from moe_compress.model import hf
 from moe_compress.report.tasks import as_markdown
 from moe_compress.run import Run
-from moe_compress.runtime import dtype_name, fingerprint, free_memory, gigabytes, log, write_json
+from moe_compress.runtime import dtype_name, fingerprint, free_memory, gigabytes, log
 from moe_compress.terminal import progress_bar
 
 
 @dataclass(frozen=True)
-class TaskReport:
+class TaskReport(Kept):
     """Accuracy of the original (`before`) and of a model (`after`, unless it is the original), and the change.
 
     tasks: by name; average: of several tasks; settings: what else the numbers depend on; id: of all of it.
@@ -36,19 +37,14 @@ class TaskReport:
     average: dict[str, Any] | None
     id: str
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
+    @property
+    def file_name(self) -> str:
+        """The model, and what it was asked."""
+        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """A row for each task, and their average."""
         return as_markdown(self.to_json())
-
-    def save(self, folder: Path) -> Path:
-        """Write it as JSON under the model's name."""
-        path = folder / f"{self.model}-{self.id[:6]}.json"
-        write_json(path, self.to_json())
-        return path
 
 
 def task_report(
