@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -46,6 +47,16 @@ def save_model(family: str, folder: Path, **overrides: object) -> Path:
     tiny.save(tiny.make(family, vocab_size=VOCAB, **overrides), folder)
     tokenizer().save_pretrained(folder)
     (folder / "LICENSE").write_text("do what you like\n", encoding="utf-8")
+    return folder
+
+
+def save_lonely(folder: Path, expert: int) -> Path:
+    """A tiny GPT-OSS, one expert of whose first layer is never chosen."""
+    model = tiny.make("gpt_oss", vocab_size=VOCAB)
+    with torch.no_grad():
+        model.model.layers[0].mlp.router.bias[expert] = -1e4
+    tiny.save(model, folder)
+    tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -688,11 +688,7 @@ LONELY = 3
 @pytest.fixture(scope="session")
 def lonely(lab, tmp_path_factory) -> Options:
     """Options for a model whose expert LONELY of layer 0 is never chosen."""
-    model = tiny.make("gpt_oss", vocab_size=readers.VOCAB)
-    with torch.no_grad():
-        model.model.layers[0].mlp.router.bias[LONELY] = -1e4
-    folder = tiny.save(model, tmp_path_factory.mktemp("lonely") / "model")
-    readers.tokenizer().save_pretrained(folder)
+    folder = readers.save_lonely(tmp_path_factory.mktemp("lonely") / "model", LONELY)
     return {**lab("gpt_oss"), "model": str(folder)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import manifest_of
-from moe_compress.model.packing_config import QUANTIZATION
+from moe_compress.model.packing_config import says_packed
 from moe_compress.report.card import model_card
 from moe_compress.report.record import Record
 from moe_compress.runtime import atomic_write
@@ -26,11 +26,9 @@ def card_of(
     original: Record | None = None,
 ) -> str:
     """The card of a checkpoint made from `base`; values: its config.json."""
-    edits = values.get("moe_compress", {}).get("edits", ())
-    packed = bool(values.get(QUANTIZATION)) or any(edit["edit"] == "pack_matrices" for edit in edits)
     licence = next((path for pattern in LICENCES for path in sorted(base.folder.glob(pattern))), None)
     return model_card(
-        manifest, record, original, name=name, packed=packed,
+        manifest, record, original, name=name, packed=says_packed(values),
         base_card=_text(base.folder / CARD), licence_text=_text(licence) if licence else "",
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from moe_compress import api
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.compatibility import Verdict, compatibility
+from moe_compress.model.packing_config import says_packed
 from moe_compress.report.verification import as_markdown
 from moe_compress.runtime import read_json
 
@@ -95,11 +96,9 @@ def verify(checkpoint: Checkpoint) -> Verification:
 
 def form_of(checkpoint: Checkpoint) -> str:
     """plain, edited or packed (edited or not)."""
-    edited = "moe_compress" in checkpoint.values
-    held = any(key.endswith(".words") for key in checkpoint.tensors)
-    if checkpoint.packed or held or checkpoint.values.get("quantization_config"):
+    if says_packed(checkpoint.values):
         return "packed"
-    return "edited" if edited else "plain"
+    return "edited" if "moe_compress" in checkpoint.values else "plain"
 
 
 def _ids(checkpoint: Checkpoint) -> torch.Tensor:

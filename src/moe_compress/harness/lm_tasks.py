@@ -152,9 +152,7 @@ def load_scores(path: Path) -> Scores:
 
 def accuracy(scores: Scores) -> Metric:
     """Share of right answers, with Wilson's interval."""
-    right, asked = int(scores.correct.sum()), len(scores.correct)
-    interval = stats.binomtest(right, asked).proportion_ci(LEVEL, method="wilson")
-    return statistics.metric(right / asked, "fraction", interval.low, interval.high)
+    return statistics.accuracy(scores.correct)
 
 
 def paired(before: Scores, after: Scores) -> dict[str, Any]:

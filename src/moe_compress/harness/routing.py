@@ -26,7 +26,7 @@ from moe_compress.model.moe import MoEView
 from moe_compress.stream.choices import Choices
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, Progress, begin, run_batches
-from moe_compress.stream.observers import evenly_T
+from moe_compress.stream.observers import by_expert, evenly_T
 from moe_compress.stream.surgery import edits_by_layer
 
 SAMPLE = 4096
@@ -58,12 +58,7 @@ class RoutingSample(Choices):
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """The layer's sample; rows of one expert together, without those of constants."""
         super().finish(view)
-        probability_TE = self.found["probability"]
-        if view.alias is not None:
-            led = torch.tensor(view.alias, device=probability_TE.device)
-            ends = max(view.num_experts, 1 + int(led.max()))
-            probability_TE = probability_TE.new_zeros(len(probability_TE), ends).index_add_(1, led, probability_TE)
-        used_TE, probability_TE = self.found["used"].cpu(), probability_TE[:, : view.num_experts].float().cpu()
+        used_TE, probability_TE = self.found["used"].cpu(), by_expert(self.found["probability"], view).float().cpu()
         tokens = torch.tensor(float(self.tokens), dtype=torch.float64)
         return {"used": used_TE, "probability": probability_TE, "count": self.count_E, "tokens": tokens}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from torch import Tensor
 
 from moe_compress.harness.perplexity import Measurement
 
@@ -30,7 +31,7 @@ def metrics(this: Measurement, original: Measurement | None) -> dict[str, Metric
         out["kl"] = per_token(this.kl.numpy(), this.tokens.numpy(), "nats")
         out["top1_agreement"] = per_token(this.agree.numpy(), this.tokens.numpy(), "fraction")
     if this.correct is not None:
-        out["task_accuracy"] = _accuracy(int(this.correct.sum()), len(this.correct))
+        out["task_accuracy"] = accuracy(this.correct)
     return out
 
 
@@ -59,7 +60,9 @@ def per_token(total: Any, tokens: Any, unit: str) -> Metric:
     return metric(float(total.sum() / tokens.sum()), unit, *interval)
 
 
-def _accuracy(right: int, asked: int) -> Metric:
+def accuracy(correct: Tensor) -> Metric:
+    """Share of right answers, of a bool for each, with Wilson's interval."""
+    right, asked = int(correct.sum()), len(correct)
     interval = stats.binomtest(right, asked).proportion_ci(LEVEL, method="wilson")
     return metric(right / asked, "fraction", interval.low, interval.high)
 

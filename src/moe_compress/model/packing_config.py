@@ -103,6 +103,12 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     return edits
 
 
+def says_packed(values: Mapping[str, Any]) -> bool:
+    """Whether a config says of any weights that they are packed, under stock names or in an edited architecture."""
+    edits = values.get("moe_compress", {}).get("edits", ())
+    return bool(values.get(QUANTIZATION)) or any(edit["edit"] == "pack_matrices" for edit in edits)
+
+
 def _mxfp4_edits(model: PreTrainedModel) -> list[PackMatrices]:
     """All matrices of experts, which families that publish in MXFP4 keep in one stack a layer."""
     edits, family = [], family_of(model.config)

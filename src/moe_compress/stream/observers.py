@@ -48,6 +48,15 @@ def router_logits(output: Any, rows: int, family: Family) -> Tensor:
     return found[family.logits_at].reshape(-1, rows)
 
 
+def by_expert(scores_TR: Tensor, view: MoEView) -> Tensor:
+    """Scores of router rows, [T, rows], as those of experts, [T, E]: several may lead to one, some to constants."""
+    if view.alias is None:
+        return scores_TR
+    led = torch.tensor(view.alias, device=scores_TR.device)
+    ends = max(view.num_experts, 1 + int(led.max()))
+    return scores_TR.new_zeros(len(scores_TR), ends).index_add_(1, led, scores_TR)[:, : view.num_experts]
+
+
 class Observer(Protocol):
     """Watches one layer at a time; `leave` returns what it saw of it."""
 
@@ -170,11 +179,7 @@ class ExpertSums:
         for component in component_T.unique().tolist():
             mine_TE = logits_TE[component_T == component]
             self.logit_gram[component] += mine_TE.T @ mine_TE
-        if self.view.alias is not None:  # several rows may lead to one expert, and some to constants
-            led = torch.tensor(self.view.alias, device=scores_TE.device)
-            ends = max(self.view.num_experts, 1 + int(led.max()))
-            scores_TE = scores_TE.new_zeros(len(scores_TE), ends).index_add_(1, led, scores_TE)
-            scores_TE = scores_TE[:, : self.view.num_experts]
+        scores_TE = by_expert(scores_TE, self.view)
         self.probability.index_add_(0, component_T, scores_TE)
         self.tokens.index_add_(0, component_T, torch.ones_like(component_T, dtype=torch.float64))
 
