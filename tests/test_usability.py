@@ -228,7 +228,7 @@ def test_the_hub_is_not_asked_where_it_does_not_answer(monkeypatch):
     given = {}
     monkeypatch.setattr(locate, "hf_hub_download", lambda *_, **words: given.update(words) or "/nowhere/config.json")
     for answers in (True, False):
-        monkeypatch.setattr(locate, "_hub_answers", lambda answers=answers: answers)
+        monkeypatch.setattr(locate, "hub_answers", lambda answers=answers: answers)
         locate.config_folder("some/model")
         assert given["local_files_only"] is not answers
 

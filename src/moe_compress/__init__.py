@@ -19,10 +19,13 @@ from moe_compress.api import (
     flops,
     load,
     plan,
+    push,
+    report,
     routing,
     speed,
     table,
     tasks,
+    verify,
 )
 
 __version__ = "0.1.0"
@@ -33,8 +36,8 @@ COMPRESSOR = (
     "print_compression_summary",
 )  # fmt: skip
 __all__ = [
-    "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "routing", "speed",
-    "table", "tasks", *COMPRESSOR,
+    "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push", "report",
+    "routing", "speed", "table", "tasks", "verify", *COMPRESSOR,
 ]  # fmt: skip
 
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_compress.words import words_of
+
 INTERRUPTED = 130
-FLAGS = ("", "help", "pad", "verbose")
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
@@ -79,12 +80,14 @@ def plan(words: Annotated[list[str], _words(RECIPE)]) -> None:
 
 
 @app.command()
-def flops(words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, check=true.")]) -> None:
+def flops(
+    words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, check=true, results=.")],
+) -> None:
     """Count FLOPs and sizes by component: flops MODEL [tokens=2048] [context=2048] [batch=1] [check=true]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown
 
-    options: dict[str, Any] = dict(_only(_pairs(words[1:]), ("tokens", "context", "batch", "check"), "flops"))
+    options: dict[str, Any] = dict(_pairs(words[1:]))
     show_markdown(api.flops(words[0], **options).markdown())
 
 
@@ -155,15 +158,29 @@ def tasks(words: Annotated[list[str], _words("a model, then options of the run a
 @app.command()
 def verify(words: Annotated[list[str], typer.Argument(help="a checkpoint", metavar="FOLDER")]) -> None:
     """Load a checkpoint in a fresh process by stock transformers, compare, and say which programs can load it."""
-    from moe_compress.checkpoint.locate import open_model
+    from moe_compress import api
     from moe_compress.terminal import show_markdown
-    from moe_compress.verification import verify as verified
 
-    _only(_pairs(words[1:]), (), "verify")
-    found = verified(open_model(words[0]))
+    found = api.verify(words[0], **_only(_pairs(words[1:]), ("results",), "verify"))
     show_markdown(found.markdown())
     if not found.passed:
         sys.exit(1)
+
+
+@app.command()
+def push(
+    words: Annotated[list[str], typer.Argument(help="a checkpoint, then user/name on the hub", metavar="FOLDER REPO")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be sent; needs no network")] = False,
+) -> None:
+    """Upload a checkpoint to the hub: push FOLDER USER/NAME [--dry-run] [private=true] [message=] [revision=]."""
+    from moe_compress import api
+    from moe_compress.terminal import show_markdown
+
+    if len(words) < 2 or "=" in words[1]:
+        raise ValueError("push takes a folder and a name on the hub: push FOLDER USER/NAME.")
+    known = ("private", "message", "revision", "dry_run")
+    options: dict[str, Any] = {"dry_run": dry_run, **_only(_pairs(words[2:]), known, "push")}
+    show_markdown(api.push(words[0], words[1], **options).markdown())
 
 
 Records = Annotated[
@@ -270,23 +287,6 @@ def main() -> None:
         if stop.code == INTERRUPTED:
             typer.echo("interrupted: run the same command again to go on where it stopped.", err=True)
         raise
-
-
-def words_of(arguments: list[str]) -> list[str]:
-    """`--out DIR` and `--out=DIR` are as good as `out=DIR`, for everything that is written key=value."""
-    words: list[str] = []
-    rest = iter(arguments)
-    for argument in rest:
-        key, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or key in FLAGS:
-            words.append(argument)
-            continue
-        key = key.replace("-", "_")
-        given = value if equals else next(rest, None)
-        if given is None:
-            raise ValueError(f"{argument} needs a value: {key}=VALUE.")
-        words.append(f"{key}={given}")
-    return words
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import inspect
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress import evaluation, flops_report, padding, recipe, registry
+from moe_compress import evaluation, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.cards import update_card
 from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
-from moe_compress.fidelity import RoutingReport, routing_report
-from moe_compress.flops_report import FlopsReport
 from moe_compress.forecast import Forecast, forecast
-from moe_compress.harness import generations, lm_tasks
+from moe_compress.harness import generations
 from moe_compress.harness.generations import Comparison
+from moe_compress.harnesses import flops, routing, speed, tasks, verify
+from moe_compress.publishing import Upload, prepare, send
 from moe_compress.recipe import Options, Recipe
-from moe_compress.report.record import Record, gather, now
+from moe_compress.report.record import Record, gather
 from moe_compress.report.table import Table, make_tables
-from moe_compress.run import Run
-from moe_compress.runtime import RunLog, log, require_writable, threads
-from moe_compress.speed_report import SpeedReport, setting_of, speed_report
+from moe_compress.report_page import report
+from moe_compress.run import Run, beside, start
+from moe_compress.runtime import log, threads
 from moe_compress.stream.prompts import prompt_windows, read_prompts
-from moe_compress.task_evaluation import TaskReport, task_report
 from moe_compress.terminal import progress_bar
+
+__all__ = [
+    "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push",
+    "report", "routing", "run_recipe", "speed", "start", "table", "tasks", "verify",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,36 +77,9 @@ def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options:
 
 def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
-    opened, base, run = _beside(checkpoint, original, options, "evaluate")
+    opened, base, run = beside(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
         return _record(opened, base, run)
-
-
-def _beside(
-    checkpoint: str | Path, original: str | Path | None, options: dict[str, Any], command: str
-) -> tuple[Checkpoint, Checkpoint, Run]:
-    """A checkpoint, its original, and a run with the original's defaults."""
-    if "model" in options:
-        raise ValueError(f"{command} takes the checkpoint as its first word; what it is compared with is original=.")
-    given = recipe.make_options({**options, "model": checkpoint})
-    opened = open_model(given.model, given.revision)
-    base = _original(opened, original)
-    return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
-
-
-def _original(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
-    if named is not None:
-        return open_model(str(named))
-    base = (manifest_of(checkpoint.folder) or {}).get("base")
-    if base is None:
-        return checkpoint
-    try:
-        original = open_model(base["model"], base["commit"])
-    except ValueError as error:
-        raise ValueError(f"the original of {checkpoint.name} is needed (or original=): {error}") from error
-    if original.fingerprint != base["fingerprint"]:
-        log.warning("%s is not what it was when %s was made from it.", original.name, checkpoint.name)
-    return original
 
 
 def _evaluated(outcome: Outcome, run: Run) -> Result:
@@ -122,69 +96,6 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
     update_card(checkpoint, base, record, original)
     run.log.event("evaluated", record=str(path), metrics=record.model_dump()["metrics"])
     return Result(checkpoint.folder, record, original)
-
-
-def routing(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> RoutingReport:
-    """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
-    opened, base, run = _beside(checkpoint, original, options, "routing")
-    with threads(run.options.threads):
-        report = routing_report(opened, base, run)
-    report.save(run.results("routing"))
-    return report
-
-
-def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setting: Any) -> SpeedReport:
-    """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.
-
-    prompts, batches: numbers separated by commas; tokens: decoded behind a prompt; runs, seconds: how long each is
-    timed, at least; quick: one short point; dtype, device, threads, results: as everywhere.
-    """
-    results = Path(setting.pop("results", "runs"))
-    opened = open_model(str(checkpoint))
-    base, asked = _original(opened, original), setting_of(**_known(setting, setting_of, "speed"))
-    require_writable(results, f"results={results}")
-    report = speed_report(opened, base, asked)
-    report.save(results / "speed")
-    return report
-
-
-def _known(given: dict[str, Any], function: Callable[..., Any], command: str) -> dict[str, Any]:
-    """The words, if the function takes them all."""
-    known = list(inspect.signature(function).parameters)
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{command} has no option {key!r}; it takes: original, results, {', '.join(known)}.")
-    return given
-
-
-def tasks(
-    checkpoint: str | Path,
-    /,
-    tasks: str | Sequence[str] = "local",
-    original: str | Path | None = None,
-    *,
-    limit: int | str | None = None,
-    batch: int | str = lm_tasks.BATCH,
-    fewshot: int | str = 0,
-    **options: Any,
-) -> TaskReport:
-    """Accuracy of a checkpoint on tasks of lm_eval beside its original's, paired document by document.
-
-    tasks: `local` (no network), `paper` (its eight), names of lm_eval, paths of .yaml files, joined by commas; limit:
-    documents of a task; batch: prompts at once; fewshot: examples in a prompt.
-    """
-    asked = registry.coerce(int | None, limit, "limit")
-    size, shots = registry.coerce(int, batch, "batch"), registry.coerce(int, fewshot, "fewshot")
-    opened, base, run = _beside(checkpoint, original, options, "tasks")
-    with threads(run.options.threads):
-        report = task_report(opened, base, run, tasks, limit=asked, batch=size, fewshot=shots)
-    report.save(run.results("tasks"))
-    return report
-
-
-def flops(model: str | Path, /, **words: Any) -> FlopsReport:
-    """Count a model's FLOPs, parameters and bytes by component, from its config alone: see flops_report.flops."""
-    return flops_report.flops(model, **words)
 
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:
@@ -263,6 +174,26 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -
         return padding.pad(opened, target, progress)
 
 
+def push(
+    checkpoint: str | Path,
+    repo: str,
+    /,
+    *,
+    private: bool | str = False,
+    dry_run: bool | str = False,
+    message: str = "",
+    revision: str | None = None,
+) -> Upload:
+    """Upload a checkpoint of ours to the hub as user/name, in one commit, without paths of this machine.
+
+    private: of a repository that is made for it; dry_run: only say what would be sent, without a network; message: of
+    the commit; revision: the branch.
+    """
+    hidden, dry = registry.coerce(bool, private, "private"), registry.coerce(bool, dry_run, "dry_run")
+    upload = prepare(open_model(str(checkpoint)), repo, hidden)
+    return upload if dry else replace(upload, url=send(upload, message, revision))
+
+
 def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
     """Tables of records (files, or folders of them), one per protocol and original model; broken ones are skipped."""
     found, skipped = gather(records)
@@ -287,11 +218,3 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
             "attn_implementation=; stock transformers takes everything else, and makes its weights dense."
         )
     return load_packed(checkpoint, dtype or checkpoint.stored_dtype, device, attn)
-
-
-def start(options: Options) -> Run:
-    """A run with its own log file under runs/logs (results=)."""
-    require_writable(Path(options.results), f"results={options.results}")
-    stamp = now().replace(":", "")
-    path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
-    return Run(options, RunLog(path, options=options.model_dump()))

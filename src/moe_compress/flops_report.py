@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_compress import registry
-from moe_compress.checkpoint.load import load_model, load_packed
+from moe_compress.checkpoint.load import load_as_run
 from moe_compress.checkpoint.locate import config_folder
 from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
 from moe_compress.harness.components import Component, components
@@ -38,6 +39,11 @@ class FlopsReport(Kept):
     batch: int
     components: tuple[Component, ...]
     check: tuple[Agreement, ...] | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the name or path."""
+        return Path(os.path.abspath(self.model)).name
 
     def total(self, what: str) -> int:
         """Sum over components of parameters, bytes, touched, prefill or decode."""
@@ -99,9 +105,5 @@ def _checked(skeleton: PreTrainedModel, folder: Path, tokens: int) -> list[Agree
     except ValueError:
         if not any(folder.glob("*.safetensors")):
             raise
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.packed:
-        model = load_packed(checkpoint, torch.float32, torch.device("cpu"), None)
-    else:
-        model = load_model(folder, torch.float32)
+    model = load_as_run(open_checkpoint(folder), torch.float32, torch.device("cpu"))
     return check_flops(model, min(tokens, RUN_TOKENS))

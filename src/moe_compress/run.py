@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moe_compress.checkpoint.load import load_tokenizer
+from moe_compress.checkpoint.locate import open_model
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.recipe import Options
-from moe_compress.runtime import RunLog, log, resolve_device, resolve_dtype
+from moe_compress.checkpoint.writer import manifest_of
+from moe_compress.recipe import Options, make_options
+from moe_compress.report.record import now
+from moe_compress.runtime import RunLog, log, require_writable, resolve_device, resolve_dtype
 from moe_compress.stream.data import Windows, make_windows
 from moe_compress.stream.documents import DataSpec, Use
 
@@ -68,3 +73,39 @@ def text_spec(options: Options, use: Use) -> DataSpec:
         split=options.eval_split,
         field=options.eval_field,
     )
+
+
+def start(options: Options) -> Run:
+    """A run with its own log file under runs/logs (results=)."""
+    require_writable(Path(options.results), f"results={options.results}")
+    stamp = now().replace(":", "")
+    path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
+    return Run(options, RunLog(path, options=options.model_dump()))
+
+
+def beside(
+    checkpoint: str | Path, original: str | Path | None, options: dict[str, Any], command: str
+) -> tuple[Checkpoint, Checkpoint, Run]:
+    """A checkpoint, its original, and a run with the original's defaults."""
+    if "model" in options:
+        raise ValueError(f"{command} takes the checkpoint as its first word; what it is compared with is original=.")
+    given = make_options({**options, "model": checkpoint})
+    opened = open_model(given.model, given.revision)
+    base = base_of(opened, original)
+    return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
+
+
+def base_of(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
+    """What a checkpoint was made from, unless another one is named; itself if it was made from none."""
+    if named is not None:
+        return open_model(str(named))
+    base = (manifest_of(checkpoint.folder) or {}).get("base")
+    if base is None:
+        return checkpoint
+    try:
+        original = open_model(base["model"], base["commit"])
+    except ValueError as error:
+        raise ValueError(f"the original of {checkpoint.name} is needed (or original=): {error}") from error
+    if original.fingerprint != base["fingerprint"]:
+        log.warning("%s is not what it was when %s was made from it.", original.name, checkpoint.name)
+    return original

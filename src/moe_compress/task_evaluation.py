@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
+from moe_compress.checkpoint.load import load_as_run, load_tokenizer
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness import lm_tasks, task_choice
 from moe_compress.harness.lm_tasks import Scores
@@ -119,10 +119,7 @@ def _loaded(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
             f"tasks need all of {checkpoint.name} in memory, {gigabytes(needed)} as {dtype_name(run.dtype)}, but "
             f"{run.device.type} has {gigabytes(free)} free: use a smaller dtype= or another device=."
         )
-    if checkpoint.packed:
-        return load_packed(checkpoint, run.dtype, run.device, run.options.attn)
-    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
-    return load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords)
+    return load_as_run(checkpoint, run.dtype, run.device, run.options.attn)
 
 
 def _report(

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moe_compress import api
+from moe_compress.checkpoint.load import load_as_run
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.compatibility import Verdict, compatibility
+from moe_compress.kept import Kept
 from moe_compress.model.packing_config import says_packed
 from moe_compress.report.verification import as_markdown
 from moe_compress.runtime import read_json
@@ -46,7 +47,7 @@ json.dump({"wrong": wrong, "class": type(model).__name__}, open(out + ".json", "
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Kept):
     """What a fresh stock process made of a checkpoint; `problems` is empty where all is well."""
 
     model: str
@@ -108,7 +109,8 @@ def _ids(checkpoint: Checkpoint) -> torch.Tensor:
 
 @torch.no_grad()
 def _ours(checkpoint: Checkpoint) -> torch.Tensor:
-    logits: torch.Tensor = api.load(checkpoint.folder, torch.float32)(_ids(checkpoint), use_cache=False).logits.float()
+    model: Any = load_as_run(checkpoint, torch.float32, torch.device("cpu"))
+    logits: torch.Tensor = model(_ids(checkpoint), use_cache=False).logits.float()
     return logits
 
 

@@ -42,6 +42,16 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     return model.eval()
 
 
+def load_as_run(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None = None
+) -> PreTrainedModel:
+    """The whole model in memory; what is packed stays packed."""
+    if checkpoint.packed:
+        return load_packed(checkpoint, dtype, device, attn)
+    keywords = {"attn_implementation": attn} if attn else {}
+    return load_model(checkpoint.folder, dtype, device_map=str(device), **keywords)
+
+
 @torch.no_grad()
 def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None) -> PreTrainedModel:
     """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole."""

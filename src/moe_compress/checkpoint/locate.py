@@ -35,7 +35,7 @@ def open_model(model: str, revision: str | None = None) -> Checkpoint:
             raise ValueError(f"revision={revision} belongs to a hub model, but {model} is a local folder.")
         return open_checkpoint(folder, model if model in zoo.NAMES else str(folder))
     _require_hub_id(model)
-    cached_only = not _hub_answers()
+    cached_only = not hub_answers()
     with _hub_errors(model, revision):
         config = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
     architecture_values(Path(config).parent)  # refuses what cannot be read, before gigabytes are fetched
@@ -57,7 +57,7 @@ def config_folder(model: str, revision: str | None = None) -> Path:
     if shipped is not None and revision is None:
         return shipped.parent
     _require_hub_id(model)
-    cached_only = not _hub_answers()
+    cached_only = not hub_answers()
     with _hub_errors(model, revision):
         path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
     return Path(path).parent
@@ -81,7 +81,7 @@ def _require_hub_id(model: str) -> None:
     )
 
 
-def _hub_answers() -> bool:
+def hub_answers() -> bool:
     """Whether the hub can be reached: asked once and briefly; its client alone would try for half a minute."""
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)

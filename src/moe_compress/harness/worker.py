@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress import zoo
-from moe_compress.checkpoint.load import load_model, load_packed
+from moe_compress.checkpoint.load import load_as_run
 from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.model.moe import moe_views
 from moe_compress.model.packed import PackedMatrix
@@ -118,10 +118,7 @@ def answer(model: Any, what: str, point: Point, warm: set[tuple[str, Point]]) ->
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A checkpoint as it is run: what is packed stays packed."""
-    checkpoint = open_checkpoint(folder)
-    if checkpoint.packed:
-        return load_packed(checkpoint, dtype, device, None)
-    model = load_model(folder, dtype, device_map=str(device))
+    model = load_as_run(open_checkpoint(folder), dtype, device)
     for module in model.modules():
         if isinstance(module, PackedMatrix):  # else only at its first product
             module.prepare(dtype, device)

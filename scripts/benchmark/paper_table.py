@@ -1,0 +1,182 @@
+"""Trimming x slimming: Table 3 of the paper (arXiv 2406.02500) on any models, by Snakemake, resumable.
+
+The jobs are in paper_table.smk, the table is made by paper_rows.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import inspect
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_compress import recipe, registry, zoo
+from moe_compress.checkpoint.locate import config_folder, local_folder
+from moe_compress.checkpoint.reader import architecture_values
+from moe_compress.model import hf
+from moe_compress.runtime import require_writable, write_json
+from moe_compress.speed_report import setting_of
+
+HERE = Path(__file__).resolve().parent
+MODELS, OUT, TABLE = "tiny-mixtral tiny-deepseek", "runs/paper_table", "paper_table.md"
+AWQ = "quantize method=awq bits=4 group_size={group}"
+TRIMMING = {
+    "expert_drop": "expert_drop preset=paper ratio={ratio}",
+    "layer_drop": "layer_drop drop={layers}",
+    "block_drop": "block_drop drop={blocks}",
+}
+# As in the paper, what is quantized is trimmed, not the other way round.
+BOTH = {f"{name}-awq": f"{AWQ} + {trimming}" for name, trimming in TRIMMING.items()}
+RECIPES = {
+    "awq": AWQ,
+    **{name: text for pair in zip(TRIMMING.items(), BOTH.items(), strict=True) for name, text in pair},
+}
+TOKENS = 2048
+DECIDED = ("model", "out", "name", "results", "eval", "revision")
+TASK_WORDS = ("tasks", "limit", "fewshot", "batch")
+# A run that was killed leaves snakemake's lock behind, and ours not.
+SNAKEMAKE = ("--keep-going", "--rerun-incomplete", "--nolock", "--quiet", "host", "reason", "rules")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much a model loses: MoE blocks, whole layers, a share of the experts; how many inputs share a scale."""
+
+    layers: int
+    blocks: int
+    group: int
+    ratio: float = 0.25
+
+
+PAPER = {"mixtral-8x7b-v0.1": Sizes(8, 5, 128), "deepseek-moe-16b-base": Sizes(4, 4, 64)}
+
+
+def sizes_of(model: str, given: Mapping[str, str]) -> Sizes:
+    """The paper's for its models, the shares of its Mixtral for others; `given` words replace them."""
+    found = PAPER.get(Path(model).name.lower())
+    if found is None:
+        layers = hf.num_layers(hf.config_from(architecture_values(config_folder(model))))
+        layer_drop, block_drop = (max(1, round(layers * part / 32)) for part in (8, 5))
+        found = Sizes(layer_drop, block_drop, 32 if zoo.descends_from(model) else 128)
+    kinds = {"layers": int, "blocks": int, "group": int, "ratio": float}
+    return replace(
+        found, **{key: registry.coerce(kind, given[key], key) for key, kind in kinds.items() if key in given}
+    )
+
+
+def grid(models: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
+    """Models, cells, and the words of every job, as paper_table.smk wants them.
+
+    Raises ValueError for models that are not there or share a name, and for words that are unknown or wrong.
+    """
+    stems = {Path(os.path.abspath(model)).name: model for model in models}
+    if not models or len(stems) < len(models):
+        raise ValueError(f"MODEL={' '.join(models)!r}: models of different names are needed, separated by spaces.")
+    small = all(zoo.descends_from(model) for model in models)
+    cells: dict[str, dict[str, str]] = {}
+    for stem, model in stems.items():
+        filled = asdict(sizes_of(model, words))
+        for name, text in RECIPES.items():
+            cells[f"{stem}-{name}"] = {"model": stem, "cell": name, "recipe": text.format(**filled)}
+    for cell in cells.values():
+        recipe.parse(cell["recipe"])
+    threads = registry.coerce(int, words.get("threads", 1 if small else os.cpu_count() or 1), "threads")
+    return {
+        "models": {stem: _source(model) for stem, model in stems.items()},
+        "cells": cells,
+        "words": _words(words, small),
+        "threads": threads,
+        "command": f"{shlex.quote(sys.executable)} -P -m moe_compress",
+        "writer": f"{shlex.quote(sys.executable)} -P {shlex.quote(str(HERE / 'paper_rows.py'))}",
+    }
+
+
+def _source(model: str) -> dict[str, Any]:
+    """A model as the command line takes it, and the files of a user's own that all of its cells depend on."""
+    folder = local_folder(model)
+    if folder is None or model in zoo.NAMES:
+        return {"path": model, "files": []}
+    return {"path": shlex.quote(str(folder)), "files": sorted(map(str, folder.glob("*.safetensors")))}
+
+
+def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
+    """For each command the words that are for it. ValueError for one that is for none, and for wrong values."""
+    settings = tuple(inspect.signature(setting_of).parameters)
+    takers = {
+        "run": tuple(recipe.Options.model_fields),
+        "speed": settings,
+        "tasks": TASK_WORDS,
+        "sizes": tuple(vars(Sizes(1, 1, 1))),
+    }
+    known = [key for taker in takers.values() for key in taker if key not in DECIDED]
+    for key in words:
+        if key not in known:
+            raise ValueError(f"unknown word {key!r}; known: out, {', '.join(dict.fromkeys(known))}. Models are MODEL=.")
+    found = {name: {key: words[key] for key in taker if key in words} for name, taker in takers.items()}
+    found["speed"] = ({"quick": "true"} if small else {"prompts": f"{TOKENS}", "batches": "1"}) | found["speed"]
+    recipe.make_options(found["run"])
+    setting_of(**found["speed"])
+    found["run"].pop("threads", None)  # which Snakemake shares out
+    found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | found["run"]
+    found["flops"] = {"tokens": f"{TOKENS}", "context": f"{TOKENS}"}
+    return {name: shlex.join(f"{key}={value}" for key, value in each.items()) for name, each in found.items()}
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[int]:
+    """Hold a lock on the folder, which the system takes back when this process and its snakemake have ended."""
+    handle = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield handle
+    except BlockingIOError:
+        raise ValueError(f"another run is writing {out}: wait until it has ended, or choose another out=.") from None
+    finally:
+        os.close(handle)
+
+
+def run(out: Path, flags: Sequence[str]) -> int:
+    """Run what is missing or changed, then make the table of what there is; the first exit status that is not 0."""
+    chosen = any(flag.startswith(("-c", "-j", "--cores", "--jobs", "--profile")) for flag in flags)
+    cores = () if chosen else ("--cores", "all")
+    base = (sys.executable, "-m", "snakemake", "--snakefile", str(HERE / "paper_table.smk"), "--directory", str(out))
+    with alone(out) as handle:
+        codes = [
+            subprocess.run(
+                [*base, "--configfile", str(out / "grid.json"), *SNAKEMAKE, *cores, *flags, "--", target],
+                check=False, pass_fds=(handle,),
+            ).returncode
+            for target in ("cells", "table")
+        ]  # fmt: skip
+    return next((code for code in codes if code), 0)
+
+
+def main() -> int:
+    """Words are `key=value`; what begins with a dash, and all behind it, is for snakemake."""
+    arguments = sys.argv[1:]
+    dash = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    try:
+        words = recipe.option_pairs(arguments[:dash])
+        out = Path(os.path.abspath(words.pop("out", OUT)))
+        values = grid(os.environ.get("MODEL", MODELS).split(), words)
+        require_writable(out, f"out={out}")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "grid.json", values)
+        code = run(out, arguments[dash:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if (out / TABLE).is_file():
+        print((out / TABLE).read_text(encoding="utf-8"), end="")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

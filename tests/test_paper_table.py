@@ -1,0 +1,263 @@
+"""The grid of the paper's table: its recipes, its rows beside the paper's, and what runs again when what changed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from moe_compress.report.table import SAME
+from test_report import record
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "scripts" / "benchmark"
+sys.path.insert(0, str(FOLDER))
+import paper_rows  # noqa: E402
+import paper_table  # noqa: E402
+
+MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
+
+
+# --- the grid -----------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_models_lose_what_they_lost_there():
+    found = paper_table.grid([MIXTRAL, DEEPSEEK], {})
+    recipes = {name: cell["recipe"] for name, cell in found["cells"].items()}
+    assert len(recipes) == 14 and recipes["Mixtral-8x7B-v0.1-layer_drop"] == "layer_drop drop=8"
+    assert recipes["Mixtral-8x7B-v0.1-block_drop-awq"].endswith("group_size=128 + block_drop drop=5")
+    assert recipes["deepseek-moe-16b-base-layer_drop-awq"].endswith("bits=4 group_size=64 + layer_drop drop=4")
+    assert recipes["deepseek-moe-16b-base-expert_drop"] == "expert_drop preset=paper ratio=0.25"
+    assert found["words"]["speed"] == "prompts=2048 batches=1" and found["words"]["tasks"] == "tasks=paper"
+
+
+def test_other_models_lose_the_same_shares_and_words_decide_otherwise():
+    assert paper_table.sizes_of("Qwen/Qwen3-30B-A3B", {}) == paper_table.Sizes(12, 8, 128)
+    assert paper_table.sizes_of("tiny-mixtral", {}) == paper_table.Sizes(1, 1, 32)
+    given = {"layers": "2", "group": "64", "ratio": "0.5"}
+    assert paper_table.sizes_of("tiny-mixtral", given) == paper_table.Sizes(2, 1, 64, 0.5)
+
+
+def test_each_command_is_given_its_own_words():
+    given = {"samples": "8", "data": "my notes.txt", "limit": "5", "runs": "3", "threads": "2", "dtype": "float32"}
+    found = paper_table.grid(["tiny-mixtral"], given)
+    run = "'data=my notes.txt' samples=8 dtype=float32"
+    assert found["threads"] == 2 and found["words"] == {
+        "run": run,
+        "speed": "quick=true runs=3 dtype=float32 threads=2",
+        "tasks": f"tasks=local limit=5 {run}",
+        "sizes": "",
+        "flops": "tokens=2048 context=2048",
+    }
+
+
+@pytest.mark.parametrize(
+    ("models", "words", "said"),
+    [
+        (["tiny-mixtral"], {"sample": "8"}, "unknown word 'sample'; known: out, .*samples.*Models are MODEL="),
+        (["tiny-mixtral"], {"name": "x"}, "unknown word 'name'"),
+        (["tiny-mixtral"], {"samples": "many"}, "samples=many"),
+        (["tiny-mixtral"], {"layers": "half"}, "layers=half"),
+        (["tiny-mixtral", "tiny-mixtral"], {}, "models of different names are needed"),
+        ([], {}, "models of different names are needed"),
+        (["tiny-mixtrl"], {}, "Did you mean 'tiny-mixtral'"),
+    ],
+)
+def test_wrong_words_are_one_sentence(models, words, said):
+    with pytest.raises(ValueError, match=said):
+        paper_table.grid(models, words)
+
+
+def test_the_papers_numbers_add_up():
+    paper = pd.read_csv(FOLDER / "paper_table3.csv")
+    tasks = paper.loc[:, "arc_challenge":"winogrande"].mean(axis=1)
+    assert len(paper) == 16 and ((tasks - paper["average"]).abs() < 0.1).all()
+    assert set(paper["cell"]) == {"original", *paper_table.RECIPES}
+    assert {name.lower() for name in paper["model"]} == set(paper_table.PAPER)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------------
+
+MODEL = "Mixtral-8x7B-v0.1"
+TIMES = {"speedup": 1.25, "speedup_interval": [1.2, 1.3]}
+
+
+def speed(busy: bool) -> dict:
+    setting = {"dtype": "float32", "device": "cpu", "threads": None, "prompts": [128], "batches": [1]}
+    point = {"batch": 1, "prompt": 128, "prefill": TIMES, "decode": {**TIMES, "speedup": 1.5}}
+    return {
+        "model": "",
+        "original": MODEL,
+        "found": {"setting": setting, "points": [point], "machine": {"before": {"busy": busy}}},
+    }
+
+
+def tasks(delta: tuple[float, float, float]) -> dict:
+    change = {"value": delta[0], "interval": list(delta[1:])}
+    sides = {side: {"value": value} for side, value in (("before", 0.5), ("after", 0.5 + delta[0]))}
+    return {"tasks": {name: sides for name in ("boolq", "rte")}, "average": {**sides, "delta": change}}
+
+
+def keep(folder: Path, path: str, values: dict) -> None:
+    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+    (folder / path).write_text(json.dumps(values))
+
+
+def make(name: str, **changes) -> object:
+    stages = [] if name == "original" else [("layer_drop", {"drop": 8})]
+    return record(f"{MODEL}-{name}", 2.001 if stages else 2.0, stages, model=MODEL, **changes)
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Everything of the original and of Layer Drop; AWQ failed, timing of Block Drop as well; the rest never ran."""
+    keep(tmp_path, "grid.json", paper_table.grid([MIXTRAL], {}))
+    for name in ("original", "layer_drop", "block_drop"):
+        make(name).save(tmp_path / "records")
+        stem = MODEL if name == "original" else f"{MODEL}-{name}"
+        keep(tmp_path, f"flops/{stem}.json", {"total": {"prefill": 42.87e12}})
+        keep(tmp_path, f"tasks/{stem}-abcdef.json", tasks((-0.02, -0.03, 0.01 if name == "layer_drop" else -0.01)))
+    keep(tmp_path, f"speed/{MODEL}-layer_drop.json", speed(busy=True))
+    for path, text in {
+        f"compress/{MODEL}-awq": "loading\nerror: no room on the disk\n",
+        f"speed/{MODEL}-block_drop": "a warning\n",
+        f"original/{MODEL}": "done\n",
+        f"compress/{MODEL}-block_drop": "checkpoint: here\n",
+    }.items():
+        (tmp_path / "logs" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "logs" / f"{path}.txt").write_text(text)
+    return tmp_path
+
+
+def rows_of(folder: Path) -> list[dict]:
+    found = paper_rows.cells(folder, json.loads((folder / "grid.json").read_text()))
+    return paper_rows.frame(found, pd.read_csv(FOLDER / "paper_table3.csv")).to_dict("records")
+
+
+def test_rows_have_the_papers_shape_and_its_numbers_below(results):
+    rows = rows_of(results)
+    assert [row["method"] for row in rows[::2]] == [
+        "original", "AWQ", "Expert Drop", "Expert Drop + AWQ", "Layer Drop", "Layer Drop + AWQ", "Block Drop",
+        "Block Drop + AWQ",
+    ]  # fmt: skip
+    assert all(row["method"] == "in the paper" for row in rows[1::2]) and len(rows) == 16
+    ours, theirs = rows[8], rows[9]
+    assert ours["prefill x"] == "1.25 [1.20, 1.30]" and ours["decoding x"] == "1.50 [1.20, 1.30]"
+    assert ours["FLOPs"] == theirs["FLOPs"] == "42.9 T" and theirs["weights"] == "66.6 GiB"
+    assert ours["boolq"] == "48.0" and ours["average"] == f"48.0, -2.0 [-3.0, +1.0] {SAME}"
+    assert theirs["prefill x"] == "1.19" and theirs["average"] == "67.0" and theirs["mmlu"] == "67.3"
+    assert ours["change of NLL"] == f"+0.0010 [-0.0090, +0.0110] {SAME}" and ours["perplexity"] == "7.40"
+    assert rows[0]["prefill x"] == "1" and rows[0]["boolq"] == "50.0" and rows[0]["change of NLL"] == ""
+    assert rows[12]["average"] == "48.0, -2.0 [-3.0, -1.0]" and rows[12]["prefill x"] == ""
+
+
+def test_what_failed_is_a_row_with_its_reason(results):
+    rows = rows_of(results)
+    assert rows[2]["prefill x"] == "did not finish: compress: no room on the disk" and rows[2]["FLOPs"] == ""
+    assert rows[4]["prefill x"] == "did not finish: original: stopped after saying 'done'"
+    paper_rows.write(results)
+    text = (results / "paper_table.md").read_text()
+    assert "**BUSY MACHINE while these were timed: Layer Drop.**" in text
+    assert "Block Drop, speed: speed: stopped after saying 'a warning'" in text
+    failed = {path.stem.removeprefix(f"{MODEL}-") for path in (results / "failures").glob("*.json")}
+    assert failed == {"awq", "expert_drop", "expert_drop-awq", "layer_drop-awq", "block_drop-awq"}
+    assert "no room on the disk" in (results / "report.html").read_text()
+    assert (results / "paper_table.csv").read_text().count("in the paper") == 8
+    assert r"\begin{longtable}" in (results / "paper_table.tex").read_text()
+    (numbers,) = [c for c in json.loads((results / "paper_table.json").read_text())["cells"] if c["cell"] == "awq"]
+    assert numbers["record"] is None and numbers["missing"]["record"] == "compress: no room on the disk"
+    make("awq").save(results / "records")
+    paper_rows.write(results)
+    assert not (results / "failures" / f"{MODEL}-awq.json").exists()
+
+
+def test_another_protocol_is_no_row(results):
+    other = make("layer_drop").protocol | {"id": "f" * 16}
+    make("block_drop", protocol=other).save(results / "records")
+    row = rows_of(results)[12]
+    assert row["prefill x"].startswith("did not finish") and row["perplexity"] == ""
+
+
+# --- snakemake ----------------------------------------------------------------------------------------------------
+
+FAKE = """
+import json, shutil, sys
+from pathlib import Path
+command, what, *words = sys.argv[1:]
+given = dict(word.split("=", 1) for word in words)
+name = Path(what).name
+with open("calls.txt", "a") as calls:
+    calls.write(f"{command} {Path(given.get('out', what)).name}\\n")
+if command == "compress":
+    if "fail" in what:
+        sys.exit("error: it cannot be")
+    Path(given["out"]).mkdir(parents=True)
+elif command == "evaluate" and "name" in given:
+    Path("records").mkdir(exist_ok=True)
+    shutil.copy(f"made/{name}.json", f"records/{name}.json")
+elif command in ("speed", "flops"):
+    Path(command).mkdir(exist_ok=True)
+    shutil.copy(f"made/{command}.json", f"{command}/{name}.json")
+"""
+
+
+def run_grid(folder: Path, recipes: dict[str, str]) -> tuple[int, list[str], str]:
+    """Exit status, what was called, and the table."""
+    values = json.loads((folder / "grid.json").read_text())
+    values["cells"] = {f"{MODEL}-{n}": {"model": MODEL, "cell": n, "recipe": r} for n, r in recipes.items()}
+    values |= {"command": f"{sys.executable} fake.py", "threads": 1}
+    keep(folder, "grid.json", values)
+    calls = folder / "calls.txt"
+    calls.unlink(missing_ok=True)
+    code = paper_table.run(folder, ["--cores", "2", "--quiet", "all"])
+    return (
+        code,
+        sorted(calls.read_text().splitlines()) if calls.exists() else [],
+        (folder / "paper_table.md").read_text(),
+    )
+
+
+def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    keep(tmp_path, "grid.json", paper_table.grid([MIXTRAL], {}))
+    (tmp_path / "fake.py").write_text(FAKE)
+    for name in ("layer_drop", "block_drop"):
+        make(name).save(tmp_path / "made")
+    make("original").save(tmp_path / "records")
+    keep(tmp_path, "made/speed.json", speed(busy=False))
+    keep(tmp_path, "made/flops.json", {"total": {"prefill": 1e12}})
+    recipes = {"layer_drop": "layer_drop drop=8", "block_drop": "block_drop fail"}
+    code, calls, text = run_grid(tmp_path, recipes)
+    layer, block = (f"{MODEL}-{name}" for name in recipes)
+    each = [f"{job} {layer}" for job in ("compress", "evaluate", "flops", "speed", "tasks")]
+    of_original = [f"{job} {MODEL}" for job in ("evaluate", "flops", "tasks")]
+    assert code != 0 and calls == sorted([*each, *of_original, f"compress {block}"])
+    assert "did not finish: compress: it cannot be" in text and not (tmp_path / "checkpoints" / layer).exists()
+    code, calls, text = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
+    assert code == 0 and calls == [call.replace(layer, block) for call in each] and "did not finish" not in text
+    code, calls, _ = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
+    assert code == 0 and calls == []
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    with (
+        paper_table.alone(tmp_path),
+        pytest.raises(ValueError, match="another run is writing"),
+        paper_table.alone(tmp_path),
+    ):
+        pass
+
+
+def test_a_wrong_word_on_the_command_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-P", FOLDER / "paper_table.py", f"out={tmp_path}", "sampels=3"],
+        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: unknown word 'sampels'")
+    assert not list(tmp_path.iterdir()) and shutil.which("bash")
