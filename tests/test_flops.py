@@ -271,7 +271,7 @@ def test_report_of_a_known_hub_id(tmp_path):
     report = flops(MIXTRAL, tokens="512", context=4096, batch=2)
     saved = json.loads(report.save(tmp_path).read_text(encoding="utf-8"))
     assert (tmp_path / "Mixtral-8x7B-v0.1.json").is_file()
-    assert saved == json.loads(json.dumps(report.to_json()))
+    assert json.loads(json.dumps(report.to_json())).items() <= saved.items()
     assert saved["total"]["parameters"] == 46_702_792_704 and saved["check"] is None and report.agrees is None
     assert report.markdown() == as_markdown(saved)
     assert "| routed experts" in report.markdown() and "recurrent" not in report.markdown()

@@ -194,7 +194,7 @@ def report(
     run = Run(recipe.make_options({**options, "model": base}).resolved(), RunLog(None))
     found = task_report(open_model(str(checkpoint)), open_model(str(base)), run, tasks, **{"limit": 3, **given})
     saved = json.loads(found.save(run.results("tasks")).read_text())
-    assert saved == json.loads(json.dumps(found.to_json()))
+    assert json.loads(json.dumps(found.to_json())).items() <= saved.items()
     return found
 
 
@@ -347,8 +347,10 @@ def test_bad_numbers_and_models(reader_folder, family_folder, options, monkeypat
             report(base, base, options, **{name: value})
     with pytest.raises(ValueError, match="holds no tokenizer"):
         report(family_folder("mixtral"), base, options)
-    monkeypatch.setattr(task_evaluation, "free_memory", lambda _: 1000)
-    with pytest.raises(ValueError, match=r"in memory, .* as float32, but cpu has 1000 B free"):
+    monkeypatch.setattr("moe_compress.checkpoint.load.free_memory", lambda _: 1000)
+    with pytest.raises(
+        ValueError, match=r"has to be whole for tasks: .* as float32 in memory, but cpu has 1000 B free"
+    ):
         report(base, base, options, limit=1)
 
 

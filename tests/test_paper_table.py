@@ -89,12 +89,19 @@ TIMES = {"speedup": 1.25, "speedup_interval": [1.2, 1.3]}
 
 
 def speed(busy: bool) -> dict:
-    setting = {"dtype": "float32", "device": "cpu", "threads": None, "prompts": [128], "batches": [1]}
+    setting = {"dtype": "float32", "device": "cpu", "threads": 1, "tokens": 16, "prompts": [128], "batches": [1]}
     point = {"batch": 1, "prompt": 128, "prefill": TIMES, "decode": {**TIMES, "speedup": 1.5}}
     return {
-        "model": "",
+        "model": f"{MODEL}-layer_drop",
         "original": MODEL,
-        "found": {"setting": setting, "points": [point], "machine": {"before": {"busy": busy}}},
+        "fingerprint": "f1",
+        "environment": {"processor": "abacus"},
+        "found": {
+            "setting": setting,
+            "points": [point],
+            "machine": {"busy": busy},
+            "original": {"gpu": None, "threads": 1},
+        },
     }
 
 
@@ -123,7 +130,7 @@ def results(tmp_path):
         stem = MODEL if name == "original" else f"{MODEL}-{name}"
         keep(tmp_path, f"flops/{stem}.json", {"total": {"prefill": 42.87e12}})
         keep(tmp_path, f"tasks/{stem}-abcdef.json", tasks((-0.02, -0.03, 0.01 if name == "layer_drop" else -0.01)))
-    keep(tmp_path, f"speed/{MODEL}-layer_drop.json", speed(busy=True))
+    keep(tmp_path, f"speed/{MODEL}-layer_drop-abcdef.json", speed(busy=True))
     for path, text in {
         f"compress/{MODEL}-awq": "loading\nerror: no room on the disk\n",
         f"speed/{MODEL}-block_drop": "a warning\n",
@@ -203,7 +210,7 @@ elif command == "evaluate" and "name" in given:
     shutil.copy(f"made/{name}.json", f"records/{name}.json")
 elif command in ("speed", "flops"):
     Path(command).mkdir(exist_ok=True)
-    shutil.copy(f"made/{command}.json", f"{command}/{name}.json")
+    shutil.copy(f"made/{command}.json", f"{command}/{name}{'-abcdef' if command == 'speed' else ''}.json")
 """
 
 

@@ -153,6 +153,9 @@ def test_records_older_than_the_digest_are_read(tmp_path):
     values = json.loads(path.read_text())
     del values["digest"]
     path.write_text(json.dumps(values))
+    assert "changed after it was written" in read_records([path])[1][0]
+    values["version"] = 1
+    path.write_text(json.dumps(values))
     assert read_records([path])[0][0].digest is None
     del values["protocol"]["id"]
     path.write_text(json.dumps(values))
@@ -265,26 +268,31 @@ def test_several_seeds_are_one_point(tmp_path):
     assert drawn == pytest.approx((math.exp(2.0) + math.exp(2.01)) / 2)
 
 
-def speed_file(model: str, speedup: float, batch: int = 1, busy: bool = False) -> dict:
+def speed_file(model: str, speedup: float, batch: int = 1, busy: bool = False, processor: str = "abacus") -> dict:
     decode = {"speedup": speedup, "speedup_interval": [speedup - 0.1, speedup + 0.1]}
-    setting = {"dtype": "float32", "device": "cpu", "threads": 1}
+    setting = {"dtype": "float32", "device": "cpu", "threads": 1, "tokens": 16}
     points = [{"batch": batch, "prompt": 128, "decode": decode}]
-    found = {"setting": setting, "machine": {"before": {"busy": busy}}, "points": points}
-    return {"model": model, "original": "tiny", "found": found}
+    found = {"setting": setting, "machine": {"busy": busy}, "points": points, "original": {"gpu": None, "threads": 1}}
+    where = {"processor": processor}
+    return {"model": model, "original": "tiny", "fingerprint": f"of {model}", "environment": where, "found": found}
 
 
 def test_latency_is_relative_to_the_original_and_of_one_setting():
     rows = [[ORIGINAL], [WORSE], [SAME_AS]]
     files = [speed_file("worse", 2.0, busy=True), speed_file("same_as", 1.25), speed_file("same_as", 9.0, batch=8)]
+    files.append(speed_file("same_as", 5.0, processor="another"))
     timed = beside.latencies([each for file in files for each in beside.timed(file)], [ORIGINAL, WORSE, SAME_AS])
     assert {name: metric.value for name, metric in timed.by_record.items()} == {"worse": 0.5, "same_as": 0.8}
-    assert "float32 on cpu" in timed.how and "BUSY for 1" in timed.how
+    assert "float32 on cpu (abacus), 1 thread(s)" in timed.how and "BUSY for 1" in timed.how
     front = pareto.make_fronts(["original", "worse", "same_as"], rows, (), timed)[-1]
     assert front.key == pareto.LATENCY and [point.name for point in front.points] == ["worse", "same_as", "original"]
     assert front.points[0].cost_interval == pytest.approx((1 / 2.1, 1 / 1.9))
     assert [front.key for front in pareto.make_fronts(["a", "b", "c"], rows)] == ["bytes", "flops_per_token"]
-    assert beside.made("worse", "tiny", WORSE.model_copy(update={"name": "worse-0a1b2c"}))
-    assert not beside.made("worse", "tiny", WORSE.model_copy(update={"name": "worse-and-more"}))
+    (timing, *_) = beside.timed(speed_file("worse", 2.0))
+    renamed = {"name": "mine", "fingerprint": "of worse"}
+    for changes, same in (({"name": "worse-0a1b2c"}, True), ({"name": "worse-and-more"}, False), (renamed, True)):
+        assert beside.made(timing, WORSE.model_copy(update=changes)) == same
+    assert not beside.made(timing, WORSE.model_copy(update={"fingerprint": "of another"}))
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import moe_compress
+from moe_compress import __main__ as cli
 from moe_compress import verification
 from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.compatibility import compatibility
@@ -42,15 +42,23 @@ def test_a_checkpoint_without_one_of_its_tensors_is_not(reader_folder, tmp_path)
     folder = tmp_path / "broken"
     shutil.copytree(reader_folder("mixtral"), folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors.pop("model.norm.weight")
+    tensors["model.layers.0.strange.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="does not load cleanly"):
-        verify(open_checkpoint(folder))
+    found = verify(open_checkpoint(folder))
+    assert not found.passed and "missing keys: model.norm.weight" in found.problems
+    assert any(problem.startswith("unexpected keys: ") for problem in found.problems)
+    assert "NOT VERIFIED: " in found.markdown() and "| vLLM" in found.markdown()
 
 
-def test_a_layout_that_stock_transformers_does_not_load_is_not_tried(reader_folder, options):
-    found = verify(open_checkpoint(made(f"{RTN} bits=4 format=gptq", reader_folder("mixtral"), options)))
-    assert found.passed and found.stock_class is None and "was not asked" in found.markdown()
+def test_a_layout_that_stock_transformers_does_not_load_is_not_called_verified(reader_folder, options, monkeypatch):
+    folder = made(f"{RTN} bits=4 format=gptq", reader_folder("mixtral"), options)
+    found = verify(open_checkpoint(folder))
+    assert not found.passed and found.problems == [] and found.stock_class is None
+    assert "NOT VERIFIED: stock transformers reads no such layout" in found.markdown()
+    monkeypatch.setattr("sys.argv", ["moe-compress", "verify", str(folder), f"results={options['results']}"])
+    with pytest.raises(SystemExit, match="3"):
+        cli.main()
+    assert (Path(str(options["results"])) / "verification" / f"{folder.name}.json").is_file()
 
 
 CLIENTS: list[Any] = [
@@ -75,8 +83,12 @@ def test_different_logits_are_a_problem(reader_folder, options, monkeypatch):
     checkpoint = open_checkpoint(made("expert_drop keep=6", reader_folder("mixtral"), options))
     right = verification._ours(checkpoint)
     monkeypatch.setattr(verification, "_ours", lambda _: right * 1.01)
-    stock = {"wrong": {}, "class": "It", "logits": right, "made": torch.zeros(1, 20)}
+    stock = {"wrong": {}, "class": "It", "logits": right, "made": 4, "behind": 0.0}
     monkeypatch.setattr(verification, "_in_fresh_process", lambda *_: stock)
     found = verify(checkpoint)
     assert not found.passed and "logits differ by 9.9e-03" in found.problems[0]
+    monkeypatch.setattr(verification, "_ours", lambda _: right)
+    for wrong in ({"made": 0}, {"behind": 0.5}):
+        monkeypatch.setattr(verification, "_in_fresh_process", lambda *_, wrong=wrong: stock | wrong)
+        assert "are not the likeliest ones" in verify(checkpoint).problems[0]
     assert json.loads(json.dumps(found.to_json()))["passed"] is False and "NOT VERIFIED" in found.markdown()

@@ -75,19 +75,20 @@ def cells(folder: Path, values: Mapping[str, Any]) -> list[Cell]:
 
 
 def _cell(folder: Path, model: str, stem: str, name: str, record: Record | None) -> Cell:
-    reports = [_json(path) for path in sorted((folder / "tasks").glob(f"{stem}-??????.json"), key=_age)]
     parts = {
         "record": record,
-        "speed": _json(folder / "speed" / f"{stem}.json"),
+        "speed": _latest(folder / "speed", stem),
         "flops": _json(folder / "flops" / f"{stem}.json"),
-        "tasks": reports[-1] if reports else None,
+        "tasks": _latest(folder / "tasks", stem),
     }
     reasons = {} if name == ORIGINAL else _reasons(folder / "logs", model, stem, parts)
     return Cell(model, name, **parts, reasons=reasons)
 
 
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
+def _latest(folder: Path, stem: str) -> Any:
+    """Of several, with other settings, the one that was written last."""
+    found = sorted(folder.glob(f"{stem}-??????.json"), key=lambda path: path.stat().st_mtime)
+    return _json(found[-1]) if found else None
 
 
 def _json(path: Path) -> Any:
@@ -186,12 +187,12 @@ def notes(found: Sequence[Cell]) -> list[str]:
     lines = []
     if timed:
         setting = timed[0].speed["found"]["setting"]
-        threads = setting["threads"] or "all"
+        threads = setting["threads"]
         lines.append(
             f"Timed in {setting['dtype']} on {setting['device']}, threads: {threads}; a prompt of "
             f"{setting['prompts'][0]}, {setting['batches'][0]} at once."
         )
-    busy = [cell.title for cell in timed if cell.speed["found"]["machine"]["before"]["busy"]]
+    busy = [cell.title for cell in timed if cell.speed["found"]["machine"]["busy"]]
     if busy:
         lines.append(f"**BUSY MACHINE while these were timed: {', '.join(busy)}.**")
     for cell in found:

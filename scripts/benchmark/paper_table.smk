@@ -6,8 +6,8 @@ MODELS, CELLS, WORDS, RUN = (config[key] for key in ("models", "cells", "words",
 MEASURED = [
     *(f"{model}.original" for model in MODELS),
     *(f"flops/{name}.json" for name in (*MODELS, *CELLS)),
-    *(f"{kind}/{cell}.json" for kind in ("records", "speed") for cell in CELLS),
-    *(f"tasks/{cell}.done" for cell in CELLS),
+    *(f"records/{cell}.json" for cell in CELLS),
+    *(f"{kind}/{cell}.done" for kind in ("speed", "tasks") for cell in CELLS),
 ]
 
 
@@ -128,7 +128,7 @@ rule flops:
 # Alone on its machine: whatever else ran would be in the times.
 rule speed:
     output:
-        "speed/{cell}.json",
+        touch("speed/{cell}.done"),
     input:
         "checkpoints/{cell}",
     params:

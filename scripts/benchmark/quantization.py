@@ -36,7 +36,7 @@ from moe_compress.runtime import atomic_write, gigabytes
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BLOCK, BITS, GROUP, LAYERS = 128, 4, 128, 16
-SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=Effort(10, 0.0), dtype="bfloat16")
+SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=Effort(20, 0.0), dtype="bfloat16")
 ROWS = (1, 32, 512)
 QUANTIZED = (
     "bits=8 group_size=0",

@@ -14,7 +14,7 @@ import typer
 
 from moe_compress.words import words_of
 
-INTERRUPTED = 130
+INTERRUPTED, UNASKED = 130, 3
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
@@ -164,7 +164,7 @@ def verify(words: Annotated[list[str], typer.Argument(help="a checkpoint", metav
     found = api.verify(words[0], **_only(_pairs(words[1:]), ("results",), "verify"))
     show_markdown(found.markdown())
     if not found.passed:
-        sys.exit(1)
+        sys.exit(1 if found.problems else UNASKED)
 
 
 @app.command()
@@ -192,13 +192,14 @@ Records = Annotated[
 @app.command()
 def table(words: Records = None) -> None:
     """Make tables from records (Markdown, CSV, LaTeX, JSON), one per protocol and model: table [RECORDS] [out=DIR]."""
-    from moe_compress.report.record import gather
+    from moe_compress.report.record import failures_beside, gather
     from moe_compress.report.table import make_tables, write_tables
     from moe_compress.terminal import show_tables
 
     places, out = _places(words)
     found, skipped = gather(places)
-    tables = make_tables(found)
+    failures, wrong = failures_beside(places)
+    tables, skipped = make_tables(found, failures), skipped + wrong
     written = write_tables(tables, out)
     show_tables(tables)
     typer.echo(f"written: {', '.join(map(str, written))}", err=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress import evaluation, padding, recipe, registry
+from moe_compress import evaluation, failures, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.cards import update_card
@@ -24,7 +24,7 @@ from moe_compress.harness.generations import Comparison
 from moe_compress.harnesses import flops, routing, speed, tasks, verify
 from moe_compress.publishing import Upload, prepare, send
 from moe_compress.recipe import Options, Recipe
-from moe_compress.report.record import Record, gather
+from moe_compress.report.record import Record, failures_beside, gather
 from moe_compress.report.table import Table, make_tables
 from moe_compress.report_page import report
 from moe_compress.run import Run, beside, start
@@ -60,7 +60,8 @@ def run_recipe(parsed: Recipe) -> Result:
     run = start(parsed.options)
     with threads(parsed.options.threads):
         outcome = compress_checkpoint(parsed, run)
-        return _evaluated(outcome, run)
+        with failures.kept(parsed, parsed.options.name or outcome.folder.name, run):
+            return _evaluated(outcome, run)
 
 
 def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options: Any) -> Result:
@@ -195,11 +196,15 @@ def push(
 
 
 def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
-    """Tables of records (files, or folders of them), one per protocol and original model; broken ones are skipped."""
+    """Tables of records (files, or folders of them), one per protocol and original model; broken ones are skipped.
+
+    Runs that did not finish are rows as well: those that left a failure in the folder beside.
+    """
     found, skipped = gather(records)
-    for sentence in skipped:
+    left, wrong = failures_beside(records)
+    for sentence in (*skipped, *wrong):
         log.warning("skipped: %s.", sentence)
-    return make_tables(found)
+    return make_tables(found, left)
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:

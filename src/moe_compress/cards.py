@@ -9,7 +9,7 @@ from typing import Any
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.model.packing_config import says_packed
-from moe_compress.report.card import model_card
+from moe_compress.report.card import model_card, untouched
 from moe_compress.report.record import Record
 from moe_compress.runtime import atomic_write
 
@@ -26,10 +26,11 @@ def card_of(
     original: Record | None = None,
 ) -> str:
     """The card of a checkpoint made from `base`; values: its config.json."""
-    licence = next((path for pattern in LICENCES for path in sorted(base.folder.glob(pattern))), None)
+    licences = [path for pattern in LICENCES for path in sorted(base.folder.glob(pattern))]
     return model_card(
         manifest, record, original, name=name, packed=says_packed(values),
-        base_card=_text(base.folder / CARD), licence_text=_text(licence) if licence else "",
+        base_card=_text(base.folder / CARD), licence_text=_text(licences[0]) if licences else "",
+        licence_files=[path.name for path in licences],
     )  # fmt: skip
 
 
@@ -38,10 +39,10 @@ def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, origin
     manifest, path = manifest_of(checkpoint.folder), checkpoint.folder / CARD
     if manifest is None or checkpoint.folder == base.folder:
         return
-    name, values = checkpoint.folder.name, checkpoint.values
-    # A card that was changed since it was written with the checkpoint is its owner's.
-    if _text(path) == card_of(name, base, manifest, values):
-        atomic_write(path, card_of(name, base, manifest, values, record, original).encode())
+    # A card that was changed since it was written is its owner's.
+    if untouched(_text(path)):
+        card = card_of(checkpoint.folder.name, base, manifest, checkpoint.values, record, original)
+        atomic_write(path, card.encode())
 
 
 def _text(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_compress import registry
+from moe_compress import failures, registry
 from moe_compress.cards import CARD, card_of
 from moe_compress.checkpoint.claim import claimed
 from moe_compress.checkpoint.locate import config_folder, open_model
@@ -83,7 +83,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     else:
         require_free(out)
         _read_texts(recipe, source, run)
-        with claimed(out, identities):
+        with claimed(out, identities), failures.kept(recipe, recipe.options.name or out.name, run):
             _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
         remove_intermediate(folder)
@@ -164,6 +164,8 @@ def _plan_job(
     scope = registry.find(stage.method).scope
     plan, calibration = plan_stage(stage, source, run) if scope == "model" else (Plan([], {}, {}), {})
     report = {"method": stage.method, "calibration": calibration, **plan.report}
+    if plan.scores:
+        report["scores"] = {str(layer): [_short(value) for value in values] for layer, values in plan.scores.items()}
     done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
     return _Job(
         source=source,
@@ -176,6 +178,11 @@ def _plan_job(
         through_model=scope == "layer",
         slims=stage if scope == "weight" else None,
     )
+
+
+def _short(value: float | None) -> float | None:
+    """To six digits; the plan has them all."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moe_compress.checkpoint.load import load_model, load_tokenizer
+from moe_compress.checkpoint.load import load_model, load_tokenizer, require_memory
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import manifest_of
 from moe_compress.fidelity import ancestry_of
@@ -86,6 +86,7 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
     """Streamed layers, or the whole model in memory with `resident=true`; the numbers are the same."""
     if not run.options.resident:
         return StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    require_memory([checkpoint], run.dtype, run.device, "has to be whole here")
     keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
     return ResidentLayers(load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords))
 
@@ -115,12 +116,12 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
         raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
     stick = yardstick(base, run)
     original, routed = original_of(base, stick, run)
-    first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run)
+    first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run).sealed()
     if checkpoint.folder == base.folder:
         return first, first
     measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
     found = statistics.metrics(measurement, original.measurement) | _routing(checkpoint, base, routed, samples, stick)
-    record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run)
+    record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run).sealed()
     for name, sums in ((first.name, original.measurement), (record.name, measurement)):
         perplexity.save_documents(run.results("documents") / f"{name}.safetensors", sums)
     return record, first
@@ -165,6 +166,7 @@ def make_record(
         report=manifest.get("report") or [],
         environment=environment(),
         written=now(),
+        fingerprint=checkpoint.fingerprint,
     )
 
 

@@ -25,6 +25,7 @@ from moe_compress.model.moe import moe_views
 from moe_compress.plans import PLAN, read_plan
 from moe_compress.report.routing import as_markdown
 from moe_compress.run import Run
+from moe_compress.runtime import dtype_name, fingerprint
 from moe_compress.stream.fold import StreamedLayers, fold
 from moe_compress.terminal import progress_bar
 
@@ -61,6 +62,12 @@ class RoutingReport(Kept):
     text: dict[str, Any]
     free_running: Fidelity
     teacher_forced: Fidelity
+    id: str
+
+    @property
+    def file_name(self) -> str:
+        """The model, and what text it was given."""
+        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """A table for each way of asking."""
@@ -79,4 +86,6 @@ def routing_report(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Routin
         seen, _ = fold(other, windows, [watch], progress=progress)
     free = fidelity(before, free_running(seen), ancestry, windows)
     text = {**windows.description, "fingerprint": windows.fingerprint}
-    return RoutingReport(checkpoint.folder.name, Path(base.name).name, text, free, forced)
+    arithmetic = (dtype_name(run.dtype), run.device.type, run.options.attn)
+    identity = fingerprint(checkpoint.fingerprint, base.fingerprint, windows.fingerprint, arithmetic)
+    return RoutingReport(checkpoint.folder.name, Path(base.name).name, text, free, forced, identity)

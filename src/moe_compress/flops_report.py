@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_compress import registry
-from moe_compress.checkpoint.load import load_as_run
+from moe_compress.checkpoint.load import load_as_run, require_memory
 from moe_compress.checkpoint.locate import config_folder
 from moe_compress.checkpoint.reader import architecture_values, open_checkpoint
 from moe_compress.harness.components import Component, components
@@ -105,5 +105,7 @@ def _checked(skeleton: PreTrainedModel, folder: Path, tokens: int) -> list[Agree
     except ValueError:
         if not any(folder.glob("*.safetensors")):
             raise
-    model = load_as_run(open_checkpoint(folder), torch.float32, torch.device("cpu"))
+    checkpoint, cpu = open_checkpoint(folder), torch.device("cpu")
+    require_memory([checkpoint], torch.float32, cpu, "really runs for this check")
+    model = load_as_run(checkpoint, torch.float32, cpu)
     return check_flops(model, min(tokens, RUN_TOKENS))

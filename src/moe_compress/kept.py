@@ -1,12 +1,14 @@
-"""What reports of harnesses have in common: they are values, and kept as JSON under a name."""
+"""What reports of harnesses have in common: they are values, and kept as JSON under a name, with a digest."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from moe_compress.runtime import write_json
+from moe_compress.report.record import VERSION, digest_of
+from moe_compress.runtime import as_json, write_json
 
 
 class Kept:
@@ -26,5 +28,7 @@ class Kept:
     def save(self, folder: Path) -> Path:
         """Write it, and say where."""
         path = folder / f"{self.file_name}.json"
-        write_json(path, self.to_json())
+        # Read again, so that the digest is of what a reader of the file will see.
+        values = {**json.loads(as_json(self.to_json())), "version": VERSION}
+        write_json(path, {**values, "digest": digest_of(values)})
         return path

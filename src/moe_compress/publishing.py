@@ -112,8 +112,12 @@ def _without(text: str, paths: list[str]) -> str:
 
 
 def _renamed(card: str, name: str, repo: str) -> str:
-    """The card with the hub's name where it says how to load the model."""
-    return card.replace(f"\n# {name}\n", f"\n# {repo.partition('/')[2]}\n").replace(repr(name), repr(repo))
+    """The card with the hub's name where it says how to load the model; the mark of an untouched one stays here."""
+    return (
+        re.sub(r"<!-- moe-compress \w+ -->\n$", "", card)
+        .replace(f"\n# {name}\n", f"\n# {repo.partition('/')[2]}\n")
+        .replace(repr(name), repr(repo))
+    )
 
 
 def _notes(manifest: Mapping[str, Any], texts: Mapping[str, bytes], folders: list[str]) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from moe_compress.report import beside, pareto, pictures, plots
 from moe_compress.report.page import Contents, Gallery, Section, render
-from moe_compress.report.record import Failure, Record, gather, read_failures
+from moe_compress.report.record import beside as places_beside
+from moe_compress.report.record import failures_beside, gather
 from moe_compress.report.table import make_tables, stems
 from moe_compress.runtime import log, require_writable
 
@@ -35,35 +36,27 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
     """
     require_writable(Path(out), f"out={out}")
     good, skipped = gather(records)
-    tables = make_tables(good)
-    places = _beside(records)
+    places = places_beside(records)
+    failures, wrong = failures_beside(records)
+    tables, skipped = make_tables(good, failures), skipped + wrong
     speeds, wrong = beside.read_json(_files(places, "speed/*.json"), beside.timed, "speed")
     skipped = skipped + wrong
-    failures, wrong = read_failures(_files(places, "failures/*.json"))
-    skipped += wrong
     galleries, wrong = _galleries(places)
     skipped += wrong
     timed = beside.latencies([each for found in speeds for each in found], good)
     folders = [place / "documents" for place in places]
-    left = [failure for failure in failures if not _done_since(failure, good)]
     sections = []
     for table in tables:
         fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
-        sections.append(Section(table, fronts, [failure for failure in left if failure.model == table.title]))
+        sections.append(Section(table, fronts, table.failures))
     models = {table.title for table in tables}
-    homeless = [failure for failure in left if failure.model not in models]
+    homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:
         log.warning("skipped: %s.", sentence)
     page = Path(out) / PAGE
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(render(Contents(sections, homeless, galleries, skipped)), encoding="utf-8")
     return Report([page, *_plots(sections, Path(out) / "plots")], skipped)
-
-
-def _beside(records: Sequence[str | Path]) -> list[Path]:
-    """The folders that hold the folders of records."""
-    found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, records)]
-    return list(dict.fromkeys(found))
 
 
 def _files(places: Sequence[Path], pattern: str) -> Iterator[Path]:
@@ -83,10 +76,6 @@ def _galleries(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
         "analysis",
     )
     return [*analyses, *routing], [*wrong, *others]
-
-
-def _done_since(failure: Failure, records: Sequence[Record]) -> bool:
-    return any(record.name == failure.name and record.written >= failure.written for record in records)
 
 
 def _plots(sections: Sequence[Section], folder: Path) -> list[Path]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from moe_compress.checkpoint.load import require_memory
 from moe_compress.checkpoint.reader import Checkpoint
-from moe_compress.harness.speed import QUICK, Setting, compare_speed, numbers
+from moe_compress.harness.speed import QUICK, Setting, compare_speed, cores, numbers
 from moe_compress.harness.timing import Effort
 from moe_compress.kept import Kept
 from moe_compress.registry import coerce
 from moe_compress.report.record import environment, now
 from moe_compress.report.speed import as_markdown
-from moe_compress.runtime import dtype_name, resolve_device, resolve_dtype
+from moe_compress.runtime import DTYPES, dtype_name, fingerprint, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,16 @@ class SpeedReport(Kept):
 
     model: str
     original: str
+    fingerprint: str
     found: dict[str, Any]
     environment: dict[str, Any]
     written: str
+    id: str
+
+    @property
+    def file_name(self) -> str:
+        """The model, and what was timed how."""
+        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """Tables of times and memory."""
@@ -50,8 +60,8 @@ def setting_of(
     where = resolve_device(device)
     short = coerce(bool, quick, "quick")
     whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if short else Setting()
-    pairs, least = coerce(int, runs, "runs"), coerce(float, seconds, "seconds")
-    effort = Effort(pairs or whole.effort.pairs, whole.effort.seconds if least < 0 else least)
+    turns, least = coerce(int, runs, "runs"), coerce(float, seconds, "seconds")
+    effort = Effort(turns or whole.effort.runs, whole.effort.seconds if least < 0 else least)
     found = Setting(
         numbers(prompts, "prompts") if prompts else whole.prompts,
         numbers(batches, "batches") if batches else whole.batches,
@@ -59,7 +69,7 @@ def setting_of(
         effort,
         dtype_name(resolve_dtype(dtype, where)),
         str(where),
-        None if threads is None else coerce(int, threads, "threads"),
+        cores() if threads is None else coerce(int, threads, "threads"),
     )
     found.points()
     return found
@@ -77,5 +87,8 @@ def speed_report(checkpoint: Checkpoint, base: Checkpoint, setting: Setting) -> 
             f"prompts of {max(setting.prompts)} tokens and {setting.tokens} behind them: {base.name} was made for "
             f"{positions}. Use prompts= with shorter ones."
         )
+    require_memory((base, checkpoint), DTYPES[setting.dtype], torch.device(setting.device), "to be timed in turn")
     found = compare_speed(base.folder, checkpoint.folder, setting)
-    return SpeedReport(checkpoint.folder.name, Path(base.name).name, found, environment(), now())
+    name, machine = Path(base.name).name, environment()
+    identity = fingerprint(checkpoint.fingerprint, base.fingerprint, asdict(setting), machine["processor"])
+    return SpeedReport(checkpoint.folder.name, name, checkpoint.fingerprint, found, machine, now(), identity)

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoint.load import load_as_run, load_tokenizer
+from moe_compress.checkpoint.load import load_as_run, load_tokenizer, require_memory
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness import lm_tasks, task_choice
 from moe_compress.harness.lm_tasks import Scores
@@ -19,7 +19,7 @@ from moe_compress.kept import Kept
 from moe_compress.model import hf
 from moe_compress.report.tasks import as_markdown
 from moe_compress.run import Run
-from moe_compress.runtime import dtype_name, fingerprint, free_memory, gigabytes, log
+from moe_compress.runtime import dtype_name, fingerprint, log
 from moe_compress.terminal import progress_bar
 
 
@@ -112,13 +112,7 @@ def _answers(
 
 def _loaded(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
     """The whole model; what is packed stays packed."""
-    size = 1.0 if checkpoint.packed else run.dtype.itemsize / checkpoint.stored_dtype.itemsize
-    needed, free = int(checkpoint.bytes * size), free_memory(run.device)
-    if needed > free:
-        raise ValueError(
-            f"tasks need all of {checkpoint.name} in memory, {gigabytes(needed)} as {dtype_name(run.dtype)}, but "
-            f"{run.device.type} has {gigabytes(free)} free: use a smaller dtype= or another device=."
-        )
+    require_memory([checkpoint], run.dtype, run.device, "has to be whole for tasks")
     return load_as_run(checkpoint, run.dtype, run.device, run.options.attn)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from moe_compress.model.matrices import stored_matrices
 from moe_compress.model.packed import PackedMatrix
 from moe_compress.model.separate import CHILDREN
 from moe_compress.model.sublayers import block_names
-from moe_compress.runtime import return_memory
+from moe_compress.runtime import dtype_name, free_memory, gigabytes, return_memory
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
@@ -40,6 +40,20 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
     return model.eval()
+
+
+def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, why: str) -> None:
+    """ValueError, with what is needed, if these do not fit as whole models in `dtype` where the device has room."""
+    sizes = [
+        each.bytes if each.packed else each.bytes * dtype.itemsize // each.stored_dtype.itemsize for each in checkpoints
+    ]
+    free = free_memory(device)
+    if sum(sizes) > free:
+        names = " and ".join(each.name for each in checkpoints)
+        raise ValueError(
+            f"{names} {why}: {gigabytes(sum(sizes))} as {dtype_name(dtype)} in memory, but {device.type} has "
+            f"{gigabytes(free)} free: use a smaller dtype= or another device=."
+        )
 
 
 def load_as_run(

@@ -22,7 +22,7 @@ from moe_compress.checkpoint.reader import Checkpoint, architecture_values, open
 
 FILES = (
     "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja",
-    "LICEN[SC]E*", "NOTICE*", "USE_POLICY*",
+    "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", "README.md",
 )  # fmt: skip
 HUB_SECONDS = 10.0
 

@@ -62,6 +62,8 @@ class Comparison:
         mean = sum(found.overlap for found in self.generations) / len(self.generations)
         parts.append(f"Token overlap: {mean:.1%}, mean over {len(self.generations)} prompts.")
         lines = [f"- {name}: {_with_interval(self.metrics[key])}" for name, key in NAMES.items()]
+        ends = self.metrics["delta_nll"]["interval"]
+        lines[-1] += ", no detectable difference" if ends and ends[0] <= 0 <= ends[1] else ""
         return "\n\n".join([*parts, f"On {self.tokens:,} tokens of {self.text}:", "\n".join(lines)]) + "\n"
 
 

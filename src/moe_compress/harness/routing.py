@@ -176,22 +176,23 @@ def _layer(
     mapped_F = share_E @ _map(place, len(share_F))
     found["utilisation_shift"] = float(((mapped_F - share_F).abs().sum() + 1 - mapped_F.sum()) / 2)
     for name, sample in (("before", before), ("after", after)):
-        found[name] = utilisation(sample["count"], float(sample["tokens"]))
+        found[name] = utilisation(sample["count"], len(document_T.unique()))
     return found
 
 
-def utilisation(count_E: Tensor, tokens: float) -> dict[str, Any]:
+def utilisation(count_E: Tensor, documents: int) -> dict[str, Any]:
     """How evenly experts are used.
 
     cv: standard deviation over mean of the tokens per expert; busiest: largest over mean; dead: without a token;
-    dead_below: the share of tokens below which each of them really is, with 95 % confidence.
+    dead_below: the share of documents below which each of those is used, with 95 % confidence; tokens of one document
+    are too much alike to count for themselves.
     """
     mean = float(count_E.mean())
     return {
         "cv": float(count_E.std(correction=0)) / mean if mean else 0.0,
         "busiest": float(count_E.max()) / mean if mean else 0.0,
         "dead": (count_E == 0).nonzero().flatten().tolist(),
-        "dead_below": RULE_OF_THREE / max(tokens, 1.0),
+        "dead_below": RULE_OF_THREE / max(documents, 1),
     }
 
 

@@ -6,6 +6,7 @@ the machine for a while slows both. The numbers are medians of paired ratios wit
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 
+from moe_compress.harness import gpu
 from moe_compress.harness.timing import Effort, paired
 from moe_compress.harness.worker import How, Point, Worker
 from moe_compress.runtime import log
@@ -21,7 +23,7 @@ from moe_compress.runtime import log
 # Share of the processor that others may use; the load average would count what this process did a minute ago.
 BUSY = 0.25
 LOOK_SECONDS = 1.0
-QUICK = Effort(pairs=6, seconds=1.0)
+QUICK = Effort(runs=12, seconds=1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,45 +36,81 @@ class Setting:
     effort: Effort = field(default_factory=Effort)
     dtype: str = "float32"
     device: str = "cpu"
-    threads: int | None = None
+    threads: int = 1
 
     def points(self) -> list[Point]:
         """All of them. ValueError for counts below one."""
-        if min(*self.prompts, *self.batches, self.tokens, self.effort.pairs) < 1 or not self.effort.seconds >= 0:
-            raise ValueError("prompts=, batches=, tokens= and runs= are counts from 1 up, seconds= from 0 up.")
+        if (
+            min(*self.prompts, *self.batches, self.tokens, self.threads, self.effort.runs) < 1
+            or not self.effort.seconds >= 0
+        ):
+            raise ValueError(
+                "prompts=, batches=, tokens=, threads= and runs= are counts from 1 up, seconds= from 0 up."
+            )
         return [Point(batch, prompt, self.tokens) for batch in self.batches for prompt in self.prompts]
 
 
 def compare_speed(original: Path, variant: Path, setting: Setting) -> dict[str, Any]:
     """Seconds, ratios (above 1: the variant is faster) and memory at every point; kernels, load and clocks."""
     points, before = setting.points(), machine(setting.device)
-    if before["busy"]:
+    if before["used"] > BUSY:
         log.warning("BUSY: others use %.0f %% of the processor: do not trust these times.", 100 * before["used"])
     how = How(setting.dtype, setting.device, setting.threads)
     with Worker(original, how) as first, Worker(variant, how) as second:
-        found = [_point(first, second, point, setting.effort) for point in points]
-        about = [first.about, second.about]
+        workers = (first, second)
+        meters = [gpu.Meter((worker.about["gpu"] or {}).get("uuid")) for worker in workers]
+        others = Others([os.getpid(), *(worker.process.pid or 0 for worker in workers)])
+        found = [_point(workers, meters, point, setting.effort) for point in points]
+        during, clock = others.share(), meters[0].megahertz()
+    after = machine(setting.device)
     return {
         "setting": asdict(setting),
-        "machine": {"before": before, "after": machine(setting.device)},
-        "original": about[0],
-        "variant": about[1],
+        "machine": {
+            "before": before, "after": after, "used_during": during, "gpu_megahertz": clock,
+            "busy": max(before["used"], during, after["used"]) > BUSY,
+        },
+        "original": first.about,
+        "variant": second.about,
         "points": found,
-    }
+    }  # fmt: skip
 
 
-def _point(first: Worker, second: Worker, point: Point, effort: Effort) -> dict[str, Any]:
+def _point(workers: Sequence[Worker], meters: Sequence[gpu.Meter], point: Point, effort: Effort) -> dict[str, Any]:
     found: dict[str, Any] = {"batch": point.batch, "prompt": point.prompt, "tokens": point.tokens}
-    for what, tokens in (("prefill", point.batch * point.prompt), ("decode", point.batch)):
-        used = [_energy(), _energy()]
-        pair = paired(lambda: first.ask(what, point), lambda: second.ask(what, point), effort)  # noqa: B023
-        used[1] = _energy()
-        times = pair.to_json()
-        rates = {f"{side}_tokens_per_second": tokens / times[f"{side}_seconds"] for side in ("original", "variant")}
-        joules = None if None in used else (used[1] - used[0]) / 1000  # type: ignore[operator]
-        found[what] = {**times, **rates, "joules_of_both": "not available" if joules is None else joules}
-    found["memory"] = {"original": first.ask("memory", point), "variant": second.ask("memory", point)}
+    for what, steps, tokens in (("prefill", 1, point.prompt), ("decode", point.tokens, 1)):
+        turns = [meter.around(functools.partial(w.ask, what, point)) for w, meter in zip(workers, meters, strict=True)]
+        times = paired(turns[0], turns[1], effort).to_json(steps)
+        rates = {
+            f"{side}_tokens_per_second": point.batch * tokens / times[f"{side}_seconds"]
+            for side in ("original", "variant")
+        }
+        runs = times["runs"] * steps
+        joules = [meter.taken(runs) for meter in meters]
+        found[what] = {**times, **rates, "joules": dict(zip(("original", "variant"), joules, strict=True))}
+    found["memory"] = {side: w.ask("memory", point) for side, w in zip(("original", "variant"), workers, strict=True)}
     return found
+
+
+class Others:
+    """Share of all processors that neither this process nor its workers use, from now on."""
+
+    def __init__(self, ours: Sequence[int]) -> None:
+        self.ours = [psutil.Process(pid) for pid in ours]
+        self.since = self._used()
+
+    def _used(self) -> tuple[float, float]:
+        """Seconds of all processors together: in all, and those in which others computed."""
+        everyone = psutil.cpu_times()
+        idle = everyone.idle + getattr(everyone, "iowait", 0.0)
+        # Guests' time is in user's as well, and stolen time is another machine's.
+        whole = sum(everyone) - getattr(everyone, "guest", 0.0) - getattr(everyone, "guest_nice", 0.0)
+        mine = sum(sum(process.cpu_times()[:2]) for process in self.ours)
+        return whole, whole - idle - mine
+
+    def share(self) -> float:
+        """Between 0 and 1."""
+        whole, used = (now - then for now, then in zip(self._used(), self.since, strict=True))
+        return min(max(used / whole, 0.0), 1.0) if whole > 0 else 0.0
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -83,7 +121,6 @@ def machine(device: str) -> dict[str, Any]:
         "load": load,
         "cores": cores,
         "used": used,
-        "busy": used > BUSY,
         "megahertz": None if clock is None else clock.current,
         "device": device,
     }
@@ -96,19 +133,13 @@ def used_by_others() -> float:
 
 def _load() -> tuple[float, int]:
     """Processes that want to run, on average of the last minute, and cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return psutil.getloadavg()[0], cores
+    return psutil.getloadavg()[0], cores()
 
 
-def _energy() -> int | None:
-    """Millijoules that the first GPU has used so far, if its driver's library is there to say so."""
-    try:
-        import pynvml  # type: ignore[import-not-found]
-
-        pynvml.nvmlInit()
-        return int(pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)))
-    except Exception:  # no library, no driver, no GPU, no counter: each has an error of its own
-        return None
+def cores() -> int:
+    """Processors that this process may use; of two that share a core, one."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def numbers(words: str | Sequence[int], key: str) -> tuple[int, ...]:

@@ -27,11 +27,17 @@ def metrics(this: Measurement, original: Measurement | None) -> dict[str, Metric
             out[f"perplexity_{domain}"] = _perplexity(this, index)
     if original is not None:
         out["delta_nll"] = _delta(this, original)
+        for index, domain in enumerate(this.domains if len(this.domains) > 1 else ()):
+            out[f"delta_nll_{domain}"] = _delta(this, original, index)
     if this.kl is not None and this.agree is not None:
         out["kl"] = per_token(this.kl.numpy(), this.tokens.numpy(), "nats")
         out["top1_agreement"] = per_token(this.agree.numpy(), this.tokens.numpy(), "fraction")
     if this.correct is not None:
         out["task_accuracy"] = accuracy(this.correct)
+        if original is not None and original.correct is not None:
+            change = this.correct.double() - original.correct.double()
+            out["delta_task_accuracy"] = per_token(change.numpy(), np.ones(len(change)), "fraction")
+            out["task_flips"] = accuracy(change != 0)
     return out
 
 
@@ -48,10 +54,11 @@ def _perplexity(this: Measurement, domain: int | None) -> Metric:
     return metric(float(np.exp(nll.sum() / tokens.sum())), "perplexity", *interval)
 
 
-def _delta(this: Measurement, original: Measurement) -> Metric:
-    """Change of the mean negative log likelihood per token, paired by document."""
-    difference = (this.nll - original.nll).numpy()
-    return per_token(difference, this.tokens.numpy(), "nats/token")
+def _delta(this: Measurement, original: Measurement, domain: int | None = None) -> Metric:
+    """Change of the mean negative log likelihood per token, paired by document; of all domains, or of one."""
+    chosen = slice(None) if domain is None else (this.domain == domain).numpy()
+    difference = (this.nll - original.nll).numpy()[chosen]
+    return per_token(difference, this.tokens.numpy()[chosen], "nats/token")
 
 
 def per_token(total: Any, tokens: Any, unit: str) -> Metric:
@@ -61,7 +68,7 @@ def per_token(total: Any, tokens: Any, unit: str) -> Metric:
 
 
 def accuracy(correct: Tensor) -> Metric:
-    """Share of right answers, of a bool for each, with Wilson's interval."""
+    """Share of those that are true, right answers say, with Wilson's interval."""
     right, asked = int(correct.sum()), len(correct)
     interval = stats.binomtest(right, asked).proportion_ci(LEVEL, method="wilson")
     return metric(right / asked, "fraction", interval.low, interval.high)

@@ -6,6 +6,7 @@ Never are two of them asked at once, so that each has the machine to itself.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class How:
 
     dtype: str
     device: str
-    threads: int | None
+    threads: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ class Worker:
         self.process.join()
 
     def ask(self, what: str, point: Point) -> Any:
-        """The answer to one question: seconds of `prefill` or `decode` (a token), or their `memory`."""
+        """The answer to one question: seconds of `prefill` or `decode` (all tokens), or their `memory`."""
         self.connection.send((what, point))
         return self._answer()
 
@@ -80,6 +81,9 @@ def serve(connection: Any, folder: Path, how: How) -> None:
     """What the process does: load, say what was loaded, answer until the end."""
     try:
         device = torch.device(how.device)
+        pin(how.threads)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         with threads(how.threads), torch.inference_mode():
             # Libraries that come in with a first model are no part of what this one takes.
             small = Point(1, 8, 2)
@@ -91,8 +95,15 @@ def serve(connection: Any, folder: Path, how: How) -> None:
             warm: set[tuple[str, Point]] = set()
             while (question := connection.recv())[0] != "end":
                 connection.send(answer(model, question[0], question[1], warm))
-    except (ValueError, RuntimeError, MemoryError) as error:
-        connection.send(error if isinstance(error, ValueError) else ValueError(f"{folder}: {error}"))
+    except Exception as error:  # whatever loading and running may raise: the other end says it
+        words = f"{folder}: {type(error).__name__}: {' '.join(str(error).split())}"
+        connection.send(error if isinstance(error, ValueError) else ValueError(words))
+
+
+def pin(count: int) -> None:
+    """Stay on the first so many of the processors that this process may use."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
 def _start(device: torch.device) -> int:
@@ -132,7 +143,7 @@ def prefill(model: Any, point: Point) -> float:
 
 
 def decode(model: Any, point: Point) -> float:
-    """Seconds per step of greedy decoding with a cache, the prompt not counted."""
+    """Seconds of all steps of greedy decoding with a cache, the prompt not counted."""
     cache, token = _prefilled(model, point)
 
     def steps() -> None:
@@ -140,7 +151,7 @@ def decode(model: Any, point: Point) -> float:
         for _ in range(point.tokens):
             token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
-    return _timed(model, steps) / point.tokens
+    return _timed(model, steps)
 
 
 RUNS |= {"prefill": prefill, "decode": decode}
@@ -222,7 +233,7 @@ def step_bytes(model: Any, batch: int) -> float:
 
 
 def kernels(model: Any) -> dict[str, Any]:
-    """Which implementations run: attention, experts, and packed matrices by kernel."""
+    """Which implementations run: attention, experts, packed matrices by kernel; on how many threads, on which GPU."""
     packed = [module for module in model.modules() if isinstance(module, PackedMatrix)]
     names = [f"{module.bits} bits in {type(module.kernel).__name__.lstrip('_')}" for module in packed if module.kernel]
     names += [f"{module.bits} bits made dense" for module in packed if not module.kernel]
@@ -230,4 +241,14 @@ def kernels(model: Any) -> dict[str, Any]:
         "attention": str(model.config._attn_implementation),
         "experts": str(getattr(model.config, "_experts_implementation", None)),
         "packed": {name: names.count(name) for name in sorted(set(names))},
+        "threads": torch.get_num_threads(),
+        "gpu": _gpu(model.device),
     }
+
+
+def _gpu(device: torch.device) -> dict[str, str] | None:
+    """Name and identity of the GPU, by which its driver knows it."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return {"name": found.name, "uuid": f"GPU-{found.uuid}"}

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_compress.report.record import Metric, Record
+from moe_compress.report.record import Metric, Record, require_unchanged
 
 Read = TypeVar("Read")
-SETTING = ("dtype", "device", "threads")
+SETTING = ("tokens", "dtype", "device")
 
 
 @dataclass(frozen=True)
 class Timed:
-    """A checkpoint's decoding time over its original's at one point; `what`: sequences, prompt, and the setting."""
+    """A checkpoint's decoding time over its original's at one point.
+
+    what: sequences, prompt, setting, processor and GPU; fingerprint: the checkpoint's (None: the file is older).
+    """
 
     model: str
+    fingerprint: str | None
     original: str
     what: tuple[Any, ...]
     latency: Metric
@@ -41,7 +45,9 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
     problems = []
     for path in paths:
         try:
-            found.append(use(json.loads(path.read_text(encoding="utf-8"))))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            require_unchanged(values)
+            found.append(use(values))
         except (ValueError, OSError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
             problems.append(f"{path} is no {kind} file of moe-compress: {type(error).__name__} {error}")
     return found, problems
@@ -50,12 +56,16 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
 def timed(speed: Mapping[str, Any]) -> list[Timed]:
     """Every point of a speed file."""
     found = speed["found"]
-    setting = tuple(found["setting"][key] for key in SETTING)
-    busy = bool(found["machine"]["before"]["busy"])
+    gpu, threads = found["original"]["gpu"], found["original"]["threads"]
+    setting = (*(found["setting"][key] for key in SETTING), threads)
+    where = gpu["name"] if gpu else speed["environment"]["processor"]
     return [
-        Timed(speed["model"], speed["original"], (p["batch"], p["prompt"], *setting), _over_original(p["decode"]), busy)
+        Timed(
+            speed["model"], speed["fingerprint"], speed["original"], (p["batch"], p["prompt"], *setting, where),
+            _over_original(p["decode"]), bool(found["machine"]["busy"]),
+        )
         for p in found["points"]
-    ]
+    ]  # fmt: skip
 
 
 def _over_original(decode: Mapping[str, Any]) -> Metric:
@@ -68,19 +78,23 @@ def latencies(found: Sequence[Timed], records: Sequence[Record]) -> Latencies:
 
     Times of other points or in other settings do not belong on the same plot, and are left out.
     """
-    pairs = [(each, record.name) for each in found for record in records if made(each.model, each.original, record)]
+    pairs = [(each, record.name) for each in found for record in records if made(each, record)]
     if not pairs:
         return Latencies({}, "")
     most, _ = Counter(each.what for each, _ in pairs).most_common(1)[0]
     kept = [(each, name) for each, name in pairs if each.what == most]
-    batch, prompt, dtype, device, threads = most
-    how = f"decoding {batch} x 1 tokens behind prompts of {prompt}, {dtype} on {device}"
-    how += f" with {threads} threads" if threads else ""
+    batch, prompt, tokens, dtype, device, threads, where = most
+    how = f"decoding {batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), "
+    how += f"{threads} thread(s)"
     busy = sum(each.busy for each, _ in kept)
     how += f"; the machine was BUSY for {busy} of them" if busy else ""
     return Latencies({name: each.latency for each, name in kept}, how)
 
 
-def made(model: str, original: str, record: Record) -> bool:
-    """Whether a record is of this checkpoint: its name may add the identity of what it was measured on."""
-    return record.model == original and bool(re.fullmatch(f"{re.escape(model)}(-[0-9a-f]{{6}})?", record.name))
+def made(timing: Timed, record: Record) -> bool:
+    """Whether a record is of this checkpoint: by fingerprint, or by a name that may end in what it was measured on."""
+    if record.model != timing.original:
+        return False
+    if None not in (timing.fingerprint, record.fingerprint):
+        return timing.fingerprint == record.fingerprint
+    return bool(re.fullmatch(f"{re.escape(timing.model)}(-[0-9a-f]{{6}})?", record.name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,12 +60,13 @@ def model_card(
     packed: bool = False,
     base_card: str = "",
     licence_text: str = "",
+    licence_files: Sequence[str] = (),
 ) -> str:
     """The card as Markdown with a YAML head.
 
     manifest: what moe_compress.json holds; record, original: of the evaluation, if there was one; name: the
     checkpoint's; packed: whether its weights are of few bits; base_card, licence_text: README.md and LICENSE of the
-    original, '' where it has none.
+    original, '' where it has none; licence_files: those that come with this folder.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
@@ -80,9 +82,20 @@ def model_card(
         *([_measured(record)] if record is not None else []),
         *([_sizes(record, original)] if record is not None else []),
         _hashes(manifest, record),
-        f"## Licence\n\n{_licence_words(licence, base)}",
+        f"## Licence\n\n{_licence_words(licence, base, licence_files)}",
     ]
-    return "\n\n".join(parts) + "\n"
+    text = "\n\n".join(parts) + "\n\n"
+    return f"{text}<!-- moe-compress {_mark(text)} -->\n"
+
+
+def untouched(card: str) -> bool:
+    """Whether a card is as it was written: it ends in a mark that says what stands before it."""
+    text, _, mark = card.rpartition("<!-- moe-compress ")
+    return mark == f"{_mark(text)} -->\n"
+
+
+def _mark(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def licence_of(base_card: str, licence_text: str = "") -> dict[str, str]:
@@ -179,10 +192,9 @@ def _has_text(entry: Mapping[str, Any]) -> bool:
     return bool((entry.get("calibration") or {}).get("hash"))
 
 
-def _licence_words(licence: Mapping[str, str], base: str) -> str:
+def _licence_words(licence: Mapping[str, str], base: str, files: Sequence[str]) -> str:
     if not licence:
         return f"That of the original, `{base}`, which does not say here what it is: look there before using it."
     name = licence.get("license_name") or licence["license"] if "license" in licence else licence["license_name"]
-    return (
-        f"That of the original, `{base}`: {_line(name)}. Licence files that the original came with are in this folder."
-    )
+    where = f" Its text: {', '.join(f'`{name}`' for name in files)}." if files else ""
+    return f"That of the original, `{base}`: {_line(name)}.{where}"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import os
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+VERSION = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "moe-compress")
 # What no table can do without, though the schema leaves it to the harness what else stands beside it.
 NEEDED = {"base": ("fingerprint",), "protocol": ("id", "text", "dtype", "device"), "sizes": ("parameters", "bytes")}
@@ -28,18 +31,33 @@ class Metric(BaseModel):
     interval: tuple[float, float] | None = None
 
 
-class Record(BaseModel):
+class Sealed(BaseModel):
+    """What is saved as JSON with a hash of all else in it: changed afterwards, it is refused. name: the file's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    version: int = VERSION
+    digest: str | None = None
+
+    def sealed(self) -> Self:
+        """The same with its digest."""
+        values = self.model_dump(mode="json", exclude={"digest"})
+        return self.model_copy(update={"digest": digest_of(values)})
+
+    def save(self, folder: Path) -> Path:
+        """Write it under its name, whole or not at all."""
+        return _save(folder / f"{self.name}.json", self.sealed().model_dump(mode="json"))
+
+
+class Record(Sealed):
     """A run. A table holds records of one protocol; what was not measured is absent.
 
     name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages (none for
     the original itself); protocol: all that a number depends on besides the model; sizes: parameters, bytes, ...
     cost: seconds and peak bytes; report: what the method had to say (experts without tokens, stability);
-    digest: hash of all else, written by `save` (None before, and in records that are older than it).
+    fingerprint: of what was measured (None in records that are older than it).
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    version: int = 1
-    name: str
     model: str
     base: dict[str, Any]
     recipe: list[dict[str, Any]]
@@ -52,27 +70,21 @@ class Record(BaseModel):
     report: list[dict[str, Any]]
     environment: dict[str, Any]
     written: str
-    digest: str | None = None
-
-    def save(self, folder: Path) -> Path:
-        """Write the record under its name, with its digest, whole or not at all."""
-        values = self.model_dump(mode="json", exclude={"digest"})
-        return _save(folder / f"{self.name}.json", {**values, "digest": digest_of(values)})
+    fingerprint: str | None = None
 
 
-class Failure(BaseModel):
+class Failure(Sealed):
     """A run that did not finish. recipe: its sentence; reason: what went wrong; written: when, in UTC."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
     model: str
     recipe: str
     reason: str
     written: str
 
-    def save(self, folder: Path) -> Path:
-        """Write the failure under its name, whole or not at all."""
-        return _save(folder / f"{self.name}.json", self.model_dump(mode="json"))
+    def overtaken(self, records: Iterable[Record]) -> bool:
+        """Whether the run has a record since; its name may end in what it was measured on."""
+        name = re.compile(f"{re.escape(self.name)}(-[0-9a-f]{{6}})?")
+        return any(record.written >= self.written and name.fullmatch(record.name) for record in records)
 
 
 def _save(path: Path, values: Mapping[str, Any]) -> Path:
@@ -110,6 +122,17 @@ def read_failures(paths: Iterable[Path]) -> tuple[list[Failure], list[str]]:
     return _read(paths, Failure, "failure")
 
 
+def beside(records: Sequence[str | Path]) -> list[Path]:
+    """The folders that hold the folders of records, or of the record files."""
+    found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, records)]
+    return list(dict.fromkeys(found))
+
+
+def failures_beside(records: Sequence[str | Path]) -> tuple[list[Failure], list[str]]:
+    """Failures in the folders beside those of the records, and a sentence for each file there that is none."""
+    return read_failures(path for place in beside(records) for path in sorted(place.glob("failures/*.json")))
+
+
 def gather(places: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
     """Records of files and of folders of them, and what `read_records` says of the others.
 
@@ -132,22 +155,28 @@ def _read(paths: Iterable[Path], kind: type[Kind], word: str) -> tuple[list[Kind
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             read = kind.model_validate(values)
-            _require_whole(values, word)
+            require_unchanged(values)
+            for part, keys in NEEDED.items() if kind is Record else ():
+                _require_keys(part, values[part], keys)
             found.append(read)
         except (ValueError, OSError, RecursionError) as error:  # pydantic's and JSON's errors are ValueErrors
             problems.append(f"{path} is not a {word} of moe-compress: {str(error).splitlines()[0]}")
     return found, problems
 
 
-def _require_whole(values: Mapping[str, Any], word: str) -> None:
-    if word != "record":
+def require_unchanged(values: Mapping[str, Any]) -> None:
+    """ValueError if the digest in what was saved does not fit; the first version had none."""
+    digest = values.get("digest")
+    if digest is None and values.get("version", 0) < VERSION:
         return
-    if values.get("digest") not in (None, digest_of(values)):
+    if digest != digest_of(values):
         raise ValueError("it was changed after it was written, for its digest does not fit")
-    for part, keys in NEEDED.items():
-        for key in keys:
-            if key not in values[part]:
-                raise ValueError(f"its {part} has no {key}")
+
+
+def _require_keys(part: str, values: Mapping[str, Any], keys: Iterable[str]) -> None:
+    for key in keys:
+        if key not in values:
+            raise ValueError(f"its {part} has no {key}")
 
 
 def environment() -> dict[str, Any]:
@@ -157,8 +186,18 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "system": platform.system(),
         "cpus": os.cpu_count(),
+        "processor": processor(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def processor() -> str:
+    """What the processor is called, as far as the system says."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -8,14 +8,15 @@ from typing import Any
 import pandas as pd
 
 HOW = {
-    "teacher_forced": "Teacher-forced: both routers on the original's hidden states",
+    "teacher_forced": "Teacher-forced: each layer of both models on what enters the original's layer",
     "free_running": "Free-running: each model on its own hidden states",
 }
 MEANING = (
     "Overlap: experts that both use over all that either uses. Flips: tokens whose set of experts differs. KL: of the "
     "router's distribution over experts that are left, nats. Lost: what the original's router gave to experts that are "
     "gone. Shift: half the summed change of the experts' shares of all tokens. CV: standard deviation over mean of the "
-    "tokens per expert; busiest: largest over mean; dead: experts without a token, before and after."
+    "tokens per expert; busiest: largest over mean; dead: experts without a token, before and after, and the "
+    "share of documents below which such an expert is used, with 95 % confidence."
 )
 
 
@@ -41,8 +42,12 @@ def _row(layer: Any, found: Mapping[str, Any]) -> dict[str, str]:
         "shift": f"{found['utilisation_shift']:.4f}",
         "CV": f"{before['cv']:.2f} -> {after['cv']:.2f}",
         "busiest": f"{before['busiest']:.2f} -> {after['busiest']:.2f}",
-        "dead": f"{len(before['dead'])} -> {len(after['dead'])} (below {after['dead_below']:.1e})",
+        "dead": f"{len(before['dead'])} -> {len(after['dead'])}" + _bound(after),
     }
+
+
+def _bound(found: Mapping[str, Any]) -> str:
+    return f" (below {found['dead_below']:.1%})" if found["dead"] else ""
 
 
 def _metric(found: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from moe_compress.report import formats
-from moe_compress.report.record import Record
+from moe_compress.report.record import Failure, Record
 
 BYTES = 2**20
 SAME = "no detectable difference"
@@ -30,7 +30,7 @@ METRICS = {
     "change of NLL": ("delta_nll", "+.4f"),
     "KL": ("kl", ".4f"),
     "same top token": ("top1_agreement", ".3f"),
-    "same experts": ("routing_overlap", ".3f"),
+    "same experts, free-running": ("routing_overlap", ".3f"),
     "tasks right": ("task_accuracy", ".3f"),
 }
 SECONDS, PEAK = "calibration + writing s", "peak MiB"
@@ -40,18 +40,31 @@ SECONDS, PEAK = "calibration + writing s", "peak MiB"
 class Table:
     """Rows that may be compared: same original model, same protocol.
 
-    frame: their cells as text; rows: the records behind each, one a seed.
+    frame: their cells as text; rows: the records behind each, one a seed; failures: runs of this model that did not
+    finish, which have no protocol.
     """
 
     title: str
     protocol: dict[str, Any]
     frame: pd.DataFrame
     rows: Sequence[Sequence[Record]]
+    failures: Sequence[Failure] = ()
+
+    @property
+    def whole(self) -> pd.DataFrame:
+        """The cells, and a row for each run that did not finish."""
+        lost = [
+            {"recipe": each.recipe, "form": f"did not finish: {' '.join(each.reason.split())}"}
+            for each in self.failures
+        ]
+        return (
+            pd.concat([self.frame, pd.DataFrame(lost, columns=self.frame.columns)]).fillna("") if lost else self.frame
+        )
 
     def markdown(self, turned: bool = False) -> str:
         """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
         how = f"{self.how()}, protocol `{self.protocol['id']}`"
-        frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.frame
+        frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.whole
         cells = frame.to_markdown(index=turned, disable_numparse=True)
         return f"### {self.title}\n\n{how}\n\n{cells}\n"
 
@@ -65,22 +78,29 @@ class Table:
 
     def latex(self) -> str:
         """The same cells as a LaTeX longtable."""
-        return formats.latex(self.title, f"{self.how()}, protocol {self.protocol['id']}", self.frame)
+        return formats.latex(self.title, f"{self.how()}, protocol {self.protocol['id']}", self.whole)
 
     def to_json(self) -> dict[str, Any]:
         """Model, protocol, and the numbers of every row."""
         rows = formats.numbers(list(self.frame["recipe"]), self.rows)
-        return {"model": self.title, "base": self.rows[0][0].base, "protocol": self.protocol, "rows": rows}
+        lost = [failure.model_dump() for failure in self.failures]
+        base = self.rows[0][0].base
+        return {"model": self.title, "base": base, "protocol": self.protocol, "rows": rows, "failures": lost}
 
     def csv(self) -> str:
         """The same cells as CSV."""
         out = io.StringIO()
-        self.frame.to_csv(out, index=False)
+        self.whole.to_csv(out, index=False)
         return out.getvalue()
 
 
-def make_tables(records: Iterable[Record]) -> list[Table]:
-    """Group records by original model and protocol; several seeds of one recipe become one row with their spread."""
+def make_tables(records: Iterable[Record], failures: Iterable[Failure] = ()) -> list[Table]:
+    """Group records by original model and protocol; several seeds of one recipe become one row with their spread.
+
+    failures: are rows of every table of their model, unless the run has a record since.
+    """
+    records = list(records)
+    left = [failure for failure in failures if not failure.overtaken(records)]
     groups: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         key = record.model, str(record.base["fingerprint"]), str(record.protocol["id"])
@@ -88,7 +108,10 @@ def make_tables(records: Iterable[Record]) -> list[Table]:
     if not groups:
         raise ValueError("there are no records to make a table of: run a recipe first.")
     rows = {key: sorted(one_row_each(group), key=_order) for key, group in sorted(groups.items())}
-    return [Table(key[0], found[0][0].protocol, _frame(found), found) for key, found in rows.items()]
+    return [
+        Table(key[0], found[0][0].protocol, _frame(found), found, [each for each in left if each.model == key[0]])
+        for key, found in rows.items()
+    ]
 
 
 def _frame(rows: Sequence[Sequence[Record]]) -> pd.DataFrame:

@@ -7,6 +7,9 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report.table import SAME
+
+LEAST_P = 0.05
 MEANING = (
     "Accuracy with Wilson's 95 % interval; acc_norm: likelihoods are divided by the length of the choice. Chance: of "
     "blind guesses. Change: paired by document, bootstrapped over documents. Lost: right in the original alone; "
@@ -38,7 +41,7 @@ def _row(name: str, found: Mapping[str, Any]) -> dict[str, str]:
         row |= {"metric": found["metric"], "documents": f"{found['documents']:,}", "chance": chance}
     row["original"] = _metric(found["before"])
     if "after" in found:
-        row |= {"model": _metric(found["after"]), "change": _change(found["delta"])}
+        row |= {"model": _metric(found["after"]), "change": _change(found["delta"], found.get("p", 0.0))}
     if "lost" in found:
         row |= {"lost": f"{found['lost']}", "gained": f"{found['gained']}", "p": f"{found['p']:.2g}"}
     return row
@@ -49,7 +52,8 @@ def _metric(found: Mapping[str, Any], sign: str = "") -> str:
     return f"{found['value']:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")
 
 
-def _change(found: Mapping[str, Any]) -> str:
+def _change(found: Mapping[str, Any], p: float) -> str:
+    """Detectable only where interval and test agree that it is: of few documents the interval alone says too much."""
     ends = found["interval"]
-    nothing = ends is not None and ends[0] <= 0 <= ends[1]
-    return _metric(found, "+") + (", no detectable difference" if nothing else "")
+    nothing = ends is not None and (ends[0] <= 0 <= ends[1] or p > LEAST_P)
+    return _metric(found, "+") + (f", {SAME}" if nothing else "")

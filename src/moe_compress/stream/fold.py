@@ -53,7 +53,12 @@ class StreamedLayers:
         hf.use_experts_function(self.model)
         self._load(None)
         self.model.tie_weights()
-        _require_finite({n: t for n, t in self.model.state_dict().items() if not t.is_meta}, "outside the layers")
+        inside = hf.layers_prefix(self.model)
+        outer = {name: t for name, t in self.model.state_dict().items() if not name.startswith(inside)}
+        for name, tensor in outer.items():
+            if tensor.is_meta:
+                raise ValueError(f"{checkpoint.name} holds no tensor for {name}.")
+        _require_finite(outer, "outside the layers")
         hf.buffers_to(self.model, device)
 
     def _load(self, index: int | None) -> None:
