@@ -123,3 +123,17 @@ def test_one_split_for_both_uses_is_dealt_out(monkeypatch):
         {d.text for d in read_documents(spec("pile", use=use))} for use in ("calibration", "heldout")
     )
     assert calibration and heldout and not calibration & heldout and len(calibration | heldout) == 40
+
+
+def test_several_sources_are_domains_with_equal_shares_or_those_of_the_mix(text_file, tmp_path, tokenizer):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(" ".join(WORDS[i : i + 12]) for i in range(20, 28)))
+    found = make_windows(spec(f"{text_file},{other}"), tokenizer)
+    assert found.domains == ("other.txt", "text.txt") and found.domain_N.tolist() == [0, 0, 1, 1]
+    assert found.description["source"] == "text.txt,other.txt"
+    mixed = make_windows(spec(f"{text_file},{other}", mix=(("text.txt", 3.0), ("other.txt", 1.0))), tokenizer)
+    assert mixed.description["domains"] == {"other.txt": 1, "text.txt": 3}
+    with pytest.raises(ValueError, match="sources of different names"):
+        make_windows(spec(f"{text_file},{text_file}"), tokenizer)
+    with pytest.raises(ValueError, match="there is no file"):
+        make_windows(spec(f"{text_file},{tmp_path / 'no.txt'}"), tokenizer)

@@ -11,6 +11,7 @@ from torch import Tensor
 import moe_compress
 import readers
 from moe_compress.harness.routing import Ancestry, token_values, utilisation
+from moe_compress.harness.routing import _layer as routing_layer
 from moe_compress.model.edits import DropLayer, KeepExperts, MergeExperts
 
 
@@ -51,6 +52,17 @@ def test_the_router_s_distribution_is_shared_out_anew():
 def test_utilisation_counts():
     found = utilisation(torch.tensor([0.0, 2.0, 4.0, 2.0]), 4)
     assert found == {"cv": pytest.approx(2**0.5 / 2), "busiest": 2.0, "dead": [0], "dead_below": 0.75}
+
+
+def test_the_shift_of_utilisation_by_hand():
+    """Of 8 tokens' choices the dropped expert had a quarter; what is left of the others' shares moved by an eighth."""
+    before, after = sample(BEFORE, 4), sample([{0, 1}] * 4, 3)
+    before["count"], after["count"] = torch.tensor([2.0, 3, 1, 2]).double(), torch.tensor([3.0, 4, 1]).double()
+    per_token = {name: torch.zeros(4, dtype=torch.float64) for name in ("overlap", "flips", "kl", "lost")}
+    found = routing_layer(before, after, [0, 1, 2, -1], per_token, torch.tensor([0, 0, 1, 2]))
+    # (|2/8 - 3/8| + |3/8 - 4/8| + |1/8 - 1/8| + the lost 2/8) / 2
+    assert found["utilisation_shift"] == pytest.approx(0.25)
+    assert found["before"]["dead_below"] == pytest.approx(3 / 3)
 
 
 def test_ancestors_follow_the_edits():

@@ -16,10 +16,19 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from moe_compress import report_page
+from moe_compress import api, report_page
 from moe_compress.report import beside, pareto, pictures, svg
 from moe_compress.report.card import licence_of, model_card
-from moe_compress.report.record import Failure, Metric, Record, digest_of, gather, load_records, read_records
+from moe_compress.report.record import (
+    Failure,
+    Metric,
+    Record,
+    digest_of,
+    failures_beside,
+    gather,
+    load_records,
+    read_records,
+)
 from moe_compress.report.table import SAME, make_tables, write_tables
 
 HOSTILE = '<script>document.title = "owned"</script><img src="https://example.org/x.png" onerror="boom()">'
@@ -61,6 +70,29 @@ def sized(mib: float, flops: float = 2e6) -> dict[str, dict[str, float]]:
 ORIGINAL = record("tiny-original", 2.0)
 WORSE = record("worse", 2.5, [("expert_drop", {"keep": 6, "seed": 0})], **sized(3))
 SAME_AS = record("same_as", 2.001, [("quantize", {"bits": "100%_&{}"})], **sized(2, 3e6))
+
+
+# --- failures -----------------------------------------------------------------------------------------------------
+
+
+def test_runs_that_did_not_finish_are_rows_of_every_format(tmp_path):
+    lost = Failure(name="lost", model="tiny", recipe="prune a=9", reason="no room\non the disk", written="2026-02-01")
+    done = Failure(name="worse", model="tiny", recipe="expert_drop keep=6", reason="killed", written="2025-12-31")
+    for failure in (lost, done):
+        failure.save(tmp_path / "failures")
+    for each in (ORIGINAL, WORSE.model_copy(update={"name": "worse-0a1b2c"})):
+        each.save(tmp_path / "records")
+    (table,) = api.table([tmp_path / "records"])
+    assert [failure.name for failure in table.failures] == ["lost"] and len(table.frame) == len(table.rows) == 2
+    write_tables([table], tmp_path)
+    for file in ("tables.md", "tables.tex", "tiny-012345.csv"):
+        text = (tmp_path / file).read_text()
+        assert "did not finish: no room on the disk" in text and "killed" not in text
+    (values,) = json.loads((tmp_path / "tables.json").read_text())
+    assert [each["reason"] for each in values["failures"]] == ["no room\non the disk"]
+    path = tmp_path / "failures" / "lost.json"
+    path.write_text(path.read_text().replace("prune a=9", "prune a=1"))
+    assert "is not a failure of moe-compress: it was changed" in failures_beside([tmp_path / "records"])[1][0]
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
@@ -232,15 +264,14 @@ def test_identical_models_do_not_dominate_each_other(tmp_path):
     assert [point.share for point in pareto.make_fronts(["a", "b"], rows, [tmp_path])[0].points] == [1.0, 1.0]
 
 
-def test_the_interval_of_drawn_perplexities_covers():
-    """Of many texts drawn from one source, about 95 % have the source's loss in their interval."""
-    rng = np.random.default_rng(2)
-    inside = 0
-    for _ in range(200):
-        nll = rng.normal(200, 30, DOCUMENTS)
-        draws = rng.multinomial(DOCUMENTS, np.full(DOCUMENTS, 1 / DOCUMENTS), 1000) @ nll / (DOCUMENTS * TOKENS)
-        low, high = np.percentile(draws, pareto.TAILS)
-        inside += low <= 2.0 <= high
+def test_the_interval_of_drawn_perplexities_covers(tmp_path):
+    """Of many texts drawn from one source, about 95 % have the source's perplexity in their interval."""
+    rng, inside = np.random.default_rng(2), 0
+    for number in range(200):
+        row = [measured(tmp_path, record(f"text{number}", 2.0), rng.normal(200, 30, DOCUMENTS))]
+        values_B = pareto.draw([row], [tmp_path], draws=1000).values_BR[:, 0]
+        low, high = np.percentile(values_B, pareto.TAILS)
+        inside += low <= math.exp(2.0) <= high
     assert 0.89 <= inside / 200 <= 0.99
 
 
@@ -262,10 +293,14 @@ def test_without_sums_per_document_the_interval_is_drawn_from(what, tmp_path):
     assert point.interval == pytest.approx((low, high), rel=0.01)
 
 
-def test_several_seeds_are_one_point(tmp_path):
+def test_several_seeds_are_one_point_and_are_drawn_too(tmp_path):
     seeds = [measured(tmp_path, record(f"s{n}", 2.0), np.full(DOCUMENTS, 200.0 + n)) for n in range(2)]
-    (drawn,) = pareto.draw([seeds], [tmp_path]).values_BR[:5].T
-    assert drawn == pytest.approx((math.exp(2.0) + math.exp(2.01)) / 2)
+    drawn = pareto.draw([seeds], [tmp_path])
+    one, other = math.exp(2.0), math.exp(2.01)
+    assert drawn.perplexity_R == pytest.approx([(one + other) / 2])
+    found, counts = np.unique(drawn.values_BR.round(9), return_counts=True)
+    assert found == pytest.approx([one, (one + other) / 2, other], abs=1e-8)
+    assert counts / counts.sum() == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
 
 
 def speed_file(model: str, speedup: float, batch: int = 1, busy: bool = False, processor: str = "abacus") -> dict:

@@ -70,7 +70,10 @@ def test_scripts_run_from_anywhere_in_the_callers_folder(script, clone, tmp_path
         where, sources, given = done.stdout.splitlines()[0].split("|")
         assert sources == str(clone / "src")
         assert Path(where) == (clone if script == "scripts/test.sh" else folder)
-        if "benchmark" in script and "run.sh" in (ROOT / script).read_text(encoding="utf-8"):
+        text = (ROOT / script).read_text(encoding="utf-8")
+        if "benchmark_speedup" in script:
+            assert given.startswith("-P -c ")
+        elif "benchmark" in script and "run.sh" in text:
             assert given.startswith("-P -m moe_compress ")
         elif "benchmark" in script:
             assert Path(given.removesuffix(" data=mine.txt")).is_file()

@@ -18,9 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress import recipe, registry, zoo
-from moe_compress.checkpoint.locate import config_folder, local_folder
-from moe_compress.checkpoint.reader import architecture_values
-from moe_compress.model import hf
+from moe_compress.checkpoint.locate import layers_of, local_folder
 from moe_compress.runtime import require_writable, write_json
 from moe_compress.speed_report import setting_of
 
@@ -62,7 +60,7 @@ def sizes_of(model: str, given: Mapping[str, str]) -> Sizes:
     """The paper's for its models, the shares of its Mixtral for others; `given` words replace them."""
     found = PAPER.get(Path(model).name.lower())
     if found is None:
-        layers = hf.num_layers(hf.config_from(architecture_values(config_folder(model))))
+        layers = layers_of(model)
         layer_drop, block_drop = (max(1, round(layers * part / 32)) for part in (8, 5))
         found = Sizes(layer_drop, block_drop, 32 if zoo.descends_from(model) else 128)
     kinds = {"layers": int, "blocks": int, "group": int, "ratio": float}

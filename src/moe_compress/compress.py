@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -49,10 +47,9 @@ from moe_compress.runtime import (
     tensor_bytes,
 )
 from moe_compress.slimming import slim
-from moe_compress.stream.documents import DataSpec, Use, read_documents
+from moe_compress.stream.documents import Use, parts, read_documents, text_identity
 from moe_compress.stream.surgery import rewrite
 from moe_compress.terminal import progress_bar
-from moe_compress.zoo import text as zoo_text
 
 MAX_NAME = 120
 RECIPE = "recipe.yaml"
@@ -97,7 +94,8 @@ def _preflight(recipe: Recipe, out: Path) -> None:
     parse_mix(options.mix)
     uses = _uses(recipe)
     for use in uses:
-        read_documents(text_spec(options, use))
+        for part in parts(text_spec(options, use)):
+            read_documents(part)
     if manifest_of(out) is None:
         require_free(out)
         require_disk(out.parent, _to_be_written(recipe, expected, out), "the new checkpoint")
@@ -276,18 +274,8 @@ def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
         noisy = any(stage.needs == "noise" or registry.find(stage.method).scope == "weight" for stage in stages)
         return fingerprint(source.fingerprint, steps, *([arithmetic] if noisy else []))
     return fingerprint(
-        source.fingerprint, steps, _text_identity(text_spec(options, "calibration")), options.mix, arithmetic
+        source.fingerprint, steps, text_identity(text_spec(options, "calibration")), options.mix, arithmetic
     )
-
-
-def _text_identity(spec: DataSpec) -> list[Any]:
-    """A text by its settings, and by its content where that is at hand."""
-    path = Path(spec.source)
-    if spec.source == "zoo":
-        content = zoo_text.fingerprint()
-    else:
-        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-    return [repr(dataclasses.replace(spec, source=path.name if content else spec.source)), content]
 
 
 def _made_by(folder: Path, identity: str) -> bool:

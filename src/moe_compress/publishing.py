@@ -101,7 +101,7 @@ def _require_repo(repo: str) -> None:
 def _local_paths(manifest: Mapping[str, Any], recipe: bytes) -> list[str]:
     """Paths of this machine that the files name; the longest first, as one may begin with another."""
     options = yaml.safe_load(recipe) or {}
-    named = [str(manifest["base"]["model"]), *(str(options.get(key, "")) for key in PATHS)]
+    named = [str(manifest["base"]["model"]), *(word for key in PATHS for word in str(options.get(key, "")).split(","))]
     return sorted({path for path in named if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", path)}, key=len, reverse=True)
 
 

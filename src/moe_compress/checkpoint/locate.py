@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from moe_compress import zoo
 from moe_compress.checkpoint.reader import Checkpoint, architecture_values, open_checkpoint
+from moe_compress.model import hf
 
 FILES = (
     "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja",
@@ -61,6 +62,11 @@ def config_folder(model: str, revision: str | None = None) -> Path:
     with _hub_errors(model, revision):
         path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
     return Path(path).parent
+
+
+def layers_of(model: str) -> int:
+    """How many decoder layers a model has, from its config alone."""
+    return hf.num_layers(hf.config_from(architecture_values(config_folder(model))))
 
 
 def local_folder(model: str) -> Path | None:

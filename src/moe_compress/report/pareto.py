@@ -87,7 +87,8 @@ def on_front(costs: Floats, values: Floats) -> NDArray[np.bool_]:
 
 
 def draw(rows: Sequence[Row], folders: Sequence[Path] = (), draws: int = DRAWS) -> Drawn:
-    """Perplexities over documents drawn with replacement; a row of several seeds is their mean.
+    """Perplexities over documents drawn with replacement; a row of several seeds is the mean of
+    as many seeds drawn with replacement.
 
     A run without sums per document in any of the folders is drawn from its interval, by itself, as if the mean loss
     were normal.
@@ -108,7 +109,9 @@ def draw(rows: Sequence[Row], folders: Sequence[Path] = (), draws: int = DRAWS) 
             else np.exp(weights_BD @ each / total_B)
             for record, each in zip(row, nll, strict=True)
         ]
-        columns.append(np.mean(runs, axis=0))
+        # Seeds are drawn anew as well: of one seed, that is it.
+        chosen_RB = generator.integers(len(runs), size=(len(runs), draws))
+        columns.append(np.take_along_axis(np.stack(runs), chosen_RB, 0).mean(0))
     measured = [np.mean([record.metrics["perplexity"].value for record in row]) for row in rows]
     return Drawn(np.stack(columns, axis=1), np.array(measured), np.array(paired))
 

@@ -6,9 +6,8 @@ domain and fold can be re-weighted and its stability judged afterwards. N window
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moe_compress.runtime import fingerprint, log, one_of, tensor_bytes
-from moe_compress.stream.documents import DataSpec, read_documents
+from moe_compress.stream.documents import DataSpec, parts, read_documents, title
 from moe_compress.zoo import text as zoo_text
 from moe_compress.zoo.text import Document
 
@@ -75,7 +74,7 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
     first_document = 0
     for domain, documents, count in _shares(spec):
         cut = _pack if spec.packed else _pad
-        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if spec.source == "zoo" else None
+        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if "zoo" in (spec.source, domain) else None
         tokens = _tokenized(documents, tokenizer, longest)
         windows = cut(tokens, spec.length, count, first_document, _pad_id(tokenizer))
         if windows:
@@ -106,7 +105,7 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
     document = torch.stack([w.document_S for w in windows])
     domain = torch.tensor([i for i, name in enumerate(domains) for _ in by_domain[name]])
     description = {
-        "source": Path(spec.source).name if Path(spec.source).exists() else spec.source,
+        "source": title(spec),
         "use": spec.use,
         "windows": len(windows),
         "length": spec.length,
@@ -132,6 +131,9 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
 
 def _shares(spec: DataSpec) -> list[tuple[str, Iterable[Document], int]]:
     """(domain, its documents in the order of the seed, windows wanted) for every domain of the source."""
+    sources = parts(spec)
+    if len(sources) > 1:
+        return _several(spec, sources)
     documents = read_documents(spec)
     mix = dict(spec.mix) or DEFAULT_MIX.get(spec.source, {})
     if not isinstance(documents, list):
@@ -144,6 +146,18 @@ def _shares(spec: DataSpec) -> list[tuple[str, Iterable[Document], int]]:
     weights = {domain: mix.get(domain, 0.0 if mix else 1.0) for domain in domains}
     counts = _apportion(weights, spec.samples)
     return [(d, [x for x in documents if x.domain == d], counts[d]) for d in domains if counts[d]]
+
+
+def _several(spec: DataSpec, sources: Sequence[DataSpec]) -> list[tuple[str, Iterable[Document], int]]:
+    """Each source is a domain, and has the same share unless the mix says otherwise."""
+    by_name = {title(part): part for part in sources}
+    if len(by_name) < len(sources):
+        raise ValueError(f"{spec.source}: sources of different names are needed.")
+    for name in dict(spec.mix):
+        one_of(name, by_name, f"source of {spec.source}")
+    weights = {name: dict(spec.mix).get(name, 0.0 if spec.mix else 1.0) for name in by_name}
+    counts = _apportion(weights, spec.samples)
+    return [(name, read_documents(part), counts[name]) for name, part in sorted(by_name.items()) if counts[name]]
 
 
 def _apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:

@@ -6,9 +6,9 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from moe_compress.runtime import one_of
 from moe_compress.zoo import text as zoo_text
@@ -44,7 +44,8 @@ NAMED = {
 class DataSpec:
     """Which text, how much of it, cut how.
 
-    source: `zoo`, a .txt/.jsonl/.parquet file, a name of NAMED, or any id of a `datasets` data set;
+    source: `zoo`, a .txt/.jsonl/.parquet file, a name of NAMED, or any id of a `datasets` data set, or several of them,
+    joined by commas, which are its domains then;
     samples x length tokens; packed: documents joined and cut at every `length` tokens, else one padded
     document a window; mix: shares of the domains; config, split and field only for hub data sets and files.
     """
@@ -61,8 +62,31 @@ class DataSpec:
     mix: tuple[tuple[str, float], ...] = ()
 
 
+def parts(spec: DataSpec) -> list[DataSpec]:
+    """The sources of a text that has several, joined by commas; a file may have a comma in its name."""
+    whole = "," not in spec.source or Path(spec.source).exists()
+    return [spec] if whole else [replace(spec, source=source.strip()) for source in spec.source.split(",")]
+
+
+def title(spec: DataSpec) -> str:
+    """What a source is called: a file by its name, without the path to it."""
+    return ",".join(Path(part.source).name if Path(part.source).exists() else part.source for part in parts(spec))
+
+
+def text_identity(spec: DataSpec) -> list[Any]:
+    """A text by its settings, and by its content where that is at hand."""
+    if len(parts(spec)) > 1:
+        return [text_identity(part) for part in parts(spec)]
+    path = Path(spec.source)
+    if spec.source == "zoo":
+        content = zoo_text.fingerprint()
+    else:
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    return [repr(replace(spec, source=path.name if content else spec.source)), content]
+
+
 def read_documents(spec: DataSpec) -> list[Document] | Iterable[Document]:
-    """The documents of a source, shuffled by the seed: a list, or a stream from the hub."""
+    """The documents of one source, shuffled by the seed: a list, or a stream from the hub."""
     if spec.source == "zoo":
         return _shuffled(list(_zoo_documents(spec.use)), spec.seed)
     path = Path(spec.source)
