@@ -6,4 +6,4 @@ cd "$repository"
 "$python" -m ruff check src tests
 "$python" -m ruff format --check src tests
 "$python" -m mypy
-OMP_NUM_THREADS=1 "$python" -m pytest -n 2 "$@"
+OMP_NUM_THREADS=1 "$python" -m pytest -n 2 --dist worksteal "$@"

@@ -306,7 +306,7 @@ def test_several_seeds_are_one_point_and_are_drawn_too(tmp_path):
 def speed_file(model: str, speedup: float, batch: int = 1, busy: bool = False, processor: str = "abacus") -> dict:
     decode = {"speedup": speedup, "speedup_interval": [speedup - 0.1, speedup + 0.1]}
     setting = {"dtype": "float32", "device": "cpu", "threads": 1, "tokens": 16}
-    points = [{"batch": batch, "prompt": 128, "decode": decode}]
+    points = [{"batch": batch, "prompt": 128, "prefill": decode, "decode": decode}]
     found = {"setting": setting, "machine": {"busy": busy}, "points": points, "original": {"gpu": None, "threads": 1}}
     where = {"processor": processor}
     return {"model": model, "original": "tiny", "fingerprint": f"of {model}", "environment": where, "found": found}
@@ -316,11 +316,12 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     rows = [[ORIGINAL], [WORSE], [SAME_AS]]
     files = [speed_file("worse", 2.0, busy=True), speed_file("same_as", 1.25), speed_file("same_as", 9.0, batch=8)]
     files.append(speed_file("same_as", 5.0, processor="another"))
-    timed = beside.latencies([each for file in files for each in beside.timed(file)], [ORIGINAL, WORSE, SAME_AS])
-    assert {name: metric.value for name, metric in timed.by_record.items()} == {"worse": 0.5, "same_as": 0.8}
+    timed = beside.speedups([each for file in files for each in beside.timed(file)], [ORIGINAL, WORSE, SAME_AS])
+    values = {name: found[beside.LATENCY].value for name, found in timed.by_record.items()}
+    assert values == {"worse": 0.5, "same_as": 0.8}
     assert "float32 on cpu (abacus), 1 thread(s)" in timed.how and "BUSY for 1" in timed.how
     front = pareto.make_fronts(["original", "worse", "same_as"], rows, (), timed)[-1]
-    assert front.key == pareto.LATENCY and [point.name for point in front.points] == ["worse", "same_as", "original"]
+    assert front.key == beside.LATENCY and [point.name for point in front.points] == ["worse", "same_as", "original"]
     assert front.points[0].cost_interval == pytest.approx((1 / 2.1, 1 / 1.9))
     assert [front.key for front in pareto.make_fronts(["a", "b", "c"], rows)] == ["bytes", "flops_per_token"]
     (timing, *_) = beside.timed(speed_file("worse", 2.0))
@@ -328,6 +329,27 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     for changes, same in (({"name": "worse-0a1b2c"}, True), ({"name": "worse-and-more"}, False), (renamed, True)):
         assert beside.made(timing, WORSE.model_copy(update=changes)) == same
     assert not beside.made(timing, WORSE.model_copy(update={"fingerprint": "of another"}))
+
+
+def tasks_file(model: str, right: float) -> dict:
+    tasks = {"quiz": {"before": {"value": 0.9, "interval": None, "unit": "fraction"}}}
+    tasks["quiz"]["after"] = {"value": right, "interval": (right - 0.1, right + 0.1), "unit": "fraction"}
+    common = {"original": "tiny", "fingerprint": f"of {model}", "average": None, "settings": {"limit": 5}}
+    return {"model": model, "tasks": tasks, **common}
+
+
+def test_answers_to_the_same_tasks_are_joined():
+    files = [
+        tasks_file("worse", 0.5),
+        tasks_file("same_as", 0.8),
+        {**tasks_file("worse", 0.1), "settings": {"limit": 9}},
+    ]
+    found = beside.accuracies([each for file in files for each in beside.asked(file)], [WORSE, SAME_AS])
+    assert {name: values["quiz right"].value for name, values in found.by_record.items()} == {
+        "worse": 0.5,
+        "same_as": 0.8,
+    }
+    assert found.how == "quiz, limit=5" and beside.accuracies([], [WORSE]) == beside.Joined({}, "")
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -389,6 +411,8 @@ def results(tmp_path: Path) -> Path:
     (folder / "speed").mkdir()
     (folder / "speed" / "worse.json").write_text(json.dumps(speed_file("worse", 2.0)))
     (folder / "speed" / "broken.json").write_text("{}")
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "worse.json").write_text(json.dumps(tasks_file("worse", 0.5)))
     layers = {"0": {name: {"value": 0.5, "interval": [0.4, 0.6]} for name in ("overlap", "flips", "kl")}}
     routing = {"model": "worse", "original": "tiny", **{way: {"layers": layers} for way in pictures.WAYS}}
     (folder / "routing").mkdir()
@@ -411,6 +435,7 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
     assert text.count("<script>") == 1 and 'src="' not in text and 'href="http' not in text and "@import" not in text
     assert text.count('class="failed"') == 2 and "out of memory" in text and "Models without a table" in text
     assert "&#34;unsaid&#34;: 1" in text and "Routing of worse beside tiny" in text and "on front: latency" in text
+    assert "quiz right" in text and "0.500 [0.400, 0.600]" in text and "prefill x" in text
     assert SAME in text and "share of zeros" in text and "prefers-color-scheme: dark" in text
     again = report_page.report([results / "records"], tmp_path / "again")
     for first, second in zip(made.files[1:], again[1:], strict=True):

@@ -43,12 +43,17 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
     skipped = skipped + wrong
     galleries, wrong = _galleries(places)
     skipped += wrong
-    timed = beside.latencies([each for found in speeds for each in found], good)
+    answers, wrong = beside.read_json(_files(places, "tasks/*.json"), beside.asked, "tasks")
+    skipped += wrong
+    timed, right = (
+        use([each for found in files for each in found], good)
+        for use, files in ((beside.speedups, speeds), (beside.accuracies, answers))
+    )
     folders = [place / "documents" for place in places]
     sections = []
     for table in tables:
         fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
-        sections.append(Section(table, fronts, table.failures))
+        sections.append(Section(table, fronts, table.failures, (timed, right)))
     models = {table.title for table in tables}
     homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:

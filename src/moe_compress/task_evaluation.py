@@ -32,6 +32,7 @@ class TaskReport(Kept):
 
     model: str
     original: str
+    fingerprint: str
     settings: dict[str, Any]
     tasks: dict[str, dict[str, Any]]
     average: dict[str, Any] | None
@@ -142,4 +143,5 @@ def _report(
             average |= {"after": lm_tasks.mean_accuracy(second), "delta": lm_tasks.mean_change(first, second)}
     name = Path(base.name).name
     identity = fingerprint(checkpoint.fingerprint, base.fingerprint, settings, asked)
-    return TaskReport(name if after is None else checkpoint.folder.name, name, settings, rows, average, identity)
+    title = name if after is None else checkpoint.folder.name
+    return TaskReport(title, name, checkpoint.fingerprint, settings, rows, average, identity)

@@ -13,29 +13,32 @@ from typing import Any, TypeVar
 from moe_compress.report.record import Metric, Record, require_unchanged
 
 Read = TypeVar("Read")
-SETTING = ("tokens", "dtype", "device")
+
+
+LATENCY = "latency"
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A checkpoint's decoding time over its original's at one point.
+class Found:
+    """What a command found out of a checkpoint beside its original.
 
-    what: sequences, prompt, setting, processor and GPU; fingerprint: the checkpoint's (None: the file is older).
+    values: by what a table calls them; what: all that they depend on besides the two models; fingerprint: the
+    checkpoint's; busy: whether the machine was.
     """
 
     model: str
-    fingerprint: str | None
+    fingerprint: str
     original: str
     what: tuple[Any, ...]
-    latency: Metric
-    busy: bool
+    values: Mapping[str, Metric]
+    busy: bool = False
 
 
 @dataclass(frozen=True)
-class Latencies:
-    """Decoding time over the original's by record, and what was timed ('' without any)."""
+class Joined:
+    """Values of one kind by record, and in words what they depend on ('' without any)."""
 
-    by_record: Mapping[str, Metric]
+    by_record: Mapping[str, Mapping[str, Metric]]
     how: str
 
 
@@ -53,48 +56,73 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
     return found, problems
 
 
-def timed(speed: Mapping[str, Any]) -> list[Timed]:
-    """Every point of a speed file."""
+def timed(speed: Mapping[str, Any]) -> list[Found]:
+    """Every point of a speed file: how many times as fast, and decoding time over the original's."""
     found = speed["found"]
-    gpu, threads = found["original"]["gpu"], found["original"]["threads"]
-    setting = (*(found["setting"][key] for key in SETTING), threads)
+    gpu, setting = found["original"]["gpu"], found["setting"]
     where = gpu["name"] if gpu else speed["environment"]["processor"]
+    what = (setting["tokens"], setting["dtype"], setting["device"], where, found["original"]["threads"])
     return [
-        Timed(
-            speed["model"], speed["fingerprint"], speed["original"], (p["batch"], p["prompt"], *setting, where),
-            _over_original(p["decode"]), bool(found["machine"]["busy"]),
+        Found(
+            speed["model"], speed["fingerprint"], speed["original"], (point["batch"], point["prompt"], *what),
+            _speedups(point), bool(found["machine"]["busy"]),
         )
-        for p in found["points"]
+        for point in found["points"]
     ]  # fmt: skip
 
 
-def _over_original(decode: Mapping[str, Any]) -> Metric:
-    low, high = decode["speedup_interval"]
-    return Metric(value=1 / decode["speedup"], unit="ratio", interval=(1 / high, 1 / low))
+def _speedups(point: Mapping[str, Any]) -> dict[str, Metric]:
+    prefill, decode = (
+        Metric(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
+        for what in ("prefill", "decode")
+    )
+    low, high = decode.interval or (decode.value, decode.value)
+    latency = Metric(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
+    return {"prefill x": prefill, "decoding x": decode, LATENCY: latency}
 
 
-def latencies(found: Sequence[Timed], records: Sequence[Record]) -> Latencies:
-    """Of every record that was timed at the point and in the setting which most were timed at.
+def asked(report: Mapping[str, Any]) -> list[Found]:
+    """The accuracies of a tasks file, and their average."""
+    side = "before" if report["model"] == report["original"] else "after"
+    tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
+    if report["average"]:
+        tasks["average of tasks"] = report["average"][side]
+    values = {name: Metric(**found) for name, found in tasks.items()}
+    what = (*report["tasks"], *(f"{key}={value}" for key, value in sorted(report["settings"].items())))
+    return [Found(report["model"], report["fingerprint"], report["original"], what, values)]
 
-    Times of other points or in other settings do not belong on the same plot, and are left out.
-    """
+
+def join(found: Sequence[Found], records: Sequence[Record]) -> tuple[dict[str, Found], tuple[Any, ...]]:
+    """Of every record that has some, what most have, and what that depends on; the rest belongs to no one table."""
     pairs = [(each, record.name) for each in found for record in records if made(each, record)]
     if not pairs:
-        return Latencies({}, "")
+        return {}, ()
     most, _ = Counter(each.what for each, _ in pairs).most_common(1)[0]
-    kept = [(each, name) for each, name in pairs if each.what == most]
-    batch, prompt, tokens, dtype, device, threads, where = most
-    how = f"decoding {batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), "
-    how += f"{threads} thread(s)"
-    busy = sum(each.busy for each, _ in kept)
+    return {name: each for each, name in pairs if each.what == most}, most
+
+
+def speedups(found: Sequence[Found], records: Sequence[Record]) -> Joined:
+    """Times at the point and in the setting which most were timed at."""
+    kept, most = join(found, records)
+    if not kept:
+        return Joined({}, "")
+    batch, prompt, tokens, dtype, device, where, threads = most
+    how = f"{batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), {threads} thread(s)"
+    busy = sum(each.busy for each in kept.values())
     how += f"; the machine was BUSY for {busy} of them" if busy else ""
-    return Latencies({name: each.latency for each, name in kept}, how)
+    return Joined({name: each.values for name, each in kept.items()}, how)
 
 
-def made(timing: Timed, record: Record) -> bool:
+def accuracies(found: Sequence[Found], records: Sequence[Record]) -> Joined:
+    """Answers to the tasks, in the arithmetic, which most were asked."""
+    kept, most = join(found, records)
+    return Joined({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)))
+
+
+def made(found: Found, record: Record) -> bool:
     """Whether a record is of this checkpoint: by fingerprint, or by a name that may end in what it was measured on."""
-    if record.model != timing.original:
+    if record.model != found.original:
         return False
-    if None not in (timing.fingerprint, record.fingerprint):
-        return timing.fingerprint == record.fingerprint
-    return bool(re.fullmatch(f"{re.escape(timing.model)}(-[0-9a-f]{{6}})?", record.name))
+    if record.fingerprint is not None:
+        return found.fingerprint == record.fingerprint
+    return bool(re.fullmatch(f"{re.escape(found.model)}(-[0-9a-f]{{6}})?", record.name))

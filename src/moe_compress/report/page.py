@@ -15,8 +15,9 @@ from typing import Any
 import jinja2
 
 from moe_compress.report import formats, pictures, svg
+from moe_compress.report.beside import LATENCY, Joined
 from moe_compress.report.pareto import Front
-from moe_compress.report.record import Failure, Record, now
+from moe_compress.report.record import Failure, Metric, Record, now
 from moe_compress.report.table import Table, row_numbers, sentence_of
 
 TEMPLATE = "page.html.j2"
@@ -26,11 +27,12 @@ Context = dict[str, Any]
 
 @dataclass(frozen=True)
 class Section:
-    """A table, its fronts, and the runs of its model that did not finish."""
+    """A table, its fronts, the runs of its model that did not finish, and what other commands found of its rows."""
 
     table: Table
     fronts: Sequence[Front] = ()
     failures: Sequence[Failure] = ()
+    joined: Sequence[Joined] = ()
 
 
 @dataclass(frozen=True)
@@ -71,24 +73,36 @@ def _section(number: int, section: Section) -> Context:
     shown = table.frame.loc[:, (table.frame != "").any()]
     shares = {front.key: {point.name: point.share for point in front.points} for front in section.fronts}
     extra = [ON_FRONT[key] for key in shares]
+    others = _others(table, section.joined)
+    added = list(dict.fromkeys(column for found in others.values() for column in found))
     names = list(table.frame["recipe"])
     ids = {name: _id(table, name) for name in names}
     rows = []
     for name, records, cells in zip(names, table.rows, shown.to_dict("records"), strict=True):
         of_row = {ON_FRONT[key]: found[name] for key, found in shares.items() if name in found}
-        rows.append(_row(ids[name], records, cells, of_row, extra))
+        rows.append(_row(ids[name], records, {**cells, **dict.fromkeys(added, "")}, of_row, extra, others[name]))
     return {
         "id": f"table-{number}",
         "title": table.title,
         "how": table.how(),
         "protocol": table.protocol,
         "base": records[0].base,
-        "columns": [*shown.columns, *extra],
+        "columns": [*shown.columns, *added, *extra],
+        "notes": [joined.how for joined in section.joined if joined.how],
         "rows": rows,
         "failures": section.failures,
         "plots": [svg.scatter(front) for front in section.fronts],
         "ids": ids,
     }
+
+
+def _others(table: Table, joined: Sequence[Joined]) -> dict[str, dict[str, Metric]]:
+    """By row: what other commands measured of it."""
+    found: dict[str, dict[str, Metric]] = {}
+    for name, records in zip(table.frame["recipe"], table.rows, strict=True):
+        values = [each.by_record[record.name] for each in joined for record in records if record.name in each.by_record]
+        found[name] = {key: metric for each in values for key, metric in each.items() if key != LATENCY}
+    return found
 
 
 def _id(table: Table, name: str) -> str:
@@ -103,9 +117,11 @@ def _row(
     cells: Mapping[str, str],
     shares: Mapping[str, float],
     extra: Sequence[str],
+    others: Mapping[str, Metric],
 ) -> Context:
-    numbers = row_numbers(records)
-    texts = {**cells, **{column: f"{shares[column]:.0%}" if column in shares else "" for column in extra}}
+    numbers = row_numbers(records) | {column: metric.value for column, metric in others.items()}
+    measured = {column: formats.with_interval(metric, ".3f") for column, metric in others.items()}
+    texts = {**cells, **measured, **{column: f"{shares[column]:.0%}" if column in shares else "" for column in extra}}
     numbers |= shares
     found = [{"text": text, "number": numbers.get(str(column))} for column, text in texts.items()]
     return {"id": identity, "cells": found, "runs": [_run(record) for record in records]}

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from moe_compress.report.beside import Latencies
+from moe_compress.report.beside import LATENCY, Joined
 from moe_compress.report.record import Metric, Record
 
 DRAWS = 10_000
@@ -26,8 +26,7 @@ SPREAD = 2 * 1.959964
 # Beyond this the sums of a file are those of another run.
 CLOSE = 1e-4
 COSTS = {"bytes": ("size on disk, MiB", 2**20), "flops_per_token": ("MFLOPs per token", 10**6)}
-LATENCY = "latency"
-NONE = Latencies({}, "")
+NONE = Joined({}, "")
 Floats = NDArray[np.float64]
 Row = Sequence[Record]
 
@@ -143,7 +142,7 @@ def make_fronts(
     names: Sequence[str],
     rows: Sequence[Row],
     folders: Sequence[Path] = (),
-    latencies: Latencies = NONE,
+    speedups: Joined = NONE,
 ) -> list[Front]:
     """Perplexity against bytes, FLOPs and latency: of rows with a perplexity, the original among them.
 
@@ -158,8 +157,8 @@ def make_fronts(
         _front(key, label, names, [_size(row, key, unit) for row in rows], drawn, _intervals(rows, drawn))
         for key, (label, unit) in COSTS.items()
     ]
-    timed = [_latency(row, latencies) for row in rows]
-    how = f"decoding time / the original's ({latencies.how})"
+    timed = [_latency(row, speedups) for row in rows]
+    how = f"decoding time / the original's (decoding {speedups.how})"
     fronts.append(_front(LATENCY, how, names, timed, drawn, _intervals(rows, drawn)))
     return [front for front in fronts if len(front.points) > 1]
 
@@ -168,10 +167,10 @@ def _size(row: Row, key: str, unit: float) -> Metric | None:
     return Metric(value=row[0].sizes[key] / unit, unit="") if key in row[0].sizes else None
 
 
-def _latency(row: Row, latencies: Latencies) -> Metric | None:
+def _latency(row: Row, speedups: Joined) -> Metric | None:
     if row[0].form == "original":
         return Metric(value=1.0, unit="ratio")
-    return next((latencies.by_record[record.name] for record in row if record.name in latencies.by_record), None)
+    return next((speedups.by_record[record.name][LATENCY] for record in row if record.name in speedups.by_record), None)
 
 
 def _front(
