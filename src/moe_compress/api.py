@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from moe_compress.forecast import Forecast, forecast
 from moe_compress.harness import generations
 from moe_compress.harness.generations import Comparison
 from moe_compress.harnesses import flops, routing, speed, tasks, verify
+from moe_compress.kept import keep
 from moe_compress.publishing import Upload, prepare, send
 from moe_compress.recipe import Options, Recipe
 from moe_compress.report.record import Record, failures_beside, gather
@@ -156,7 +157,10 @@ def compare(
             raise ValueError(f"{prompts}: every prompt is a single token, which predicts nothing: give longer ones.")
     with threads(run.options.threads), progress_bar("comparing") as progress:
         one, other = (evaluation.layers_of(each, run).model for each in (first, second))
-        return generations.compare(one, other, tokenizer, given, windows, count, progress)
+        found = generations.compare(one, other, tokenizer, given, windows, count, progress)
+    names = {"before": Path(first.name).name, "after": Path(second.name).name}
+    keep(run.results("generations") / f"{names['before']}-{names['after']}.json", {**names, **asdict(found)})
+    return found
 
 
 def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Options:

@@ -8,7 +8,10 @@ from typing import Any
 
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.writer import manifest_of
-from moe_compress.model.packing_config import says_packed
+from moe_compress.harness.flops import sizes
+from moe_compress.model import hf
+from moe_compress.model.applying import apply_edits
+from moe_compress.model.packing_config import packed_edits, says_packed, scale_bytes
 from moe_compress.report.card import model_card, untouched
 from moe_compress.report.record import Record
 from moe_compress.runtime import atomic_write
@@ -30,8 +33,16 @@ def card_of(
     return model_card(
         manifest, record, original, name=name, packed=says_packed(values),
         base_card=_text(base.folder / CARD), licence_text=_text(licences[0]) if licences else "",
-        licence_files=[path.name for path in licences],
+        licence_files=[path.name for path in licences], sizes=None if record else _sizes(base, values),
     )  # fmt: skip
+
+
+def _sizes(base: Checkpoint, values: Mapping[str, Any]) -> dict[str, float]:
+    """What the config alone says of a checkpoint that was not evaluated; FLOPs depend on a text and are left out."""
+    model = hf.skeleton(hf.config_from(dict(values)), base.stored_dtype)
+    apply_edits(model, packed_edits(model, values))
+    found = sizes(model, 1, base.stored_dtype, scale_bytes(values)).to_json()
+    return {key: value for key, value in found.items() if key != "flops_per_token"}
 
 
 def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, original: Record) -> None:

@@ -11,6 +11,14 @@ from moe_compress.report.record import VERSION, digest_of
 from moe_compress.runtime import as_json, write_json
 
 
+def keep(path: Path, values: dict[str, Any]) -> Path:
+    """Write values as JSON with a digest, whole or not at all."""
+    # Read again, so that the digest is of what a reader of the file will see.
+    sealed = {**json.loads(as_json(values)), "version": VERSION}
+    write_json(path, {**sealed, "digest": digest_of(sealed)})
+    return path
+
+
 class Kept:
     """A dataclass that is kept in a folder, named by its model unless it says otherwise."""
 
@@ -27,8 +35,4 @@ class Kept:
 
     def save(self, folder: Path) -> Path:
         """Write it, and say where."""
-        path = folder / f"{self.file_name}.json"
-        # Read again, so that the digest is of what a reader of the file will see.
-        values = {**json.loads(as_json(self.to_json())), "version": VERSION}
-        write_json(path, {**values, "digest": digest_of(values)})
-        return path
+        return keep(folder / f"{self.file_name}.json", self.to_json())

@@ -61,12 +61,14 @@ def model_card(
     base_card: str = "",
     licence_text: str = "",
     licence_files: Sequence[str] = (),
+    sizes: Mapping[str, float] | None = None,
 ) -> str:
     """The card as Markdown with a YAML head.
 
     manifest: what moe_compress.json holds; record, original: of the evaluation, if there was one; name: the
     checkpoint's; packed: whether its weights are of few bits; base_card, licence_text: README.md and LICENSE of the
-    original, '' where it has none; licence_files: those that come with this folder.
+    original, '' where it has none; licence_files: those that come with this folder; sizes: where there is no
+    record.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
@@ -80,7 +82,7 @@ def model_card(
         "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
         "## How to load it\n\n" + _loading(name, edited, packed),
         *([_measured(record)] if record is not None else []),
-        *([_sizes(record, original)] if record is not None else []),
+        _sizes(record.sizes if record is not None else sizes, original),
         _hashes(manifest, record),
         f"## Licence\n\n{_licence_words(licence, base, licence_files)}",
     ]
@@ -165,12 +167,12 @@ def _value(name: str, metric: Metric) -> str:
     return f"{metric.value:{form}} [{low:{form}}, {high:{form}}]{same}"
 
 
-def _sizes(record: Record, original: Record | None) -> str:
+def _sizes(sizes: Mapping[str, float] | None, original: Record | None) -> str:
     rows = ["## Sizes", "", "| | this | original |", "|---|---|---|"]
     for key, name in SIZES.items():
-        if key in record.sizes:
+        if sizes and key in sizes:
             before = f"{original.sizes[key]:,.0f}" if original is not None and key in original.sizes else ""
-            rows.append(f"| {name} | {record.sizes[key]:,.0f} | {before} |")
+            rows.append(f"| {name} | {sizes[key]:,.0f} | {before} |")
     return "\n".join(rows)
 
 
