@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,16 @@ def loaded(results: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def paper(folder: Path) -> str:
+    """The table of scripts/benchmark/paper_table.sh, and its front of bytes for each model."""
+    text = (folder / "paper_table.md").read_text(encoding="utf-8").partition("\n")[2].strip()
+    parts = ["**Trimming x slimming**, the grid of Table 3 of arXiv 2406.02500 on the tiny models:"]
+    parts.append(re.sub(r"^## (.*)$", r"\1:", text, flags=re.MULTILINE))
+    for path in sorted((folder / "plots").glob("*-bytes.png")):
+        parts.append(f"![{path.stem}](results/{folder.name}/plots/{path.name})")
+    return "\n\n".join(parts) + "\n"
+
+
 def orderings(records: Sequence[Record], documents: Path, pairs: Sequence[tuple[str, str]]) -> str:
     """Differences between recipes, paired by document, each side the mean of its seeds."""
     rows: dict[tuple[str, str], Row] = {}
@@ -278,6 +289,8 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     if (documents.parent / "quantization.json").is_file():
         where = "Loaded and run in bf16 on two CPU cores, where products in bf16 are slow, the original beside it;"
         parts += [f"{where} models this small have little to gain:", loaded(documents.parent)]
+    if (documents.parent / "paper_table" / "paper_table.md").is_file():
+        parts += [paper(documents.parent / "paper_table")]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
