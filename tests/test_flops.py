@@ -11,6 +11,7 @@ from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
 import tiny
+from moe_compress import zoo
 from moe_compress.checkpoint.locate import config_folder
 from moe_compress.checkpoint.reader import architecture_values
 from moe_compress.flops_report import flops
@@ -308,6 +309,18 @@ def test_report_names_what_disagrees():
 def test_bad_input_is_one_sentence(model, options, said):
     with pytest.raises(ValueError, match=said):
         flops(model, **options)
+
+
+def test_a_config_that_describes_no_model_is_refused(tmp_path):
+    values = json.loads((zoo.path("tiny-mixtral") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "num_local_experts": -3}))
+    with pytest.raises(ValueError, match="describes a mixtral model that cannot be built"):
+        flops(tmp_path)
+
+
+def test_the_window_of_chunked_attention_is_that_of_the_layer(family_folder):
+    report = flops(family_folder("llama4_text"), tokens=12, check=True)
+    assert report.agrees
 
 
 def test_a_folder_without_config_is_refused(tmp_path):

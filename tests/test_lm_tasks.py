@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 pytest.importorskip("lm_eval")
@@ -352,6 +353,18 @@ def test_bad_numbers_and_models(reader_folder, family_folder, options, monkeypat
         ValueError, match=r"has to be whole for tasks: .* as float32 in memory, but cpu has 1000 B free"
     ):
         report(base, base, options, limit=1)
+
+
+def test_broken_weights_and_too_many_examples_are_refused(reader_folder, options, tmp_path):
+    folder = tmp_path / "nan"
+    shutil.copytree(reader_folder("mixtral"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="likelihoods are not finite on the task local_cloze"):
+        report(folder, folder, options)
+    with pytest.raises(ValueError, match="fewshot=999: the local tasks have 20 examples"):
+        report(folder, folder, options, fewshot=999)
 
 
 def test_without_lm_eval(monkeypatch):

@@ -191,13 +191,82 @@ def test_records_older_than_the_digest_are_read(tmp_path):
     assert read_records([path])[0][0].digest is None
     del values["protocol"]["id"]
     path.write_text(json.dumps(values))
-    assert "its protocol has no id" in read_records([path])[1][0]
+    assert "protocol.id: Field required" in read_records([path])[1][0]
 
 
 def test_a_record_read_and_saved_again_keeps_its_digest(tmp_path):
     first = ORIGINAL.save(tmp_path).read_bytes()
     (again,) = load_records([tmp_path / "tiny-original.json"])
     assert again.save(tmp_path).read_bytes() == first
+
+
+CALIBRATED = {"calibration_seconds": 1.0, "surgery_seconds": 1.0, "peak_bytes": 1}
+MALFORMED = [
+    (lambda r: r["protocol"]["text"].pop("tokens"), "protocol.text.tokens: Field required"),
+    (lambda r: r["protocol"].update(text="zoo"), "protocol.text: Input should be"),
+    (lambda r: r["recipe"][0].pop("given"), "recipe.0.given: Field required"),
+    (lambda r: r["recipe"][0].pop("parameters"), "recipe.0.parameters: Field required"),
+    (lambda r: r.update(cost={"peak_bytes": 1}), "cost.calibration_seconds: Field required"),
+    (lambda r: r.update(report=[{"calibration": "none"}]), "report.0.calibration: Input should be"),
+    (lambda r: r["metrics"]["perplexity"].update(value=float("nan")), "metrics.perplexity: .*is no number"),
+    (lambda r: r["metrics"]["perplexity"].update(interval=[15, 12]), "ends before it begins"),
+    (lambda r: r["sizes"].update(bytes=float("inf")), "sizes.bytes: Input should be a finite number"),
+]
+
+
+@pytest.mark.parametrize(("harm", "said"), MALFORMED)
+def test_a_malformed_record_among_good_ones_is_named_and_left_out(harm, said, tmp_path):
+    """Even where its digest fits, as another program may have written it."""
+    ORIGINAL.save(tmp_path / "records")
+    path = WORSE.model_copy(update={"cost": CALIBRATED}).save(tmp_path / "records")
+    values = json.loads(path.read_text())
+    harm(values)
+    path.write_text(json.dumps({**values, "digest": digest_of(values)}))
+    assert re.search(said, read_records([path])[1][0])
+    made = report_page.make_report([tmp_path / "records"], tmp_path / "out")
+    assert len(made.skipped) == 1 and "worse.json" in made.skipped[0]
+    assert len(api.table([tmp_path / "records"])[0].rows) == 1
+
+
+def test_a_wrecked_model_has_a_row_and_no_point(tmp_path):
+    perplexity = Metric(value=math.inf, unit="perplexity", interval=(1e300, math.inf))
+    wrecked = WORSE.model_copy(update={"metrics": {"perplexity": perplexity}})
+    for each in (ORIGINAL, SAME_AS, wrecked):
+        each.save(tmp_path / "records")
+    made = report_page.make_report([tmp_path / "records"], tmp_path / "out")
+    assert made.skipped == [] and "inf" in made.files[0].read_text()
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda found: found.update(model=5),
+        lambda found: found["found"]["points"][0].update(batch=[1]),
+        lambda found: found["found"]["points"][0]["decode"].update(speedup_interval=[2, 1]),
+        lambda found: found["found"]["points"][0]["decode"].update(speedup=-1.0, speedup_interval=[-2, 1]),
+        lambda found: found["found"]["points"][0]["prefill"].update(speedup=float("nan")),
+        lambda found: found.pop("fingerprint"),
+    ],
+)
+def test_a_broken_speed_file_is_named_and_left_out(harm, tmp_path):
+    found = speed_file("worse", 2.0)
+    harm(found)
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(found))
+    good, wrong = beside.read_json([path], beside.timed, "speed")
+    assert good == [] and "speed.json is no speed file of moe-compress" in wrong[0]
+
+
+def test_names_cannot_break_a_table_nor_leave_the_folder(tmp_path):
+    odd = record("odd", 2.5, [("prune", {"x": "a|b\nnew"})])
+    (table,) = make_tables([ORIGINAL, odd])
+    body = [line for line in table.markdown().splitlines() if line.startswith("|")]
+    assert len(body) == 4 and all(len(re.findall(r"(?<!\\)\|", line)) == len(table.frame.columns) + 1 for line in body)
+    elsewhere = [each.model_copy(update={"model": "../../evil\nname"}) for each in (ORIGINAL, odd)]
+    for path in write_tables(make_tables(elsewhere), tmp_path / "out"):
+        assert path.parent == tmp_path / "out" and path.is_file() and "\n" not in path.name
+    several = [ORIGINAL.model_copy(update={"base": {"fingerprint": f"{n}", "commit": None}}) for n in range(4)]
+    assert len({path.name for path in write_tables(make_tables(several), tmp_path / "several")}) == 7
 
 
 # --- fronts -------------------------------------------------------------------------------------------------------

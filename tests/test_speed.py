@@ -230,12 +230,51 @@ def test_models_that_do_not_fit_are_refused_with_what_they_need(reader_folder, o
         ({"batches": "-1"}, "counts from 1 up"),
         ({"prompts": "4000"}, "was made for 64. Use prompts= with shorter ones."),
         ({"seconds": "nan"}, "seconds= from 0 up"),
+        ({"seconds": "inf"}, "seconds= from 0 up"),
+        ({"seconds": "-5"}, "seconds= from 0 up"),
+        ({"tokens": "0"}, "counts from 1 up"),
+        ({"runs": "0"}, "counts from 1 up"),
+        ({"threads": "0"}, "counts from 1 up"),
         ({"prompt": "8"}, "speed has no option 'prompt'; it takes: prompts, batches, tokens, .*, original, results"),
     ],
 )
 def test_bad_words(words, said, reader_folder, options):
     with pytest.raises(ValueError, match=said):
         moe_compress.speed(str(reader_folder("mixtral")), results=options["results"], **words)
+
+
+@pytest.mark.parametrize("when", ["while it waits", "while it is asked"])
+def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatch):
+    killed = worker.Worker(reader_folder("mixtral"), worker.How("float32", "cpu", 1))
+    with pytest.raises(ValueError, match="ended early"), killed:
+        killed.process.kill()
+        if when == "while it waits":
+            killed.process.join()
+        for _ in range(3):
+            killed.ask("prefill", Point(1, 8, 2))
+    assert not killed.process.is_alive()
+
+
+def test_a_worker_ends_when_nobody_is_left_to_ask(reader_folder):
+    left = worker.Worker(reader_folder("mixtral"), worker.How("float32", "cpu", 1))
+    left.process.start()
+    left._answer()
+    left.connection.close()
+    left.process.join(10)
+    assert left.process.exitcode == 0
+
+
+def test_states_of_recurrent_layers_are_part_of_the_cache():
+    layer = type("Layer", (), {})()
+    layer.keys, layer.states = torch.zeros(2), {"conv": [torch.zeros(3)], "recurrent": torch.zeros(4), "none": None}
+    assert sum(t.numel() for t in worker.cache_tensors(type("Cache", (), {"layers": [layer]})())) == 9
+
+
+def test_every_expert_of_llama4_is_read(family_folder):
+    model = moe_compress.load(str(family_folder("llama4_text")), torch.float32)
+    assert step_bytes(model, 1) == pytest.approx(
+        sum(t.nbytes for t in weight_tensors(model)) - model.get_input_embeddings().weight[1:].nbytes
+    )
 
 
 def test_a_quick_setting_is_one_short_point():

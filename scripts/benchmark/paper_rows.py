@@ -241,6 +241,12 @@ def _failures(folder: Path, found: Sequence[Cell], values: Mapping[str, Any]) ->
             ).save(path.parent)
 
 
+def _without_turns(point: Mapping[str, Any]) -> dict[str, Any]:
+    """Every turn is in the speed file."""
+    timed = {what: {k: v for k, v in point[what].items() if k != "turns"} for what in ("prefill", "decode")}
+    return {**point, **timed}
+
+
 def _numbers(cell: Cell) -> dict[str, Any]:
     """What stands behind a row."""
     return {
@@ -249,7 +255,7 @@ def _numbers(cell: Cell) -> dict[str, Any]:
         "record": cell.record.name if cell.record else None,
         "sizes": cell.record.sizes if cell.record else None,
         "metrics": {k: m.model_dump() for k, m in cell.record.metrics.items()} if cell.record else None,
-        "points": cell.speed["found"]["points"] if cell.speed else None,
+        "points": [_without_turns(point) for point in cell.speed["found"]["points"]] if cell.speed else None,
         "prefill_flops": cell.flops["total"]["prefill"] if cell.flops else None,
         "tasks": {"tasks": cell.tasks["tasks"], "average": cell.tasks["average"]} if cell.tasks else None,
         "missing": dict(cell.reasons),

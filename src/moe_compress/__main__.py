@@ -6,6 +6,7 @@ Words are `key=value`; see `moe_compress/recipe.py`. Whatever a user can get wro
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 
 from moe_compress.words import words_of
 
-INTERRUPTED, UNASKED = 130, 3
+INTERRUPTED, TERMINATED, UNASKED = 130, 143, 3
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
@@ -47,25 +48,28 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say 
 def compress(words: Annotated[list[str], _words(RECIPE)]) -> None:
     """Run a recipe, for example: compress "expert_drop score=reap ratio=0.25" model=tiny-mixtral."""
     from moe_compress import api, recipe
+    from moe_compress.terminal import show_result
 
     sentence, overrides = recipe.split_words(words)
-    _show(api.compress(sentence, *overrides))
+    show_result(api.compress(sentence, *overrides))
 
 
 @app.command()
 def apply(words: Annotated[list[str], _words("a plan.json, then options of the run as key=value words.")]) -> None:
     """Apply a saved plan without calibration: apply plan.json [model=...] [any_model=true] [out=...]."""
     from moe_compress import api
+    from moe_compress.terminal import show_result
 
-    _show(api.apply(words[0], **_pairs(words[1:])))
+    show_result(api.apply(words[0], **_pairs(words[1:])))
 
 
 @app.command()
 def evaluate(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
     """Measure a checkpoint against its original: evaluate FOLDER [original=...] [eval_data=...]."""
     from moe_compress import api
+    from moe_compress.terminal import show_result
 
-    _show(api.evaluate(words[0], **_pairs(words[1:])))
+    show_result(api.evaluate(words[0], **_pairs(words[1:])))
 
 
 @app.command()
@@ -194,9 +198,11 @@ def table(words: Records = None) -> None:
     """Make tables from records (Markdown, CSV, LaTeX, JSON), one per protocol and model: table [RECORDS] [out=DIR]."""
     from moe_compress.report.record import failures_beside, gather
     from moe_compress.report.table import make_tables, write_tables
+    from moe_compress.runtime import require_writable
     from moe_compress.terminal import show_tables
 
     places, out = _places(words)
+    require_writable(out, f"out={out}")
     found, skipped = gather(places)
     failures, wrong = failures_beside(places)
     tables, skipped = make_tables(found, failures), skipped + wrong
@@ -261,21 +267,9 @@ def _only(options: dict[str, str], known: tuple[str, ...], command: str) -> dict
     return options
 
 
-def _show(result: object) -> None:
-    from moe_compress.api import Result
-    from moe_compress.report.table import make_tables
-    from moe_compress.terminal import show_run
-
-    assert isinstance(result, Result)
-    rows = [record for record in (result.original, result.record) if record is not None]
-    unique = list({record.name: record for record in rows}.values())
-    if unique:
-        show_run(make_tables(unique))
-    typer.echo(f"checkpoint: {result.folder}")
-
-
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
     try:
         app(args=words_of(sys.argv[1:]))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -146,6 +146,9 @@ def compare(
     if first.config.vocab_size != second.config.vocab_size:
         raise ValueError(f"{first.name} and {second.name} have different vocabularies: they cannot be compared.")
     count = registry.coerce(int, max_tokens, "max_tokens")
+    positions = getattr(first.config, "max_position_embeddings", None) or count + 1
+    if not 0 < count < positions:
+        raise ValueError(f"max_tokens={count}: a number from 1 to {positions - 1} is needed for {first.name}.")
     run = start(_options_for(before, {**options, "resident": True}, "compare"))
     if str(prompts) == "default":
         given, windows = list(generations.DEFAULT_PROMPTS), run.windows("heldout", first)

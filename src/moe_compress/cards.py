@@ -48,7 +48,7 @@ def _sizes(base: Checkpoint, values: Mapping[str, Any]) -> dict[str, float]:
 def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, original: Record) -> None:
     """Put an evaluation into the card that was written with a checkpoint of ours; nothing for any other folder."""
     manifest, path = manifest_of(checkpoint.folder), checkpoint.folder / CARD
-    if manifest is None or checkpoint.folder == base.folder:
+    if manifest is None or manifest["base"]["fingerprint"] != base.fingerprint:
         return
     # A card that was changed since it was written is its owner's.
     if untouched(_text(path)):

@@ -22,7 +22,7 @@ from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.report.record import Metric, Record, environment, now
 from moe_compress.run import Run
-from moe_compress.runtime import dtype_name, fingerprint, log
+from moe_compress.runtime import dtype_name, fingerprint, log, one_at_a_time
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
 from moe_compress.terminal import progress_bar
@@ -62,12 +62,13 @@ def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> tuple[Ori
     """The original's measurement, final hidden states and routing, measured once and kept under runs/originals."""
     path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
     routed = path.with_suffix(".routing.safetensors")
-    if not path.is_file() or not routed.is_file():
-        log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
-        layers = layers_of(checkpoint, run)
-        measurement, hidden_NSD, samples = _measure(layers, checkpoint, stick, None, run)
-        routing.save(routed, samples)
-        perplexity.save_original(path, measurement, hidden_NSD)
+    with one_at_a_time(path.with_suffix(".lock"), f"measuring {checkpoint.name}"):
+        if not path.is_file() or not routed.is_file():
+            log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
+            layers = layers_of(checkpoint, run)
+            measurement, hidden_NSD, samples = _measure(layers, checkpoint, stick, None, run)
+            routing.save(routed, samples)
+            perplexity.save_original(path, measurement, hidden_NSD)
     outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
     try:
         return perplexity.load_original(path, outer.model, stick.windows), routing.load(routed)
@@ -119,7 +120,8 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run).sealed()
     if checkpoint.folder == base.folder:
         return first, first
-    measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
+    with one_at_a_time(run.results("originals") / f"{_pair(checkpoint, stick)}.lock", f"measuring {checkpoint.name}"):
+        measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
     found = statistics.metrics(measurement, original.measurement) | _routing(checkpoint, base, routed, samples, stick)
     record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run).sealed()
     for name, sums in ((first.name, original.measurement), (record.name, measurement)):
@@ -151,19 +153,26 @@ def make_record(
     skeleton = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
     counted = sizes(skeleton, stick.windows.ids_NS.shape[1], checkpoint.stored_dtype)
     is_original = checkpoint.folder == base.folder
-    title = f"{Path(base.name).name}-original" if is_original else checkpoint.folder.name
+    if is_original:
+        name = f"{Path(base.name).name}-original-{_pair(base, stick)[:6]}"
+    else:
+        # Folders of one name may hold other checkpoints, now or later.
+        identity = fingerprint(checkpoint.fingerprint, _pair(base, stick))
+        name = run.options.name or f"{checkpoint.folder.name}-{identity[:6]}"
+    # Beside a model that it was not made from, its recipe says nothing.
+    told = manifest if manifest.get("base", {}).get("fingerprint") == base.fingerprint else {}
     return Record(
-        name=(not is_original and run.options.name) or f"{title}-{_pair(base, stick)[:6]}",
+        name=name,
         model=Path(base.name).name,
         base={"commit": base.commit, "fingerprint": base.fingerprint},
-        recipe=manifest.get("stages") or [],
+        recipe=told.get("stages") or [],
         seed=run.options.seed,
         form="original" if is_original else manifest.get("form", "plain"),
         protocol=stick.protocol,
         metrics={name: Metric(**value) for name, value in metrics.items()},
         sizes={**counted.to_json(), "bytes": checkpoint.bytes},
-        cost=_cost(manifest),
-        report=manifest.get("report") or [],
+        cost=_cost(told),
+        report=told.get("report") or [],
         environment=environment(),
         written=now(),
         fingerprint=checkpoint.fingerprint,

@@ -48,7 +48,8 @@ def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
     placed = {index: 1 + max(place) for index, place in found.place.items() if index in after}
     if len(found.source) != checkpoint.num_layers or placed != after:
         raise ValueError(
-            f"{checkpoint.name} has other layers or experts than {base.name}, and no {PLAN} that says which is which."
+            f"{checkpoint.name} has other layers or experts than {base.name}, and "
+            + (f"its {PLAN} does not lead to them." if stages else f"no {PLAN} that says which is which.")
         )
     return found
 

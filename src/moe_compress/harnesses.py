@@ -37,7 +37,7 @@ def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setti
     results = Path(setting.pop("results", "runs"))
     opened = open_model(str(checkpoint))
     base, asked = base_of(opened, original), setting_of(**_known(setting, setting_of, "speed", "original"))
-    require_writable(results, f"results={results}")
+    require_writable(results / "speed", f"results={results}")
     report = speed_report(opened, base, asked)
     report.save(results / "speed")
     return report
@@ -80,8 +80,9 @@ def tasks(
 
 def flops(model: str | Path, /, results: str | Path = "runs", **words: Any) -> FlopsReport:
     """Count a model's FLOPs, parameters and bytes by component, from its config alone: see flops_report.flops."""
-    report = flops_report.flops(model, **_known(words, flops_report.flops, "flops"))
-    require_writable(Path(results), f"results={results}")
+    known = _known(words, flops_report.flops, "flops")
+    require_writable(Path(results) / "flops", f"results={results}")
+    report = flops_report.flops(model, **known)
     report.save(Path(results) / "flops")
     return report
 
@@ -92,7 +93,7 @@ def verify(checkpoint: str | Path, /, results: str | Path = "runs") -> Verificat
     Its `problems` are empty where all is well.
     """
     opened = open_model(str(checkpoint))
-    require_writable(Path(results), f"results={results}")
+    require_writable(Path(results) / "verification", f"results={results}")
     found = verification.verify(opened)
     found.save(Path(results) / "verification")
     return found

@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_compress.report import beside, pareto, pictures, plots
 from moe_compress.report.page import Contents, Gallery, Section, render
 from moe_compress.report.record import beside as places_beside
-from moe_compress.report.record import failures_beside, gather
+from moe_compress.report.record import failures_beside, gather, write_whole
 from moe_compress.report.table import make_tables, stems
 from moe_compress.runtime import log, require_writable
 
@@ -34,7 +34,7 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
 
     Files that are none of ours, or were changed, are named in a warning and skipped. ValueError without any record.
     """
-    require_writable(Path(out), f"out={out}")
+    require_writable(Path(out) / "plots", f"out={out}")
     good, skipped = gather(records)
     places = places_beside(records)
     failures, wrong = failures_beside(records)
@@ -58,10 +58,9 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
     homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:
         log.warning("skipped: %s.", sentence)
-    page = Path(out) / PAGE
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(render(Contents(sections, homeless, galleries, skipped)), encoding="utf-8")
-    return Report([page, *_plots(sections, Path(out) / "plots")], skipped)
+    files = _plots(sections, Path(out) / "plots")
+    page = write_whole(Path(out) / PAGE, render(Contents(sections, homeless, galleries, skipped)))
+    return Report([page, *files], skipped)
 
 
 def _files(places: Sequence[Path], pattern: str) -> Iterator[Path]:

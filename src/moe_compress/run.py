@@ -19,6 +19,8 @@ from moe_compress.runtime import RunLog, log, require_writable, resolve_device, 
 from moe_compress.stream.data import Windows, make_windows
 from moe_compress.stream.documents import DataSpec, Use
 
+KEPT = ("logs", "records", "documents", "originals", "calibrations")
+
 
 @dataclass
 class Run:
@@ -76,8 +78,9 @@ def text_spec(options: Options, use: Use) -> DataSpec:
 
 
 def start(options: Options) -> Run:
-    """A run with its own log file under runs/logs (results=)."""
-    require_writable(Path(options.results), f"results={options.results}")
+    """A run with its own log file under runs/logs (results=). ValueError where its folders cannot be written to."""
+    for folder in KEPT:
+        require_writable(Path(options.results) / folder, f"results={options.results}")
     stamp = now().replace(":", "")
     path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
     return Run(options, RunLog(path, options=options.model_dump()))
@@ -92,6 +95,7 @@ def beside(
     given = make_options({**options, "model": checkpoint})
     opened = open_model(given.model, given.revision)
     base = base_of(opened, original)
+    require_writable(Path(given.results) / command, f"results={given.results}")
     return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
 
 

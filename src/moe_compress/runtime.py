@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import ctypes.util
 import difflib
+import fcntl
 import functools
 import hashlib
 import json
@@ -204,6 +205,21 @@ class RunLog:
             first = [] if self.path.exists() else [{"event": "started", "seconds": 0.0, **self.options}]
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(each) + "\n" for each in [*first, line])
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path, what: str) -> Iterator[None]:
+    """Wait until no other process is in here with the same lock, a file of no content that stays."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another run is %s: waiting for it.", what)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            log.debug("%s is on a file system without locks.", lock)
+        yield
 
 
 @contextlib.contextmanager

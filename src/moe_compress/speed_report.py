@@ -45,9 +45,9 @@ def setting_of(
     *,
     prompts: str = "",
     batches: str = "",
-    tokens: int | str = 0,
-    runs: int | str = 0,
-    seconds: float | str = -1.0,
+    tokens: int | str | None = None,
+    runs: int | str | None = None,
+    seconds: float | str | None = None,
     quick: bool | str = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -60,12 +60,14 @@ def setting_of(
     where = resolve_device(device)
     short = coerce(bool, quick, "quick")
     whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if short else Setting()
-    turns, least = coerce(int, runs, "runs"), coerce(float, seconds, "seconds")
-    effort = Effort(turns or whole.effort.runs, whole.effort.seconds if least < 0 else least)
+    effort = Effort(
+        whole.effort.runs if runs is None else coerce(int, runs, "runs"),
+        whole.effort.seconds if seconds is None else coerce(float, seconds, "seconds"),
+    )
     found = Setting(
         numbers(prompts, "prompts") if prompts else whole.prompts,
         numbers(batches, "batches") if batches else whole.batches,
-        coerce(int, tokens, "tokens") or whole.tokens,
+        whole.tokens if tokens is None else coerce(int, tokens, "tokens"),
         effort,
         dtype_name(resolve_dtype(dtype, where)),
         str(where),

@@ -68,6 +68,8 @@ def task_report(
         if value is not None and value < least:
             raise ValueError(f"{name}={value}: a number from {least} is needed.")
     chosen = task_choice.choose(tasks, fewshot)
+    for each in (base, checkpoint):
+        load_tokenizer(each.folder, each.config.vocab_size)
     settings = {
         "limit": limit,
         "fewshot": fewshot,

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import rich.box
 import rich.table
@@ -15,7 +16,7 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from moe_compress.report.table import Table
+from moe_compress.report.table import Table, make_tables
 
 ROWS_AS_COLUMNS = 3
 console = Console(stderr=True)
@@ -79,6 +80,14 @@ def show_run(tables: Sequence[Table]) -> None:
             Console().print(Markdown(heading), Markdown(how), _turned(found))
         else:
             sys.stdout.write(found.markdown(turned=True) + "\n")
+
+
+def show_result(result: Any) -> None:
+    """Print what a command made: the rows of checkpoint and original, and where the checkpoint is."""
+    rows = {record.name: record for record in (result.original, result.record) if record is not None}
+    if rows:
+        show_run(make_tables(rows.values()))
+    sys.stdout.write(f"checkpoint: {result.folder}\n")
 
 
 def _turned(found: Table) -> rich.table.Table:

@@ -217,11 +217,26 @@ def manifest_of(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or "identity" not in manifest:
+    if not isinstance(manifest, dict) or not _is_whole(manifest):
         raise ValueError(
             f"{path} is not what moe-compress writes into a checkpoint: remove it, or make the folder anew."
         )
     return manifest
+
+
+def _is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest has what its readers need."""
+    base, stages, cost = (manifest.get(key) for key in ("base", "stages", "cost"))
+    return (
+        {"identity", "form"} <= manifest.keys()
+        and isinstance(base, dict)
+        and {"model", "commit", "fingerprint"} <= base.keys()
+        and isinstance(stages, list)
+        and all(isinstance(stage, dict) and {"method", "given", "parameters"} <= stage.keys() for stage in stages)
+        and isinstance(manifest.get("report"), list)
+        and isinstance(cost, dict)
+        and {"surgery_seconds", "peak_bytes"} <= cost.keys()
+    )
 
 
 def remove_intermediate(folder: Path) -> None:

@@ -7,6 +7,7 @@ a second on a report of the machine; the numbers are the same. D documents, C ch
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,8 @@ def _scores(chosen: Chosen, samples: dict[str, list[dict[str, Any]]]) -> Scores:
     document = torch.tensor([int(sample["doc_hash"][:15], 16) for sample in logged])
     first = [[tries[0] for tries in sample["resps"]] for sample in logged]
     known = [[each[0] for each in row] if isinstance(row[0], tuple) else [] for row in first]
+    if not all(math.isfinite(value) for row in known for value in row):
+        raise ValueError(f"the model's likelihoods are not finite on the task {chosen.name}: its weights are broken.")
     width = max(map(len, known))
     padded = [[*row, *[float("nan")] * (width - len(row))] for row in known]
     return Scores(values.bool(), document, torch.tensor(padded, dtype=torch.float64))

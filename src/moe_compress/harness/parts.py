@@ -150,6 +150,9 @@ def _attention(config: Any, layer: nn.Module, mixer: Any) -> Attention:
 def _window(config: Any, layer: nn.Module, mixer: nn.Module) -> int | None:
     """How many tokens the cache of an attention holds at most; None: all."""
     kinds = [getattr(module, key, None) for module in (layer, mixer) for key in KINDS]
+    by_layer, index = getattr(config, "layer_types", None), getattr(mixer, "layer_idx", None)
+    if by_layer is not None and index is not None:
+        kinds.append(by_layer[index])
     if "chunked_attention" in kinds:
         return int(config.attention_chunk_size)
     everywhere = getattr(config, "sliding_window", None) if getattr(config, "layer_types", None) is None else None

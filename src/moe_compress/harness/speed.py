@@ -7,6 +7,7 @@ the machine for a while slows both. The numbers are medians of paired ratios wit
 from __future__ import annotations
 
 import functools
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,7 +43,7 @@ class Setting:
         """All of them. ValueError for counts below one."""
         if (
             min(*self.prompts, *self.batches, self.tokens, self.threads, self.effort.runs) < 1
-            or not self.effort.seconds >= 0
+            or not 0 <= self.effort.seconds < math.inf
         ):
             raise ValueError(
                 "prompts=, batches=, tokens=, threads= and runs= are counts from 1 up, seconds= from 0 up."

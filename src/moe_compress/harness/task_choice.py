@@ -74,6 +74,8 @@ def choose(words: str | Sequence[str], fewshot: int = 0) -> list[Chosen]:
 
 
 def _choose(word: str, fewshot: int) -> list[Chosen]:
+    if word == "local" and fewshot > SHOTS:
+        raise ValueError(f"fewshot={fewshot}: the local tasks have {SHOTS} examples.")
     if word == "local":
         return [Chosen(name, _metric(task), (task,)) for name, task in _local(fewshot > 0).items()]
     if word == "paper":

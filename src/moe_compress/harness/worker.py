@@ -5,6 +5,7 @@ Never are two of them asked at once, so that each has the machine to itself.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import time
@@ -19,11 +20,13 @@ from torch import Tensor, nn
 from moe_compress import zoo
 from moe_compress.checkpoint.load import load_as_run
 from moe_compress.checkpoint.reader import open_checkpoint
+from moe_compress.model import hf
 from moe_compress.model.moe import moe_views
 from moe_compress.model.packed import PackedMatrix
 from moe_compress.runtime import DTYPES, peak_memory_bytes, reset_peak_memory, return_memory, threads
 
 WARM_UP = 3
+LAST_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +61,21 @@ class Worker:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self.process.is_alive():
+        with contextlib.suppress(OSError):  # it has ended already
             self.connection.send(("end", None))
-        self.process.join()
+        self.process.join(LAST_SECONDS)
+        self.process.kill()
 
     def ask(self, what: str, point: Point) -> Any:
         """The answer to one question: seconds of `prefill` or `decode` (all tokens), or their `memory`."""
-        self.connection.send((what, point))
+        with contextlib.suppress(OSError):  # the answer is then that it ended
+            self.connection.send((what, point))
         return self._answer()
 
     def _answer(self) -> Any:
         try:
             answer = self.connection.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise ValueError("the process that measures speed ended early: it may have run out of memory.") from error
         if isinstance(answer, Exception):
             raise answer
@@ -95,9 +100,12 @@ def serve(connection: Any, folder: Path, how: How) -> None:
             warm: set[tuple[str, Point]] = set()
             while (question := connection.recv())[0] != "end":
                 connection.send(answer(model, question[0], question[1], warm))
+    except (EOFError, BrokenPipeError, KeyboardInterrupt):
+        return  # the other end is gone
     except Exception as error:  # whatever loading and running may raise: the other end says it
         words = f"{folder}: {type(error).__name__}: {' '.join(str(error).split())}"
-        connection.send(error if isinstance(error, ValueError) else ValueError(words))
+        with contextlib.suppress(OSError):
+            connection.send(error if isinstance(error, ValueError) else ValueError(words))
 
 
 def pin(count: int) -> None:
@@ -205,10 +213,15 @@ def memory(model: Any, point: Point) -> dict[str, int]:
 
 def cache_tensors(cache: Any) -> list[Tensor]:
     """What a cache of keys and values, or of recurrent states, keeps."""
-    found = []
-    for layer in getattr(cache, "layers", ()):
-        found += [value for value in vars(layer).values() if isinstance(value, Tensor)]
-    return found
+    return [tensor for layer in getattr(cache, "layers", ()) for value in vars(layer).values() for tensor in _in(value)]
+
+
+def _in(value: Any) -> list[Tensor]:
+    """The tensors in a value, which may hold them by name or by number."""
+    if isinstance(value, Tensor):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for each in inner for tensor in _in(each)]
 
 
 def weight_tensors(module: nn.Module) -> list[Tensor]:
@@ -227,7 +240,9 @@ def step_bytes(model: Any, batch: int) -> float:
     if table.weight is not getattr(model.get_output_embeddings(), "weight", None):
         whole[id(table.weight)] = batch / len(table.weight)
     for view in moe_views(model).values():
-        share = 1 - (1 - min(view.active or view.num_experts, view.num_experts) / view.num_experts) ** batch
+        every = hf.gate_on_input(view.experts) and not view.one_by_one  # as stock transformers runs Llama-4's
+        used = view.num_experts if every or not view.active else min(view.active, view.num_experts)
+        share = 1 - (1 - used / view.num_experts) ** batch
         whole |= {id(tensor): share for tensor in weight_tensors(view.experts)}
     return sum(tensor.numel() * tensor.element_size() * whole[id(tensor)] for tensor in weight_tensors(model))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_compress.report.record import Metric, Record, require_unchanged
+from moe_compress.report.record import Metric, Record, Sound, require_unchanged
 
 Read = TypeVar("Read")
 
@@ -30,8 +30,11 @@ class Found:
     fingerprint: str
     original: str
     what: tuple[Any, ...]
-    values: Mapping[str, Metric]
+    values: Mapping[str, Sound]
     busy: bool = False
+
+    def __post_init__(self) -> None:
+        hash((self.what, *map(str.strip, (self.model, self.fingerprint, self.original))))  # TypeError for other types
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,15 @@ def timed(speed: Mapping[str, Any]) -> list[Found]:
     ]  # fmt: skip
 
 
-def _speedups(point: Mapping[str, Any]) -> dict[str, Metric]:
+def _speedups(point: Mapping[str, Any]) -> dict[str, Sound]:
     prefill, decode = (
-        Metric(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
+        Sound(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
         for what in ("prefill", "decode")
     )
     low, high = decode.interval or (decode.value, decode.value)
-    latency = Metric(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
+    if min(low, prefill.value) <= 0:
+        raise ValueError("a speedup is a number above zero")
+    latency = Sound(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
     return {"prefill x": prefill, "decoding x": decode, LATENCY: latency}
 
 
@@ -87,7 +92,7 @@ def asked(report: Mapping[str, Any]) -> list[Found]:
     tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
     if report["average"]:
         tasks["average of tasks"] = report["average"][side]
-    values = {name: Metric(**found) for name, found in tasks.items()}
+    values = {name: Sound(**found) for name, found in tasks.items()}
     what = (*report["tasks"], *(f"{key}={value}" for key, value in sorted(report["settings"].items())))
     return [Found(report["model"], report["fingerprint"], report["original"], what, values)]
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
+
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 MEANING = (
@@ -28,7 +30,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     total = report["total"]
     shown = [each for each in report["components"] if any(each[key] for key in ("parameters", "bytes", "prefill"))]
     frame = pd.DataFrame([_row(each, total["prefill"]) for each in [*shown, {"name": "all", **total}]])
-    parts = [title, frame.to_markdown(index=False, disable_numparse=True), MEANING]
+    parts = [title, formats.markdown(frame), MEANING]
     if any(each["estimate"] for each in shown):
         parts.append(ESTIMATE)
     if report["check"] is not None:
@@ -71,4 +73,4 @@ def _agreement(found: Sequence[Mapping[str, Any]]) -> str:
     apart = [f"{each['component']} ({each['phase']})" for each in found if not each["agrees"]]
     verdict = f"differs from ours: {', '.join(apart)}." if apart else "agrees to 0.1 % wherever it is comparable."
     verdict = f"Torch's own counter {verdict} Its decode step comes right behind the prefill."
-    return f"{verdict}\n\n" + pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True)
+    return f"{verdict}\n\n" + formats.markdown(pd.DataFrame(rows))

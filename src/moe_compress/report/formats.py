@@ -29,6 +29,19 @@ def escaped(text: str) -> str:
     return " ".join(text.translate(SPECIAL).split())
 
 
+def line(text: str) -> str:
+    """Text in one line."""
+    return " ".join(text.split())
+
+
+def markdown(frame: pd.DataFrame, index: bool = False) -> str:
+    """A Markdown table of text cells, each in one line, none with a bar that would end it."""
+    safe = frame.map(lambda cell: line(str(cell)).replace("|", "\\|"))
+    if index:
+        safe.columns = [line(str(name)).replace("|", "\\|") for name in safe.columns]
+    return str(safe.to_markdown(index=index, disable_numparse=True))
+
+
 def latex(title: str, how: str, frame: pd.DataFrame) -> str:
     """A booktabs longtable of the cells, without the columns that no row fills."""
     shown = frame.loc[:, (frame != "").any()]

@@ -148,7 +148,7 @@ def make_fronts(
 
     A front needs two rows whose cost is known.
     """
-    kept = [at for at, row in enumerate(rows) if all("perplexity" in record.metrics for record in row)]
+    kept = [at for at, row in enumerate(rows) if all(_finite(record) for record in row)]
     names, rows = [names[at] for at in kept], [rows[at] for at in kept]
     if not rows:
         return []
@@ -161,6 +161,12 @@ def make_fronts(
     how = f"decoding time / the original's (decoding {speedups.how})"
     fronts.append(_front(LATENCY, how, names, timed, drawn, _intervals(rows, drawn)))
     return [front for front in fronts if len(front.points) > 1]
+
+
+def _finite(record: Record) -> bool:
+    """Whether it has a perplexity that a plot can show."""
+    found = record.metrics.get("perplexity")
+    return found is not None and found.value > 0 and bool(np.isfinite([found.value, *(found.interval or ())]).all())
 
 
 def _size(row: Row, key: str, unit: float) -> Metric | None:

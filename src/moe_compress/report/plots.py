@@ -143,7 +143,9 @@ def front(stem: Path, title: str, found: Front) -> list[Path]:
     for number, point in enumerate(named, 1):
         name = f"{number}  {textwrap.shorten(point.name, NAME, placeholder=' ...')}: {point.share:.0%}"
         axes.plot([], [], " ", label=name.replace("$", r"\$"))
-    axes.set(title=title.replace("$", r"\$"), xlabel=found.label, ylabel="perplexity, root of log scale")
+    axes.set(
+        title=title.replace("$", r"\$"), xlabel=found.label.replace("$", r"\$"), ylabel="perplexity, root of log scale"
+    )
     axes.set_yticks(*zip(*up.ticks(), strict=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="on the front in ... of the draws")

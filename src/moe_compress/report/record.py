@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -14,12 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 VERSION = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "moe-compress")
-# What no table can do without, though the schema leaves it to the harness what else stands beside it.
-NEEDED = {"base": ("fingerprint",), "protocol": ("id", "text", "dtype", "device"), "sizes": ("parameters", "bytes")}
 
 
 class Metric(BaseModel):
@@ -46,7 +45,8 @@ class Sealed(BaseModel):
 
     def save(self, folder: Path) -> Path:
         """Write it under its name, whole or not at all."""
-        return _save(folder / f"{self.name}.json", self.sealed().model_dump(mode="json"))
+        text = json.dumps(self.sealed().model_dump(mode="json"), indent=1)
+        return write_whole(folder / f"{self.name}.json", text + "\n")
 
 
 class Record(Sealed):
@@ -87,10 +87,11 @@ class Failure(Sealed):
         return any(record.written >= self.written and name.fullmatch(record.name) for record in records)
 
 
-def _save(path: Path, values: Mapping[str, Any]) -> Path:
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path
 
@@ -99,6 +100,75 @@ def digest_of(values: Mapping[str, Any]) -> str:
     """Hash of a record's JSON without its own digest, whatever its spaces and the order of its keys."""
     rest = {key: value for key, value in values.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+class Sound(Metric):
+    """A metric that can be shown: numbers, ends in their order."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        low, high = self.interval or (self.value, self.value)
+        if math.isnan(self.value) or not low <= high:
+            raise ValueError("is no number, or its interval ends before it begins")
+        return self
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class _Text(_Part):
+    source: str
+    tokens: int
+    windows: int
+    length: int
+
+
+class _Protocol(_Part):
+    id: str
+    text: _Text
+    dtype: str
+    device: str
+
+
+class _Base(_Part):
+    fingerprint: str
+
+
+class _Stage(_Part):
+    method: str
+    given: dict[str, Any]
+    parameters: dict[str, Any]
+
+
+class _Reported(_Part):
+    calibration: dict[str, Any] | None = None
+
+
+class _Cost(_Part):
+    calibration_seconds: float
+    surgery_seconds: float
+    peak_bytes: float
+
+
+class _Sizes(_Part):
+    parameters: FiniteFloat
+    bytes: FiniteFloat
+
+
+class _Readable(_Part):
+    """What no table can do without; the schema leaves it to the harness what else stands beside it."""
+
+    base: _Base
+    protocol: _Protocol
+    recipe: list[_Stage]
+    metrics: dict[str, Sound]
+    sizes: _Sizes
+    cost: _Cost | None
+    report: list[_Reported]
 
 
 Kind = TypeVar("Kind", Record, Failure)
@@ -156,12 +226,20 @@ def _read(paths: Iterable[Path], kind: type[Kind], word: str) -> tuple[list[Kind
             values = json.loads(path.read_text(encoding="utf-8"))
             read = kind.model_validate(values)
             require_unchanged(values)
-            for part, keys in NEEDED.items() if kind is Record else ():
-                _require_keys(part, values[part], keys)
+            if kind is Record:
+                _Readable.model_validate({**values, "cost": values["cost"] or None})
             found.append(read)
         except (ValueError, OSError, RecursionError) as error:  # pydantic's and JSON's errors are ValueErrors
-            problems.append(f"{path} is not a {word} of moe-compress: {str(error).splitlines()[0]}")
+            problems.append(f"{path} is not a {word} of moe-compress: {_first(error)}")
     return found, problems
+
+
+def _first(error: Exception) -> str:
+    """The first thing that is wrong, in a line."""
+    if isinstance(error, ValidationError):
+        wrong = error.errors()[0]
+        return f"{'.'.join(map(str, wrong['loc']))}: {wrong['msg']}"
+    return str(error).splitlines()[0]
 
 
 def require_unchanged(values: Mapping[str, Any]) -> None:
@@ -171,12 +249,6 @@ def require_unchanged(values: Mapping[str, Any]) -> None:
         return
     if digest != digest_of(values):
         raise ValueError("it was changed after it was written, for its digest does not fit")
-
-
-def _require_keys(part: str, values: Mapping[str, Any], keys: Iterable[str]) -> None:
-    for key in keys:
-        if key not in values:
-            raise ValueError(f"its {part} has no {key}")
 
 
 def environment() -> dict[str, Any]:

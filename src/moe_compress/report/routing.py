@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
+
 HOW = {
     "teacher_forced": "Teacher-forced: each layer of both models on what enters the original's layer",
     "free_running": "Free-running: each model on its own hidden states",
@@ -30,7 +32,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         frame = pd.DataFrame([_row(layer, values) for layer, values in found["layers"].items()])
         together = ", ".join(f"{name} {_metric(value)}" for name, value in found["together"].items())
         parts.append(f"{how}. In all layers: {together}.")
-        parts.append(frame.to_markdown(index=False, disable_numparse=True))
+        parts.append(formats.markdown(frame))
     return "\n\n".join([*parts, MEANING]) + "\n"
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
 from moe_compress.report.table import SAME
 
 MIB = 2**20
@@ -43,7 +44,7 @@ MEANING = (
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    return str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))
+    return formats.markdown(pd.DataFrame(rows))
 
 
 def _times(point: Mapping[str, Any], what: str) -> dict[str, str]:

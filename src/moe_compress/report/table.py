@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from moe_compress.report import formats
-from moe_compress.report.record import Failure, Record
+from moe_compress.report.record import Failure, Record, write_whole
 
 BYTES = 2**20
 SAME = "no detectable difference"
@@ -65,8 +66,8 @@ class Table:
         """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
         how = f"{self.how()}, protocol `{self.protocol['id']}`"
         frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.whole
-        cells = frame.to_markdown(index=turned, disable_numparse=True)
-        return f"### {self.title}\n\n{how}\n\n{cells}\n"
+        cells = formats.markdown(frame, index=turned)
+        return f"### {formats.line(self.title)}\n\n{how}\n\n{cells}\n"
 
     def how(self) -> str:
         """The text, and the arithmetic it was run in."""
@@ -128,7 +129,7 @@ def one_row_each(records: Sequence[Record]) -> list[list[Record]]:
     for record in sorted(records, key=lambda record: record.written):
         stages = [{k: v for k, v in stage["parameters"].items() if k != "seed"} for stage in record.recipe]
         methods = [stage["method"] for stage in record.recipe]
-        plain_name = record.name if not record.recipe and record.form != "original" else ""
+        plain_name = f"{record.name} {record.fingerprint}" if not record.recipe and record.form != "original" else ""
         key = json.dumps([record.base, methods, stages, _calibrations(record), plain_name], sort_keys=True)
         rows.setdefault(key, {})[record.seed] = record
     return [list(row.values()) for row in rows.values()]
@@ -222,21 +223,20 @@ def _cell(records: Sequence[Record], name: str, form: str) -> str:
 def stems(tables: Sequence[Table]) -> list[str]:
     """A file name for each: model and protocol; numbered where two models have one name."""
     found: list[str] = []
+    taken: dict[str, int] = {}
     for table in tables:
-        stem = f"{table.title}-{table.protocol['id'][:6]}"
-        found.append(f"{stem}-{found.count(stem) + 1}" if stem in found else stem)
+        stem = re.sub(r"[^\w.-]+", "-", f"{table.title}-{table.protocol['id'][:6]}").lstrip(".-")
+        taken[stem] = taken.get(stem, 0) + 1
+        found.append(f"{stem}-{taken[stem]}" if taken[stem] > 1 else stem)
     return found
 
 
 def write_tables(tables: Sequence[Table], folder: Path) -> list[Path]:
     """tables.md, tables.tex and tables.json with all of them, and one CSV each."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {
         "tables.md": "\n".join(table.markdown() for table in tables),
         "tables.tex": "\n\n".join([formats.PACKAGES_NEEDED, *(table.latex() for table in tables)]) + "\n",
         "tables.json": json.dumps([table.to_json() for table in tables], indent=1) + "\n",
     }
     texts |= {f"{stem}.csv": table.csv() for stem, table in zip(stems(tables), tables, strict=True)}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    return [folder / name for name in texts]
+    return [write_whole(folder / name, text) for name, text in texts.items()]

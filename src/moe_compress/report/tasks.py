@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
 from moe_compress.report.table import SAME
 
 LEAST_P = 0.05
@@ -24,7 +25,7 @@ def as_markdown(report: Mapping[str, Any]) -> str:
         rows.append(_row("average", report["average"]))
     frame = pd.DataFrame(rows).fillna("")
     beside = f" beside {report['original']}" if "model" in rows[0] else ""
-    table = frame.to_markdown(index=False, disable_numparse=True)
+    table = formats.markdown(frame)
     return "\n\n".join([f"### {report['model']}{beside}", _settings(report["settings"]), table, MEANING]) + "\n"
 
 

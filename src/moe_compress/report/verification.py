@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from moe_compress.report import formats
+
 UNASKED = "stock transformers reads no such layout, so there was nothing to compare; moe_compress runs it"
 
 
@@ -20,4 +22,4 @@ def as_markdown(found: Mapping[str, Any]) -> str:
             f"differ by {found['error']:.1e} of their size (at most {found['tolerance']:.0e})."
         )
     rows = [{"program": c["client"], "loads it": "yes" if c["loads"] else "no", "": c["why"]} for c in found["clients"]]
-    return "\n\n".join([*parts, str(pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True))]) + "\n"
+    return "\n\n".join([*parts, formats.markdown(pd.DataFrame(rows))]) + "\n"

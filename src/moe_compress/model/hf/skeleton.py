@@ -54,6 +54,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = No
             model = AutoModelForCausalLM.from_config(config, **keywords)
     except ImportError as error:
         raise ValueError(f"attn={attn} is not available here: {error}") from error
+    except (RuntimeError, ArithmeticError, AssertionError) as error:
+        said = " ".join(str(error).split()[:30])
+        raise ValueError(f"config.json describes a {config.model_type} model that cannot be built: {said}") from error
     _keep_in_fp32(model, dtype)
     return model.eval().requires_grad_(False)
 
