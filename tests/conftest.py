@@ -19,6 +19,7 @@ import editing
 import readers
 import tiny
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
+from moe_compress.stream import fold
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -87,3 +88,17 @@ def options(texts: Path, tmp_path: Path) -> dict[str, object]:
     """What a run on a tiny reader is told, besides its model; its results are the test's own."""
     files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt")}
     return {**readers.OPTIONS, **files, "results": str(tmp_path / "results")}
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every batch that runs through a layer."""
+    calls: list[int] = []
+    real = fold.hf.run_layer
+
+    def counted(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(fold.hf, "run_layer", counted)
+    return calls

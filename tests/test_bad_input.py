@@ -823,7 +823,7 @@ def test_prompts_of_one_token_predict_nothing(reader_folder, options, tmp_path):
 def test_artefacts_that_are_not_whole(artefact, reader_folder, options, tmp_path):
     model = reader_folder("mixtral")
     moe_compress.compress("expert_drop keep=6", model=model, **options)
-    path = min((tmp_path / "results" / artefact).iterdir(), key=lambda path: len(path.name))
+    path = min((tmp_path / "results" / artefact).glob("*.safetensors"), key=lambda path: len(path.name))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"remove (it|them), and it is measured anew"):
         moe_compress.compress("expert_drop keep=4", model=model, **options)

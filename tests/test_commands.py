@@ -21,7 +21,6 @@ import readers
 from moe_compress.checkpoint.reader import open_checkpoint
 from moe_compress.model import hf
 from moe_compress.model.moe import moe_shapes
-from moe_compress.stream import fold
 from moe_compress.terminal import show_tables
 
 Folder = Callable[[str], Path]
@@ -32,20 +31,6 @@ FAMILIES = ("mixtral", "deepseek_v3")
 @pytest.fixture(autouse=True)
 def _said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moe_compress")
-
-
-@pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for every batch that runs through a layer."""
-    calls: list[int] = []
-    real = fold.hf.run_layer
-
-    def counted(*args: object) -> torch.Tensor:
-        calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(fold.hf, "run_layer", counted)
-    return calls
 
 
 def weights(folder: Path) -> dict[str, bytes]:

@@ -10,28 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 import moe_compress
 from moe_compress.report.record import load_records
-from moe_compress.stream import fold
 
 Options = dict[str, object]
-
-
-@pytest.fixture
-def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one for every batch that runs through a layer."""
-    calls: list[int] = []
-    real = fold.hf.run_layer
-
-    def counted(*args: object) -> torch.Tensor:
-        calls.append(1)
-        return real(*args)
-
-    monkeypatch.setattr(fold.hf, "run_layer", counted)
-    return calls
 
 
 def evaluated(options: Options) -> Options:
