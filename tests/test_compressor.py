@@ -714,13 +714,12 @@ def test_the_analyze_command(monkeypatch, capsys, tmp_path):
     said = command(monkeypatch, capsys, "analyze", "tiny-mixtral", "layers=1,3", *small)
     assert "| 1 " in said and "| 3 " in said and "| 2 " not in said and "512 tokens" in said
     folder = tmp_path / "runs" / "analysis" / "tiny-mixtral"
-    assert {path.name for path in folder.iterdir()} == {
-        "analysis.json", "utilization.png", "similarity.png", "reap.png", "turns.png",
-    }  # fmt: skip
+    pictures = {f"{name}.{kind}" for name in ("utilization", "similarity", "reap", "turns") for kind in ("png", "svg")}
+    assert {path.name for path in folder.iterdir()} == {"analysis.json", *pictures}
     found = json.loads((folder / "analysis.json").read_text())
     assert [layer["layer_idx"] for layer in found["layers"]] == [1, 3] and len(found["streams"]["whole layer"]) == 5
     again = moe_compress.analyze("tiny-mixtral", layers=[3], out=tmp_path / "here", samples=8, length=64)
-    assert len(again.files) == 5 and again.layers[0].utilization == found["layers"][1]["utilization"]
+    assert len(again.files) == 9 and again.layers[0].utilization == found["layers"][1]["utilization"]
     (tmp_path / "prompts.txt").write_text("The capital of France is\n\ndef fibonacci(n):\n")
     few = command(monkeypatch, capsys, "analyze", "tiny-mixtral", "prompts=prompts.txt", "layers=0", "out=few")
     assert "No verdicts: only" in few and (tmp_path / "few" / "reap.png").is_file()

@@ -198,6 +198,15 @@ def full_size_layer(hub_id: str) -> dict[str, float]:
     return {**seconds, "peak_bytes": torch.cuda.max_memory_allocated()}
 
 
+def half_as_deep(place: Path) -> dict[str, object]:
+    """The speed harness on CUDA (events, memory counters, energy where NVML is): a tiny model without two blocks."""
+    words = {"results": str(place), "eval": False, "out": str(place / "half")}
+    folder = moe_compress.compress("block_drop drop=2", model="tiny-mixtral", **words).folder
+    report = moe_compress.speed(str(folder), quick=True, device="cuda", results=place)
+    print(report.markdown())
+    return report.found
+
+
 def all_real(tokens: int) -> BatchInfo:
     """A batch of real tokens of one component."""
     return BatchInfo(
@@ -226,6 +235,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         figures["packed"] = packed_families(Path(place))
         print("packed", figures["packed"])
+    with tempfile.TemporaryDirectory() as place:
+        figures["speed"] = half_as_deep(Path(place))
     for hub_id in FULL_SIZE:
         found = full_size_layer(hub_id)
         figures[hub_id] = found

@@ -104,18 +104,18 @@ def _wanted(words: str, known: list[int]) -> list[int]:
 
 
 def write_analysis(found: ModelAnalysis, folder: Path) -> ModelAnalysis:
-    """analysis.json and four pictures; returns the analysis with the paths of its files."""
+    """analysis.json and four pictures, each as PNG and SVG; returns the analysis with the paths of its files."""
     from moe_compress.report import plots
 
     numbers = [layer.layer_idx for layer in found.layers]
     atomic_write(folder / JSON, json.dumps(found.to_json(), ensure_ascii=False).encode())
     files = [
         folder / JSON,
-        plots.utilization(folder / "utilization.png", numbers, [layer.utilization for layer in found.layers]),
-        plots.similarity(
-            folder / "similarity.png", numbers, [layer.similarity["outputs"].matrix for layer in found.layers]
+        *plots.utilization(folder / "utilization", numbers, [layer.utilization for layer in found.layers]),
+        *plots.similarity(
+            folder / "similarity", numbers, [layer.similarity["outputs"].matrix for layer in found.layers]
         ),
-        plots.scores(folder / "reap.png", numbers, [layer.reap for layer in found.layers], "REAP score"),
-        plots.turns(folder / "turns.png", found.curves),
+        *plots.scores(folder / "reap", numbers, [layer.reap for layer in found.layers], "REAP score"),
+        *plots.turns(folder / "turns", found.curves),
     ]
     return dataclasses.replace(found, files=files)

@@ -1,4 +1,4 @@
-"""Pictures of analyses and fronts: numbers in, PNG files out, SVG too of fronts. This module knows nothing of ours.
+"""Pictures of analyses and fronts: numbers in, PNG and SVG files out. This module knows nothing of ours.
 
 Colours tell apart what colour-blind readers can tell apart: cividis and PuOr for tables, Okabe and Ito's for lines.
 """
@@ -29,26 +29,26 @@ LEAST_LIMIT = 0.2
 NAMED, NAME = 0.05, 70
 HIGH, NEAR = 1000, 40
 WHISKER: dict[str, Any] = {"colors": "grey", "linewidth": 0.7}
-META: dict[str, dict[str, Any]] = {"svg": {"metadata": {"Date": None}}}
+META: dict[str, dict[str, Any]] = {".svg": {"metadata": {"Date": None}}}
 Table = Sequence[Sequence[float | None]]
 
 
-def utilization(path: Path, layers: Sequence[int], shares: Table) -> Path:
+def utilization(stem: Path, layers: Sequence[int], shares: Table) -> list[Path]:
     """Layers x experts: each expert's share of tokens over the layer's mean share."""
     relative = [[(value or 0.0) * len(row) / max(sum(v or 0.0 for v in row), 1e-12) for value in row] for row in shares]
-    return _experts_by_layer(path, layers, relative, "Utilization", "share of tokens\n/ the layer's mean")
+    return _experts_by_layer(stem, layers, relative, "Utilization", "share of tokens\n/ the layer's mean")
 
 
-def scores(path: Path, layers: Sequence[int], values: Table, name: str) -> Path:
+def scores(stem: Path, layers: Sequence[int], values: Table, name: str) -> list[Path]:
     """Layers x experts: a score over the layer's largest, so that layers can be seen together; blank where unknown."""
     relative = [
         [None if value is None else value / max((v for v in row if v is not None), default=1.0) for value in row]
         for row in values
     ]
-    return _experts_by_layer(path, layers, relative, f"{name} by layer", f"{name}\n/ the layer's largest")
+    return _experts_by_layer(stem, layers, relative, f"{name} by layer", f"{name}\n/ the layer's largest")
 
 
-def _experts_by_layer(path: Path, layers: Sequence[int], values: Table, title: str, unit: str) -> Path:
+def _experts_by_layer(stem: Path, layers: Sequence[int], values: Table, title: str, unit: str) -> list[Path]:
     width = max(map(len, values))
     padded = [
         [*(float("nan") if v is None else v for v in row), *[float("nan")] * (width - len(row))] for row in values
@@ -63,10 +63,10 @@ def _experts_by_layer(path: Path, layers: Sequence[int], values: Table, title: s
     axes.set_yticks(*_ticks(layers))
     axes.set_xticks(*_ticks(range(width)))
     figure.colorbar(image, ax=axes, label=unit, aspect=30)
-    return _saved(figure, path)
+    return _saved(figure, stem)
 
 
-def similarity(path: Path, layers: Sequence[int], matrices: Sequence[Table]) -> Path:
+def similarity(stem: Path, layers: Sequence[int], matrices: Sequence[Table]) -> list[Path]:
     """Small multiples: the cosine between the outputs of every two experts, a panel a layer."""
     columns = min(COLUMNS, len(layers))
     rows = -(-len(layers) // columns)
@@ -89,10 +89,10 @@ def similarity(path: Path, layers: Sequence[int], matrices: Sequence[Table]) -> 
     figure.supylabel("expert")
     figure.suptitle("Mean cosine of two experts' outputs on the same tokens", fontsize=11)
     figure.colorbar(ScalarMappable(scale, ALIKE), ax=panels, label="cosine", shrink=0.8, aspect=40)
-    return _saved(figure, path)
+    return _saved(figure, stem)
 
 
-def turns(path: Path, curves: Mapping[str, Mapping[int, float]]) -> Path:
+def turns(stem: Path, curves: Mapping[str, Mapping[int, float]]) -> list[Path]:
     """Lines over layers: how far the stream is turned by a layer and by its sub-layers (1 - cosine)."""
     figure = Figure(figsize=(9.0, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -104,7 +104,7 @@ def turns(path: Path, curves: Mapping[str, Mapping[int, float]]) -> Path:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
-    return _saved(figure, path)
+    return _saved(figure, stem)
 
 
 def _numbers(table: Table) -> list[list[float]]:
@@ -119,10 +119,15 @@ def _ticks(values: Sequence[int], most: int = TICKS) -> tuple[list[int], list[st
     return places, [str(values[place]) for place in places]
 
 
-def _saved(figure: Figure, path: Path, **keywords: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, **keywords)
-    return path
+def _saved(figure: Figure, stem: Path) -> list[Path]:
+    """As PNG and as SVG."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    # Without salt and date, a second run would write other bytes.
+    with rc_context({"svg.hashsalt": "moe-compress"}):
+        for path in files:
+            figure.savefig(path, dpi=DPI, **META.get(path.suffix, {}))
+    return files
 
 
 def front(stem: Path, title: str, found: Front) -> list[Path]:
@@ -149,9 +154,7 @@ def front(stem: Path, title: str, found: Front) -> list[Path]:
     axes.set_yticks(*zip(*up.ticks(), strict=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="on the front in ... of the draws")
-    # Without these two, a second run would write other bytes.
-    with rc_context({"svg.hashsalt": "moe-compress"}):
-        return [_saved(figure, stem.with_name(f"{stem.name}.{kind}"), **META.get(kind, {})) for kind in ("png", "svg")]
+    return _saved(figure, stem)
 
 
 def _together(points: Sequence[Point], up: svg.Axis) -> dict[tuple[float, float], str]:
