@@ -146,7 +146,7 @@ def _row(cell: Cell) -> dict[str, str]:
 
 def _ratio(times: Mapping[str, Any]) -> str:
     low, high = times["speedup_interval"]
-    return f"{times['speedup']:.2f} [{low:.2f}, {high:.2f}]"
+    return f"{times['speedup']:.2f} [{low:.2f}, {high:.2f}]" + (f" {SAME}" if low <= 1 <= high else "")
 
 
 def _short(count: float, units: Sequence[tuple[float, str]]) -> str:

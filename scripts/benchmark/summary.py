@@ -199,8 +199,12 @@ def paper(folder: Path) -> str:
     text = (folder / "paper_table.md").read_text(encoding="utf-8").partition("\n")[2].strip()
     parts = ["**Trimming x slimming**, the grid of Table 3 of arXiv 2406.02500 on the tiny models:"]
     parts.append(re.sub(r"^## (.*)$", r"\1:", text, flags=re.MULTILINE))
-    for path in sorted((folder / "plots").glob("*-bytes.png")):
-        parts.append(f"![{path.stem}](results/{folder.name}/plots/{path.name})")
+    where = f"results/{folder.name}"
+    parts.append(
+        f"Everything behind these rows: [{where}/report.html]({where}/report.html), one page without a network."
+    )
+    pictures = sorted(path for key in ("bytes", "latency") for path in (folder / "plots").glob(f"*-{key}.png"))
+    parts += [f"![{path.stem}]({where}/plots/{path.name})" for path in pictures]
     return "\n\n".join(parts) + "\n"
 
 

@@ -14,7 +14,7 @@ from moe_compress import evaluation, failures, padding, recipe, registry
 from moe_compress.analysis.layer import SIMILAR, require_cosine
 from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.cards import update_card
-from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer
+from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer, require_memory
 from moe_compress.checkpoint.locate import config_folder, open_model
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
 from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
@@ -150,6 +150,7 @@ def compare(
     if not 0 < count < positions:
         raise ValueError(f"max_tokens={count}: a number from 1 to {positions - 1} is needed for {first.name}.")
     run = start(_options_for(before, {**options, "resident": True}, "compare"))
+    require_memory((first, second), run.dtype, run.device, "have to be whole to generate")
     if str(prompts) == "default":
         given, windows = list(generations.DEFAULT_PROMPTS), run.windows("heldout", first)
         tokenizer = load_tokenizer(first.folder, first.config.vocab_size)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from moe_compress.checkpoint.load import require_memory
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.checkpoint.shards import write_shard
 from moe_compress.compatibility import Verdict, compatibility
@@ -83,6 +84,7 @@ class Verification(Kept):
 
 def verify(checkpoint: Checkpoint) -> Verification:
     """Load, compare and generate in one fresh process; the same checkpoint by our own reader, layer by layer."""
+    require_memory([checkpoint], torch.float32, torch.device("cpu"), "is loaded whole by stock transformers")
     form, clients = form_of(checkpoint), compatibility(checkpoint)
     stock = next(verdict for verdict in clients if verdict.client == "transformers")
     found: dict[str, Any] = {}
