@@ -53,7 +53,7 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
     sections = []
     for table in tables:
         fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
-        sections.append(Section(table, fronts, table.failures, (timed, right)))
+        sections.append(Section(table, fronts, table.failures, {"speed": timed, "tasks": right}))
     models = {table.title for table in tables}
     homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:

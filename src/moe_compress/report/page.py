@@ -32,7 +32,7 @@ class Section:
     table: Table
     fronts: Sequence[Front] = ()
     failures: Sequence[Failure] = ()
-    joined: Sequence[Joined] = ()
+    joined: Mapping[str, Joined] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _section(number: int, section: Section) -> Context:
     shown = table.frame.loc[:, (table.frame != "").any()]
     shares = {front.key: {point.name: point.share for point in front.points} for front in section.fronts}
     extra = [ON_FRONT[key] for key in shares]
-    others = _others(table, section.joined)
+    others = _others(table, list(section.joined.values()))
     added = list(dict.fromkeys(column for found in others.values() for column in found))
     names = list(table.frame["recipe"])
     ids = {name: _id(table, name) for name in names}
@@ -88,7 +88,7 @@ def _section(number: int, section: Section) -> Context:
         "protocol": table.protocol,
         "base": records[0].base,
         "columns": [*shown.columns, *added, *extra],
-        "notes": [joined.how for joined in section.joined if joined.how],
+        "notes": [f"{what}: {joined.how}" for what, joined in section.joined.items() if joined.how],
         "rows": rows,
         "failures": section.failures,
         "plots": [svg.scatter(front) for front in section.fronts],
