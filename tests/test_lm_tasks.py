@@ -226,8 +226,9 @@ def test_every_kind_of_checkpoint_runs(kind, reader_folder, options):
         assert torch.allclose(each.likelihood, kept[name].likelihood, atol=1e-4)
 
 
-def test_nobody_is_asked_twice(reader_folder, options, monkeypatch):
-    base = reader_folder("mixtral")
+def test_nobody_is_asked_twice(reader_folder, options, monkeypatch, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(reader_folder("mixtral"), base)
     first = report(base, base, options)
     asked = []
     monkeypatch.setattr(task_evaluation, "_loaded", lambda *_: asked.append(1) or pytest.fail("asked again"))
@@ -235,6 +236,12 @@ def test_nobody_is_asked_twice(reader_folder, options, monkeypatch):
     assert "change" not in first.markdown()
     with pytest.raises(pytest.fail.Exception, match="asked again"):
         report(base, base, options, limit=2)
+    words = base / "tokenizer_config.json"
+    before = words.read_text()
+    words.write_text(before.replace("{", '{"another": 1,', 1))
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        report(base, base, options)
+    words.write_text(before)
     [kept] = Path(str(options["results"])).glob("tasks/*/local_quiz-*.safetensors")
     kept.write_bytes(kept.read_bytes()[:100])
     with pytest.raises(ValueError, match="remove it, and they are asked for anew"):

@@ -97,8 +97,10 @@ def _answers(
 ) -> dict[str, Scores]:
     """Kept ones, and new ones of tasks that are missing, kept from now on: a folder a model, a file a task."""
     paths = {}
+    words = [path.read_bytes() for path in sorted(checkpoint.folder.glob("tokenizer*")) if path.is_file()]
     for name, questions in asked.items():
-        key, task = fingerprint(checkpoint.fingerprint, settings, questions)[:8], re.sub(r"[^\w.-]+", "-", name)
+        key = fingerprint(checkpoint.fingerprint, settings, questions, *words)[:8]
+        task = re.sub(r"[^\w.-]+", "-", name)
         paths[name] = run.results("tasks") / title / f"{task}-{key}.safetensors"
     missing = [each for each in chosen if not paths[each.name].is_file()]
     if missing:
