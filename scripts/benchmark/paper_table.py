@@ -6,10 +6,12 @@ The jobs are in paper_table.smk, the table is made by paper_rows.py.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import inspect
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +41,7 @@ RECIPES = {
 TOKENS = 2048
 DECIDED = ("model", "out", "name", "results", "eval", "revision")
 TASK_WORDS = ("tasks", "limit", "fewshot", "batch")
+PARENT_DEATH_SIGNAL = 1
 # A run that was killed leaves snakemake's lock behind, and ours not.
 SNAKEMAKE = ("--keep-going", "--rerun-incomplete", "--nolock", "--quiet", "host", "reason", "rules")
 
@@ -135,9 +138,18 @@ def alone(out: Path) -> Iterator[int]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield handle
     except BlockingIOError:
-        raise ValueError(f"another run is writing {out}: wait until it has ended, or choose another out=.") from None
+        raise ValueError(
+            f"another run is writing {out}, perhaps jobs of one that was killed: wait until they have ended, or choose "
+            "another out=."
+        ) from None
     finally:
         os.close(handle)
+
+
+def end_with_parent() -> None:
+    """Called in snakemake's process before it begins: killed with this one, it leaves no jobs behind."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems than Linux
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def run(out: Path, flags: Sequence[str]) -> int:
@@ -149,7 +161,7 @@ def run(out: Path, flags: Sequence[str]) -> int:
         codes = [
             subprocess.run(
                 [*base, "--configfile", str(out / "grid.json"), *SNAKEMAKE, *cores, *flags, "--", target],
-                check=False, pass_fds=(handle,),
+                check=False, pass_fds=(handle,), preexec_fn=end_with_parent,
             ).returncode
             for target in ("cells", "table")
         ]  # fmt: skip
