@@ -219,10 +219,9 @@ def run_grid(folder: Path, recipes: dict[str, str]) -> tuple[int, list[str], str
     values = json.loads((folder / "grid.json").read_text())
     values["cells"] = {f"{MODEL}-{n}": {"model": MODEL, "cell": n, "recipe": r} for n, r in recipes.items()}
     values |= {"command": f"{sys.executable} fake.py", "threads": 1}
-    keep(folder, "grid.json", values)
     calls = folder / "calls.txt"
     calls.unlink(missing_ok=True)
-    code = paper_table.run(folder, ["--cores", "2", "--quiet", "all"])
+    code = paper_table.run(folder, values, ["--cores", "2", "--quiet", "all"])
     return (
         code,
         sorted(calls.read_text().splitlines()) if calls.exists() else [],
@@ -250,6 +249,29 @@ def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(
     assert code == 0 and calls == [call.replace(layer, block) for call in each] and "did not finish" not in text
     code, calls, _ = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
     assert code == 0 and calls == []
+
+
+def test_what_was_measured_otherwise_does_not_stand_for_what_is_asked_now(results):
+    old = json.loads((results / "grid.json").read_text())
+    keep(results, f"tasks/{MODEL}-layer_drop.done", {})
+    keep(results, f"{MODEL}.original", {})
+
+    def left(new: dict) -> set[str]:
+        paper_table.forget(results, old, new)
+        found = [path for kind in paper_table.KINDS for path in (results / kind).glob(f"{MODEL}-*")]
+        return {f"{path.parent.name} {path.name.removeprefix(MODEL)}" for path in found if "original" not in path.name}
+
+    before = left(old)
+    assert {"records -layer_drop.json", "speed -layer_drop-abcdef.json", "tasks -layer_drop.done"} < before
+    timed = {**old, "words": {**old["words"], "speed": "quick=true"}}
+    assert before - left(timed) == {"speed -layer_drop-abcdef.json"}
+    changed = {**old, "cells": {**old["cells"], f"{MODEL}-layer_drop": {"model": MODEL, "recipe": "layer_drop drop=7"}}}
+    after = left(changed)
+    assert not any("layer_drop" in name for name in after) and any("block_drop" in name for name in after)
+    assert (results / f"{MODEL}.original").is_file()
+    assert left({**old, "words": {**old["words"], "run": "samples=1"}}) == set()
+    assert not list((results / "records").glob("*original*"))
+    assert not (results / f"{MODEL}.original").exists()
 
 
 def test_two_runs_at_once_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import inspect
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any
 
 from moe_compress import recipe, registry, zoo
 from moe_compress.checkpoint.locate import layers_of, local_folder
-from moe_compress.runtime import require_writable, write_json
+from moe_compress.runtime import read_json, require_writable, write_json
 from moe_compress.speed_report import setting_of
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +43,9 @@ TOKENS = 2048
 DECIDED = ("model", "out", "name", "results", "eval", "revision")
 TASK_WORDS = ("tasks", "limit", "fewshot", "batch")
 PARENT_DEATH_SIGNAL = 1
+# What is kept of a cell: a folder a kind, in it a file called NAME.json, NAME.done or NAME-SETTINGS.json.
+KINDS = ("records", "flops", "speed", "tasks")
+OUTPUT = re.compile(r"\.json|\.done|-[0-9a-f]{6}\.json")
 # A run that was killed leaves snakemake's lock behind, and ours not.
 SNAKEMAKE = ("--keep-going", "--rerun-incomplete", "--nolock", "--quiet", "host", "reason", "rules")
 
@@ -152,15 +156,41 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def run(out: Path, flags: Sequence[str]) -> int:
+def forget(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Remove what was measured under another recipe, of another model or with other words.
+
+    Snakemake makes it anew, but until then, and where that fails, it would stand in the table for what is asked now.
+    """
+    changed = {what for what in new["words"] if old["words"].get(what) != new["words"][what]}
+    for name, cell in old["cells"].items():
+        model = cell["model"]
+        same = new["cells"].get(name) == cell and old["models"][model] == new["models"].get(model)
+        for kind in KINDS:
+            if not same or not changed.isdisjoint(("run", kind)):
+                for path in (out / kind).glob(f"{name}[.-]*"):
+                    if path.is_file() and OUTPUT.fullmatch(path.name.removeprefix(name)):
+                        path.unlink()
+    for model in old["models"]:
+        if old["models"][model] != new["models"].get(model) or not changed.isdisjoint(("run", "tasks")):
+            for pattern in (f"{model}.original", f"records/{model}-original-*.json", f"tasks/{model}-??????.json"):
+                for path in out.glob(pattern):
+                    path.unlink()
+
+
+def run(out: Path, values: Mapping[str, Any], flags: Sequence[str]) -> int:
     """Run what is missing or changed, then make the table of what there is; the first exit status that is not 0."""
     chosen = any(flag.startswith(("-c", "-j", "--cores", "--jobs", "--profile")) for flag in flags)
     cores = () if chosen else ("--cores", "all")
+    dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(flags)
     base = (sys.executable, "-m", "snakemake", "--snakefile", str(HERE / "paper_table.smk"), "--directory", str(out))
     with alone(out) as handle:
+        config = out / ("grid.dry.json" if dry else "grid.json")
+        if not dry and config.is_file():
+            forget(out, read_json(config), values)
+        write_json(config, values)
         codes = [
             subprocess.run(
-                [*base, "--configfile", str(out / "grid.json"), *SNAKEMAKE, *cores, *flags, "--", target],
+                [*base, "--configfile", str(config), *SNAKEMAKE, *cores, *flags, "--", target],
                 check=False, pass_fds=(handle,), preexec_fn=end_with_parent,
             ).returncode
             for target in ("cells", "table")
@@ -178,8 +208,7 @@ def main() -> int:
         values = grid(os.environ.get("MODEL", MODELS).split(), words)
         require_writable(out, f"out={out}")
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "grid.json", values)
-        code = run(out, arguments[dash:])
+        code = run(out, values, arguments[dash:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
