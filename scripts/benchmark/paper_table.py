@@ -172,7 +172,7 @@ def forget(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
                         path.unlink()
     for model in old["models"]:
         if old["models"][model] != new["models"].get(model) or not changed.isdisjoint(("run", "tasks")):
-            for pattern in (f"{model}.original", f"records/{model}-original-*.json", f"tasks/{model}-??????.json"):
+            for pattern in (f"{model}.original", f"records/{model}-original*.json", f"tasks/{model}-??????.json"):
                 for path in out.glob(pattern):
                     path.unlink()
 
