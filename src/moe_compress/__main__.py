@@ -85,14 +85,18 @@ def plan(words: Annotated[list[str], _words(RECIPE)]) -> None:
 
 @app.command()
 def flops(
-    words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, check=true, results=.")],
+    words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, results=.")],
+    check: Annotated[bool, typer.Option("--check", help="count with torch's counter too; 1 if they differ")] = False,
 ) -> None:
-    """Count FLOPs and sizes by component: flops MODEL [tokens=2048] [context=2048] [batch=1] [check=true]."""
+    """Count FLOPs and sizes by component: flops MODEL [tokens=2048] [context=2048] [batch=1] [--check]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown
 
-    options: dict[str, Any] = dict(_pairs(words[1:]))
-    show_markdown(api.flops(words[0], **options).markdown())
+    options: dict[str, Any] = {"check": check, **_pairs(words[1:])}
+    found = api.flops(words[0], **options)
+    show_markdown(found.markdown())
+    if found.agrees is False:
+        sys.exit(1)
 
 
 @app.command()

@@ -28,8 +28,9 @@ from moe_compress.runtime import read_json
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import StreamedLayers, fold
 
-# Relative error of the logits that a format's own arithmetic may make, in fp32.
-TOLERANCE = {"plain": 1e-4, "edited": 1e-4, "packed": 1e-3}
+# Relative error of the logits that a format's own arithmetic may make: stock transformers makes packed weights dense in
+# the 16 bits of their scales, our reader in fp32.
+TOLERANCE = {"plain": 1e-4, "edited": 1e-4, "packed": 2e-2}
 ROWS, LENGTH, NEW_TOKENS = 4, 64, 4
 STOCK = """
 import json, sys

@@ -192,9 +192,13 @@ def read_failures(paths: Iterable[Path]) -> tuple[list[Failure], list[str]]:
     return _read(paths, Failure, "failure")
 
 
+def _several(places: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [places] if isinstance(places, str | Path) else places
+
+
 def beside(records: Sequence[str | Path]) -> list[Path]:
     """The folders that hold the folders of records, or of the record files."""
-    found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, records)]
+    found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, _several(records))]
     return list(dict.fromkeys(found))
 
 
@@ -209,7 +213,7 @@ def gather(places: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
     ValueError for a place that is not there, or where files are, but no record among them.
     """
     paths: list[Path] = []
-    for place in map(Path, places):
+    for place in map(Path, _several(places)):
         if not place.exists():
             raise ValueError(f"there is no record or folder of records {place}: run a recipe first.")
         paths += sorted(place.glob("*.json")) if place.is_dir() else [place]
