@@ -22,7 +22,6 @@ from moe_compress.terminal import set_up_logging
 HERE = Path(__file__).resolve().parent
 STEM = "paper_table"
 ORIGINAL = "original"
-JOBS = ("compress", "evaluate", "flops", "tasks", "speed")
 NAMES = {"awq": "AWQ", "expert_drop": "Expert Drop", "layer_drop": "Layer Drop", "block_drop": "Block Drop"}
 MEANING = (
     "Speedup: median of paired ratios beside the original, with its 95 % interval (above 1: faster). FLOPs: of a "

@@ -151,7 +151,7 @@ def alone(out: Path) -> Iterator[int]:
 
 
 def end_with_parent() -> None:
-    """Called in snakemake's process before it begins: killed with this one, it leaves no jobs behind."""
+    """Called in snakemake's process before it begins: killed with this one, it starts no more jobs."""
     with contextlib.suppress(OSError, AttributeError):  # other systems than Linux
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
 

@@ -18,7 +18,7 @@ from moe_compress.harness.routing import (
     free_running,
     teacher_forced,
 )
-from moe_compress.kept import Kept
+from moe_compress.kept import Identified
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.model.moe import moe_views
@@ -55,7 +55,7 @@ def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
 
 
 @dataclass(frozen=True)
-class RoutingReport(Kept):
+class RoutingReport(Identified):
     """Both ways of asking, on one text; `text`: which."""
 
     model: str
@@ -64,11 +64,6 @@ class RoutingReport(Kept):
     free_running: Fidelity
     teacher_forced: Fidelity
     id: str
-
-    @property
-    def file_name(self) -> str:
-        """The model, and what text it was given."""
-        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """A table for each way of asking."""

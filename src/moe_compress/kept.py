@@ -36,3 +36,14 @@ class Kept:
     def save(self, folder: Path) -> Path:
         """Write it, and say where."""
         return keep(folder / f"{self.file_name}.json", self.to_json())
+
+
+class Identified(Kept):
+    """One whose numbers depend on more than its model; id: of all that, and part of its name."""
+
+    id: str
+
+    @property
+    def file_name(self) -> str:
+        """The model, and what it was asked."""
+        return f"{self.model}-{self.id[:6]}"

@@ -12,7 +12,7 @@ from moe_compress.checkpoint.load import require_memory
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness.speed import QUICK, Setting, compare_speed, cores, numbers
 from moe_compress.harness.timing import Effort
-from moe_compress.kept import Kept
+from moe_compress.kept import Identified
 from moe_compress.registry import coerce
 from moe_compress.report.record import environment, now
 from moe_compress.report.speed import as_markdown
@@ -20,7 +20,7 @@ from moe_compress.runtime import DTYPES, dtype_name, fingerprint, resolve_device
 
 
 @dataclass(frozen=True)
-class SpeedReport(Kept):
+class SpeedReport(Identified):
     """Prefill and decoding of two models in turn: `found` holds settings, machine, kernels, times, memory."""
 
     model: str
@@ -30,11 +30,6 @@ class SpeedReport(Kept):
     environment: dict[str, Any]
     written: str
     id: str
-
-    @property
-    def file_name(self) -> str:
-        """The model, and what was timed how."""
-        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """Tables of times and memory."""

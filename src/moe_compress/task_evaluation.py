@@ -15,7 +15,7 @@ from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness import lm_tasks, task_choice
 from moe_compress.harness.lm_tasks import Scores
 from moe_compress.harness.task_choice import Chosen
-from moe_compress.kept import Kept
+from moe_compress.kept import Identified
 from moe_compress.model import hf
 from moe_compress.report.tasks import as_markdown
 from moe_compress.run import Run
@@ -24,7 +24,7 @@ from moe_compress.terminal import progress_bar
 
 
 @dataclass(frozen=True)
-class TaskReport(Kept):
+class TaskReport(Identified):
     """Accuracy of the original (`before`) and of a model (`after`, unless it is the original), and the change.
 
     tasks: by name; average: of several tasks; settings: what else the numbers depend on; id: of all of it.
@@ -37,11 +37,6 @@ class TaskReport(Kept):
     tasks: dict[str, dict[str, Any]]
     average: dict[str, Any] | None
     id: str
-
-    @property
-    def file_name(self) -> str:
-        """The model, and what it was asked."""
-        return f"{self.model}-{self.id[:6]}"
 
     def markdown(self) -> str:
         """A row for each task, and their average."""
