@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,11 +46,20 @@ def test_other_models_lose_the_same_shares_and_words_decide_otherwise():
 
 
 def test_each_command_is_given_its_own_words():
-    given = {"samples": "8", "data": "my notes.txt", "limit": "5", "runs": "3", "threads": "2", "dtype": "float32"}
+    given = {
+        "samples": "8",
+        "data": "my notes.txt",
+        "limit": "5",
+        "runs": "3",
+        "threads": "2",
+        "dtype": "float32",
+        "eval_samples": "4",
+    }
     found = paper_table.grid(["tiny-mixtral"], given)
-    run = "'data=my notes.txt' samples=8 dtype=float32"
+    compress, run = (f"'data=my notes.txt' samples=8 {more}dtype=float32" for more in ("", "eval_samples=4 "))
     assert found["threads"] == 2 and found["words"] == {
         "run": run,
+        "compress": compress,
         "speed": "quick=true runs=3 dtype=float32 threads=2",
         "tasks": f"tasks=local limit=5 {run}",
         "sizes": "",
@@ -64,6 +74,11 @@ def test_each_command_is_given_its_own_words():
         (["tiny-mixtral"], {"name": "x"}, "unknown word 'name'"),
         (["tiny-mixtral"], {"samples": "many"}, "samples=many"),
         (["tiny-mixtral"], {"layers": "half"}, "layers=half"),
+        (["tiny-mixtral"], {"ratio": "2"}, "ratio=2"),
+        (["tiny-mixtral"], {"layers": "9"}, "drop=9"),
+        (["tiny-mixtral"], {"limit": "abc"}, "limit=abc: a whole number is needed"),
+        (["tiny-mixtral"], {"batch": "0"}, "batch=0: a number from 1 is needed"),
+        (["tiny-mixtral"], {"tasks": "locl/x.yaml"}, "there is no task file or folder .*locl/x.yaml"),
         (["tiny-mixtral", "tiny-mixtral"], {}, "models of different names are needed"),
         ([], {}, "models of different names are needed"),
         (["tiny-mixtrl"], {}, "Did you mean 'tiny-mixtral'"),
@@ -166,8 +181,9 @@ def test_rows_have_the_papers_shape_and_its_numbers_below(results):
 
 def test_what_failed_is_a_row_with_its_reason(results):
     rows = rows_of(results)
-    assert rows[2]["prefill x"] == "did not finish: compress: no room on the disk" and rows[2]["FLOPs"] == ""
-    assert rows[4]["prefill x"] == "did not finish: original: stopped after saying 'done'"
+    assert rows[2]["did not finish"] == "compress: no room on the disk" and rows[2]["FLOPs"] == ""
+    assert rows[4]["did not finish"] == "original: stopped after saying 'done'" and rows[8]["did not finish"] == ""
+    assert next(iter(rows[0])) == "method" and list(rows[0])[-1] == "did not finish"
     paper_rows.write(results)
     text = (results / "paper_table.md").read_text()
     assert "**BUSY MACHINE while these were timed: Layer Drop.**" in text
@@ -188,7 +204,7 @@ def test_another_protocol_is_no_row(results):
     other = make("layer_drop").protocol | {"id": "f" * 16}
     make("block_drop", protocol=other).save(results / "records")
     row = rows_of(results)[12]
-    assert row["prefill x"].startswith("did not finish") and row["perplexity"] == ""
+    assert row["did not finish"] and row["perplexity"] == ""
 
 
 # --- snakemake ----------------------------------------------------------------------------------------------------
@@ -244,7 +260,11 @@ def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(
     each = [f"{job} {layer}" for job in ("compress", "evaluate", "flops", "speed", "tasks")]
     of_original = [f"{job} {MODEL}" for job in ("evaluate", "flops", "tasks")]
     assert code != 0 and calls == sorted([*each, *of_original, f"compress {block}"])
-    assert "did not finish: compress: it cannot be" in text and not (tmp_path / "checkpoints" / layer).exists()
+    assert (
+        re.search(r"\| did not finish +\|$", text, re.M)
+        and "compress: it cannot be" in text
+        and not (tmp_path / "checkpoints" / layer).exists()
+    )
     code, calls, text = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
     assert code == 0 and calls == [call.replace(layer, block) for call in each] and "did not finish" not in text
     code, calls, _ = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})

@@ -26,9 +26,14 @@ NAMES = {"awq": "AWQ", "expert_drop": "Expert Drop", "layer_drop": "Layer Drop",
 MEANING = (
     "Speedup: median of paired ratios beside the original, with its 95 % interval (above 1: faster). FLOPs: of a "
     "prompt of 2,048 tokens. Weights: as stored. Tasks: accuracy in %; average: the plain mean, and its paired "
-    "change. Change of NLL: per token of held-out text, nats, paired. Rows `in the paper`: Table 3 of arXiv "
-    "2406.02500 (speed on GPUs, fused AWQ kernels against an eager bf16 loop; memory in use, not weights)."
+    "change. Change of NLL: per token of held-out text, nats, paired."
 )
+IN_PAPER = "in the paper"
+PAPERS = (
+    f"Rows `{IN_PAPER}`: Table 3 of arXiv 2406.02500 (speed on GPUs, fused AWQ kernels against an eager bf16 loop; "
+    "memory in use, not weights)."
+)
+FAILED = "did not finish"
 
 
 @dataclass(frozen=True)
@@ -122,13 +127,14 @@ def frame(found: Sequence[Cell], paper: pd.DataFrame) -> pd.DataFrame:
         rows.append(_row(cell))
         mine = paper[(paper["model"].str.lower() == cell.model.lower()) & (paper["cell"] == cell.name)]
         rows += [_paper_row(row) for row in mine.to_dict("records")]
-    return pd.DataFrame(rows).fillna("")
+    table = pd.DataFrame(rows).fillna("")
+    return table[sorted(table.columns, key=FAILED.__eq__)]
 
 
 def _row(cell: Cell) -> dict[str, str]:
     cells = {"method": cell.title}
     if cell.record is None and not cell.original:
-        return {**cells, "prefill x": f"did not finish: {cell.reasons['record']}"}
+        return {**cells, FAILED: cell.reasons["record"]}
     point = cell.speed["found"]["points"][0] if cell.speed else None
     for column, what in (("prefill x", "prefill"), ("decoding x", "decode")):
         cells[column] = "1" if cell.original else _ratio(point[what]) if point else ""
@@ -177,7 +183,7 @@ def _paper_row(row: Mapping[str, Any]) -> dict[str, str]:
     }
     speedup = "1" if row["cell"] == ORIGINAL else f"{row['speedup']:.2f}"
     ours = {"prefill x": speedup, "FLOPs": f"{row['teraflops']:.1f} T", "weights": f"{row['gibibytes']:.1f} GiB"}
-    return {"method": "in the paper", **ours, **tasks}
+    return {"method": IN_PAPER, **ours, **tasks}
 
 
 def notes(found: Sequence[Cell]) -> list[str]:
@@ -223,8 +229,9 @@ def write(folder: Path) -> None:
     write_json(folder / f"{STEM}.json", {"cells": [_numbers(cell) for cell in found]})
     if any(cell.record for cell in found):
         make_report([folder / "records"], folder)
+    compared = [PAPERS] if any(IN_PAPER in set(table["method"]) for table in frames.values()) else []
     # Last, for it says that all is there.
-    (folder / f"{STEM}.md").write_text("\n\n".join([*parts, MEANING]) + "\n", encoding="utf-8")
+    (folder / f"{STEM}.md").write_text("\n\n".join([*parts, MEANING, *compared]) + "\n", encoding="utf-8")
 
 
 def _failures(folder: Path, found: Sequence[Cell], values: Mapping[str, Any]) -> None:

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress import recipe, registry, zoo
-from moe_compress.checkpoint.locate import layers_of, local_folder
+from moe_compress.checkpoint.locate import config_folder, layers_of, local_folder
+from moe_compress.forecast import forecast
+from moe_compress.harness import task_choice
 from moe_compress.runtime import read_json, require_writable, write_json
 from moe_compress.speed_report import setting_of
+from moe_compress.task_evaluation import questions_of
 
 HERE = Path(__file__).resolve().parent
 MODELS, OUT, TABLE = "tiny-mixtral tiny-deepseek", "runs/paper_table", "paper_table.md"
@@ -41,7 +44,6 @@ RECIPES = {
 }
 TOKENS = 2048
 DECIDED = ("model", "out", "name", "results", "eval", "revision")
-TASK_WORDS = ("tasks", "limit", "fewshot", "batch")
 PARENT_DEATH_SIGNAL = 1
 # What is kept of a cell: a folder a kind, in it a file called NAME.json, NAME.done or NAME-SETTINGS.json.
 KINDS = ("records", "flops", "speed", "tasks")
@@ -79,7 +81,8 @@ def sizes_of(model: str, given: Mapping[str, str]) -> Sizes:
 def grid(models: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
     """Models, cells, and the words of every job, as paper_table.smk wants them.
 
-    Raises ValueError for models that are not there or share a name, and for words that are unknown or wrong.
+    Raises ValueError for models that are not there or share a name, for words that are unknown or wrong, and for
+    recipes that a model cannot follow.
     """
     stems = {Path(os.path.abspath(model)).name: model for model in models}
     if not models or len(stems) < len(models):
@@ -91,7 +94,8 @@ def grid(models: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
         for name, text in RECIPES.items():
             cells[f"{stem}-{name}"] = {"model": stem, "cell": name, "recipe": text.format(**filled)}
     for cell in cells.values():
-        recipe.parse(cell["recipe"])
+        model = stems[cell["model"]]
+        forecast(recipe.parse(cell["recipe"], options={"model": model}), config_folder(model))
     threads = registry.coerce(int, words.get("threads", 1 if small else os.cpu_count() or 1), "threads")
     return {
         "models": {stem: _source(model) for stem, model in stems.items()},
@@ -117,7 +121,7 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     takers = {
         "run": tuple(recipe.Options.model_fields),
         "speed": settings,
-        "tasks": TASK_WORDS,
+        "tasks": ("tasks", *inspect.signature(questions_of).parameters),
         "sizes": tuple(vars(Sizes(1, 1, 1))),
     }
     known = [key for taker in takers.values() for key in taker if key not in DECIDED]
@@ -128,9 +132,13 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     found["speed"] = ({"quick": "true"} if small else {"prompts": f"{TOKENS}", "batches": "1"}) | found["speed"]
     recipe.make_options(found["run"])
     setting_of(**found["speed"])
+    _, _, fewshot = questions_of(**{key: value for key, value in found["tasks"].items() if key != "tasks"})
+    if "tasks" in words:
+        task_choice.choose(words["tasks"], fewshot)
     found["run"].pop("threads", None)  # which Snakemake shares out
     found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | found["run"]
     found["flops"] = {"tokens": f"{TOKENS}", "context": f"{TOKENS}"}
+    found["compress"] = {key: value for key, value in found["run"].items() if not key.startswith("eval_")}
     return {name: shlex.join(f"{key}={value}" for key, value in each.items()) for name, each in found.items()}
 
 
@@ -143,8 +151,8 @@ def alone(out: Path) -> Iterator[int]:
         yield handle
     except BlockingIOError:
         raise ValueError(
-            f"another run is writing {out}, perhaps jobs of one that was killed: wait until they have ended, or choose "
-            "another out=."
+            f"another run is writing {out}, perhaps jobs of one that was killed: wait until they have ended (pgrep -af "
+            f"{out.name} shows them), or choose another out=."
         ) from None
     finally:
         os.close(handle)
@@ -177,11 +185,10 @@ def forget(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
                     path.unlink()
 
 
-def run(out: Path, values: Mapping[str, Any], flags: Sequence[str]) -> int:
+def run(out: Path, values: Mapping[str, Any], flags: Sequence[str], *, dry: bool = False) -> int:
     """Run what is missing or changed, then make the table of what there is; the first exit status that is not 0."""
     chosen = any(flag.startswith(("-c", "-j", "--cores", "--jobs", "--profile")) for flag in flags)
     cores = () if chosen else ("--cores", "all")
-    dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(flags)
     base = (sys.executable, "-m", "snakemake", "--snakefile", str(HERE / "paper_table.smk"), "--directory", str(out))
     with alone(out) as handle:
         config = out / ("grid.dry.json" if dry else "grid.json")
@@ -208,12 +215,16 @@ def main() -> int:
         values = grid(os.environ.get("MODEL", MODELS).split(), words)
         require_writable(out, f"out={out}")
         out.mkdir(parents=True, exist_ok=True)
-        code = run(out, values, arguments[dash:])
+        flags = arguments[dash:]
+        dry = not {"-n", "--dry-run", "--dryrun"}.isdisjoint(flags)
+        code = run(out, values, flags, dry=dry)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if (out / TABLE).is_file():
+    if not dry and (out / TABLE).is_file():
         print((out / TABLE).read_text(encoding="utf-8"), end="")
+    if code:
+        print(f"error: not all jobs ended well; their logs are in {out / 'logs'}.", file=sys.stderr)
     return code
 
 

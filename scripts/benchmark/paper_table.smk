@@ -73,7 +73,7 @@ rule compress:
     params:
         recipe=lambda found: CELLS[found.cell]["recipe"],
         model=lambda found: MODELS[CELLS[found.cell]["model"]]["path"],
-        compress=WORDS["run"],
+        compress=WORDS["compress"],
     log:
         "logs/compress/{cell}.txt",
     threads: config["threads"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_compress import flops_report, registry, verification
+from moe_compress import flops_report, verification
 from moe_compress.checkpoint.locate import open_model
 from moe_compress.fidelity import RoutingReport, routing_report
 from moe_compress.flops_report import FlopsReport
@@ -15,7 +15,7 @@ from moe_compress.harness import lm_tasks
 from moe_compress.run import base_of, beside
 from moe_compress.runtime import require_writable, threads
 from moe_compress.speed_report import SpeedReport, setting_of, speed_report
-from moe_compress.task_evaluation import TaskReport, task_report
+from moe_compress.task_evaluation import TaskReport, questions_of, task_report
 from moe_compress.verification import Verification
 
 
@@ -69,11 +69,10 @@ def tasks(
     tasks: `local` (no network), `paper` (its eight), names of lm_eval, paths of .yaml files, joined by commas; limit:
     documents of a task; batch: prompts at once; fewshot: examples in a prompt.
     """
-    asked = registry.coerce(int | None, limit, "limit")
-    size, shots = registry.coerce(int, batch, "batch"), registry.coerce(int, fewshot, "fewshot")
+    questions_of(limit, batch, fewshot)
     opened, base, run = beside(checkpoint, original, options, "tasks")
     with threads(run.options.threads):
-        report = task_report(opened, base, run, tasks, limit=asked, batch=size, fewshot=shots)
+        report = task_report(opened, base, run, tasks, limit=limit, batch=batch, fewshot=fewshot)
     report.save(run.results("tasks"))
     return report
 

@@ -17,6 +17,7 @@ from moe_compress.harness.lm_tasks import Scores
 from moe_compress.harness.task_choice import Chosen
 from moe_compress.kept import Identified
 from moe_compress.model import hf
+from moe_compress.registry import coerce
 from moe_compress.report.tasks import as_markdown
 from moe_compress.run import Run
 from moe_compress.runtime import dtype_name, fingerprint, log
@@ -49,9 +50,9 @@ def task_report(
     run: Run,
     tasks: str | Sequence[str] = "local",
     *,
-    limit: int | None = None,
-    batch: int = lm_tasks.BATCH,
-    fewshot: int = 0,
+    limit: int | str | None = None,
+    batch: int | str = lm_tasks.BATCH,
+    fewshot: int | str = 0,
 ) -> TaskReport:
     """Ask both models the same; what either was asked before, in the same arithmetic, is read back.
 
@@ -59,26 +60,39 @@ def task_report(
     group: of each part); batch: prompts at once; fewshot: examples in a prompt. Raises ValueError, before weights are
     read, for tasks that cannot be run here, and for models that do not fit into memory.
     """
-    for name, value, least in (("limit", limit, 1), ("batch", batch, 1), ("fewshot", fewshot, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: a number from {least} is needed.")
-    chosen = task_choice.choose(tasks, fewshot)
+    documents, size, shots = questions_of(limit, batch, fewshot)
+    chosen = task_choice.choose(tasks, shots)
     for each in (base, checkpoint):
         load_tokenizer(each.folder, each.config.vocab_size)
     settings = {
-        "limit": limit,
-        "fewshot": fewshot,
+        "limit": documents,
+        "fewshot": shots,
         "dtype": dtype_name(run.dtype),
         "device": run.device.type,
         "attn": run.options.attn or hf.skeleton(base.config, run.dtype).config._attn_implementation,
         "lm_eval": task_choice.version(),
     }
-    asked = {each.name: task_choice.identity(each, limit) for each in chosen}
-    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, batch)
+    asked = {each.name: task_choice.identity(each, documents) for each in chosen}
+    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, size)
     if checkpoint.folder == base.folder:
         return _report(checkpoint, base, chosen, asked, settings, before, None)
-    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, batch)
+    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, size)
     return _report(checkpoint, base, chosen, asked, settings, before, after)
+
+
+def questions_of(
+    limit: int | str | None = None, batch: int | str = lm_tasks.BATCH, fewshot: int | str = 0
+) -> tuple[int | None, int, int]:
+    """Documents of a task, prompts at once, examples in a prompt, in words or numbers, or ValueError."""
+    documents, size, shots = (
+        coerce(int | None, limit, "limit"),
+        coerce(int, batch, "batch"),
+        coerce(int, fewshot, "fewshot"),
+    )
+    for name, value, least in (("limit", documents, 1), ("batch", size, 1), ("fewshot", shots, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: a number from {least} is needed.")
+    return documents, size, shots
 
 
 def _answers(
