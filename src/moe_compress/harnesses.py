@@ -32,7 +32,7 @@ def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setti
     """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.
 
     prompts, batches: numbers separated by commas; tokens: decoded behind a prompt; runs, seconds: how long each is
-    timed, at least; quick: one short point; dtype, device, threads, results: as everywhere.
+    timed, at least; starts: of both processes; quick: one short point; dtype, device, threads, results: as everywhere.
     """
     results = Path(setting.pop("results", "runs"))
     opened = open_model(str(checkpoint))

@@ -11,12 +11,13 @@ import torch
 from moe_compress.checkpoint.load import require_memory
 from moe_compress.checkpoint.reader import Checkpoint
 from moe_compress.harness.speed import QUICK, Setting, compare_speed, cores, numbers
-from moe_compress.harness.timing import Effort
+from moe_compress.harness.timing import STARTS, Effort
 from moe_compress.kept import Identified
 from moe_compress.registry import coerce
 from moe_compress.report.record import environment, now
 from moe_compress.report.speed import as_markdown
 from moe_compress.runtime import DTYPES, dtype_name, fingerprint, resolve_device, resolve_dtype
+from moe_compress.terminal import progress_bar
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ def setting_of(
     tokens: int | str | None = None,
     runs: int | str | None = None,
     seconds: float | str | None = None,
+    starts: int | str = STARTS,
     quick: bool | str = False,
     dtype: str = "auto",
     device: str = "auto",
     threads: int | str | None = None,
 ) -> Setting:
     """What to measure, in words. quick: one prompt, one sequence and short turns, for tiny models.
+
+    starts: how often the processes are started; of one, an interval says nothing of what another would give.
 
     On a CPU, models run in fp32 unless told otherwise: bf16 products are slow there, and would flatter what is packed.
     """
@@ -64,6 +68,7 @@ def setting_of(
         numbers(batches, "batches") if batches else whole.batches,
         whole.tokens if tokens is None else coerce(int, tokens, "tokens"),
         effort,
+        coerce(int, starts, "starts"),
         dtype_name(resolve_dtype(dtype, where)),
         str(where),
         cores() if threads is None else coerce(int, threads, "threads"),
@@ -85,7 +90,8 @@ def speed_report(checkpoint: Checkpoint, base: Checkpoint, setting: Setting) -> 
             f"{positions}. Use prompts= with shorter ones."
         )
     require_memory((base, checkpoint), DTYPES[setting.dtype], torch.device(setting.device), "to be timed in turn")
-    found = compare_speed(base.folder, checkpoint.folder, setting)
+    with progress_bar("starts") as progress:
+        found = compare_speed(base.folder, checkpoint.folder, setting, progress)
     name, machine = Path(base.name).name, environment()
     identity = fingerprint(checkpoint.fingerprint, base.fingerprint, asdict(setting), machine["processor"])
     return SpeedReport(checkpoint.folder.name, name, checkpoint.fingerprint, found, machine, now(), identity)

@@ -1,7 +1,8 @@
 """How fast two checkpoints run beside each other, and what memory they take, at several prompts and batches.
 
 Each is loaded in a process of its own, where nothing else runs; they are timed in turn (timing.py), so that what slows
-the machine for a while slows both. The numbers are medians of paired ratios with bootstrap intervals.
+the machine for a while slows both, and started anew several times. The numbers are medians of paired ratios with
+bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -9,32 +10,38 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from moe_compress.harness import gpu
-from moe_compress.harness.timing import Effort, paired
+from moe_compress.harness.timing import STARTS, Effort, Paired, paired, summary
 from moe_compress.harness.worker import How, Point, Worker
 from moe_compress.runtime import log
 
 # Share of the processor that others may use; the load average would count what this process did a minute ago.
 BUSY = 0.25
 LOOK_SECONDS = 1.0
-QUICK = Effort(runs=12, seconds=1.0)
+SIDES = ("original", "variant")
+QUICK = Effort(runs=20, seconds=3.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is measured: every prompt with every batch, `tokens` decoded behind it; how long; as what, and where."""
+    """What is measured: every prompt with every batch, `tokens` decoded behind it; how long; as what, and where.
+
+    starts: how often both processes are started; they share the effort.
+    """
 
     prompts: tuple[int, ...] = (128, 1024)
     batches: tuple[int, ...] = (1, 8)
     tokens: int = 32
     effort: Effort = field(default_factory=Effort)
+    starts: int = STARTS
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
@@ -42,54 +49,91 @@ class Setting:
     def points(self) -> list[Point]:
         """All of them. ValueError for counts below one."""
         if (
-            min(*self.prompts, *self.batches, self.tokens, self.threads, self.effort.runs) < 1
+            min(*self.prompts, *self.batches, self.tokens, self.threads, self.starts, self.effort.runs) < 1
             or not 0 <= self.effort.seconds < math.inf
         ):
             raise ValueError(
-                "prompts=, batches=, tokens=, threads= and runs= are counts from 1 up, seconds= from 0 up."
+                "prompts=, batches=, tokens=, threads=, starts= and runs= are counts from 1 up, seconds= from 0 up."
             )
         return [Point(batch, prompt, self.tokens) for batch in self.batches for prompt in self.prompts]
 
 
-def compare_speed(original: Path, variant: Path, setting: Setting) -> dict[str, Any]:
+def compare_speed(
+    original: Path, variant: Path, setting: Setting, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
     """Seconds, ratios (above 1: the variant is faster) and memory at every point; kernels, load and clocks."""
-    points, before = setting.points(), machine(setting.device)
+    before = machine(setting.device)
     if before["used"] > BUSY:
         log.warning("BUSY: others use %.0f %% of the processor: do not trust these times.", 100 * before["used"])
-    how = How(setting.dtype, setting.device, setting.threads)
+    how = How(setting.dtype, setting.device, setting.threads, copied=not setting.device.startswith("cuda"))
+    starts = []
     with Worker(original, how) as first, Worker(variant, how) as second:
-        workers = (first, second)
-        meters = [gpu.Meter((worker.about["gpu"] or {}).get("uuid")) for worker in workers]
-        others = Others([os.getpid(), *(worker.process.pid or 0 for worker in workers)])
-        found = [_point(workers, meters, point, setting.effort) for point in points]
-        during, clock = others.share(), meters[0].megahertz()
+        for number in range(setting.starts):
+            starts.append(_started((first, second), setting))
+            if progress is not None:
+                progress(number + 1, setting.starts)
     after = machine(setting.device)
+    during = max(start.used_by_others for start in starts)
     return {
         "setting": asdict(setting),
         "machine": {
-            "before": before, "after": after, "used_during": during, "gpu_megahertz": clock,
+            "before": before, "after": after, "used_during": during, "gpu_megahertz": starts[0].gpu_megahertz,
             "busy": max(before["used"], during, after["used"]) > BUSY,
         },
-        "original": first.about,
-        "variant": second.about,
-        "points": found,
+        **dict(zip(SIDES, starts[0].about, strict=True)),
+        "points": [_point(starts, point) for point in setting.points()],
     }  # fmt: skip
 
 
-def _point(workers: Sequence[Worker], meters: Sequence[gpu.Meter], point: Point, effort: Effort) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What one start of both processes gave: turns and joules of each by point and question, memory by point."""
+
+    about: list[dict[str, Any]]
+    turns: dict[tuple[Point, str], Paired]
+    joules: dict[tuple[Point, str], list[float | None]]
+    memory: dict[Point, list[dict[str, int]]]
+    used_by_others: float
+    gpu_megahertz: float | None
+
+
+def _started(workers: Sequence[Worker], setting: Setting) -> Started:
+    """Start both processes, time them at every point, end them."""
+    effort = setting.effort.share(setting.starts)
+    for worker in workers:
+        worker.start()
+    about = [worker.loaded() for worker in workers]
+    meters = [gpu.Meter((each["gpu"] or {}).get("uuid")) for each in about]
+    others = Others([os.getpid(), *(each.pop("process") for each in about)])
+    found = Started(about, {}, {}, {}, 0.0, None)
+    for point in setting.points():
+        for what, tokens in (("prefill", 1), ("decode", point.tokens)):
+            asked = [functools.partial(worker.ask, what, point) for worker in workers]
+            turns = [meter.around(ask) for meter, ask in zip(meters, asked, strict=True)]
+            times = found.turns[point, what] = paired(turns[0], turns[1], effort)
+            found.joules[point, what] = [meter.taken(len(times.first) * tokens) for meter in meters]
+        found.memory[point] = [worker.ask("memory", point) for worker in workers]
+    found = replace(found, used_by_others=others.share(), gpu_megahertz=meters[0].megahertz())
+    for worker in workers:
+        worker.end()
+    return found
+
+
+def _point(starts: Sequence[Started], point: Point) -> dict[str, Any]:
+    """All starts at one point."""
     found: dict[str, Any] = {"batch": point.batch, "prompt": point.prompt, "tokens": point.tokens}
     for what, steps, tokens in (("prefill", 1, point.prompt), ("decode", point.tokens, 1)):
-        turns = [meter.around(functools.partial(w.ask, what, point)) for w, meter in zip(workers, meters, strict=True)]
-        times = paired(turns[0], turns[1], effort).to_json(steps)
-        rates = {
-            f"{side}_tokens_per_second": point.batch * tokens / times[f"{side}_seconds"]
-            for side in ("original", "variant")
-        }
-        runs = times["runs"] * steps
-        joules = [meter.taken(runs) for meter in meters]
-        found[what] = {**times, **rates, "joules": dict(zip(("original", "variant"), joules, strict=True))}
-    found["memory"] = {side: w.ask("memory", point) for side, w in zip(("original", "variant"), workers, strict=True)}
+        times = summary([start.turns[point, what] for start in starts], steps)
+        rates = {f"{side}_tokens_per_second": point.batch * tokens / times[f"{side}_seconds"] for side in SIDES}
+        joules = zip(*(start.joules[point, what] for start in starts), strict=True)
+        found[what] = {**times, **rates, "joules": dict(zip(SIDES, map(_mean, joules), strict=True))}
+    found["memory"] = dict(zip(SIDES, starts[0].memory[point], strict=True))
     return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
 
 
 class Others:

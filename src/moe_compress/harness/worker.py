@@ -6,11 +6,15 @@ Never are two of them asked at once, so that each has the machine to itself.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import subprocess
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +31,18 @@ from moe_compress.runtime import DTYPES, peak_memory_bytes, reset_peak_memory, r
 
 WARM_UP = 3
 LAST_SECONDS = 5.0
+END = "end"
+START = "from moe_compress.harness.worker import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
 class How:
-    """As what, where, and on how many threads a model is run."""
+    """As what, where, and on how many threads a model is run; copied: by a copy of a process that only imported."""
 
     dtype: str
     device: str
     threads: int
+    copied: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +55,62 @@ class Point:
 
 
 class Worker:
-    """The other end: starts the process, asks, and passes its errors on."""
+    """The other end: starts processes for one model, asks them, and passes their errors on.
+
+    One process imports what is needed, once; every start is a copy of it in which nothing has run yet. (CUDA stands no
+    copies: there every start is a process from the beginning.) Not multiprocessing's, which would run the user's script
+    once more.
+    """
 
     def __init__(self, folder: Path, how: How) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs, folder, how), daemon=True)
+        self.folder, self.how = folder, how
 
     def __enter__(self) -> Worker:
-        self.process.start()
-        self.about = self._answer()  # it has loaded
+        self._launch()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        with contextlib.suppress(OSError):  # it has ended already
-            self.connection.send(("end", None))
-        self.process.join(LAST_SECONDS)
+        self.connection.close()  # at which the processes end by themselves, if they live and listen
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LAST_SECONDS)
         self.process.kill()
+        self.process.wait()
+
+    def _launch(self) -> None:
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", "-c", START, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+
+    def start(self) -> None:
+        """Begin to load, and go on meanwhile."""
+        if self.process.poll() is not None:
+            self._launch()
+        self._send((self.folder, self.how))
+
+    def loaded(self) -> dict[str, Any]:
+        """What has been loaded, when it has."""
+        return dict(self._answer())
 
     def ask(self, what: str, point: Point) -> Any:
         """The answer to one question: seconds of `prefill` or `decode` (all tokens), or their `memory`."""
-        with contextlib.suppress(OSError):  # the answer is then that it ended
-            self.connection.send((what, point))
+        self._send((what, point))
         return self._answer()
+
+    def end(self) -> None:
+        """End what was started; its memory is free then."""
+        self._send((END, None))
+        if self.how.copied:
+            self._answer()
+        else:
+            self.process.wait()
+
+    def _send(self, words: Any) -> None:
+        with contextlib.suppress(OSError):  # the answer is then that it ended
+            self.connection.send(words)
 
     def _answer(self) -> Any:
         try:
@@ -82,8 +122,25 @@ class Worker:
         return answer
 
 
+def main() -> None:
+    """What the process runs, for which its end of the pipe is the number of an open file: start after start."""
+    warnings.simplefilter("ignore")  # what runs how is part of the answer, once and not for every start
+    connection = Connection(int(sys.argv[1]))
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):  # the other end is gone
+        while True:
+            folder, how = connection.recv()
+            if not how.copied:
+                return serve(connection, folder, how)
+            if not (child := os.fork()):
+                serve(connection, folder, how)
+                os._exit(0)
+            if os.waitpid(child, 0)[1]:
+                return None  # killed: the other end sees that nobody answers
+            connection.send(END)
+
+
 def serve(connection: Any, folder: Path, how: How) -> None:
-    """What the process does: load, say what was loaded, answer until the end."""
+    """Load, say what was loaded, answer until the end."""
     try:
         device = torch.device(how.device)
         pin(how.threads)
@@ -96,9 +153,11 @@ def serve(connection: Any, folder: Path, how: How) -> None:
             held = _start(device)
             model = load(folder, DTYPES[how.dtype], device)
             decode(model, small)
-            connection.send({**kernels(model), "load_peak_bytes": peak_memory_bytes(device) - held})
+            connection.send(
+                {**kernels(model), "process": os.getpid(), "load_peak_bytes": peak_memory_bytes(device) - held}
+            )
             warm: set[tuple[str, Point]] = set()
-            while (question := connection.recv())[0] != "end":
+            while (question := connection.recv())[0] != END:
                 connection.send(answer(model, question[0], question[1], warm))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return  # the other end is gone
