@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ def test_a_card_before_and_after_an_evaluation(reader_folder, options):
     words = {**options, "model": str(reader_folder("mixtral"))}
     folder = moe_compress.compress("quantize method=rtn group_size=8 format=packed", **{**words, "eval": False}).folder
     before = (folder / "README.md").read_text()
+    assert re.search(r"\| bytes of weights \| [\d,]+ \| [\d,]+ \|", before) and "FLOPs per token" not in before
     assert "| kl |" not in before and "trust_remote_code=True" in before and "moe_compress.load" in before
     told = {key: value for key, value in options.items() if key not in ("data", "samples")}
     moe_compress.evaluate(folder, **told)
@@ -38,6 +41,21 @@ def test_a_card_before_and_after_an_evaluation(reader_folder, options):
     (folder / "README.md").write_text("mine\n")
     moe_compress.evaluate(folder, **told)
     assert (folder / "README.md").read_text() == "mine\n"
+
+
+def test_few_documents_and_several_texts_are_said(made, options, tmp_path, caplog):
+    texts = [tmp_path / name for name in ("one.txt", "two.txt")]
+    for text in texts:
+        text.write_text("a few words of text that are said again and again. " * 20)
+    logging.getLogger("moe_compress").propagate = True
+    told = {**options, "eval_data": ",".join(map(str, texts))}
+    record = moe_compress.evaluate(made, **told).record
+    assert "the text has 2 documents: intervals of fewer than 20 are too narrow." in caplog.text
+    assert {"delta_nll_one.txt", "perplexity_two.txt"} <= set(record.metrics)
+    notes = moe_compress.push(made, "me/mine", dry_run=True).notes
+    assert any(
+        re.search(r"those of the latest evaluation, on [\d,]+ held-out tokens of one.txt,two.txt\.", n) for n in notes
+    )
 
 
 def run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:

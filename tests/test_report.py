@@ -511,6 +511,32 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
         assert first.suffix == ".png" or first.read_bytes() == second.read_bytes()
 
 
+def test_a_table_names_only_the_settings_of_its_own_rows(tmp_path):
+    for made in (ORIGINAL, WORSE, *(each.model_copy(update={"model": "other"}) for each in (ORIGINAL, SAME_AS))):
+        renamed = made.model_copy(update={"name": f"{made.model}-{made.name}", "digest": None})
+        renamed.save(tmp_path / "records")
+    (tmp_path / "speed").mkdir()
+    timing = {**speed_file("tiny-worse", 2.0), "fingerprint": "of worse"}
+    (tmp_path / "speed" / "worse.json").write_text(json.dumps(timing))
+    text = report_page.report([tmp_path / "records"], tmp_path / "out")[0].read_text()
+    other, tiny = text.split('id="table-1"')
+    assert "abacus" in tiny and "prefill x" in tiny and "speed: 1 x 16 tokens" in text
+    assert text.count("speed: 1 x 16 tokens") == 1 and "prefill x" not in other
+    assert "larger models before smaller ones" in text
+
+
+def test_what_was_measured_on_several_texts_is_below_where_rows_are_columns():
+    extra = {
+        "perplexity_b.txt": Metric(value=8.0, unit="perplexity", interval=(7.5, 8.5)),
+        "delta_nll_b.txt": Metric(value=0.25, unit="nats/token", interval=(0.2, 0.3)),
+    }
+    several = WORSE.model_copy(update={"metrics": {**WORSE.metrics, **extra}})
+    (table,) = make_tables([ORIGINAL, several])
+    assert list(table.turned.index[-2:]) == ["perplexity, b.txt", "change of NLL, b.txt"]
+    assert list(table.turned.loc["change of NLL, b.txt"]) == ["", "+0.2500 [+0.2000, +0.3000]"]
+    assert "b.txt" in table.markdown(turned=True) and "b.txt" not in table.markdown()
+
+
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="there is no record or folder of records"):
         report_page.report([tmp_path / "none"], tmp_path)
@@ -611,6 +637,10 @@ def test_a_card_of_a_plain_checkpoint():
     for known in ("`1d`", "`f0`", "`ca11`"):
         assert known in card
     assert "does not say here what it is" in card
+    change = Metric(value=0.01, unit="nats/token", interval=(-0.01, 0.03))
+    several = SAME_AS.model_copy(update={"metrics": {**SAME_AS.metrics, "delta_nll_b.txt": change}})
+    card = model_card(MANIFEST, several, ORIGINAL, name="mine")
+    assert f"| delta_nll_b.txt | +0.0100 [-0.0100, +0.0300], {SAME} |" in card
 
 
 def test_a_card_of_an_edited_and_packed_one():

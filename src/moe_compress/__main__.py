@@ -24,13 +24,19 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 PAGE = "All options and parameters: docs/recipes.md, and the command `list METHOD`."
+MEASURING = "What is measured, and how: docs/measuring.md; options of a run: docs/recipes.md."
 
 
-def _words(help: str) -> Any:
+def _words(help: str, page: str = PAGE) -> Any:
     """Any number of words."""
-    return typer.Argument(help=f"{help} {PAGE}", metavar="WORDS")
+    return typer.Argument(help=f"{help} {page}", metavar="WORDS")
 
 
+SPEED = (
+    "a model, then original=, prompts=, batches=, tokens=, runs=, seconds=, starts=, quick=, dtype=, device=, threads= "
+    "and results= as key=value words."
+)
+TASKS = "a model, then original=, tasks=, limit=, fewshot=, batch= and options of the run as key=value words."
 RECIPE = (
     "a recipe, which is a method and its parameters (key=value), stages joined by +, or a .yaml file; then key=value "
     "words that set options of the run (model=, data=, samples=, out=, ...) or override parameters."
@@ -85,7 +91,7 @@ def plan(words: Annotated[list[str], _words(RECIPE)]) -> None:
 
 @app.command()
 def flops(
-    words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, results=.")],
+    words: Annotated[list[str], _words("a model, then tokens=, context=, batch=, results=.", MEASURING)],
     check: Annotated[bool, typer.Option("--check", help="count with torch's counter too; 1 if they differ")] = False,
 ) -> None:
     """Count FLOPs and sizes by component: flops MODEL [tokens=2048] [context=2048] [batch=1] [--check]."""
@@ -145,7 +151,7 @@ def routing(words: Annotated[list[str], _words("a model, then options of the run
 
 
 @app.command()
-def speed(words: Annotated[list[str], _words("a model, then options as key=value words.")]) -> None:
+def speed(words: Annotated[list[str], _words(SPEED, MEASURING)]) -> None:
     """Time a checkpoint beside its original: speed FOLDER [original=] [prompts=128,1024] [batches=1,8] [quick=true]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown
@@ -154,7 +160,7 @@ def speed(words: Annotated[list[str], _words("a model, then options as key=value
 
 
 @app.command()
-def tasks(words: Annotated[list[str], _words("a model, then options of the run as key=value words.")]) -> None:
+def tasks(words: Annotated[list[str], _words(TASKS, MEASURING)]) -> None:
     """Accuracy on tasks beside the original's: tasks FOLDER [tasks=local|paper|NAMES|FILE] [limit=] [fewshot=]."""
     from moe_compress import api
     from moe_compress.terminal import show_markdown

@@ -29,16 +29,17 @@ def card_of(
     original: Record | None = None,
 ) -> str:
     """The card of a checkpoint made from `base`; values: its config.json."""
+    counted = () if record else [_sizes(base, each) for each in (values, base.values)]
     licences = [path for pattern in LICENCES for path in sorted(base.folder.glob(pattern))]
     return model_card(
         manifest, record, original, name=name, packed=says_packed(values),
         base_card=_text(base.folder / CARD), licence_text=_text(licences[0]) if licences else "",
-        licence_files=[path.name for path in licences], sizes=None if record else _sizes(base, values),
+        licence_files=[path.name for path in licences], sizes=counted,
     )  # fmt: skip
 
 
 def _sizes(base: Checkpoint, values: Mapping[str, Any]) -> dict[str, float]:
-    """What the config alone says of a checkpoint that was not evaluated; FLOPs depend on a text and are left out."""
+    """What a config alone says of a checkpoint that was not evaluated; FLOPs depend on a text and are left out."""
     model = hf.skeleton(hf.config_from(dict(values)), base.stored_dtype)
     apply_edits(model, packed_edits(model, values))
     found = sizes(model, 1, base.stored_dtype, scale_bytes(values)).to_json()

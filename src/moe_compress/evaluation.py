@@ -30,6 +30,7 @@ from moe_compress.zoo import tasks
 
 ITEMS = 500
 VERSION = 1
+FEW = 20  # documents: percentile bootstraps of 10 hold the truth in 90 % of cases, of 5 in 86 %, not in 95 %
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,8 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
         raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
     stick = yardstick(base, run)
     original, routed = original_of(base, stick, run)
+    if (documents := len(original.measurement.tokens)) < FEW:
+        log.warning("the text has %d documents: intervals of fewer than %d are too narrow.", documents, FEW)
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run).sealed()
     if checkpoint.folder == base.folder:
         return first, first

@@ -30,6 +30,7 @@ from moe_compress.runtime import gigabytes
 # Written by this package, so that it knows what in them is a path of this machine.
 OURS = (MANIFEST, PLAN, RECIPE, CARD)
 PATHS = ("model", "data", "eval_data")
+MEASURED_ON = r"[\d,]+ held-out tokens of [^\n]*?(?=, \w+ on \w+, protocol)"
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def _notes(manifest: Mapping[str, Any], texts: Mapping[str, bytes], folders: lis
         notes.append("There is no model card: README.md was removed from the folder.")
     elif "| delta_nll |" not in card:
         notes.append("The card has no numbers: `evaluate` this folder first, and they are put into it.")
+    elif text := re.search(MEASURED_ON, card):
+        notes.append(f"The card's numbers are those of the latest evaluation, on {text[0]}.")
     if card and not licence_of(card):
         notes.append("The card names no licence, for the original does not say its own: look there, and add it.")
     if manifest.get("form") == "edited":

@@ -45,13 +45,12 @@ def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Pa
     skipped += wrong
     answers, wrong = beside.read_json(_files(places, "tasks/*.json"), beside.asked, "tasks")
     skipped += wrong
-    timed, right = (
-        use([each for found in files for each in found], good)
-        for use, files in ((beside.speedups, speeds), (beside.accuracies, answers))
-    )
+    timings, answered = ([each for found in files for each in found] for files in (speeds, answers))
     folders = [place / "documents" for place in places]
     sections = []
     for table in tables:
+        of_table = [record for row in table.rows for record in row]
+        timed, right = beside.speedups(timings, of_table), beside.accuracies(answered, of_table)
         fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
         sections.append(Section(table, fronts, table.failures, {"speed": timed, "tasks": right}))
     models = {table.title for table in tables}

@@ -91,11 +91,9 @@ def show_result(result: Any) -> None:
 
 
 def _turned(found: Table) -> rich.table.Table:
-    """Rows as columns, without what none of them has."""
-    turned = rich.table.Table(box=rich.box.SIMPLE_HEAD)
-    for title in ("", *found.frame["recipe"]):
+    turned, frame = rich.table.Table(box=rich.box.SIMPLE_HEAD), found.turned
+    for title in ("", *frame.columns):
         turned.add_column(Text(title), overflow="fold")
-    for name in found.frame.columns[1:]:
-        if any(found.frame[name]):
-            turned.add_row(Text(name), *(Text(cell) for cell in found.frame[name]))
+    for name, cells in zip(frame.index, frame.to_numpy(), strict=True):
+        turned.add_row(Text(name), *(Text(cell) for cell in cells))
     return turned

@@ -61,14 +61,14 @@ def model_card(
     base_card: str = "",
     licence_text: str = "",
     licence_files: Sequence[str] = (),
-    sizes: Mapping[str, float] | None = None,
+    sizes: Sequence[Mapping[str, float]] = (),
 ) -> str:
     """The card as Markdown with a YAML head.
 
     manifest: what moe_compress.json holds; record, original: of the evaluation, if there was one; name: the
     checkpoint's; packed: whether its weights are of few bits; base_card, licence_text: README.md and LICENSE of the
-    original, '' where it has none; licence_files: those that come with this folder; sizes: where there is no
-    record.
+    original, '' where it has none; licence_files: those that come with this folder; sizes: this one's and the
+    original's, where there is no record.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
@@ -82,7 +82,7 @@ def model_card(
         "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
         "## How to load it\n\n" + _loading(name, edited, packed),
         *([_measured(record)] if record is not None else []),
-        _sizes(record.sizes if record is not None else sizes, original),
+        _sizes([each.sizes for each in (record, original) if each is not None] or sizes),
         _hashes(manifest, record),
         f"## Licence\n\n{_licence_words(licence, base, licence_files)}",
     ]
@@ -159,20 +159,21 @@ def _measured(record: Record) -> str:
 
 
 def _value(name: str, metric: Metric) -> str:
-    form = "+.4f" if name == "delta_nll" else ".4f"
+    form = "+.4f" if name.startswith("delta_") else ".4f"
     if metric.interval is None:
         return f"{metric.value:{form}}"
     low, high = metric.interval
-    same = f", {SAME}" if name == "delta_nll" and low <= 0 <= high else ""
+    same = f", {SAME}" if name.startswith("delta_") and low <= 0 <= high else ""
     return f"{metric.value:{form}} [{low:{form}}, {high:{form}}]{same}"
 
 
-def _sizes(sizes: Mapping[str, float] | None, original: Record | None) -> str:
+def _sizes(sizes: Sequence[Mapping[str, float]]) -> str:
+    """This one's, and the original's behind it."""
     rows = ["## Sizes", "", "| | this | original |", "|---|---|---|"]
     for key, name in SIZES.items():
-        if sizes and key in sizes:
-            before = f"{original.sizes[key]:,.0f}" if original is not None and key in original.sizes else ""
-            rows.append(f"| {name} | {sizes[key]:,.0f} | {before} |")
+        cells = [f"{each[key]:,.0f}" if key in each else "" for each in sizes]
+        if any(cells):
+            rows.append(f"| {name} | {' | '.join([*cells, '', ''][:2])} |")
     return "\n".join(rows)
 
 

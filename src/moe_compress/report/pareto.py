@@ -7,7 +7,7 @@ of a table, D documents, B draws. This module knows nothing of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Front:
-    """The points of a plot, cheapest first; key: what is paid; label: its name and unit; notes: what to know."""
+    """The points of a plot, cheapest first; key: what is paid; label: its name and unit; notes: what to know.
+
+    how: the setting in which the cost was measured, '' where it was counted.
+    """
 
     key: str
     label: str
     points: Sequence[Point]
     notes: Sequence[str]
+    how: str = ""
 
 
 def on_front(costs: Floats, values: Floats) -> NDArray[np.bool_]:
@@ -158,8 +162,8 @@ def make_fronts(
         for key, (label, unit) in COSTS.items()
     ]
     timed = [_latency(row, speedups) for row in rows]
-    how = f"decoding time / the original's (decoding {speedups.how})"
-    fronts.append(_front(LATENCY, how, names, timed, drawn, _intervals(rows, drawn)))
+    latency = _front(LATENCY, "decoding time / the original's", names, timed, drawn, _intervals(rows, drawn))
+    fronts.append(replace(latency, how=f"decoding {speedups.how}"))
     return [front for front in fronts if len(front.points) > 1]
 
 

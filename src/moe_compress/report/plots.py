@@ -29,6 +29,7 @@ LEAST_LIMIT = 0.2
 NAMED, NAME, FEW = 0.05, 70, 16
 HIGH, NEAR = 1000, 40
 WIDE = 80
+LEGEND = "orange: on the front as measured\n%: on it in so many of the draws"
 WHISKER: dict[str, Any] = {"colors": "grey", "linewidth": 0.7}
 META: dict[str, dict[str, Any]] = {".svg": {"metadata": {"Date": None}}}
 Table = Sequence[Sequence[float | None]]
@@ -132,14 +133,16 @@ def _saved(figure: Figure, stem: Path) -> list[Path]:
 
 
 def front(stem: Path, title: str, found: Front) -> list[Path]:
-    """A front as PNG and SVG: perplexity with whiskers over cost; what is often on the front is numbered and named,
-    and so is everything where there is little."""
+    """A front as PNG and SVG: perplexity with whiskers over cost, orange on the front as measured.
+
+    What is often on it is numbered and named, and so is everything where there is little.
+    """
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     axes = figure.subplots()
     up = svg.perplexity_axis(found.points, 0, HIGH)
     best = [point for point in found.points if point.front or point.share >= NAMED]
     named = found.points if len(found.points) <= FEW else best
-    for points, colour in ((found.points, LINES[0]), (best, LINES[1])):
+    for points, colour in ((found.points, LINES[0]), ([point for point in found.points if point.front], LINES[1])):
         x, y = [point.cost for point in points], [up(point.perplexity) for point in points]
         axes.vlines(
             x, *zip(*((up(low), up(high)) for low, high in (p.interval for p in points)), strict=True), **WHISKER
@@ -151,11 +154,12 @@ def front(stem: Path, title: str, found: Front) -> list[Path]:
     for number, point in enumerate(named, 1):
         name = f"{number}  {textwrap.shorten(point.name, NAME, placeholder=' ...')}: {point.share:.0%}"
         axes.plot([], [], " ", label=name.replace("$", r"\$"))
-    plain = [text.replace("$", r"\$") for text in (title, textwrap.fill(found.label, WIDE))]
+    below = f"{found.label} ({found.how})" if found.how else found.label
+    plain = [text.replace("$", r"\$") for text in (title, textwrap.fill(below, WIDE))]
     axes.set(title=plain[0], xlabel=plain[1], ylabel="perplexity, root of log scale")
     axes.set_yticks(*zip(*up.ticks(), strict=True))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="on the front in ... of the draws")
+    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title=LEGEND)
     return _saved(figure, stem)
 
 

@@ -62,10 +62,22 @@ class Table:
             pd.concat([self.frame, pd.DataFrame(lost, columns=self.frame.columns)]).fillna("") if lost else self.frame
         )
 
+    @property
+    def turned(self) -> pd.DataFrame:
+        """Rows as columns, without what none of them has; last what was measured on each of several texts."""
+        names = dict.fromkeys(name for row in self.rows for record in row for name in record.metrics)
+        parts = {}
+        for column, key in (("perplexity", "perplexity_"), ("change of NLL", "delta_nll_")):
+            form = METRICS[column][1]
+            for name in (name for name in names if name.startswith(key)):
+                parts[f"{column}, {name.removeprefix(key)}"] = [_cell(row, name, form) for row in self.rows]
+        found = self.frame.assign(**parts)
+        return found.loc[:, (found != "").any()].set_index("recipe").T
+
     def markdown(self, turned: bool = False) -> str:
         """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
         how = f"{self.how()}, protocol `{self.protocol['id']}`"
-        frame = self.frame.loc[:, (self.frame != "").any()].set_index("recipe").T if turned else self.whole
+        frame = self.turned if turned else self.whole
         cells = formats.markdown(frame, index=turned)
         return f"### {formats.line(self.title)}\n\n{how}\n\n{cells}\n"
 
