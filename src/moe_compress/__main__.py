@@ -206,16 +206,13 @@ Records = Annotated[
 @app.command()
 def table(words: Records = None) -> None:
     """Make tables from records (Markdown, CSV, LaTeX, JSON), one per protocol and model: table [RECORDS] [out=DIR]."""
-    from moe_compress.report.record import failures_beside, gather
-    from moe_compress.report.table import make_tables, write_tables
+    from moe_compress.report.table import read_tables, write_tables
     from moe_compress.runtime import require_writable
     from moe_compress.terminal import show_tables
 
     places, out = _places(words)
     require_writable(out, f"out={out}")
-    found, skipped = gather(places)
-    failures, wrong = failures_beside(places)
-    tables, skipped = make_tables(found, failures), skipped + wrong
+    tables, skipped = read_tables(places)
     written = write_tables(tables, out)
     show_tables(tables)
     typer.echo(f"written: {', '.join(map(str, written))}", err=True)

@@ -25,10 +25,10 @@ from moe_compress.harnesses import flops, routing, speed, tasks, verify
 from moe_compress.kept import keep
 from moe_compress.publishing import Upload, prepare, send
 from moe_compress.recipe import Options, Recipe
-from moe_compress.report.record import Record, failures_beside, gather
-from moe_compress.report.table import Table, make_tables
+from moe_compress.report.record import Places, Record
+from moe_compress.report.table import Table, read_tables
 from moe_compress.report_page import report
-from moe_compress.run import Run, beside, start
+from moe_compress.run import Run, beside, require_same_tokens, start
 from moe_compress.runtime import log, threads
 from moe_compress.stream.prompts import prompt_windows, read_prompts
 from moe_compress.terminal import progress_bar
@@ -143,8 +143,7 @@ def compare(
     prompts: a file, whose text the predictions are compared on; `default`: a few prompts, and the evaluation text.
     """
     first, second = (open_model(str(model)) for model in (before, after))
-    if first.config.vocab_size != second.config.vocab_size:
-        raise ValueError(f"{first.name} and {second.name} have different vocabularies: they cannot be compared.")
+    require_same_tokens(second, first)
     count = registry.coerce(int, max_tokens, "max_tokens")
     positions = getattr(first.config, "max_position_embeddings", None) or count + 1
     if not 0 < count < positions:
@@ -203,16 +202,15 @@ def push(
     return upload if dry else replace(upload, url=send(upload, message, revision))
 
 
-def table(records: Sequence[str | Path] = ("runs/records",)) -> list[Table]:
+def table(records: Places = "runs/records") -> list[Table]:
     """Tables of records (files, or folders of them), one per protocol and original model; broken ones are skipped.
 
     Runs that did not finish are rows as well: those that left a failure in the folder beside.
     """
-    found, skipped = gather(records)
-    left, wrong = failures_beside(records)
-    for sentence in (*skipped, *wrong):
+    found, skipped = read_tables(records)
+    for sentence in skipped:
         log.warning("skipped: %s.", sentence)
-    return make_tables(found, left)
+    return found
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:

@@ -21,7 +21,7 @@ from moe_compress.harness.routing import RoutingSample, Samples, fidelity, free_
 from moe_compress.model import hf
 from moe_compress.model.families import family_of
 from moe_compress.report.record import Metric, Record, environment, now
-from moe_compress.run import Run
+from moe_compress.run import Run, require_same_tokens
 from moe_compress.runtime import dtype_name, fingerprint, log, one_at_a_time
 from moe_compress.stream.data import Windows
 from moe_compress.stream.fold import Layers, ResidentLayers, StreamedLayers
@@ -113,9 +113,7 @@ def _measure(
 
 def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[Record, Record]:
     """Records (unsaved) of a checkpoint and of its original, measured on the same text; the same one if it is it."""
-    words, others = base.config.vocab_size, checkpoint.config.vocab_size
-    if words != others:
-        raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
+    require_same_tokens(checkpoint, base)
     stick = yardstick(base, run)
     original, routed = original_of(base, stick, run)
     if (documents := len(original.measurement.tokens)) < FEW:

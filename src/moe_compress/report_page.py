@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_compress.report import beside, pareto, pictures, plots
 from moe_compress.report.page import Contents, Gallery, Section, render
+from moe_compress.report.record import Places, failures_beside, gather, write_whole
 from moe_compress.report.record import beside as places_beside
-from moe_compress.report.record import failures_beside, gather, write_whole
 from moe_compress.report.table import make_tables, stems
 from moe_compress.runtime import log, require_writable
 
@@ -24,12 +24,12 @@ class Report:
     skipped: list[str]
 
 
-def report(records: Sequence[str | Path] = ("runs/records",), out: str | Path = "runs") -> list[Path]:
+def report(records: Places = "runs/records", out: str | Path = "runs") -> list[Path]:
     """Write out/report.html and out/plots/; returns their paths. See `make_report`."""
     return make_report(records, out).files
 
 
-def make_report(records: Sequence[str | Path] = ("runs/records",), out: str | Path = "runs") -> Report:
+def make_report(records: Places = "runs/records", out: str | Path = "runs") -> Report:
     """Write the page and the plots of records (files, or folders of them) and of what other commands left beside them.
 
     Files that are none of ours, or were changed, are named in a warning and skipped. ValueError without any record.

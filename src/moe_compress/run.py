@@ -99,6 +99,13 @@ def beside(
     return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
 
 
+def require_same_tokens(checkpoint: Checkpoint, base: Checkpoint) -> None:
+    """ValueError for models of different vocabularies."""
+    words, others = base.config.vocab_size, checkpoint.config.vocab_size
+    if words != others:
+        raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
+
+
 def base_of(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
     """What a checkpoint was made from, unless another one is named; itself if it was made from none."""
     if named is not None:

@@ -16,6 +16,7 @@ from moe_compress.kept import Identified
 from moe_compress.registry import coerce
 from moe_compress.report.record import environment, now
 from moe_compress.report.speed import as_markdown
+from moe_compress.run import require_same_tokens
 from moe_compress.runtime import DTYPES, dtype_name, fingerprint, resolve_device, resolve_dtype
 from moe_compress.terminal import progress_bar
 
@@ -79,9 +80,7 @@ def setting_of(
 
 def speed_report(checkpoint: Checkpoint, base: Checkpoint, setting: Setting) -> SpeedReport:
     """Measure both. ValueError for other vocabularies, and for prompts that are too long for the original."""
-    words, others = base.config.vocab_size, checkpoint.config.vocab_size
-    if words != others:
-        raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
+    require_same_tokens(checkpoint, base)
     longest = max(setting.prompts) + setting.tokens
     positions = getattr(base.config, "max_position_embeddings", None) or longest
     if longest > positions:

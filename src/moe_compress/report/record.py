@@ -172,6 +172,8 @@ class _Readable(_Part):
 
 
 Kind = TypeVar("Kind", Record, Failure)
+# Files, or folders of them.
+Places = str | Path | Sequence[str | Path]
 
 
 def load_records(paths: Iterable[Path]) -> list[Record]:
@@ -192,22 +194,22 @@ def read_failures(paths: Iterable[Path]) -> tuple[list[Failure], list[str]]:
     return _read(paths, Failure, "failure")
 
 
-def _several(places: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+def _several(places: Places) -> Sequence[str | Path]:
     return [places] if isinstance(places, str | Path) else places
 
 
-def beside(records: Sequence[str | Path]) -> list[Path]:
+def beside(records: Places) -> list[Path]:
     """The folders that hold the folders of records, or of the record files."""
     found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, _several(records))]
     return list(dict.fromkeys(found))
 
 
-def failures_beside(records: Sequence[str | Path]) -> tuple[list[Failure], list[str]]:
+def failures_beside(records: Places) -> tuple[list[Failure], list[str]]:
     """Failures in the folders beside those of the records, and a sentence for each file there that is none."""
     return read_failures(path for place in beside(records) for path in sorted(place.glob("failures/*.json")))
 
 
-def gather(places: Sequence[str | Path]) -> tuple[list[Record], list[str]]:
+def gather(places: Places) -> tuple[list[Record], list[str]]:
     """Records of files and of folders of them, and what `read_records` says of the others.
 
     ValueError for a place that is not there, or where files are, but no record among them.

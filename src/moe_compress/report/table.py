@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from moe_compress.report import formats
-from moe_compress.report.record import Failure, Record, write_whole
+from moe_compress.report.record import Failure, Places, Record, failures_beside, gather, write_whole
 
 BYTES = 2**20
 SAME = "no detectable difference"
@@ -105,6 +105,13 @@ class Table:
         out = io.StringIO()
         self.whole.to_csv(out, index=False)
         return out.getvalue()
+
+
+def read_tables(places: Places) -> tuple[list[Table], list[str]]:
+    """Tables of records (or of folders of them) and of the failures beside them; a sentence for each broken file."""
+    records, skipped = gather(places)
+    failures, wrong = failures_beside(places)
+    return make_tables(records, failures), [*skipped, *wrong]
 
 
 def make_tables(records: Iterable[Record], failures: Iterable[Failure] = ()) -> list[Table]:
