@@ -16,6 +16,7 @@ import torch
 import transformers
 
 import editing
+import moe_compress
 import readers
 import tiny
 from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
@@ -81,6 +82,26 @@ def reader_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the small text files."""
     return readers.save_texts(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="session")
+def lab(
+    reader_folder: Callable[[str], Path], texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, object]]:
+    """family -> options of a run on its tiny reader, without evaluation, whose results all tests on it share."""
+    place = tmp_path_factory.mktemp("lab")
+    files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt"), "eval": False}
+
+    def of(family: str) -> dict[str, object]:
+        return {**readers.OPTIONS, **files, "model": str(reader_folder(family)), "results": str(place / family)}
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def made(lab: Callable[[str], dict[str, object]]) -> Callable[[str, str], Path | None]:
+    """(family, sentence) -> the checkpoint."""
+    return functools.cache(lambda family, sentence: moe_compress.compress(sentence, **lab(family)).folder)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import moe_compress
 import naive_quantization as slow
-import readers
 import tiny
 from editing import logits_of
 from moe_compress import api, mixed, recipe, slimming
@@ -41,22 +40,6 @@ Options = dict[str, object]
 Made = Callable[[str, str], Path]
 AWQ = "quantize method=awq group_size=8 min_tokens=1 clip=max"
 AUTO = "quantize method=rtn bits=auto group_size=8 clip=max"
-
-
-@pytest.fixture(scope="session")
-def lab(reader_folder, texts, tmp_path_factory) -> Callable[[str], Options]:
-    place = tmp_path_factory.mktemp("awq")
-    files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt"), "eval": False}
-
-    def of(family: str) -> Options:
-        return {**readers.OPTIONS, **files, "model": str(reader_folder(family)), "results": str(place / family)}
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def made(lab) -> Made:
-    return functools.cache(lambda family, sentence: moe_compress.compress(sentence, **lab(family)).folder)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -311,10 +311,18 @@ def test_bad_input_is_one_sentence(model, options, said):
         flops(model, **options)
 
 
-def test_a_config_that_describes_no_model_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_local_experts": -3}, "describes a mixtral model that cannot be built"),
+        ({"num_attention_heads": 0}, "says num_attention_heads=0: no mixtral model is like that"),
+        ({"vocab_size": -1}, "says vocab_size=-1"),
+    ],
+)
+def test_a_config_that_describes_no_model_is_refused(changes, said, tmp_path):
     values = json.loads((zoo.path("tiny-mixtral") / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**values, "num_local_experts": -3}))
-    with pytest.raises(ValueError, match="describes a mixtral model that cannot be built"):
+    (tmp_path / "config.json").write_text(json.dumps({**values, **changes}))
+    with pytest.raises(ValueError, match=said):
         flops(tmp_path)
 
 

@@ -175,6 +175,8 @@ def test_what_does_not_ask_for_a_kernel(strict):
     rows = random(2, 3, 64).bfloat16()
     require_close(matrix(rows), product(matrix, rows))
     assert matrix.kernel is not None and matrix(rows).shape == (2, 3, 32)
+    kernel = matrix.kernel
+    assert matrix.prepare(torch.bfloat16, rows.device) == "" and matrix.kernel is kernel
     assert torch.equal(matrix(rows.float()), rows.float() @ matrix.dense().float().T)
     assert matrix(random(0, 64).bfloat16()).shape == (0, 32)
 

@@ -48,24 +48,6 @@ FAMILIES = tiny.EDITABLE
 NAMES = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
 
 
-@pytest.fixture(scope="session")
-def lab(reader_folder, texts, tmp_path_factory) -> Callable[[str], Options]:
-    """family -> options whose results all tests on it share."""
-    place = tmp_path_factory.mktemp("pruned")
-    files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt"), "eval": False}
-
-    def of(family: str) -> Options:
-        return {**readers.OPTIONS, **files, "model": str(reader_folder(family)), "results": str(place / family)}
-
-    return of
-
-
-@pytest.fixture(scope="session")
-def made(lab) -> Made:
-    """(family, sentence) -> the checkpoint."""
-    return functools.cache(lambda family, sentence: moe_compress.compress(sentence, **lab(family)).folder)
-
-
 @functools.cache
 def _stock(folder: Path) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -162,7 +163,19 @@ def test_packed_experts_are_counted_in_their_kernel(reader_folder, options):
     model = load(folder, torch.float32, torch.device("cpu"))
     assert kernels(model)["packed"] == {"8 bits in Int8Rows": 3 * 8 * 3}
     dense = moe_compress.load(str(reader_folder("mixtral")), torch.float32)
-    assert experts_of(model) < 0.35 * experts_of(dense)
+    assert 0.25 * experts_of(dense) <= experts_of(model) < 0.35 * experts_of(dense)
+    assert prefill(model, Point(1, 8, 2)) > 0 and decode(model, Point(1, 8, 2)) > 0
+
+
+def test_packed_weights_are_timed_in_their_kernel(options):
+    words = {**options, "eval": False, "model": "tiny-mixtral"}
+    folder = moe_compress.compress("quantize method=rtn bits=4 group_size=32", **words).folder
+    told = {"prompts": "8", "batches": "1", "tokens": 2, "runs": 1, "seconds": 0, "starts": 1, "dtype": "bfloat16"}
+    found = moe_compress.speed(folder, threads=1, results=str(options["results"]), **told).found
+    (name,) = found["variant"]["packed"]
+    assert re.fullmatch("4 bits in Int4", name) and found["points"][0]["prefill"]["variant_seconds"] > 0
+    memory_of = found["points"][0]["memory"]
+    assert 0.2 < memory_of["variant"]["weights"] / memory_of["original"]["weights"] < 0.7
 
 
 def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatch):

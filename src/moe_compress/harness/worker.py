@@ -198,7 +198,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A checkpoint as it is run: what is packed stays packed."""
     model = load_as_run(open_checkpoint(folder), dtype, device)
     for module in model.modules():
-        if isinstance(module, PackedMatrix):  # else only at its first product
+        if isinstance(module, PackedMatrix):  # else, of an edited one, only at its first product
             module.prepare(dtype, device)
     return model
 

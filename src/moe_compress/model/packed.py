@@ -97,6 +97,8 @@ class PackedMatrix(nn.Module):
 
     def prepare(self, dtype: torch.dtype, device: torch.device) -> str:
         """Change over to the layout of the kernel for such rows; why there is none, or empty where there is."""
+        if self.kernel is not None:
+            return ""
         integers = bool(rounds(self)) and integers_multiply(self)
         reason = "" if integers else kernel_lacks(self, dtype, device.type)
         if reason:

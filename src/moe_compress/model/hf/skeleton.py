@@ -18,6 +18,9 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+# Without one of these, layers are built that compute nothing.
+COUNTED = ("vocab_size", "hidden_size", "num_attention_heads")
+
 
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a config.json (or of the folder that holds it), special floats decoded."""
@@ -45,6 +48,9 @@ def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
     """The model with every parameter on the meta device and every buffer real; nothing is read."""
     config = copy.deepcopy(config)
+    for name in COUNTED:
+        if isinstance(count := getattr(config, name, None), int) and count < 1:
+            raise ValueError(f"config.json says {name}={count}: no {config.model_type} model is like that.")
     keywords: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
         keywords["attn_implementation"] = attn
