@@ -877,7 +877,7 @@ def test_the_command_line_s_own_mistakes(words, said, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (KeyboardInterrupt(), 130, "interrupted: run the same command again to go on where it stopped."),
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from whatever was kept."),
         (PermissionError(13, "Permission denied", "results"), 2, "error: [Errno 13] Permission denied: 'results'"),
         (MemoryError("too much"), 2, "error: too much Use fewer or shorter windows, or device=cpu."),
         (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory. Use fewer or shorter windows"),

@@ -388,7 +388,8 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     timed = beside.speedups([each for file in files for each in beside.timed(file)], [ORIGINAL, WORSE, SAME_AS])
     values = {name: found[beside.LATENCY].value for name, found in timed.by_record.items()}
     assert values == {"worse": 0.5, "same_as": 0.8}
-    assert "float32 on cpu (abacus), 1 thread(s)" in timed.how and "BUSY for 1" in timed.how
+    for words in ("float32 on cpu (abacus), 1 thread(s)", "BUSY for 1", "in other settings: 2", "2 of too few starts"):
+        assert words in timed.how
     front = pareto.make_fronts(["original", "worse", "same_as"], rows, (), timed)[-1]
     assert front.key == beside.LATENCY and [point.name for point in front.points] == ["worse", "same_as", "original"]
     assert front.points[0].cost_interval == pytest.approx((1 / 2.1, 1 / 1.9))
@@ -418,7 +419,18 @@ def test_answers_to_the_same_tasks_are_joined():
         "worse": 0.5,
         "same_as": 0.8,
     }
-    assert found.how == "quiz, limit=5" and beside.accuracies([], [WORSE]) == beside.Joined({}, "")
+    assert found.how == "quiz, limit=5; not shown, as measured in other settings: 1" and beside.accuracies(
+        [], [WORSE]
+    ) == beside.Joined({}, "")
+
+
+def test_the_originals_answers_are_those_that_its_variants_were_beside():
+    file = {**tasks_file("worse", 0.5), "original_fingerprint": "of original"}
+    original = ORIGINAL.model_copy(update={"fingerprint": "of original"})
+    for base, known in ((original, True), (original.model_copy(update={"fingerprint": "another"}), False)):
+        found = beside.accuracies(beside.asked(file), [base, WORSE]).by_record
+        assert ("tiny-original" in found) == known and found["worse"]["quiz right"].value == 0.5
+    assert beside.accuracies(beside.asked(file), [original]).by_record["tiny-original"]["quiz right"].value == 0.9
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -529,11 +541,13 @@ def test_what_was_measured_on_several_texts_is_below_where_rows_are_columns():
     extra = {
         "perplexity_b.txt": Metric(value=8.0, unit="perplexity", interval=(7.5, 8.5)),
         "delta_nll_b.txt": Metric(value=0.25, unit="nats/token", interval=(0.2, 0.3)),
+        "delta_nll_c.txt": Metric(value=-0.05, unit="nats/token", interval=(-0.2, 0.3)),
     }
     several = WORSE.model_copy(update={"metrics": {**WORSE.metrics, **extra}})
     (table,) = make_tables([ORIGINAL, several])
-    assert list(table.turned.index[-2:]) == ["perplexity, b.txt", "change of NLL, b.txt"]
+    assert list(table.turned.index[-2:]) == ["change of NLL, b.txt", "change of NLL, c.txt"]
     assert list(table.turned.loc["change of NLL, b.txt"]) == ["", "+0.2500 [+0.2000, +0.3000]"]
+    assert list(table.turned.loc["change of NLL, c.txt"]) == ["", f"-0.0500 [-0.2000, +0.3000] {SAME}"]
     assert "b.txt" in table.markdown(turned=True) and "b.txt" not in table.markdown()
 
 

@@ -17,8 +17,9 @@ import torch
 import moe_compress
 from moe_compress.harness import gpu, worker
 from moe_compress.harness import speed as harness
+from moe_compress.harness.footprint import cache_tensors, step_bytes, weight_tensors
 from moe_compress.harness.timing import Effort, Paired, median_interval, paired, summary
-from moe_compress.harness.worker import Point, decode, kernels, load, memory, prefill, step_bytes, weight_tensors
+from moe_compress.harness.worker import Point, decode, kernels, load, memory, prefill
 from moe_compress.model.moe import moe_views
 from moe_compress.report import beside
 from moe_compress.report.speed import as_markdown
@@ -346,7 +347,7 @@ def test_a_script_without_a_guard_may_measure_speed(reader_folder, tmp_path):
 def test_states_of_recurrent_layers_are_part_of_the_cache():
     layer = type("Layer", (), {})()
     layer.keys, layer.states = torch.zeros(2), {"conv": [torch.zeros(3)], "recurrent": torch.zeros(4), "none": None}
-    assert sum(t.numel() for t in worker.cache_tensors(type("Cache", (), {"layers": [layer]})())) == 9
+    assert sum(t.numel() for t in cache_tensors(type("Cache", (), {"layers": [layer]})())) == 9
 
 
 def test_every_expert_of_llama4_is_read(family_folder):

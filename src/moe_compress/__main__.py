@@ -287,7 +287,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:
-            typer.echo("interrupted: run the same command again to go on where it stopped.", err=True)
+            typer.echo("interrupted: the same command goes on from whatever was kept.", err=True)
         raise
 
 

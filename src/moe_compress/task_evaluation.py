@@ -34,6 +34,7 @@ class TaskReport(Identified):
     model: str
     original: str
     fingerprint: str
+    original_fingerprint: str
     settings: dict[str, Any]
     tasks: dict[str, dict[str, Any]]
     average: dict[str, Any] | None
@@ -157,4 +158,4 @@ def _report(
     name = Path(base.name).name
     identity = fingerprint(checkpoint.fingerprint, base.fingerprint, settings, asked)
     title = name if after is None else checkpoint.folder.name
-    return TaskReport(title, name, checkpoint.fingerprint, settings, rows, average, identity)
+    return TaskReport(title, name, checkpoint.fingerprint, base.fingerprint, settings, rows, average, identity)

@@ -16,6 +16,7 @@ Read = TypeVar("Read")
 
 
 LATENCY = "latency"
+STARTS_NEEDED = 5  # below it, lowest and highest of the starts are less than 93 % sure to hold the median
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Found:
     """What a command found out of a checkpoint beside its original.
 
     values: by what a table calls them; what: all that they depend on besides the two models; fingerprint: the
-    checkpoint's; busy: whether the machine was.
+    checkpoint's; busy: whether the machine was; narrow: whether intervals are, as of too few starts.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Found:
     what: tuple[Any, ...]
     values: Mapping[str, Sound]
     busy: bool = False
+    narrow: bool = False
 
     def __post_init__(self) -> None:
         hash((self.what, *map(str.strip, (self.model, self.fingerprint, self.original))))  # TypeError for other types
@@ -68,7 +70,7 @@ def timed(speed: Mapping[str, Any]) -> list[Found]:
     return [
         Found(
             speed["model"], speed["fingerprint"], speed["original"], (point["batch"], point["prompt"], *what),
-            _speedups(point), bool(found["machine"]["busy"]),
+            _speedups(point), bool(found["machine"]["busy"]), point["prefill"].get("starts", 1) < STARTS_NEEDED,
         )
         for point in found["points"]
     ]  # fmt: skip
@@ -87,41 +89,53 @@ def _speedups(point: Mapping[str, Any]) -> dict[str, Sound]:
 
 
 def asked(report: Mapping[str, Any]) -> list[Found]:
-    """The accuracies of a tasks file, and their average."""
+    """The accuracies of a tasks file, and their average: the checkpoint's, and its original's."""
     side = "before" if report["model"] == report["original"] else "after"
-    tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
-    if report["average"]:
-        tasks["average of tasks"] = report["average"][side]
-    values = {name: Sound(**found) for name, found in tasks.items()}
+
+    def values(side: str) -> dict[str, Sound]:
+        tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
+        if report["average"]:
+            tasks["average of tasks"] = report["average"][side]
+        return {name: Sound(**found) for name, found in tasks.items()}
+
     what = (*report["tasks"], *(f"{key}={value}" for key, value in sorted(report["settings"].items())))
-    return [Found(report["model"], report["fingerprint"], report["original"], what, values)]
+    found = [Found(report["model"], report["fingerprint"], report["original"], what, values(side))]
+    if side == "after" and "original_fingerprint" in report:
+        found.append(
+            Found(report["original"], report["original_fingerprint"], report["original"], what, values("before"))
+        )
+    return found
 
 
-def join(found: Sequence[Found], records: Sequence[Record]) -> tuple[dict[str, Found], tuple[Any, ...]]:
-    """Of every record that has some, what most have, and what that depends on; the rest belongs to no one table."""
+def join(found: Sequence[Found], records: Sequence[Record]) -> tuple[dict[str, Found], tuple[Any, ...], str]:
+    """Of every record that has some, what most have, what that depends on, and in words how much else there is."""
     pairs = [(each, record.name) for each in found for record in records if made(each, record)]
     if not pairs:
-        return {}, ()
+        return {}, (), ""
     most, _ = Counter(each.what for each, _ in pairs).most_common(1)[0]
-    return {name: each for each, name in pairs if each.what == most}, most
+    others = len({(each.what, name) for each, name in pairs if each.what != most})
+    left = f"; not shown, as measured in other settings: {others}" if others else ""
+    return {name: each for each, name in pairs if each.what == most}, most, left
 
 
 def speedups(found: Sequence[Found], records: Sequence[Record]) -> Joined:
     """Times at the point and in the setting which most were timed at."""
-    kept, most = join(found, records)
+    kept, most, left = join(found, records)
     if not kept:
         return Joined({}, "")
     batch, prompt, tokens, dtype, device, where, threads = most
     how = f"{batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), {threads} thread(s)"
     busy = sum(each.busy for each in kept.values())
     how += f"; the machine was BUSY for {busy} of them" if busy else ""
-    return Joined({name: each.values for name, each in kept.items()}, how)
+    narrow = sum(each.narrow for each in kept.values())
+    how += f"; {narrow} of too few starts, so that their intervals are too narrow" if narrow else ""
+    return Joined({name: each.values for name, each in kept.items()}, how + left)
 
 
 def accuracies(found: Sequence[Found], records: Sequence[Record]) -> Joined:
     """Answers to the tasks, in the arithmetic, which most were asked."""
-    kept, most = join(found, records)
-    return Joined({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)))
+    kept, most, left = join(found, records)
+    return Joined({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)) + left)
 
 
 def made(found: Found, record: Record) -> bool:

@@ -104,9 +104,9 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def detectable(records: Sequence[Record]) -> bool | None:
-    """Whether the change of NLL differs from none: no, if every run's interval holds zero; None without intervals."""
-    found = [record.metrics["delta_nll"].interval for record in records if "delta_nll" in record.metrics]
+def detectable(records: Sequence[Record], name: str = "delta_nll") -> bool | None:
+    """Whether a change (of NLL) differs from none: no, if every run's interval holds zero; None without intervals."""
+    found = [record.metrics[name].interval for record in records if name in record.metrics]
     ends = [interval for interval in found if interval is not None]
     if not ends or len(ends) < len(records):
         return None

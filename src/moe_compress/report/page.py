@@ -18,7 +18,7 @@ from moe_compress.report import formats, pictures, svg
 from moe_compress.report.beside import LATENCY, Joined
 from moe_compress.report.pareto import Front
 from moe_compress.report.record import Failure, Metric, Record, now
-from moe_compress.report.table import Table, row_numbers, sentence_of
+from moe_compress.report.table import SAME, Table, row_numbers, sentence_of
 
 TEMPLATE = "page.html.j2"
 ON_FRONT = {"bytes": "on front: bytes", "flops_per_token": "on front: FLOPs", "latency": "on front: latency"}
@@ -120,11 +120,18 @@ def _row(
     others: Mapping[str, Metric],
 ) -> Context:
     numbers = row_numbers(records) | {column: metric.value for column, metric in others.items()}
-    measured = {column: formats.with_interval(metric, ".3f") for column, metric in others.items()}
+    measured = {column: _measured(metric) for column, metric in others.items()}
     texts = {**cells, **measured, **{column: f"{shares[column]:.0%}" if column in shares else "" for column in extra}}
     numbers |= shares
     found = [{"text": text, "number": numbers.get(str(column))} for column, text in texts.items()]
     return {"id": identity, "cells": found, "runs": [_run(record) for record in records]}
+
+
+def _measured(metric: Metric) -> str:
+    """With its interval; a ratio to the original whose interval holds 1 is no detectable difference."""
+    low, high = metric.interval or (metric.value, metric.value)
+    same = f" {SAME}" if metric.unit == "ratio" and low <= 1 <= high else ""
+    return formats.with_interval(metric, ".3f") + same
 
 
 def _run(record: Record) -> Context:

@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 
 from moe_compress.report import formats
+from moe_compress.report.beside import STARTS_NEEDED
 from moe_compress.report.table import SAME
 
 MIB = 2**20
-STARTS_NEEDED = 5  # below it, lowest and highest of the starts are less than 93 % sure to hold the median
 WHAT = {"prefill": "time to the first token", "decode": "time per decoded token"}
 
 
@@ -37,8 +37,9 @@ def _joules(found: Mapping[str, float | None]) -> str:
 
 MEANING = (
     "Speedup: median over starts of the median ratio of A B B A blocks (above 1: faster than the original), with its "
-    "95 % bootstrap interval over starts and blocks; *: of fewer than five starts, so that it is too narrow. J: energy "
-    "of one prefill, or of one decoded step. "
+    "95 % bootstrap interval over starts and blocks; not the ratio of the medians beside it. *: of fewer than five "
+    "starts, so that it is too narrow; of one it says nothing of the next run. J: energy of one prefill, or of one "
+    "decoded step. "
     "Read per step: weights that a step of decoding touches if tokens choose their experts alone and evenly, and the "
     "cache. Activations: the peak above weights and cache. Peak: all three."
 )

@@ -70,7 +70,9 @@ class Table:
         for column, key in (("perplexity", "perplexity_"), ("change of NLL", "delta_nll_")):
             form = METRICS[column][1]
             for name in (name for name in names if name.startswith(key)):
-                parts[f"{column}, {name.removeprefix(key)}"] = [_cell(row, name, form) for row in self.rows]
+                same = [f" {SAME}" if formats.detectable(row, name) is False else "" for row in self.rows]
+                cells = [_cell(row, name, form) + end for row, end in zip(self.rows, same, strict=True)]
+                parts[f"{column}, {name.removeprefix(key)}"] = cells
         found = self.frame.assign(**parts)
         return found.loc[:, (found != "").any()].set_index("recipe").T
 
