@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -23,6 +24,11 @@ import paper_rows  # noqa: E402
 import paper_table  # noqa: E402
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
+
+
+@functools.cache
+def mixtral_grid() -> dict:
+    return paper_table.grid([MIXTRAL], {})
 
 
 # --- the grid -----------------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def make(name: str, **changes) -> object:
 @pytest.fixture
 def results(tmp_path):
     """Everything of the original and of Layer Drop; AWQ failed, timing of Block Drop as well; the rest never ran."""
-    keep(tmp_path, "grid.json", paper_table.grid([MIXTRAL], {}))
+    keep(tmp_path, "grid.json", mixtral_grid())
     for name in ("original", "layer_drop", "block_drop"):
         make(name).save(tmp_path / "records")
         stem = MODEL if name == "original" else f"{MODEL}-{name}"
@@ -247,7 +253,7 @@ def run_grid(folder: Path, recipes: dict[str, str]) -> tuple[int, list[str], str
 
 def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    keep(tmp_path, "grid.json", paper_table.grid([MIXTRAL], {}))
+    keep(tmp_path, "grid.json", mixtral_grid())
     (tmp_path / "fake.py").write_text(FAKE)
     for name in ("layer_drop", "block_drop"):
         make(name).save(tmp_path / "made")
