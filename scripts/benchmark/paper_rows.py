@@ -14,6 +14,7 @@ import pandas as pd
 from moe_compress.report import formats
 from moe_compress.report.flops import BINARY, UNITS
 from moe_compress.report.record import Failure, Record, now, read_records
+from moe_compress.report.speed import ratio
 from moe_compress.report.table import SAME
 from moe_compress.report_page import make_report
 from moe_compress.runtime import write_json
@@ -137,7 +138,7 @@ def _row(cell: Cell) -> dict[str, str]:
         return {**cells, FAILED: cell.reasons["record"]}
     point = cell.speed["found"]["points"][0] if cell.speed else None
     for column, what in (("prefill x", "prefill"), ("decoding x", "decode")):
-        cells[column] = "1" if cell.original else _ratio(point[what]) if point else ""
+        cells[column] = "1" if cell.original else ratio(point[what]) if point else ""
     cells["FLOPs"] = _short(cell.flops["total"]["prefill"], UNITS) if cell.flops else ""
     cells["weights"] = _short(cell.record.sizes["bytes"], BINARY) if cell.record else ""
     cells |= _accuracies(cell)
@@ -147,11 +148,6 @@ def _row(cell: Cell) -> dict[str, str]:
         same = f" {SAME}" if cell.record and formats.detectable([cell.record]) is False else ""
         cells["change of NLL"] = formats.with_interval(metrics["delta_nll"], "+.4f") + same
     return cells
-
-
-def _ratio(times: Mapping[str, Any]) -> str:
-    low, high = times["speedup_interval"]
-    return f"{times['speedup']:.2f} [{low:.2f}, {high:.2f}]" + (f" {SAME}" if low <= 1 <= high else "")
 
 
 def _short(count: float, units: Sequence[tuple[float, str]]) -> str:

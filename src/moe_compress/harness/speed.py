@@ -66,10 +66,10 @@ def compare_speed(
     if before["used"] > BUSY:
         log.warning("BUSY: others use %.0f %% of the processor: do not trust these times.", 100 * before["used"])
     how = How(setting.dtype, setting.device, setting.threads, copied=not setting.device.startswith("cuda"))
-    starts = []
+    starts: list[Started] = []
     with Worker(original, how) as first, Worker(variant, how) as second:
         for number in range(setting.starts):
-            starts.append(_started((first, second), setting))
+            starts.append(_started((first, second), setting, memory=not starts))
             if progress is not None:
                 progress(number + 1, setting.starts)
     after = machine(setting.device)
@@ -87,7 +87,7 @@ def compare_speed(
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """What one start of both processes gave: turns and joules of each by point and question, memory by point."""
+    """What one start of both processes gave: turns and joules by point and question; of the first, memory by point."""
 
     about: list[dict[str, Any]]
     turns: dict[tuple[Point, str], Paired]
@@ -97,8 +97,8 @@ class Started:
     gpu_megahertz: float | None
 
 
-def _started(workers: Sequence[Worker], setting: Setting) -> Started:
-    """Start both processes, time them at every point, end them."""
+def _started(workers: Sequence[Worker], setting: Setting, memory: bool) -> Started:
+    """Start both processes, time them at every point, and ask for their memory, which no start changes; end them."""
     effort = setting.effort.share(setting.starts)
     for worker in workers:
         worker.start()
@@ -112,7 +112,8 @@ def _started(workers: Sequence[Worker], setting: Setting) -> Started:
             turns = [meter.around(ask) for meter, ask in zip(meters, asked, strict=True)]
             times = found.turns[point, what] = paired(turns[0], turns[1], effort)
             found.joules[point, what] = [meter.taken(len(times.first) * tokens) for meter in meters]
-        found.memory[point] = [worker.ask("memory", point) for worker in workers]
+        if memory:
+            found.memory[point] = [worker.ask("memory", point) for worker in workers]
     found = replace(found, used_by_others=others.share(), gpu_megahertz=meters[0].megahertz())
     for worker in workers:
         worker.end()

@@ -63,10 +63,14 @@ def _times(point: Mapping[str, Any], what: str) -> dict[str, str]:
     }
 
 
-def _speedup(times: Mapping[str, Any]) -> str:
+def ratio(times: Mapping[str, Any]) -> str:
+    """The speedup with its interval; one that holds 1 is no detectable difference."""
     low, high = times["speedup_interval"]
-    same = f" {SAME}" if low <= 1 <= high else ""
-    return f"{times['speedup']:.2f} [{low:.2f}, {high:.2f}]{same}" + (" *" if times["starts"] < STARTS_NEEDED else "")
+    return f"{times['speedup']:.2f} [{low:.2f}, {high:.2f}]" + (f" {SAME}" if low <= 1 <= high else "")
+
+
+def _speedup(times: Mapping[str, Any]) -> str:
+    return ratio(times) + (" *" if times["starts"] < STARTS_NEEDED else "")
 
 
 def _memory(point: Mapping[str, Any], side: str) -> dict[str, str]:
