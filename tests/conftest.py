@@ -19,8 +19,8 @@ import editing
 import moe_compress
 import readers
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.stream import fold
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.engine import forward
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -115,11 +115,11 @@ def options(texts: Path, tmp_path: Path) -> dict[str, object]:
 def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by one for every batch that runs through a layer."""
     calls: list[int] = []
-    real = fold.hf.run_layer
+    real = forward.hf.run_layer
 
     def counted(*args: object) -> torch.Tensor:
         calls.append(1)
         return real(*args)
 
-    monkeypatch.setattr(fold.hf, "run_layer", counted)
+    monkeypatch.setattr(forward.hf, "run_layer", counted)
     return calls

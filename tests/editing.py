@@ -15,14 +15,15 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits, check_edits
-from moe_compress.model.edits import Edit, KeepExperts, to_json
-from moe_compress.model.forms import form_after, kept_layers, layer_lists
-from moe_compress.model.moe import moe_shapes, moe_views
-from moe_compress.stream.surgery import rewrite
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.surgery import rewrite
+from moe_compress.edits.apply import apply_edits, check_edits
+from moe_compress.edits.edits import Edit, KeepExperts, to_json
+from moe_compress.edits.resulting_config import form_after, kept_layers, layer_lists
+from moe_compress.models import hf
+from moe_compress.models.moe import moe_views
+from moe_compress.models.shape import moe_shapes
 
 # Both keep equally many experts in each half, as DeepSeek-V3's two groups need.
 SIX, FOUR = (0, 2, 3, 5, 6, 7), (1, 2, 4, 7)

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 import moe_compress
-from moe_compress.checkpoint import shards
-from moe_compress.stream import fold
+from moe_compress.checkpoints import safetensors_file
+from moe_compress.engine import forward
 
 Job = tuple[str, int, str, dict[str, Any]]
 
@@ -41,7 +41,7 @@ def doomed(job: Job) -> None:
     """A run that dies at its point."""
     point, number, sentence, options = job
     seen = [0]
-    run_layer, write_all = fold.hf.run_layer, shards._write_all
+    run_layer, write_all = forward.hf.run_layer, safetensors_file._write_all
 
     def counted_layer(*args: Any) -> torch.Tensor:
         seen[0] += 1
@@ -55,9 +55,9 @@ def doomed(job: Job) -> None:
         write_all(out, data)
 
     if point == "layer":
-        fold.hf.run_layer = counted_layer
+        forward.hf.run_layer = counted_layer
     elif point == "write":
-        shards._write_all = counted_write
+        safetensors_file._write_all = counted_write
     moe_compress.compress(sentence, **options)
 
 
@@ -65,13 +65,13 @@ def whole(job: Job) -> None:
     """The same run, to its end; says how many layers it ran."""
     _, _, sentence, options = job
     seen = [0]
-    run_layer = fold.hf.run_layer
+    run_layer = forward.hf.run_layer
 
     def counted_layer(*args: Any) -> torch.Tensor:
         seen[0] += 1
         return run_layer(*args)
 
-    fold.hf.run_layer = counted_layer
+    forward.hf.run_layer = counted_layer
     moe_compress.compress(sentence, **options)
     print(seen[0], flush=True)
 

@@ -17,12 +17,12 @@ import editing
 import moe_compress
 import tiny
 from editing import logits_of, moe_layers
-from moe_compress.checkpoint import writer
-from moe_compress.checkpoint.load import load_model
-from moe_compress.model.edits import DropLayer, KeepExperts, RoundActivations
-from moe_compress.model.moe import moe_views
-from moe_compress.model.packed import PackedMatrix
-from moe_compress.model.rounding import integer_product, rounded, row_codes
+from moe_compress.checkpoints.folder import MANIFEST
+from moe_compress.checkpoints.load import load_model
+from moe_compress.edits.edits import DropLayer, KeepExperts, RoundActivations
+from moe_compress.models.modeling.activation_rounding import integer_product, rounded, row_codes
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.moe import moe_views
 
 W8 = "quantize method=rtn bits=8 group_size=0 format=packed"
 
@@ -170,7 +170,7 @@ with torch.no_grad():
 )
 def test_a_recipe_reports_its_bytes_and_loads_where_the_package_is_not(sentence, reader_folder, options, tmp_path):
     result = moe_compress.compress(sentence, model=str(reader_folder("mixtral")), **options)
-    found = json.loads((result.folder / writer.MANIFEST).read_text())
+    found = json.loads((result.folder / MANIFEST).read_text())
     sent = found["report"][-1]["bytes_sent_per_token"]
     copies = tiny.LAYERS * tiny.TOP_K
     assert sent == {
@@ -191,7 +191,7 @@ def test_a_recipe_reports_its_bytes_and_loads_where_the_package_is_not(sentence,
 def test_skipped_experts_are_not_sent_to(reader_folder, options):
     words = {**options, "eval": False, "model": str(reader_folder("mixtral"))}
     folders = [moe_compress.compress(sentence, **words).folder for sentence in ("activations", "skip + activations")]
-    reports = [json.loads((folder / writer.MANIFEST).read_text())["report"] for folder in folders]
+    reports = [json.loads((folder / MANIFEST).read_text())["report"] for folder in folders]
     plain, fewer = (found[-1]["bytes_sent_per_token"] for found in reports)
     assert fewer["before"] < plain["before"] and fewer["after"] < plain["after"]
 

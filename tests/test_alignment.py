@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import relu, silu
 
 import tiny
-from moe_compress.methods.trimming import alignment
-from moe_compress.methods.trimming.alignment import Neurons, align_groups, order, permuted
-from moe_compress.model.moe import Expert, moe_views
+from moe_compress.methods.expert_merge import alignment
+from moe_compress.methods.expert_merge.alignment import Neurons, align_groups, order, permuted
+from moe_compress.models.moe import Expert, moe_views
 
 # Gated; gated with biases, interleaved and transposed; without a gate.
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")

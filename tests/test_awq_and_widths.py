@@ -18,20 +18,23 @@ import moe_compress
 import naive_quantization as slow
 import tiny
 from editing import logits_of
-from moe_compress import api, mixed, recipe, slimming
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.methods.slimming.awq import awq_scale
-from moe_compress.methods.slimming.grids import BITS
-from moe_compress.methods.slimming.widths import by_use, cheapest_widths
-from moe_compress.mixed import choose
-from moe_compress.model.families import family_of
-from moe_compress.model.matrices import layer_matrices
-from moe_compress.model.moe import moe_views
-from moe_compress.model.packed import PackedMatrix
-from moe_compress.rescaling import Rescale
-from moe_compress.stream.feeds import Feeds
-from moe_compress.stream.fold import StreamedLayers, visit_layers
+from moe_compress import api
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.compression.weights import bit_sensitivity, stage
+from moe_compress.compression.weights.bit_sensitivity import choose
+from moe_compress.compression.weights.norm_readers import Feeds
+from moe_compress.compression.weights.rescaling import Rescale
+from moe_compress.engine.forward import visit_layers
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods.quantization.awq import awq_scale
+from moe_compress.methods.quantization.bit_allocation import by_use, cheapest_widths
+from moe_compress.methods.quantization.grid import BITS
+from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.moe import moe_views
+from moe_compress.recipes.parser import parse
 from test_identity import CPU, windows_of
 from test_pruning import refused, report, stock
 
@@ -120,8 +123,8 @@ def test_the_scales_that_are_found_for_a_router_are_powers_of_two(family, lab, m
         before(self, layer, owner)
 
     monkeypatch.setattr(Rescale, "apply", applied)
-    asked = slimming._Slimmer._choices
-    monkeypatch.setattr(slimming._Slimmer, "_choices", lambda self, run, _wanted=False: asked(self, run, True))
+    asked = stage._Slimmer._choices
+    monkeypatch.setattr(stage._Slimmer, "_choices", lambda self, run, _wanted=False: asked(self, run, True))
     options = {**lab(family), "dtype": "bfloat16", "out": str(tmp_path / "out")}
     folder = moe_compress.compress(f"{AWQ} bits=4", **options).folder
     norms = [each for each in found if each.maker.endswith("norm")]
@@ -268,11 +271,11 @@ def test_sharing_out_is_measured_as_a_naive_loop_would(by, lab, monkeypatch):
     Scales are searched: where the largest weight sets them, it is a tie, and either code is right.
     """
     costs: dict[int, Any] = {}
-    monkeypatch.setattr(mixed, "choose", lambda found, *_: costs.update(found) or {})
-    parsed = recipe.parse(f"{AUTO} budget=3 by={by}".replace("max", "mse"), (), lab("mixtral"))
+    monkeypatch.setattr(bit_sensitivity, "choose", lambda found, *_: costs.update(found) or {})
+    parsed = parse(f"{AUTO} budget=3 by={by}".replace("max", "mse"), (), lab("mixtral"))
     run, source = api.start(parsed.options), open_checkpoint(Path(str(lab("mixtral")["model"])))
     spans = {(i, f"mlp.experts.{part}"): 8 for i in range(tiny.LAYERS) for part in ("gate", "up", "down")}
-    mixed.expert_bits(parsed.stages[0], source, run, spans)
+    bit_sensitivity.expert_bits(parsed.stages[0], source, run, spans)
     model = stock(str(lab("mixtral")["model"]))
     for name, expected in naive_costs(model, run.windows("calibration", source), 1, by).items():
         torch.testing.assert_close(

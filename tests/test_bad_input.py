@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 import moe_compress
 import readers
 import tiny
-from moe_compress import __main__ as command_line
-from moe_compress import runtime
-from moe_compress.checkpoint import locate
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.stream import fold
+from moe_compress.checkpoints import resolve
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.commands import main
+from moe_compress.engine import forward
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.utils import logging as files
 
 Refused = Callable[..., str]
 INDEX = "model.safetensors.index.json"
@@ -45,8 +46,8 @@ def copy(sharded: Path, tmp_path: Path) -> Path:
 def refused(options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Refused:
     """Run a recipe that must fail; returns what is said. Unless `late`, no layer may have run by then."""
     forwards: list[int] = []
-    real = fold.hf.run_layer
-    monkeypatch.setattr(fold.hf, "run_layer", lambda *args: forwards.append(1) or real(*args))
+    real = forward.hf.run_layer
+    monkeypatch.setattr(forward.hf, "run_layer", lambda *args: forwards.append(1) or real(*args))
 
     def run(sentence: str = "expert_drop", *, late: bool = False, **given: object) -> str:
         out = Path(str(given.setdefault("out", tmp_path / "out")))
@@ -260,7 +261,7 @@ def test_unknown_models_are_named(refused, tmp_path):
 
 
 def test_the_hub_is_out_of_reach(refused, monkeypatch):
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**50))
     said = refused(model="nobody/nothing")
     assert "there is no folder nobody/nothing here, and it could not be fetched from the hub" in said
     assert "is neither a folder here nor a valid hub id" in refused(model="no body/nothing")
@@ -279,7 +280,7 @@ def test_what_the_hub_refuses_is_said(kind, said, refused, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise kind("no", response=SimpleNamespace(headers={}, request=None))
 
-    monkeypatch.setattr(locate, "hf_hub_download", refuse)
+    monkeypatch.setattr(resolve, "hf_hub_download", refuse)
     assert said in refused(model="some/model", revision="x")
 
 
@@ -379,7 +380,7 @@ def test_tensors_that_are_missing_or_misshapen(copy, refused):
 )
 def test_matrices_of_experts_that_do_not_fit(name, expert, change, said, copy):
     rewrite_tensor(copy, key := f"layers.1.block_sparse_moe.experts.{expert}.{name}.weight", change)
-    layers = fold.StreamedLayers(open_checkpoint(copy), torch.device("cpu"), torch.float32)
+    layers = StreamedLayers(open_checkpoint(copy), torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError) as caught, layers.layer(1):
         pass
     assert key in str(caught.value) and said in str(caught.value)
@@ -519,14 +520,14 @@ def test_places_where_nothing_can_be_written(reader_folder, refused, tmp_path, m
         said = refused(model=model, **{key: tmp_path / "file" / "below"})
         assert said.startswith(f"{key}=") and "nothing can be written to" in said and "(Not a directory)" in said
     (tmp_path / "locked").mkdir()
-    real = runtime.tempfile.mkdtemp
+    real = files.tempfile.mkdtemp
 
     def locked(**keywords: object) -> str:
         if keywords["dir"] == tmp_path / "locked":
             raise OSError(30, "Read-only file system")
         return str(real(**keywords))
 
-    monkeypatch.setattr(runtime.tempfile, "mkdtemp", locked)
+    monkeypatch.setattr(files.tempfile, "mkdtemp", locked)
     for key in ("out", "results"):
         assert "(Read-only file system)" in refused(model=model, **{key: tmp_path / "locked" / "x"})
 
@@ -534,7 +535,7 @@ def test_places_where_nothing_can_be_written(reader_folder, refused, tmp_path, m
 def test_hidden_states_that_their_disk_cannot_hold(reader_folder, refused, tmp_path, monkeypatch):
     free = {tmp_path: 2**50, tmp_path / "small": 1000}
     (tmp_path / "small").mkdir()
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place]))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda place: SimpleNamespace(free=free[place]))
     said = refused(model=reader_folder("mixtral"), samples=10**9, results=tmp_path / "small")
     assert "hidden states need" in said and "small has 1000 B free" in said and "samples=" in said
     assert "results=" in said and "out=" not in said
@@ -563,7 +564,7 @@ def test_another_recipe_s_checkpoint_is_not_overwritten(reader_folder, options, 
 
 def test_no_space_on_the_disk(reader_folder, options, refused, tmp_path, monkeypatch):
     made = moe_compress.compress("expert_drop", model=reader_folder("mixtral"), **{**options, "eval": False}).folder
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     said = refused(model=reader_folder("mixtral"), results=tmp_path / "elsewhere")
     assert "the new checkpoint needs" in said and "1000 B free" in said and "out=" in said
     assert not (tmp_path / "elsewhere").exists()
@@ -575,7 +576,7 @@ def test_a_disk_that_fills_up(reader_folder, options, tmp_path, monkeypatch):
     """Space for the preflight, then none: nothing that looks whole, and the next run goes on."""
     words = {**options, "model": reader_folder("mixtral"), "out": tmp_path / "out", "eval": False}
     writes: list[int] = []
-    real = moe_compress.checkpoint.writer.write_shard
+    real = moe_compress.checkpoints.writer.write_shard
 
     def full(*args: object, **keywords: object) -> None:
         writes.append(1)
@@ -583,7 +584,7 @@ def test_a_disk_that_fills_up(reader_folder, options, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         real(*args, **keywords)
 
-    monkeypatch.setattr(moe_compress.checkpoint.writer, "write_shard", full)
+    monkeypatch.setattr(moe_compress.checkpoints.writer, "write_shard", full)
     with pytest.raises(OSError, match="No space left"):
         moe_compress.compress("expert_drop", **words)
     assert not (tmp_path / "out").exists()
@@ -855,7 +856,7 @@ def test_the_command_line_says_one_sentence(words, said, reader_folder, monkeypa
     words = [word.replace("MODEL", str(reader_folder("mixtral"))) for word in words]
     monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
     with pytest.raises(SystemExit) as stopped:
-        command_line.main()
+        main()
     assert stopped.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == "" and shown.err.count("\n") == 1
@@ -870,7 +871,7 @@ def test_the_command_line_says_one_sentence(words, said, reader_folder, monkeypa
 def test_the_command_line_s_own_mistakes(words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
     with pytest.raises(SystemExit) as stopped:
-        command_line.main()
+        main()
     assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
@@ -890,7 +891,7 @@ def test_what_happens_to_the_command_line(error, code, said, monkeypatch, capsys
     monkeypatch.setattr(moe_compress.api, "compress", fail)
     monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
     with pytest.raises(SystemExit) as stopped:
-        command_line.main()
+        main()
     assert stopped.value.code == code and said in capsys.readouterr().err
 
 
@@ -901,4 +902,4 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(moe_compress.api, "compress", fail)
     monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
     with pytest.raises(RuntimeError, match="a bug"):
-        command_line.main()
+        main()

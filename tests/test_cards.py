@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import moe_compress
-from moe_compress import __main__ as cli
+from moe_compress.cli.commands import main
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_few_documents_and_several_texts_are_said(made, options, tmp_path, caplo
 def run(words: list[str], monkeypatch, capsys) -> tuple[int, str]:
     monkeypatch.setattr("sys.argv", ["moe-compress", *words])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main()
     return int(stop.value.code or 0), capsys.readouterr().err
 
 

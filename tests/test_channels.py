@@ -17,20 +17,23 @@ import naive_pruning as slow
 import readers
 import tiny
 from editing import FOUR, IDS, cut, logits_of, moe_layers, original, write
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoint.writer import manifest_of
-from moe_compress.methods.slimming.channels import channel_scores
-from moe_compress.model import hf
-from moe_compress.model.applying import check_edits
-from moe_compress.model.edits import Edit, KeepChannels, KeepExperts, from_json, to_json
-from moe_compress.model.families import family_of
-from moe_compress.model.moe import inner_width, moe_shapes, moe_views
-from moe_compress.plans import read_plan
-from moe_compress.stream.backward import ChannelGradients, backward
-from moe_compress.stream.channels import ChannelSums
-from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
-from moe_compress.stream.observed import LayerSums
+from moe_compress.calibration.channel_statistics import ChannelSums
+from moe_compress.calibration.gradients import ChannelGradients
+from moe_compress.calibration.model_statistics import LayerSums
+from moe_compress.checkpoints.folder import manifest_of
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.edits.apply import check_edits
+from moe_compress.edits.edits import Edit, KeepChannels, KeepExperts, from_json, to_json
+from moe_compress.edits.plan_file import read_plan
+from moe_compress.engine.backward import backward
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import ResidentLayers, StreamedLayers
+from moe_compress.methods.pruning.channels import channel_scores
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.moe import inner_width, moe_views
+from moe_compress.models.shape import moe_shapes
 from test_identity import windows_of
 
 WIDTH = 16
@@ -316,6 +319,6 @@ def test_gradients_that_come_back_layer_by_layer_are_those_of_the_whole_model(fa
 
 def test_gradients_need_a_disk(family_checkpoint, monkeypatch, tmp_path):
     layers = StreamedLayers(family_checkpoint("mixtral"), torch.device("cpu"), torch.float32)
-    monkeypatch.setattr("moe_compress.runtime.shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
+    monkeypatch.setattr("moe_compress.utils.files.shutil.disk_usage", lambda _path: SimpleNamespace(free=1000))
     with pytest.raises(ValueError, match="use fewer or shorter windows"):
         backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)), tmp_path)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_compress
 import readers
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.model import hf
-from moe_compress.model.moe import moe_shapes
-from moe_compress.terminal import show_tables
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.terminal import show_tables
+from moe_compress.models import hf
+from moe_compress.models.shape import moe_shapes
 
 Folder = Callable[[str], Path]
 Options = dict[str, object]

@@ -19,24 +19,25 @@ from typer.testing import CliRunner
 import moe_compress
 import readers
 import tiny
-from moe_compress import __main__, zoo
-from moe_compress.analysis.compressor import ExpertCompressor, MoEHooks, get_moe_layer_info
-from moe_compress.analysis.info import shape_of, view_of
-from moe_compress.analysis.layer import ROUTED, analyse, design_effect, wilson
-from moe_compress.analysis.plans import CompressedMoEConfig, CompressionPlan, ExpertMergeResult
-from moe_compress.analysis.resident import observe, watched
+from moe_compress import zoo
+from moe_compress.analysis.compressor import ExpertCompressor
+from moe_compress.analysis.in_memory import observe, watched
+from moe_compress.analysis.layer_analysis import ROUTED, analyse, design_effect, wilson
+from moe_compress.analysis.layer_info import MoEHooks, get_moe_layer_info, shape_of, view_of
+from moe_compress.analysis.layer_plan import CompressedMoEConfig, CompressionPlan, ExpertMergeResult
 from moe_compress.analysis.similarity import aligned_cosine, tight_groups
 from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model_size, print_compression_summary
 from moe_compress.analysis.strategies import STRATEGIES, make_plan, strategy_target
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.harness.flops import sizes
-from moe_compress.harness.generations import token_overlap
-from moe_compress.methods.trimming import reconstruction
-from moe_compress.model import hf
-from moe_compress.model.moe import moe_views, permute_neurons
-from moe_compress.stream.data import FOLDS, make_windows
-from moe_compress.stream.documents import DataSpec
-from moe_compress.stream.prompts import prompt_windows
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.commands import app, main
+from moe_compress.data.documents import DataSpec
+from moe_compress.data.prompts import prompt_windows
+from moe_compress.data.windows import FOLDS, make_windows
+from moe_compress.evaluation.generations import token_overlap
+from moe_compress.methods.expert_drop import subset_search
+from moe_compress.models import hf
+from moe_compress.models.moe import moe_views, permute_neurons
+from moe_compress.models.sizes import sizes
 
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_moe")
 PROMPTS = readers.LINES * 4
@@ -340,7 +341,7 @@ def test_the_predicted_error_is_that_of_the_reconstruction(family, tokenizer):
     plan = compressor.plan_compression(LAYER, 6)
     assert not plan.merges
     probe = compressor._observed(tuple(PROMPTS))[LAYER].layer.probe()
-    expected = float(reconstruction.subset_losses(probe, [plan.kept_experts]))
+    expected = float(subset_search.subset_losses(probe, [plan.kept_experts]))
     assert plan.predicted_error == pytest.approx(expected, rel=2e-3)
 
 
@@ -702,7 +703,7 @@ def test_token_overlap():
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
     monkeypatch.setattr(sys, "argv", ["moe-compress", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        __main__.main()
+        main()
     said = capsys.readouterr()
     assert stop.value.code in (0, None), said.err
     return said.out
@@ -757,13 +758,13 @@ def test_mistakes_are_one_sentence(words, said, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
     with pytest.raises(SystemExit) as stop:
-        __main__.main()
+        main()
     assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "word"), [("analyze", "layers=3,7"), ("compare", "prompts=FILE")])
 def test_help(name, word):
-    said = CliRunner().invoke(__main__.app, [name, "--help"])
+    said = CliRunner().invoke(app, [name, "--help"])
     assert said.exit_code == 0 and word in said.output
 
 

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from moe_compress.stream.data import make_windows
-from moe_compress.stream.documents import DataSpec, read_documents
+from moe_compress.data.documents import DataSpec, read_documents
+from moe_compress.data.windows import make_windows
 from moe_compress.zoo import text as zoo_text
 
 WORDS = [f"w{i}" for i in range(50)]

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from editing import write
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.model import hf
-from moe_compress.model.edits import KeepExperts
-from moe_compress.stream.fold import StreamedLayers, fold
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.edits.edits import KeepExperts
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.models import hf
 from test_identity import windows_of
 
 IDS = tiny.token_ids()

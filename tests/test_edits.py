@@ -18,11 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moe_compress
 import tiny
 from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.model import hf
-from moe_compress.model.applying import check_edits, refuse_if_uneditable
-from moe_compress.model.edits import KeepExperts, from_json, to_json
-from moe_compress.model.moe import MoEShape, MoEView, moe_shapes, moe_views
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.edits.apply import check_edits, refuse_if_uneditable
+from moe_compress.edits.edits import KeepExperts, from_json, to_json
+from moe_compress.models import hf
+from moe_compress.models.moe import MoEView, moe_views
+from moe_compress.models.shape import MoEShape, moe_shapes
 
 
 def uniform(source: Checkpoint) -> list[KeepExperts]:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 import moe_compress
 import readers
-from moe_compress.harness.routing import Ancestry, token_values, utilisation
-from moe_compress.harness.routing import _layer as routing_layer
-from moe_compress.model.edits import DropLayer, KeepExperts, MergeExperts
+from moe_compress.edits.ancestry import Ancestry
+from moe_compress.edits.edits import DropLayer, KeepExperts, MergeExperts
+from moe_compress.evaluation.routing.fidelity import _layer as routing_layer
+from moe_compress.evaluation.routing.fidelity import token_values, utilisation
 
 
 def sample(sets: list[set[int]], experts: int, seed: int = 0) -> dict[str, Tensor]:

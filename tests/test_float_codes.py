@@ -17,12 +17,13 @@ from torch import Tensor
 import moe_compress
 import readers
 from editing import logits_of
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.packing import Fp8Weight, Mxfp4Weight
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits
-from moe_compress.plans import PLAN, read_plan
+from moe_compress.checkpoints.formats.fp8 import Fp8Weight
+from moe_compress.checkpoints.formats.mxfp4 import Mxfp4Weight
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.plan_file import PLAN, read_plan
+from moe_compress.models import hf
 from test_pruning import stored
 
 BLOCK = (8, 8)

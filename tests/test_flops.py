@@ -12,12 +12,23 @@ from torch import nn
 
 import tiny
 from moe_compress import zoo
-from moe_compress.checkpoint.locate import config_folder
-from moe_compress.checkpoint.reader import architecture_values
-from moe_compress.flops_report import flops
-from moe_compress.harness.components import components
-from moe_compress.harness.flops import check, sizes
-from moe_compress.harness.parts import (
+from moe_compress.checkpoints.reader import architecture_values
+from moe_compress.checkpoints.resolve import config_folder
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.edits import (
+    DropLayer,
+    KeepChannels,
+    KeepExperts,
+    MergeExperts,
+    PackMatrices,
+    SetTopK,
+    SkipExperts,
+    SkipSublayer,
+)
+from moe_compress.evaluation.flops.report import as_markdown, flops
+from moe_compress.evaluation.flops.torch_check import check
+from moe_compress.models import hf
+from moe_compress.models.component_map import (
     EXPERTS,
     MLPS,
     NORMS,
@@ -29,19 +40,8 @@ from moe_compress.harness.parts import (
     SHARED,
     attentions_of,
 )
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits
-from moe_compress.model.edits import (
-    DropLayer,
-    KeepChannels,
-    KeepExperts,
-    MergeExperts,
-    PackMatrices,
-    SetTopK,
-    SkipExperts,
-    SkipSublayer,
-)
-from moe_compress.report.flops import as_markdown
+from moe_compress.models.components import components
+from moe_compress.models.sizes import sizes
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
 LENGTH = 24

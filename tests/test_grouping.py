@@ -15,15 +15,8 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import tiny
-from moe_compress.methods.trimming import scores
-from moe_compress.methods.trimming.distances import (
-    gaussian_logit_similarity,
-    jaccard,
-    logit_cosine,
-    output_cosine,
-    output_distance,
-)
-from moe_compress.methods.trimming.grouping import (
+from moe_compress.methods.expert_drop import scores
+from moe_compress.methods.expert_merge.grouping import (
     Groups,
     hierarchical,
     m_smoe,
@@ -31,7 +24,15 @@ from moe_compress.methods.trimming.grouping import (
     ream,
     within_router_groups,
 )
-from moe_compress.model.moe import MoEShape, moe_views
+from moe_compress.methods.expert_merge.similarity import (
+    gaussian_logit_similarity,
+    jaccard,
+    logit_cosine,
+    output_cosine,
+    output_distance,
+)
+from moe_compress.models.moe import moe_views
+from moe_compress.models.shape import MoEShape
 
 LINKAGES = ("average", "complete", "single")
 LINKED = {"average": statistics.fmean, "complete": max, "single": min}

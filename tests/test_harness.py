@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 import tiny
-from moe_compress.harness import perplexity, statistics
-from moe_compress.harness.flops import sizes
-from moe_compress.harness.perplexity import Measurement
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits
-from moe_compress.model.edits import KeepChannels, KeepExperts
-from moe_compress.stream.fold import ResidentLayers, StreamedLayers
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.edits import KeepChannels, KeepExperts
+from moe_compress.engine.layers import ResidentLayers, StreamedLayers
+from moe_compress.evaluation import statistics
+from moe_compress.evaluation.quality import perplexity
+from moe_compress.evaluation.quality.perplexity import Measurement
+from moe_compress.models import hf
+from moe_compress.models.sizes import sizes
 from test_identity import CPU, windows_of
 
 

@@ -8,14 +8,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.checkpoint.shards import read_regions, write_shard
-from moe_compress.checkpoint.writer import CheckpointWriter
-from moe_compress.model import hf
-from moe_compress.runtime import tensor_bytes
-from moe_compress.stream.data import Windows
-from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
-from moe_compress.stream.surgery import rewrite
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.checkpoints.safetensors_file import read_regions, write_shard
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.surgery import rewrite
+from moe_compress.data.windows import Windows
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import ResidentLayers, StreamedLayers
+from moe_compress.models import hf
+from moe_compress.utils.hashing import tensor_bytes
 
 CPU = torch.device("cpu")
 
@@ -109,7 +110,7 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     model = AutoModelForCausalLM.from_pretrained(family_folder(family)).eval()
     with torch.no_grad():
         expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(2)])
-    monkeypatch.setattr("moe_compress.stream.fold.TOKENS_PER_BATCH", 24)
+    monkeypatch.setattr("moe_compress.engine.forward.TOKENS_PER_BATCH", 24)
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = fold(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)

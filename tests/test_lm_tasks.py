@@ -18,15 +18,17 @@ from torch import Tensor
 pytest.importorskip("lm_eval")
 
 import moe_compress
-from moe_compress import recipe, task_evaluation, zoo
-from moe_compress.checkpoint.load import load_tokenizer
-from moe_compress.checkpoint.locate import open_model
-from moe_compress.harness import lm_tasks, task_choice
-from moe_compress.harness.lm_tasks import Scores
-from moe_compress.run import Run
-from moe_compress.runtime import RunLog
-from moe_compress.task_evaluation import TaskReport, task_report
-from moe_compress.zoo import choices
+from moe_compress import zoo
+from moe_compress.checkpoints.load import load_tokenizer
+from moe_compress.checkpoints.resolve import open_model
+from moe_compress.evaluation.tasks import lm_eval_runner, selection
+from moe_compress.evaluation.tasks import report as task_evaluation
+from moe_compress.evaluation.tasks.lm_eval_runner import Scores
+from moe_compress.evaluation.tasks.report import TaskReport, task_report
+from moe_compress.run.context import Run
+from moe_compress.run.log import RunLog
+from moe_compress.run.options import make_options
+from moe_compress.zoo import questions
 
 LIMIT = 60
 
@@ -34,8 +36,8 @@ LIMIT = 60
 @pytest.fixture(autouse=True, scope="module")
 def _text_is_read_once():
     with pytest.MonkeyPatch.context() as patch:
-        for name, make in choices.MAKERS.items():
-            patch.setitem(choices.MAKERS, name, functools.cache(make))
+        for name, make in questions.MAKERS.items():
+            patch.setitem(questions.MAKERS, name, functools.cache(make))
         yield
 
 
@@ -47,22 +49,22 @@ def scores(correct: list[int], width: int = 4) -> Scores:
 # --- questions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", choices.MAKERS)
+@pytest.mark.parametrize("name", questions.MAKERS)
 def test_questions_are_the_same_every_time_and_fair(name):
-    found = choices.MAKERS[name]("heldout", 60)
-    assert found == choices.MAKERS[name]("heldout", task_choice.QUESTIONS)[:60]
+    found = questions.MAKERS[name]("heldout", 60)
+    assert found == questions.MAKERS[name]("heldout", selection.QUESTIONS)[:60]
     for question in found:
-        assert len(set(question.choices)) == choices.CHOICES and 0 <= question.answer < choices.CHOICES
+        assert len(set(question.choices)) == questions.CHOICES and 0 <= question.answer < questions.CHOICES
         assert question.prompt == question.prompt.rstrip()
         assert all(choice[0] == " " and choice[-1] != " " for choice in question.choices)
     even = [len(set(map(len, question.choices))) == 1 for question in found]
-    assert np.mean(even) > 0.8 and len({question.answer for question in found}) == choices.CHOICES
-    assert not {q.prompt for q in found} & {q.prompt for q in choices.MAKERS[name]("calibration", task_choice.SHOTS)}
+    assert np.mean(even) > 0.8 and len({question.answer for question in found}) == questions.CHOICES
+    assert not {q.prompt for q in found} & {q.prompt for q in questions.MAKERS[name]("calibration", selection.SHOTS)}
 
 
 def test_right_choices_stand_in_their_documents_and_wrong_ones_do_not():
     texts = {(d.source, d.domain): d.text for d in zoo_documents()}
-    for question in choices.MAKERS["local_cloze"]("heldout", 60):
+    for question in questions.MAKERS["local_cloze"]("heldout", 60):
         own = [text for (source, _), text in texts.items() if source == question.source]
         right = question.choices[question.answer]
         assert any(question.prompt + right in text for text in own)
@@ -72,13 +74,13 @@ def test_right_choices_stand_in_their_documents_and_wrong_ones_do_not():
 def zoo_documents():
     from moe_compress.zoo import text
 
-    return [document for document in text.documents("heldout") if document.domain in choices.DOMAINS]
+    return [document for document in text.documents("heldout") if document.domain in questions.DOMAINS]
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
-def plain_likelihoods(model, tokenizer, question: choices.Question) -> list[float]:
+def plain_likelihoods(model, tokenizer, question: questions.Question) -> list[float]:
     """Of each choice behind the prompt, by one forward each."""
     found = []
     for choice in question.choices:
@@ -93,15 +95,15 @@ def plain_likelihoods(model, tokenizer, question: choices.Question) -> list[floa
 def zoo_answers():
     model = moe_compress.load("tiny-mixtral", torch.float32)
     tokenizer = load_tokenizer(zoo.path("tiny-mixtral"), model.config.vocab_size)
-    tasks = task_choice.choose("local")
-    return model, tokenizer, tasks, lm_tasks.run_tasks(model, tokenizer, tasks, limit=LIMIT)
+    tasks = selection.choose("local")
+    return model, tokenizer, tasks, lm_eval_runner.run_tasks(model, tokenizer, tasks, limit=LIMIT)
 
 
 @torch.no_grad()
 def test_answers_are_those_of_a_plain_forward(zoo_answers):
     _, tokenizer, _, found = zoo_answers
     exact = moe_compress.load("tiny-mixtral", torch.float64, experts_implementation="eager")
-    for name, make in choices.MAKERS.items():
+    for name, make in questions.MAKERS.items():
         for number, question in enumerate(make("heldout", 8)):
             expected = np.array(plain_likelihoods(exact, tokenizer, question))
             assert found[name].likelihood[number].tolist() == pytest.approx(expected, abs=2e-3)
@@ -111,7 +113,7 @@ def test_answers_are_those_of_a_plain_forward(zoo_answers):
 
 def test_a_trained_model_is_far_from_chance(zoo_answers):
     for each in zoo_answers[3].values():
-        assert each.chance == 0.25 and lm_tasks.accuracy(each)["interval"][0] > 0.33
+        assert each.chance == 0.25 and lm_eval_runner.accuracy(each)["interval"][0] > 0.33
 
 
 def test_the_numbers_are_those_of_simple_evaluate(zoo_answers):
@@ -120,7 +122,7 @@ def test_the_numbers_are_those_of_simple_evaluate(zoo_answers):
     from lm_eval.tasks import TaskManager
 
     model, tokenizer, tasks, found = zoo_answers
-    with task_choice.quiet():
+    with selection.quiet():
         stock = simple_evaluate(
             model=HFLM(model, tokenizer=tokenizer, batch_size=4),
             tasks=[part for each in tasks for part in each.parts],
@@ -136,17 +138,17 @@ def test_the_numbers_are_those_of_simple_evaluate(zoo_answers):
 def test_nothing_is_printed_and_every_answer_counts(zoo_answers, capfd):
     model, tokenizer, tasks, found = zoo_answers
     steps = []
-    again = lm_tasks.run_tasks(model, tokenizer, tasks, limit=3, progress=lambda *step: steps.append(step))
+    again = lm_eval_runner.run_tasks(model, tokenizer, tasks, limit=3, progress=lambda *step: steps.append(step))
     assert capfd.readouterr() == ("", "")
-    assert steps == [(number, 2 * 3 * choices.CHOICES) for number in range(1, 25)]
+    assert steps == [(number, 2 * 3 * questions.CHOICES) for number in range(1, 25)]
     assert all(torch.equal(again[name].document, found[name].document[:3]) for name in again)
 
 
 def test_examples_come_before_the_question():
-    alone, taught = (task_choice.choose("local", fewshot)[0] for fewshot in (0, 2))
-    assert task_choice.identity(alone, 2) != task_choice.identity(taught, 2) == task_choice.identity(taught, 2)
+    alone, taught = (selection.choose("local", fewshot)[0] for fewshot in (0, 2))
+    assert selection.identity(alone, 2) != selection.identity(taught, 2) == selection.identity(taught, 2)
     prompt = taught.parts[0].instances[0].args[0]
-    shown = choices.MAKERS["local_cloze"]("calibration", task_choice.SHOTS)
+    shown = questions.MAKERS["local_cloze"]("calibration", selection.SHOTS)
     assert prompt.endswith(alone.parts[0].instances[0].args[0])
     assert sum(each.prompt + each.choices[each.answer] in prompt for each in shown) == 2
 
@@ -156,26 +158,26 @@ def test_examples_come_before_the_question():
 
 def test_pairs_of_answers():
     before, after = scores([1] * 60 + [0] * 40), scores([1] * 50 + [0] * 10 + [1] * 2 + [0] * 38)
-    found = lm_tasks.paired(before, after)
+    found = lm_eval_runner.paired(before, after)
     assert found["delta"]["value"] == pytest.approx(-0.08) and (found["lost"], found["gained"]) == (10, 2)
     spread = (0.12 - 0.08**2) ** 0.5 / 10
     assert found["delta"]["interval"] == pytest.approx([-0.08 - 1.96 * spread, -0.08 + 1.96 * spread], abs=0.011)
     assert found["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
-    assert lm_tasks.paired(before, before) | {"delta": 0} == {"delta": 0, "lost": 0, "gained": 0, "p": 1.0}
-    assert lm_tasks.accuracy(before)["interval"] == pytest.approx([0.502, 0.691], abs=5e-4)
+    assert lm_eval_runner.paired(before, before) | {"delta": 0} == {"delta": 0, "lost": 0, "gained": 0, "p": 1.0}
+    assert lm_eval_runner.accuracy(before)["interval"] == pytest.approx([0.502, 0.691], abs=5e-4)
     other = Scores(after.correct, after.document + 1, after.likelihood)
     with pytest.raises(ValueError, match="different questions"):
-        lm_tasks.paired(before, other)
+        lm_eval_runner.paired(before, other)
 
 
 def test_means_of_tasks_count_every_task_alike():
     small, large = scores([1] * 30 + [0] * 10), scores([1] * 100 + [0] * 300)
-    found = lm_tasks.mean_accuracy([small, large])
+    found = lm_eval_runner.mean_accuracy([small, large])
     spread = ((0.75 * 0.25 / 40 + 0.25 * 0.75 / 400) / 4) ** 0.5
     assert found["value"] == 0.5 and found["interval"] == pytest.approx(
         [0.5 - 1.96 * spread, 0.5 + 1.96 * spread], abs=0.006
     )
-    change = lm_tasks.mean_change([small, large], [scores([1] * 20 + [0] * 20), large])
+    change = lm_eval_runner.mean_change([small, large], [scores([1] * 20 + [0] * 20), large])
     assert change["value"] == pytest.approx(-0.125) and change["interval"][1] < 0
 
 
@@ -192,7 +194,7 @@ def test_chance_counts_the_choices():
 def report(
     checkpoint: str | Path, base: str | Path, options: dict[str, object], tasks: object = "local", **given
 ) -> TaskReport:
-    run = Run(recipe.make_options({**options, "model": base}).resolved(), RunLog(None))
+    run = Run(make_options({**options, "model": base}).resolved(), RunLog(None))
     found = task_report(open_model(str(checkpoint)), open_model(str(base)), run, tasks, **{"limit": 3, **given})
     saved = json.loads(found.save(run.results("tasks")).read_text())
     assert json.loads(json.dumps(found.to_json())).items() <= saved.items()
@@ -211,16 +213,17 @@ def test_every_kind_of_checkpoint_runs(kind, reader_folder, options):
     base = reader_folder("mixtral")
     made = moe_compress.compress(KINDS[kind], model=base, eval=False, **options).folder
     found = report(made, base, options)
-    assert list(found.tasks) == list(choices.MAKERS)
+    assert list(found.tasks) == list(questions.MAKERS)
     for row in found.tasks.values():
         assert row["documents"] == 3 and row["after"]["value"] - row["before"]["value"] == pytest.approx(
             row["delta"]["value"]
         )
     assert f"{made.name} beside {base.name}" in found.markdown() and "average" in found.markdown()
     loaded = moe_compress.load(made, torch.float32)
-    again = lm_tasks.run_tasks(loaded, load_tokenizer(made, 320), task_choice.choose("local"), limit=3)
+    again = lm_eval_runner.run_tasks(loaded, load_tokenizer(made, 320), selection.choose("local"), limit=3)
     kept = {
-        path.name.split("-")[0]: lm_tasks.load_scores(path) for path in made.parents[1].glob(f"tasks/{made.name}/*")
+        path.name.split("-")[0]: lm_eval_runner.load_scores(path)
+        for path in made.parents[1].glob(f"tasks/{made.name}/*")
     }
     for name, each in again.items():
         assert torch.allclose(each.likelihood, kept[name].likelihood, atol=1e-4)
@@ -285,7 +288,7 @@ def test_tasks_of_files(tmp_path, reader_folder, options, caplog):
     (tmp_path / "tasks" / "broken.yaml").write_text("a: [", encoding="utf-8")
     base = reader_folder("mixtral")
     found = report(base, base, options, f"{sums},local")
-    assert list(found.tasks) == ["sums", *choices.MAKERS] and found.tasks["sums"]["metric"] == "acc"
+    assert list(found.tasks) == ["sums", *questions.MAKERS] and found.tasks["sums"]["metric"] == "acc"
     assert found.tasks["sums"]["chance"] == pytest.approx(1 / 3)
     both = report(base, base, options, [str(tmp_path / "tasks")], limit=None)
     assert list(both.tasks) == ["said", "sums"] and both.tasks["said"]["chance"] is None
@@ -298,7 +301,7 @@ def test_a_group_is_one_row(tmp_path):
         task_file(tmp_path, name)
     group = {"group": "both", "task": ["first", "second"], "aggregate_metric_list": [{"metric": "acc"}]}
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
-    [chosen] = task_choice._named(task_choice._manager([tmp_path]), "both")
+    [chosen] = selection._named(selection._manager([tmp_path]), "both")
     assert (chosen.name, chosen.metric, len(chosen.parts)) == ("both", "acc", 2)
 
 
@@ -309,43 +312,43 @@ def test_the_paper_s_tasks_need_the_hub():
     with pytest.raises(
         ValueError, match=r"arc_challenge is on the hub, .*: use tasks=local, or the path of a task file"
     ):
-        task_choice.choose("paper")
+        selection.choose("paper")
 
 
 def test_the_paper_s_tasks_are_known():
-    manager = task_choice._manager([task_choice._stock() / folder for folder in task_choice.PAPER.values()])
-    assert set(task_choice.PAPER) <= set(manager.all_tasks)
+    manager = selection._manager([selection._stock() / folder for folder in selection.PAPER.values()])
+    assert set(selection.PAPER) <= set(manager.all_tasks)
 
 
 def test_unknown_tasks(monkeypatch):
-    stock = task_choice._stock()
-    monkeypatch.setattr(task_choice, "_stock", lambda: stock / "winogrande")
+    stock = selection._stock()
+    monkeypatch.setattr(selection, "_stock", lambda: stock / "winogrande")
     with pytest.raises(ValueError, match="unknown task 'winograde': did you mean winogrande"):
-        task_choice.choose("winograde")
+        selection.choose("winograde")
     with pytest.raises(ValueError, match="unknown task '': did you mean local or paper"):
-        task_choice.choose("local,")
+        selection.choose("local,")
 
 
 def test_bad_files(tmp_path):
     file = task_file(tmp_path / "one")
     with pytest.raises(ValueError, match="asked for twice"):
-        task_choice.choose([str(file), str(file)])
+        selection.choose([str(file), str(file)])
     with pytest.raises(ValueError, match="no task file or folder"):
-        task_choice.choose(str(tmp_path / "none.yaml"))
+        selection.choose(str(tmp_path / "none.yaml"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no task"):
-        task_choice.choose(str(tmp_path / "empty"))
+        selection.choose(str(tmp_path / "empty"))
     (tmp_path / "broken.yaml").write_text("task: [", encoding="utf-8")
     with pytest.raises(ValueError, match="does not load"):
-        task_choice.choose(str(tmp_path / "broken.yaml"))
+        selection.choose(str(tmp_path / "broken.yaml"))
     rolling = {"metric_list": [{"metric": "word_perplexity"}], "output_type": "loglikelihood_rolling"}
     with pytest.raises(ValueError, match="rolling says of no document whether it was right"):
-        task_choice.choose(str(task_file(tmp_path / "two", "rolling", **rolling)))
+        selection.choose(str(task_file(tmp_path / "two", "rolling", **rolling)))
     shutil.rmtree(tmp_path / "one")
     file = task_file(tmp_path / "three", "lost")
     (tmp_path / "three" / "sums.jsonl").unlink()
     with pytest.raises(ValueError, match=r"lost\.yaml does not load: .*sums\.jsonl"):
-        task_choice.choose(str(file))
+        selection.choose(str(file))
 
 
 def test_bad_numbers_and_models(reader_folder, family_folder, options, monkeypatch):
@@ -355,7 +358,7 @@ def test_bad_numbers_and_models(reader_folder, family_folder, options, monkeypat
             report(base, base, options, **{name: value})
     with pytest.raises(ValueError, match="holds no tokenizer"):
         report(family_folder("mixtral"), base, options)
-    monkeypatch.setattr("moe_compress.checkpoint.load.free_memory", lambda _: 1000)
+    monkeypatch.setattr("moe_compress.checkpoints.load.free_memory", lambda _: 1000)
     with pytest.raises(
         ValueError, match=r"has to be whole for tasks: .* as float32 in memory, but cpu has 1000 B free"
     ):
@@ -375,13 +378,13 @@ def test_broken_weights_and_too_many_examples_are_refused(reader_folder, options
 
 
 def test_without_lm_eval(monkeypatch):
-    monkeypatch.setattr(task_choice.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(selection.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"not installed: pip install 'moe-compress\[tasks\]'"):
-        task_choice.choose("local")
+        selection.choose("local")
 
 
 def test_lm_eval_is_imported_where_it_is_used():
-    for module in (lm_tasks, task_choice, task_evaluation):
+    for module in (lm_eval_runner, selection, task_evaluation):
         for node in ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body:
             assert not ast.unparse(node).startswith(("import lm_eval", "from lm_eval"))
 
@@ -389,6 +392,6 @@ def test_lm_eval_is_imported_where_it_is_used():
 def test_long_prompts_are_told_of(reader_folder, caplog):
     folder = reader_folder("mixtral")
     model = moe_compress.load(folder, torch.float32)
-    found = lm_tasks.run_tasks(model, load_tokenizer(folder, 320), task_choice.choose("local"), limit=2)
+    found = lm_eval_runner.run_tasks(model, load_tokenizer(folder, 320), selection.choose("local"), limit=2)
     assert "prompts lose their beginning" in caplog.text
     assert isinstance(found["local_cloze"].likelihood, Tensor)

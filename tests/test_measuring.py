@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import moe_compress
-from moe_compress.report.record import load_records
+from moe_compress.reports.reading import load_records
 
 Options = dict[str, object]
 

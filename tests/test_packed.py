@@ -20,12 +20,12 @@ import moe_compress
 import naive_quantization as slow
 import readers
 from editing import logits_of
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.model import kernels
-from moe_compress.model.codes import dequantized, pack, unpack
-from moe_compress.model.kernels import KERNEL_ROWS, kernel_lacks
-from moe_compress.model.packed import PackedMatrix
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.models.modeling import packed_kernels
+from moe_compress.models.modeling.bit_packing import dequantized, pack, unpack
+from moe_compress.models.modeling.packed_kernels import KERNEL_ROWS, kernel_lacks
+from moe_compress.models.modeling.packed_linear import PackedMatrix
 
 BITS = (2, 3, 4, 8)
 MOST = KERNEL_ROWS["cpu"]
@@ -206,7 +206,7 @@ assert torch.equal(matrix.codes(), codes)
 def test_processors_without_vector_instructions():
     """Their layout is another, as is ARM's: with a kernel or without, nothing breaks. The module needs torch alone."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", PLAIN_PROCESSOR, str(Path(kernels.__file__).parent)]
+    words = [sys.executable, "-c", PLAIN_PROCESSOR, str(Path(packed_kernels.__file__).parent)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from moe_compress.report.table import SAME
+from moe_compress.reports.table import SAME
 from test_report import record
 
 ROOT = Path(__file__).parents[1]

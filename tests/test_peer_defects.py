@@ -20,22 +20,23 @@ import moe_compress
 import readers
 import tiny
 from editing import logits_of
-from moe_compress import registry
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.measuring import observed
-from moe_compress.methods.trimming import distances, grouping, scores
-from moe_compress.methods.trimming.scores import Score
-from moe_compress.model.applying import apply_edits
-from moe_compress.model.edits import MergeExperts, Plan
-from moe_compress.model.moe import moe_views
-from moe_compress.plans import read_plan
-from moe_compress.recipe import parse
-from moe_compress.stream import fold
-from moe_compress.stream.calibration import Calibration, calibrate
-from moe_compress.stream.data import Windows
-from moe_compress.stream.fold import StreamedLayers
-from moe_compress.stream.observed import Observed
+from moe_compress.calibration.artefact import Calibration, calibrate
+from moe_compress.calibration.collect import observed
+from moe_compress.calibration.model_statistics import Observed
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.data.windows import Windows
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.edits import MergeExperts, Plan
+from moe_compress.edits.plan_file import read_plan
+from moe_compress.engine import forward
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods import registry
+from moe_compress.methods.expert_drop import scores
+from moe_compress.methods.expert_drop.scores import Score
+from moe_compress.methods.expert_merge import grouping, similarity
+from moe_compress.models.moe import moe_views
+from moe_compress.recipes.parser import parse
 from test_identity import CPU, windows_of
 
 TEXT = tiny.token_ids(8, 16, seed=4)
@@ -233,13 +234,13 @@ def test_13_every_domain_is_read_back(tmp_path):
 # 14. The distance of an already pairwise matrix taken for that of router logits, averaged over batches; and a linkage
 # called average that is not weighted by the clusters' sizes.
 def test_14_logits_are_compared_directly(tmp_path, monkeypatch):
-    monkeypatch.setattr(fold, "TOKENS_PER_BATCH", 16)
+    monkeypatch.setattr(forward, "TOKENS_PER_BATCH", 16)
     _, seen = calibrated(tiny.make("mixtral"), tmp_path)
     layer = seen.layers[0]
     logits_TE = layer.probe().logits_TE.double()
     assert len(logits_TE) == TEXT.numel()
     unit_TE = logits_TE / logits_TE.norm(dim=0)
-    got_EE = distances.logit_cosine(layer.sums["logit_gram"])
+    got_EE = similarity.logit_cosine(layer.sums["logit_gram"])
     torch.testing.assert_close(got_EE, unit_TE.T @ unit_TE, rtol=1e-5, atol=1e-6)
 
 
@@ -285,7 +286,7 @@ def test_17_19_nothing_is_averaged_over_or_begun_anew_with_batches(sentence, tmp
     """19: a similarity overwritten by each batch, frequencies normalised within each."""
     plans = []
     for tokens in (16, 4096):
-        monkeypatch.setattr(fold, "TOKENS_PER_BATCH", tokens)
+        monkeypatch.setattr(forward, "TOKENS_PER_BATCH", tokens)
         plans.append(planned(calibrated(tiny.make("mixtral"), tmp_path / str(tokens))[1], sentence))
     assert plans[0].edits == plans[1].edits
     for layer, values in plans[0].scores.items():

@@ -24,20 +24,22 @@ import naive_pruning as slow
 import readers
 import tiny
 from editing import logits_of
-from moe_compress import sensitivity, slimming
-from moe_compress.checkpoint import shards, writer
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.methods.slimming import masks, shares
-from moe_compress.methods.slimming import prune as pruning
-from moe_compress.methods.slimming.compensation import inverse_factor
-from moe_compress.methods.slimming.sparsegpt import sparsegpt
-from moe_compress.recipe import make_options
-from moe_compress.run import Run
-from moe_compress.runtime import RunLog
-from moe_compress.stream import fold
-from moe_compress.stream.data import Windows
-from moe_compress.stream.inputs import Group, Moments
+from moe_compress.calibration.input_moments import Moments
+from moe_compress.checkpoints import safetensors_file, writer
+from moe_compress.checkpoints.folder import MANIFEST, SCRATCH
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.compression.weights import sparsity_sensitivity, stage
+from moe_compress.data.windows import Windows
+from moe_compress.engine import forward
+from moe_compress.methods.column_solver import inverse_factor
+from moe_compress.methods.pruning import masks, sparsity_allocation
+from moe_compress.methods.pruning import prune as pruning
+from moe_compress.methods.pruning.sparsegpt import sparsegpt
+from moe_compress.methods.weight_method import Group
+from moe_compress.run.context import Run
+from moe_compress.run.log import RunLog
+from moe_compress.run.options import make_options
 from test_resume import Interrupted, counting, leftovers, outcome
 
 Options = dict[str, object]
@@ -85,7 +87,7 @@ def rows(family: str, options: Options) -> dict[int, list[slow.Rows]]:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / writer.MANIFEST).read_text())["report"][-1]
+    return json.loads((folder / MANIFEST).read_text())["report"][-1]
 
 
 def stored(folder: object) -> dict[str, Tensor]:
@@ -307,7 +309,7 @@ RUNS = [
 @pytest.mark.parametrize(("family", "sentence"), RUNS)
 def test_experts_are_pruned_and_nothing_else(family, sentence, lab, made):
     folder, model = made(family, sentence), lab(family)["model"]
-    manifest = json.loads((folder / writer.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     assert manifest["form"] == "plain" and not list(folder.glob("scratch"))
     before, after = stored(model), stored(folder)
     assert {k: (t.dtype, t.shape) for k, t in before.items()} == {k: (t.dtype, t.shape) for k, t in after.items()}
@@ -569,7 +571,7 @@ def stopped_run(
         moe_compress.compress(STOPPED[name], **options)
     assert not Path(str(options["out"])).exists()
     with monkeypatch.context() as patch:
-        layers, written = counting(patch, fold.hf, "run_layer"), counting(patch, writer, "write_shard")
+        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
         folder = moe_compress.compress(STOPPED[name], **options).folder
     return len(layers), len(written), folder
 
@@ -585,7 +587,7 @@ def stopped_run(
 )
 def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run(name, (fold.hf, "run_layer", call), options, monkeypatch)
+    layers, _, folder = stopped_run(name, (forward.hf, "run_layer", call), options, monkeypatch)
     each, survey = RUNS_PER_LAYER[name], tiny.LAYERS if name == "allocated" else 0
     left = tiny.LAYERS - max(0, call - survey) // each
     assert layers == left * each + (survey if call < survey else 0)
@@ -608,7 +610,7 @@ def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch
 )
 def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    point = (slimming, "write_json", number)
+    point = (stage, "write_json", number)
     _, written, folder = stopped_run(name, point, options, monkeypatch)
     done = number - (name == "allocated")
     assert written == tiny.LAYERS + (done < 0) - max(0, done)
@@ -639,15 +641,15 @@ def test_notes_that_were_left_behind_go_with_the_next_run(lab, whole, monkeypatc
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         counting(patch, writer.shutil, "rmtree", stop_at=0)
         moe_compress.compress(STOPPED["compressed"], **options)
-    assert (tmp_path / "out" / writer.SCRATCH).is_dir()
+    assert (tmp_path / "out" / SCRATCH).is_dir()
     folder = moe_compress.compress(STOPPED["compressed"], **options).folder
-    assert outcome(folder) == whole("compressed")[0] and not (folder / writer.SCRATCH).exists()
+    assert outcome(folder) == whole("compressed")[0] and not (folder / SCRATCH).exists()
 
 
 @pytest.mark.parametrize("writes", [40, 70])
 def test_a_run_that_stops_between_two_tensors(writes, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run("compressed", (shards, "_write_all", writes), options, monkeypatch)
+    layers, _, folder = stopped_run("compressed", (safetensors_file, "_write_all", writes), options, monkeypatch)
     assert layers < 2 * tiny.LAYERS
     assert outcome(folder) == whole("compressed")[0] and leftovers(tmp_path) == []
 
@@ -655,7 +657,7 @@ def test_a_run_that_stops_between_two_tensors(writes, lab, whole, monkeypatch, t
 def test_another_recipe_s_notes_are_not_taken(lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, fold.hf, "run_layer", stop_at=5)
+        counting(patch, forward.hf, "run_layer", stop_at=5)
         moe_compress.compress("prune method=sparsegpt sparsity=0.6", **options)
     folder = moe_compress.compress(STOPPED["compressed"], **options).folder
     assert outcome(folder) == whole("compressed")[0] and report(folder) == whole("compressed")[1]
@@ -763,9 +765,11 @@ def test_shrinking_leads_to_what_all_experts_see(lab, made):
 @pytest.mark.parametrize("seed", range(4))
 def test_fractions_are_the_best_there_are(seed):
     generator = torch.Generator().manual_seed(seed)
-    levels = shares.levels(0.5, 0.3, 768)[3:6] if seed % 2 else shares.levels(0.5, 0.2, 40)[2:7]
+    levels = (
+        sparsity_allocation.levels(0.5, 0.3, 768)[3:6] if seed % 2 else sparsity_allocation.levels(0.5, 0.2, 40)[2:7]
+    )
     table = {1: torch.rand(2, len(levels), generator=generator), 4: torch.rand(3, len(levels), generator=generator)}
-    found = shares.choose(table, levels)
+    found = sparsity_allocation.choose(table, levels)
     assert list(found) == [1, 4] and [len(share) for share in found.values()] == [2, 3]
     costs = torch.cat(list(table.values())).tolist()
     best = min(
@@ -780,9 +784,9 @@ def test_fractions_are_the_best_there_are(seed):
 
 @pytest.mark.parametrize(("sparsity", "spread"), [(0.5, 0.1), (0.05, 0.3), (0.93, 0.2), (0.0, 0.1), (0.501, 0.499)])
 def test_levels_are_whole_weights_apart(sparsity, spread):
-    found = shares.levels(sparsity, spread, 768)
+    found = sparsity_allocation.levels(sparsity, spread, 768)
     counts = [share * 768 - sparsity * 768 for share in found]
-    assert len(found) == shares.LEVELS and found[4] == sparsity
+    assert len(found) == sparsity_allocation.LEVELS and found[4] == sparsity
     assert all(abs(count - round(count)) < 1e-9 for count in counts)
     assert found[0] >= 0 and found[-1] <= 1 and found[-1] - found[0] <= 2 * spread + 1e-12
     assert len({round(b - a) for a, b in itertools.pairwise(counts)}) == 1
@@ -841,16 +845,16 @@ def test_what_matters_more_loses_less(allocate, lab, tmp_path):
 def test_sensitivity_is_what_the_experts_would_add_differently(family, lab, monkeypatch):
     """Squared change of an expert's contributions, a token, over the energy of the stream."""
     tables: dict[int, Tensor] = {}
-    choose = shares.choose
+    choose = sparsity_allocation.choose
 
     def seen(costs: Mapping[int, Tensor], levels: list[float]) -> dict[int, Tensor]:
         tables.update(costs)
         return choose(costs, levels)
 
-    monkeypatch.setattr(shares, "choose", seen)
+    monkeypatch.setattr(sparsity_allocation, "choose", seen)
     options, level = lab(family), 4
     stage = moe_compress.recipe.parse("prune allocate=sensitivity", (), options).stages[0]
-    sensitivity.expert_shares(stage, open_checkpoint(Path(str(options["model"]))), run_of(options))
+    sparsity_sensitivity.expert_shares(stage, open_checkpoint(Path(str(options["model"]))), run_of(options))
     model, found = reference(options["model"]), windows(options)
     energy = {i: e for i, (_, e) in slow.entering(model, family, found.ids_NS).items()}
     for layer, experts in rows(family, options).items():
@@ -945,7 +949,7 @@ def test_pruning_twice_the_same_way_changes_nothing_and_more_takes_more(words, m
 
 def test_reports_of_both_stages_are_kept(made):
     folder = made("mixtral", "prune method=magnitude + prune method=sparsegpt sparsity=0.75")
-    manifest = json.loads((folder / writer.MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     assert [part["sparsity"]["experts"] for part in manifest["report"]] == [0.5, 0.75]
     assert [stage["given"]["method"] for stage in manifest["stages"]] == ["magnitude", "sparsegpt"]
 
@@ -1051,7 +1055,7 @@ def refused(sentence: str, options: Options, tmp_path: Path) -> str:
     ],
 )  # fmt: skip
 def test_what_cannot_be_pruned(family, sentence, said, lab, monkeypatch, tmp_path):
-    calls = counting(monkeypatch, fold.hf, "run_layer")
+    calls = counting(monkeypatch, forward.hf, "run_layer")
     assert said in refused(sentence, lab(family), tmp_path)
     assert not calls
 
@@ -1068,7 +1072,7 @@ EACH = 4 * (32**2 + 24**2 + 4 * 32**2)
 
 @pytest.mark.parametrize("fit", [1, 3, 7])
 def test_gram_matrices_that_do_not_fit(fit, lab, monkeypatch, tmp_path):
-    monkeypatch.setattr(slimming, "free_memory", lambda _device: (fit + 1) * EACH - 1)
+    monkeypatch.setattr(stage, "free_memory", lambda _device: (fit + 1) * EACH - 1)
     said = refused("prune method=sparsegpt", lab("mixtral"), tmp_path)
     assert said.startswith("layer 0: the Gram matrices of 8 experts need ")
     assert said.endswith(f"experts_at_once={fit} would fit.")
@@ -1081,7 +1085,7 @@ def test_gram_matrices_that_do_not_fit(fit, lab, monkeypatch, tmp_path):
 
 
 def test_not_even_one_gram_matrix_fits(lab, monkeypatch, tmp_path):
-    monkeypatch.setattr(slimming, "free_memory", lambda _device: EACH - 1)
+    monkeypatch.setattr(stage, "free_memory", lambda _device: EACH - 1)
     assert "would fit" not in refused("prune method=sparsegpt experts_at_once=1", lab("mixtral"), tmp_path)
 
 

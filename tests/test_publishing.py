@@ -11,9 +11,9 @@ import yaml
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 import moe_compress
-from moe_compress import __main__ as cli
-from moe_compress import publishing
-from moe_compress.checkpoint.reader import open_checkpoint
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.commands import main
+from moe_compress.hub import push
 
 REPO = "me/tiny-half"
 
@@ -76,8 +76,8 @@ class Hub:
 
 def test_one_commit_with_everything(made, monkeypatch):
     hub = Hub()
-    monkeypatch.setattr(publishing, "HfApi", lambda: hub)
-    monkeypatch.setattr(publishing, "hub_answers", lambda: True)
+    monkeypatch.setattr(push, "HfApi", lambda: hub)
+    monkeypatch.setattr(push, "hub_answers", lambda: True)
     (made / ".hidden").write_text("x")
     (made / "notes").mkdir()
     found = moe_compress.push(made, REPO, private="true", message="half", revision="main")
@@ -98,11 +98,11 @@ def test_one_commit_with_everything(made, monkeypatch):
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(made, monkeypatch, error, said):
-    monkeypatch.setattr(publishing, "HfApi", lambda: Hub(error))
-    monkeypatch.setattr(publishing, "hub_answers", lambda: True)
+    monkeypatch.setattr(push, "HfApi", lambda: Hub(error))
+    monkeypatch.setattr(push, "hub_answers", lambda: True)
     with pytest.raises(ValueError, match=said):
         moe_compress.push(made, REPO)
-    monkeypatch.setattr(publishing, "hub_answers", lambda: False)
+    monkeypatch.setattr(push, "hub_answers", lambda: False)
     with pytest.raises(ValueError, match="the hub cannot be reached: --dry-run"):
         moe_compress.push(made, REPO)
 
@@ -115,9 +115,9 @@ def test_what_cannot_be_pushed(made, reader_folder, monkeypatch, capsys):
             moe_compress.push(made, name, dry_run=True)
     monkeypatch.setattr("sys.argv", ["moe-compress", "push", str(made)])
     with pytest.raises(SystemExit, match="2"):
-        cli.main()
+        main()
     assert "push FOLDER USER/NAME" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["moe-compress", "push", str(made), REPO, "--dry-run"])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        main()
     assert "Nothing was sent" in capsys.readouterr().out

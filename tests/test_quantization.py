@@ -23,14 +23,15 @@ import naive_quantization as slow
 import readers
 import tiny
 from editing import logits_of
-from moe_compress.checkpoint import writer
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.methods.slimming.gptq import gptq
-from moe_compress.methods.slimming.grids import rtn
-from moe_compress.model.moe import moe_views
-from moe_compress.model.packed import PackedMatrix
-from moe_compress.stream import fold
+from moe_compress.checkpoints import writer
+from moe_compress.checkpoints.folder import MANIFEST
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.engine import forward
+from moe_compress.methods.quantization.gptq import gptq
+from moe_compress.methods.quantization.grid import rtn
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.moe import moe_views
 from test_pruning import moe_layers, refused, report, same_bits, stock, stored, stored_as
 from test_resume import Interrupted, counting, leftovers, outcome
 from test_trimming_edits import STRANGER, generated, stranger
@@ -94,7 +95,7 @@ def correlated(experts: int, inputs: int, seed: int) -> Tensor:
 
 
 def form(folder: Path) -> str:
-    return json.loads((folder / writer.MANIFEST).read_text())["form"]
+    return json.loads((folder / MANIFEST).read_text())["form"]
 
 
 def require_alike(one: Any, *others: Any) -> None:
@@ -431,7 +432,7 @@ def test_a_width_that_no_group_fits_is_left_as_it_is(format, odd, tmp_path):
 
 
 def test_one_group_for_all_is_asked_for_before_anything_is_read(odd, monkeypatch, tmp_path):
-    calls = counting(monkeypatch, fold.hf, "run_layer")
+    calls = counting(monkeypatch, forward.hf, "run_layer")
     said = refused("quantize format=compressed-tensors", odd, tmp_path)
     assert "no group of 8 and more divides all widths" in said and not calls
 
@@ -530,7 +531,7 @@ REFUSED: list[Any] = [
 
 @pytest.mark.parametrize(("family", "second", "said"), REFUSED)
 def test_packed_weights_do_not_change_any_more(family, second, said, lab, made, monkeypatch, tmp_path):
-    folder, calls = made(family, BLIND), counting(monkeypatch, fold.hf, "run_layer")
+    folder, calls = made(family, BLIND), counting(monkeypatch, forward.hf, "run_layer")
     sentence = refused(f"{BLIND} + {second}", lab(family), tmp_path)
     assert sentence.startswith(f"stage 2 ({second.split()[0]}): ") and said in sentence
     assert said in refused(second, {**lab(family), "model": str(folder)}, tmp_path) and not calls
@@ -674,7 +675,7 @@ def test_other_formats_are_not_read(config, more, said, lab, tmp_path):
 @pytest.mark.parametrize(
     ("family", "place", "function", "number", "left"),
     [
-        ("mixtral", fold.hf, "run_layer", 3, 2),
+        ("mixtral", forward.hf, "run_layer", 3, 2),
         ("mixtral", writer, "write_shard", 2, 2),
         ("gpt_oss", writer, "write_shard", 3, 1),
     ],
@@ -685,7 +686,7 @@ def test_a_stopped_run_goes_on(family, place, function, number, left, lab, made,
         counting(patch, place, function, stop_at=number)
         moe_compress.compress(f"{FEW} bits=3", **options)
     with monkeypatch.context() as patch:
-        layers, written = counting(patch, fold.hf, "run_layer"), counting(patch, writer, "write_shard")
+        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
         folder = moe_compress.compress(f"{FEW} bits=3", **options).folder
     assert len(layers) == 2 * left and len(written) == left
     assert outcome(folder) == outcome(made(family, f"{FEW} bits=3")) and leftovers(tmp_path) == []
@@ -765,7 +766,7 @@ def test_the_error_names_values_that_quantize_has(lonely, tmp_path):
     ],
 )
 def test_what_cannot_be_quantized(family, sentence, said, lab, monkeypatch, tmp_path):
-    calls = counting(monkeypatch, fold.hf, "run_layer")
+    calls = counting(monkeypatch, forward.hf, "run_layer")
     assert said in refused(sentence, lab(family), tmp_path)
     assert not calls
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from moe_compress import registry
-from moe_compress.recipe import Options, make_options, parse, split_words
-from moe_compress.registry import coerce, method
+from moe_compress.methods import registry
+from moe_compress.methods.registry import method
+from moe_compress.recipes.parser import parse, split_words
+from moe_compress.run.options import Options, make_options
+from moe_compress.utils.choices import coerce
 
 KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, identity, layer_drop, prune, quantize, skip"
 

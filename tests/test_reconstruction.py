@@ -19,20 +19,22 @@ from torch import Tensor
 
 import naive
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.methods.trimming import reconstruction
-from moe_compress.methods.trimming.kept_sets import Layer, Search
-from moe_compress.methods.trimming.reconstruction import best_subset, elimination_order, subset_losses
-from moe_compress.model import hf
-from moe_compress.model.edited import keep_experts, skip_experts
-from moe_compress.model.families import family_of
-from moe_compress.model.moe import MoEShape, moe_shapes, moe_views
-from moe_compress.model.routing import Routing
-from moe_compress.stream import fold as fold_module
-from moe_compress.stream import probe as probe_module
-from moe_compress.stream.fold import ResidentLayers, StreamedLayers, fold
-from moe_compress.stream.observers import ExpertSums
-from moe_compress.stream.probe import Probe, ProbeObserver
+from moe_compress.calibration import output_sample as probe_module
+from moe_compress.calibration.expert_statistics import ExpertSums
+from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.engine import forward as fold_module
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import ResidentLayers, StreamedLayers
+from moe_compress.methods.expert_drop import subset_search
+from moe_compress.methods.expert_drop.subset_loss import Layer, Search
+from moe_compress.methods.expert_drop.subset_search import best_subset, elimination_order, subset_losses
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.modeling.edit_layer import keep_experts, skip_experts
+from moe_compress.models.moe import moe_views
+from moe_compress.models.router_rule import Routing
+from moe_compress.models.shape import MoEShape, moe_shapes
 from test_identity import windows_of
 from test_routing import VARIANTS, Block, block_of, dense, made
 
@@ -509,7 +511,7 @@ def test_losses_do_not_depend_on_chunks(kind, monkeypatch):
     found = made_up(kind)
     sets = sets_of(found.shape, 8)
     whole, order = subset_losses(found.probe, sets), elimination_order(found.probe, found.shape)
-    monkeypatch.setattr("moe_compress.methods.trimming.kept_sets.CHUNK", 100)
+    monkeypatch.setattr("moe_compress.methods.expert_drop.subset_loss.CHUNK", 100)
     torch.testing.assert_close(subset_losses(found.probe, sets), whole, rtol=1e-12, atol=0)
     again = elimination_order(found.probe, found.shape)
     assert [ids for ids, _ in again] == [ids for ids, _ in order]
@@ -600,7 +602,7 @@ def test_swaps_lead_from_a_bad_set_to_one_that_no_swap_improves(kind):
     for expert in [e for e in range(24) if e % size < size // 2]:
         search.remove(expert)
     start = float(search.losses()[-1])
-    better = reconstruction._swap(search, found.shape)
+    better = subset_search._swap(search, found.shape)
     loss = float(better.losses()[-1])
     assert loss < 0.99 * start
     assert loss == pytest.approx(float(layer.losses(better.alive_E[None])[0]), rel=1e-9)
@@ -685,7 +687,7 @@ def test_remove_one_is_the_change_without_one_expert(kind):
         for e in naive_gates(found.probe.routing, found.probe.logits_TE[t].tolist(), everyone):
             change = found.added(t, everyone) - found.added(t, [other for other in everyone if other != e])
             expected[e] += float(change @ change) / len(found.outputs_TED)
-    assert reconstruction.remove_one(found.probe, found.shape).tolist() == pytest.approx(expected, rel=1e-9)
+    assert subset_search.remove_one(found.probe, found.shape).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in RULE_KINDS if kind not in ("softmax biased", "groups by two")])
@@ -700,20 +702,20 @@ def test_ranked_choice_is_an_election(kind):
         out = min(left, key=lambda e: (votes[e], e))
         places[out] = float(place)
         left.remove(out)
-    assert reconstruction.ranked_choice(found.probe).tolist() == places
+    assert subset_search.ranked_choice(found.probe).tolist() == places
 
 
 def test_ranked_choice_needs_no_rule():
     found = made_up("softmax renormalised")
-    expected = reconstruction.ranked_choice(found.probe)
-    assert torch.equal(reconstruction.ranked_choice(replace(found.probe, routing=None)), expected)
+    expected = subset_search.ranked_choice(found.probe)
+    assert torch.equal(subset_search.ranked_choice(replace(found.probe, routing=None)), expected)
 
 
 def test_without_a_rule_nothing_can_be_told(family_checkpoint):
     probe = probed(family_checkpoint("phimoe"))[0]
     shape = MoEShape(layer=3, num_experts=8, top_k=2)
     for call in (lambda: best_subset(probe, shape, 4), lambda: elimination_order(probe, shape),
-                 lambda: reconstruction.remove_one(probe, shape)):  # fmt: skip
+                 lambda: subset_search.remove_one(probe, shape)):  # fmt: skip
         with pytest.raises(ValueError, match="layer 3: its router follows no rule"):
             call()
     with pytest.raises(ValueError, match="this layer: its router"):

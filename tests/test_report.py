@@ -16,20 +16,12 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from moe_compress import api, report_page
-from moe_compress.report import beside, pareto, pictures, svg
-from moe_compress.report.card import licence_of, model_card
-from moe_compress.report.record import (
-    Failure,
-    Metric,
-    Record,
-    digest_of,
-    failures_beside,
-    gather,
-    load_records,
-    read_records,
-)
-from moe_compress.report.table import SAME, make_tables, write_tables
+from moe_compress import api
+from moe_compress.hub.card import licence_of, model_card
+from moe_compress.reports import charts, companions, html_report, pareto, svg
+from moe_compress.reports.reading import failures_beside, gather, load_records, read_records
+from moe_compress.reports.record import Failure, Metric, Record, digest_of
+from moe_compress.reports.table import SAME, make_tables, write_tables
 
 HOSTILE = '<script>document.title = "owned"</script><img src="https://example.org/x.png" onerror="boom()">'
 DOCUMENTS, TOKENS = 60, 100.0
@@ -223,7 +215,7 @@ def test_a_malformed_record_among_good_ones_is_named_and_left_out(harm, said, tm
     harm(values)
     path.write_text(json.dumps({**values, "digest": digest_of(values)}))
     assert re.search(said, read_records([path])[1][0])
-    made = report_page.make_report([tmp_path / "records"], tmp_path / "out")
+    made = html_report.make_report([tmp_path / "records"], tmp_path / "out")
     assert len(made.skipped) == 1 and "worse.json" in made.skipped[0]
     assert len(api.table([tmp_path / "records"])[0].rows) == 1
 
@@ -233,7 +225,7 @@ def test_a_wrecked_model_has_a_row_and_no_point(tmp_path):
     wrecked = WORSE.model_copy(update={"metrics": {"perplexity": perplexity}})
     for each in (ORIGINAL, SAME_AS, wrecked):
         each.save(tmp_path / "records")
-    made = report_page.make_report([tmp_path / "records"], tmp_path / "out")
+    made = html_report.make_report([tmp_path / "records"], tmp_path / "out")
     assert made.skipped == [] and "inf" in made.files[0].read_text()
 
 
@@ -253,7 +245,7 @@ def test_a_broken_speed_file_is_named_and_left_out(harm, tmp_path):
     harm(found)
     path = tmp_path / "speed.json"
     path.write_text(json.dumps(found))
-    good, wrong = beside.read_json([path], beside.timed, "speed")
+    good, wrong = companions.read_json([path], companions.timed, "speed")
     assert good == [] and "speed.json is no speed file of moe-compress" in wrong[0]
 
 
@@ -385,20 +377,24 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     rows = [[ORIGINAL], [WORSE], [SAME_AS]]
     files = [speed_file("worse", 2.0, busy=True), speed_file("same_as", 1.25), speed_file("same_as", 9.0, batch=8)]
     files.append(speed_file("same_as", 5.0, processor="another"))
-    timed = beside.speedups([each for file in files for each in beside.timed(file)], [ORIGINAL, WORSE, SAME_AS])
-    values = {name: found[beside.LATENCY].value for name, found in timed.by_record.items()}
+    timed = companions.speedups([each for file in files for each in companions.timed(file)], [ORIGINAL, WORSE, SAME_AS])
+    values = {name: found[companions.LATENCY].value for name, found in timed.by_record.items()}
     assert values == {"worse": 0.5, "same_as": 0.8}
     for words in ("float32 on cpu (abacus), 1 thread(s)", "BUSY for 1", "in other settings: 2", "2 of too few starts"):
         assert words in timed.how
     front = pareto.make_fronts(["original", "worse", "same_as"], rows, (), timed)[-1]
-    assert front.key == beside.LATENCY and [point.name for point in front.points] == ["worse", "same_as", "original"]
+    assert front.key == companions.LATENCY and [point.name for point in front.points] == [
+        "worse",
+        "same_as",
+        "original",
+    ]
     assert front.points[0].cost_interval == pytest.approx((1 / 2.1, 1 / 1.9))
     assert [front.key for front in pareto.make_fronts(["a", "b", "c"], rows)] == ["bytes", "flops_per_token"]
-    (timing, *_) = beside.timed(speed_file("worse", 2.0))
+    (timing, *_) = companions.timed(speed_file("worse", 2.0))
     renamed = {"name": "mine", "fingerprint": "of worse"}
     for changes, same in (({"name": "worse-0a1b2c"}, True), ({"name": "worse-and-more"}, False), (renamed, True)):
-        assert beside.made(timing, WORSE.model_copy(update=changes)) == same
-    assert not beside.made(timing, WORSE.model_copy(update={"fingerprint": "of another"}))
+        assert companions.made(timing, WORSE.model_copy(update=changes)) == same
+    assert not companions.made(timing, WORSE.model_copy(update={"fingerprint": "of another"}))
 
 
 def tasks_file(model: str, right: float) -> dict:
@@ -414,23 +410,25 @@ def test_answers_to_the_same_tasks_are_joined():
         tasks_file("same_as", 0.8),
         {**tasks_file("worse", 0.1), "settings": {"limit": 9}},
     ]
-    found = beside.accuracies([each for file in files for each in beside.asked(file)], [WORSE, SAME_AS])
+    found = companions.accuracies([each for file in files for each in companions.asked(file)], [WORSE, SAME_AS])
     assert {name: values["quiz right"].value for name, values in found.by_record.items()} == {
         "worse": 0.5,
         "same_as": 0.8,
     }
-    assert found.how == "quiz, limit=5; not shown, as measured in other settings: 1" and beside.accuracies(
+    assert found.how == "quiz, limit=5; not shown, as measured in other settings: 1" and companions.accuracies(
         [], [WORSE]
-    ) == beside.Joined({}, "")
+    ) == companions.Joined({}, "")
 
 
 def test_the_originals_answers_are_those_that_its_variants_were_beside():
     file = {**tasks_file("worse", 0.5), "original_fingerprint": "of original"}
     original = ORIGINAL.model_copy(update={"fingerprint": "of original"})
     for base, known in ((original, True), (original.model_copy(update={"fingerprint": "another"}), False)):
-        found = beside.accuracies(beside.asked(file), [base, WORSE]).by_record
+        found = companions.accuracies(companions.asked(file), [base, WORSE]).by_record
         assert ("tiny-original" in found) == known and found["worse"]["quiz right"].value == 0.5
-    assert beside.accuracies(beside.asked(file), [original]).by_record["tiny-original"]["quiz right"].value == 0.9
+    assert (
+        companions.accuracies(companions.asked(file), [original]).by_record["tiny-original"]["quiz right"].value == 0.9
+    )
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -446,7 +444,7 @@ def test_pictures_of_what_is_by_layer_and_the_rest_as_text():
         "unseen": {"0": [3]},
         "skipped": [],
     }
-    found, rest = pictures.of_report(entry)
+    found, rest = charts.of_report(entry)
     assert [(picture["kind"], picture["title"]) for picture in found] == [
         ("heat", "calibration tokens"),
         ("bars", "share of zeros"),
@@ -495,7 +493,7 @@ def results(tmp_path: Path) -> Path:
     (folder / "tasks").mkdir()
     (folder / "tasks" / "worse.json").write_text(json.dumps(tasks_file("worse", 0.5)))
     layers = {"0": {name: {"value": 0.5, "interval": [0.4, 0.6]} for name in ("overlap", "flips", "kl")}}
-    routing = {"model": "worse", "original": "tiny", **{way: {"layers": layers} for way in pictures.WAYS}}
+    routing = {"model": "worse", "original": "tiny", **{way: {"layers": layers} for way in charts.WAYS}}
     (folder / "routing").mkdir()
     (folder / "routing" / "worse.json").write_text(json.dumps(routing))
     (folder / "records" / "broken.json").write_text("{")
@@ -505,7 +503,7 @@ def results(tmp_path: Path) -> Path:
 def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "moe_compress")
     logging.getLogger("moe_compress").propagate = True
-    made = report_page.make_report([results / "records"], tmp_path / "out")
+    made = html_report.make_report([results / "records"], tmp_path / "out")
     assert len(made.skipped) == 2 and all("broken.json" in sentence for sentence in made.skipped)
     assert "broken.json" in caplog.text
     names = {path.name for path in made.files}
@@ -518,7 +516,7 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
     assert "&#34;unsaid&#34;: 1" in text and "Routing of worse beside tiny" in text and "on front: latency" in text
     assert "quiz right" in text and "0.500 [0.400, 0.600]" in text and "prefill x" in text
     assert SAME in text and "share of zeros" in text and "prefers-color-scheme: dark" in text
-    again = report_page.report([results / "records"], tmp_path / "again")
+    again = html_report.report([results / "records"], tmp_path / "again")
     for first, second in zip(made.files[1:], again[1:], strict=True):
         assert first.suffix == ".png" or first.read_bytes() == second.read_bytes()
 
@@ -530,7 +528,7 @@ def test_a_table_names_only_the_settings_of_its_own_rows(tmp_path):
     (tmp_path / "speed").mkdir()
     timing = {**speed_file("tiny-worse", 2.0), "fingerprint": "of worse"}
     (tmp_path / "speed" / "worse.json").write_text(json.dumps(timing))
-    text = report_page.report([tmp_path / "records"], tmp_path / "out")[0].read_text()
+    text = html_report.report([tmp_path / "records"], tmp_path / "out")[0].read_text()
     other, tiny = text.split('id="table-1"')
     assert "abacus" in tiny and "prefill x" in tiny and "speed: 1 x 16 tokens" in text
     assert text.count("speed: 1 x 16 tokens") == 1 and "prefill x" not in other
@@ -553,15 +551,15 @@ def test_what_was_measured_on_several_texts_is_below_where_rows_are_columns():
 
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="there is no record or folder of records"):
-        report_page.report([tmp_path / "none"], tmp_path)
+        html_report.report([tmp_path / "none"], tmp_path)
     with pytest.raises(ValueError, match="there are no records"):
-        report_page.report([tmp_path], tmp_path)
+        html_report.report([tmp_path], tmp_path)
     (tmp_path / "only.json").write_text("[]")
     with pytest.raises(ValueError, match=r"only\.json is not a record"):
-        report_page.report([tmp_path], tmp_path)
+        html_report.report([tmp_path], tmp_path)
     ORIGINAL.save(tmp_path / "records")
     with pytest.raises(ValueError, match=r"out=.*: nothing can be written"):
-        report_page.report([tmp_path / "records"], tmp_path / "only.json" / "below")
+        html_report.report([tmp_path / "records"], tmp_path / "only.json" / "below")
 
 
 # What a person would do, and what came of it, written into the page for --dump-dom.
@@ -598,7 +596,7 @@ def test_the_page_in_a_browser(results, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, so the page's script is not run")
-    (page, *_) = report_page.report([results / "records"], tmp_path / "out")
+    (page, *_) = html_report.report([results / "records"], tmp_path / "out")
     text = page.read_text().replace("<head>", f"<head>{EARLY}").replace("</body>", f"{CLICKS}</body>")
     page.write_text(text)
     done = subprocess.run(

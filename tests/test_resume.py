@@ -16,8 +16,10 @@ import torch
 
 import moe_compress
 import tiny
-from moe_compress.checkpoint import writer
-from moe_compress.stream import calibration, fold
+from moe_compress.calibration import artefact
+from moe_compress.checkpoints import writer
+from moe_compress.checkpoints.folder import MANIFEST
+from moe_compress.engine import forward
 
 Options = dict[str, object]
 RECIPES = {
@@ -49,10 +51,8 @@ def outcome(folder: Path) -> dict[str, bytes]:
     """What must not depend on how often a run was stopped: all but the manifest, which has the seconds, and the card,
     which has the folder's name.
     """
-    files = {
-        path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (writer.MANIFEST, "README.md")
-    }
-    manifest = json.loads((folder / writer.MANIFEST).read_text())
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (MANIFEST, "README.md")}
+    manifest = json.loads((folder / MANIFEST).read_text())
     files["manifest"] = json.dumps([manifest["identity"], manifest["stages"], manifest["form"]]).encode()
     return files
 
@@ -88,11 +88,11 @@ def run_options(model: Path, texts: Path, results: Path) -> Options:
 def test_calibration_goes_on_at_the_boundary(layer, reader_folder, texts, whole, monkeypatch, tmp_path):
     options = run_options(reader_folder("deepseek_v3"), texts, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, fold.hf, "run_layer", stop_at=layer)
+        counting(patch, forward.hf, "run_layer", stop_at=layer)
         moe_compress.compress(RECIPES["deepseek_v3"], **options)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        calls = counting(patch, fold.hf, "run_layer")
+        calls = counting(patch, forward.hf, "run_layer")
         folder = moe_compress.compress(RECIPES["deepseek_v3"], **options).folder
     assert len(calls) == tiny.LAYERS - layer
     assert outcome(folder) == whole("deepseek_v3")
@@ -107,7 +107,7 @@ def test_surgery_goes_on_at_the_shard(shard, reader_folder, texts, whole, monkey
         moe_compress.compress(RECIPES["deepseek_v3"], **options)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        layers, written = counting(patch, fold.hf, "run_layer"), counting(patch, writer, "write_shard")
+        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
         folder = moe_compress.compress(RECIPES["deepseek_v3"], **options).folder
     assert not layers and len(written) == tiny.LAYERS + 1 - shard
     assert outcome(folder) == whole("deepseek_v3")
@@ -117,7 +117,7 @@ def test_surgery_goes_on_at_the_shard(shard, reader_folder, texts, whole, monkey
 @pytest.mark.parametrize(
     ("place", "name", "number"),
     [
-        (calibration.shutil, "rmtree", 0),
+        (artefact.shutil, "rmtree", 0),
         (writer, "copy_companions", 0),
         (writer, "write_json", 1),
         (writer, "write_json", 2),
@@ -133,7 +133,7 @@ def test_the_last_steps_go_on(place, name, number, reader_folder, texts, whole, 
         moe_compress.compress(RECIPES["deepseek_v3"], **options)
     assert not (tmp_path / "out").exists()
     with monkeypatch.context() as patch:
-        layers, written = counting(patch, fold.hf, "run_layer"), counting(patch, writer, "write_shard")
+        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
         folder = moe_compress.compress(RECIPES["deepseek_v3"], **options).folder
     assert not layers and len(written) in (0, tiny.LAYERS + 1)
     assert outcome(folder) == whole("deepseek_v3")
@@ -144,10 +144,10 @@ def test_the_last_steps_go_on(place, name, number, reader_folder, texts, whole, 
 def test_two_stages_go_on_wherever_they_stopped(call, reader_folder, texts, whole, monkeypatch, tmp_path):
     options = run_options(reader_folder("mixtral"), texts, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, fold.hf, "run_layer", stop_at=call)
+        counting(patch, forward.hf, "run_layer", stop_at=call)
         moe_compress.compress(RECIPES["mixtral"], **options)
     with monkeypatch.context() as patch:
-        calls = counting(patch, fold.hf, "run_layer")
+        calls = counting(patch, forward.hf, "run_layer")
         folder = moe_compress.compress(RECIPES["mixtral"], **options).folder
     assert len(calls) == 2 * tiny.LAYERS - call
     assert outcome(folder) == whole("mixtral")
@@ -238,10 +238,10 @@ def test_an_applied_plan_goes_on(reader_folder, texts, monkeypatch, tmp_path):
 def test_an_interrupted_evaluation_goes_on(reader_folder, options, monkeypatch, tmp_path):
     sentence, words = "expert_drop score=weight_norm", {**options, "model": reader_folder("mixtral")}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, fold.hf, "run_layer", stop_at=tiny.LAYERS + 1)
+        counting(patch, forward.hf, "run_layer", stop_at=tiny.LAYERS + 1)
         moe_compress.compress(sentence, **words)
     with monkeypatch.context() as patch:
-        calls, written = counting(patch, fold.hf, "run_layer"), counting(patch, writer, "write_shard")
+        calls, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
         result = moe_compress.compress(sentence, **words)
     assert result.record is not None and not written
     assert len(calls) == tiny.LAYERS - 1  # the original was measured before, and one layer of the checkpoint

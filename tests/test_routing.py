@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tiny
-from moe_compress.model import hf
-from moe_compress.model.edited import keep_experts
-from moe_compress.model.families import family_of, groups_of
-from moe_compress.model.hf import RoutedRows
-from moe_compress.model.moe import MoEView, moe_views
-from moe_compress.model.routing import Routing, identify, selection_bias
+from moe_compress.models import hf
+from moe_compress.models.families import family_of, groups_of
+from moe_compress.models.hf import RoutedRows
+from moe_compress.models.modeling.edit_layer import keep_experts
+from moe_compress.models.moe import MoEView, moe_views
+from moe_compress.models.router_rule import Routing, identify, selection_bias
 
 IDS = tiny.token_ids(rows=4, length=12)
 # Both keep equally many experts in each half, as two groups need.

@@ -15,19 +15,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import naive
 import tiny
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.methods.trimming import scores
-from moe_compress.methods.trimming.expert_drop import expert_drop
-from moe_compress.model import hf
-from moe_compress.model.families import FAMILIES, family_of
-from moe_compress.model.moe import MoEView, weight_sums
-from moe_compress.model.shapes import model_shape
-from moe_compress.stream import fold as fold_module
-from moe_compress.stream.calibration import mix_components, mix_weights
-from moe_compress.stream.data import FOLDS, Windows
-from moe_compress.stream.fold import StreamedLayers, fold
-from moe_compress.stream.observed import LayerSums, Observed
-from moe_compress.stream.observers import ExpertSums
+from moe_compress.calibration.artefact import mix_components, mix_weights
+from moe_compress.calibration.expert_statistics import ExpertSums
+from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.weight_statistics import weight_sums
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.data.windows import FOLDS, Windows
+from moe_compress.engine import forward as fold_module
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods.expert_drop import scores
+from moe_compress.methods.expert_drop.expert_drop import expert_drop
+from moe_compress.models import hf
+from moe_compress.models.families import FAMILIES, family_of
+from moe_compress.models.moe import MoEView
+from moe_compress.models.shape import model_shape
 from test_identity import windows_of
 
 Sums = dict[int, dict[str, torch.Tensor]]

@@ -15,15 +15,14 @@ import pytest
 import torch
 
 import moe_compress
-from moe_compress.harness import gpu, worker
-from moe_compress.harness import speed as harness
-from moe_compress.harness.footprint import cache_tensors, step_bytes, weight_tensors
-from moe_compress.harness.timing import Effort, Paired, median_interval, paired, summary
-from moe_compress.harness.worker import Point, decode, kernels, load, memory, prefill
-from moe_compress.model.moe import moe_views
-from moe_compress.report import beside
-from moe_compress.report.speed import as_markdown
-from moe_compress.speed_report import setting_of
+from moe_compress.evaluation.speed import benchmark as harness
+from moe_compress.evaluation.speed import gpu_energy, worker
+from moe_compress.evaluation.speed.memory import cache_tensors, step_bytes, weight_tensors
+from moe_compress.evaluation.speed.paired_timing import Effort, Paired, median_interval, paired, summary
+from moe_compress.evaluation.speed.report import as_markdown, setting_of
+from moe_compress.evaluation.speed.worker import Point, decode, kernels, load, memory, prefill
+from moe_compress.models.moe import moe_views
+from moe_compress.reports import companions
 
 
 class Clock:
@@ -198,9 +197,9 @@ def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatc
     ):
         assert words in text
     (kept,) = (folder.parents[1] / "speed").glob(f"{folder.name}-*.json")
-    assert beside.read_json([kept], beside.timed, "speed")[1] == []
+    assert companions.read_json([kept], companions.timed, "speed")[1] == []
     kept.write_text(kept.read_text().replace('"batch": 2', '"batch": 1'))
-    assert "changed after it was written" in beside.read_json([kept], beside.timed, "speed")[1][0]
+    assert "changed after it was written" in companions.read_json([kept], companions.timed, "speed")[1][0]
 
 
 def test_a_step_of_memory_is_seen(monkeypatch, reader_folder):
@@ -235,11 +234,11 @@ def test_energy_is_counted_around_each_models_own_turns(monkeypatch):
         return 1.0
 
     monkeypatch.setitem(sys.modules, "pynvml", Driver)
-    first, second = gpu.Meter("GPU-1"), gpu.Meter("GPU-1")
+    first, second = gpu_energy.Meter("GPU-1"), gpu_energy.Meter("GPU-1")
     for _ in range(2):
         assert first.around(lambda: run(3000))() == 1.0 and second.around(lambda: run(500))() == 1.0
     assert (first.taken(2), second.taken(2), first.megahertz()) == (3.0, 0.5, 1980)
-    assert first.taken(2) == 0.0 and gpu.Meter(None).taken(2) is None
+    assert first.taken(2) == 0.0 and gpu_energy.Meter(None).taken(2) is None
 
 
 def test_what_others_use_is_seen(monkeypatch):
@@ -257,7 +256,7 @@ def test_what_others_use_is_seen(monkeypatch):
 
 
 def test_models_that_do_not_fit_are_refused_with_what_they_need(reader_folder, options, monkeypatch):
-    monkeypatch.setattr("moe_compress.checkpoint.load.free_memory", lambda _: 10_000)
+    monkeypatch.setattr("moe_compress.checkpoints.load.free_memory", lambda _: 10_000)
     with pytest.raises(ValueError, match=r"to be timed in turn: .* in memory, but cpu has .* free"):
         moe_compress.speed(str(reader_folder("mixtral")), prompts="8", tokens=2, results=options["results"])
 

@@ -23,12 +23,13 @@ import moe_compress
 import readers
 import tiny
 from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.methods.trimming.layers import block_drop, check_blocks
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits, check_edits
-from moe_compress.model.edits import (
+from moe_compress.calibration.artefact import observers_for
+from moe_compress.calibration.model_statistics import Observed
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.compression import search_objective
+from moe_compress.edits.apply import apply_edits, check_edits
+from moe_compress.edits.edits import (
     DropLayer,
     Edit,
     KeepChannels,
@@ -38,23 +39,24 @@ from moe_compress.model.edits import (
     SkipExperts,
     SkipSublayer,
     from_json,
+    removals,
     to_json,
 )
-from moe_compress.model.forms import form_after
-from moe_compress.model.hf import architectures
-from moe_compress.model.moe import MoEShape, MoEView, moe_views, permute_neurons
-from moe_compress.model.shapes import ModelShape, model_shape, removals
-from moe_compress.model.sublayers import attention_layers, block_names
-from moe_compress.stream import fitness
-from moe_compress.stream.calibration import observers_for
-from moe_compress.stream.fold import StreamedLayers, fold
-from moe_compress.stream.observed import Observed
+from moe_compress.edits.resulting_config import form_after
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods.layer_drop import block_drop, check_blocks
+from moe_compress.models import hf
+from moe_compress.models.hf import edited_architectures
+from moe_compress.models.moe import MoEView, moe_views, permute_neurons
+from moe_compress.models.shape import ModelShape, MoEShape, model_shape
+from moe_compress.models.sublayers import attention_layers, block_names
 from test_identity import CPU, windows_of
 
 # Two pairs, one in each half, as DeepSeek-V3's two groups need.
 GROUPS = ((0, 1), (2,), (3,), (4, 5), (6,), (7,))
 WEIGHTS = ((1.0, 2.0), (1.0,), (1.0,), (1.0, 1.0), (1.0,), (1.0,))
-SHIPPED = sorted(f"{name}.py" for name in (*architectures.SHIPPED, "modeling_moe_compress"))
+SHIPPED = sorted(f"{name}.py" for name in (*edited_architectures.SHIPPED, "modeling_moe_compress"))
 # Architectures whose own keys can say that the first MoE block is gone; all others need an edited checkpoint.
 PLAIN_LAYER_DROP = {
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen2_moe", "qwen3_moe",
@@ -776,7 +778,7 @@ def test_a_candidate_is_the_edited_model_and_leaves_no_trace(family, kind, sourc
     model = original(source)
     before, tensors = logits_of(model), {name: id(tensor) for name, tensor in model.named_parameters()}
     config = model.config.to_dict()
-    with fitness.masked(model, edits):
+    with search_objective.masked(model, edits):
         got = logits_of(model)
     torch.testing.assert_close(got, logits_of(cut(source, edits)), rtol=0, atol=1e-5)
     assert torch.equal(logits_of(model), before)
@@ -789,7 +791,7 @@ def test_dropped_experts_are_masked_without_a_copy(family, sources):
     source = sources(family)
     edits = [KeepExperts(layer, FOUR if n else SIX) for n, layer in enumerate(moe_layers(source))]
     model = original(source)
-    with fitness.masked(model, edits):
+    with search_objective.masked(model, edits):
         assert {view.num_experts for view in moe_views(model).values()} == {tiny.EXPERTS}
         got = logits_of(model)
     torch.testing.assert_close(got, logits_of(cut(source, edits)), rtol=0, atol=1e-5)

@@ -22,26 +22,27 @@ import moe_compress
 import readers
 import tiny
 from editing import IDS, cut, logits_of, original
-from moe_compress import registry
-from moe_compress.checkpoint import writer
-from moe_compress.checkpoint.load import load_model
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.measuring import fitness, observed
-from moe_compress.methods.trimming.allocation import Ladder, Search, by_search, by_threshold, cheapest
-from moe_compress.model import hf
-from moe_compress.model.applying import check_edits
-from moe_compress.model.edits import Edit, KeepExperts, Plan, SetTopK, SkipSublayer
-from moe_compress.model.moe import moe_views
-from moe_compress.model.shapes import ModelShape, model_shape
-from moe_compress.plans import read_plan
-from moe_compress.recipe import make_options
-from moe_compress.run import Run
-from moe_compress.runtime import RunLog
-from moe_compress.stream import fold, turns
-from moe_compress.stream.calibration import calibrate
-from moe_compress.stream.fitness import Fitness
-from moe_compress.stream.fold import StreamedLayers
-from moe_compress.stream.observed import Observed
+from moe_compress.calibration import block_influence
+from moe_compress.calibration.artefact import calibrate
+from moe_compress.calibration.collect import observed
+from moe_compress.calibration.model_statistics import Observed
+from moe_compress.checkpoints import writer
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.compression.search_objective import Fitness, fitness
+from moe_compress.edits.apply import check_edits
+from moe_compress.edits.edits import Edit, KeepExperts, Plan, SetTopK, SkipSublayer
+from moe_compress.edits.plan_file import read_plan
+from moe_compress.engine import forward
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods import registry
+from moe_compress.methods.allocation import Ladder, Search, by_search, by_threshold, cheapest
+from moe_compress.models import hf
+from moe_compress.models.moe import moe_views
+from moe_compress.models.shape import ModelShape, model_shape
+from moe_compress.run.context import Run
+from moe_compress.run.log import RunLog
+from moe_compress.run.options import make_options
 from test_identity import CPU, windows_of
 
 Options = dict[str, object]
@@ -486,9 +487,9 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         ("expert_drop keep=4 budget=search evaluations=5", Fitness, "__call__", 0),
         ("expert_drop keep=4 budget=search evaluations=5", Fitness, "__call__", 3),
         ("expert_drop keep=4 budget=search evaluations=5", writer, "write_shard", 2),
-        ("expert_drop score=naee keep=4 propagate=compressed", fold.hf, "run_layer", 4),
+        ("expert_drop score=naee keep=4 propagate=compressed", forward.hf, "run_layer", 4),
         ("expert_drop score=naee keep=4 propagate=compressed", writer, "write_shard", 3),
-        ("expert_merge preset=ream keep=4 + block_drop drop=1", fold.hf, "run_layer", 11),
+        ("expert_merge preset=ream keep=4 + block_drop drop=1", forward.hf, "run_layer", 11),
         ("expert_merge preset=ream keep=4 + block_drop drop=1", writer, "write_config", 1),
     ],
 )
@@ -630,7 +631,7 @@ def test_block_drop_takes_the_best_layers_and_the_best_run(family, tmp_path):
 
 def test_runs_are_judged_on_the_same_sample_of_tokens_in_every_layer(tmp_path, monkeypatch):
     """Where hidden states would be too large to keep: 16 of 64 tokens, every fourth."""
-    monkeypatch.setattr(turns, "SAMPLE_BYTES", 16 * 4 * tiny.HIDDEN * (5 + 1))
+    monkeypatch.setattr(block_influence, "SAMPLE_BYTES", 16 * 4 * tiny.HIDDEN * (5 + 1))
     model, model_seen = pass_over("mixtral", tmp_path)
     found = streams_of(model, WHERE["mixtral"], TURNED)
     stream = [each[3::4] for each in [*found["in"], found["out"][-1]]]

@@ -18,13 +18,19 @@ import editing
 import moe_compress
 import tiny
 from moe_compress import __main__ as command_line
-from moe_compress import api, catalogue, recipe, registry, runtime
-from moe_compress.analysis.plans import CompressedMoEConfig
-from moe_compress.checkpoint import locate
-from moe_compress.compress import _to_be_written
-from moe_compress.forecast import as_markdown, forecast
-from moe_compress.recipe import Options
-from moe_compress.terminal import set_up_logging, show_run
+from moe_compress import api
+from moe_compress.analysis.layer_plan import CompressedMoEConfig
+from moe_compress.checkpoints import resolve
+from moe_compress.cli import catalogue
+from moe_compress.cli.commands import main
+from moe_compress.cli.terminal import set_up_logging, show_run
+from moe_compress.compression.forecast import as_markdown, forecast
+from moe_compress.compression.preflight import _to_be_written
+from moe_compress.methods import registry
+from moe_compress.recipes.parser import parse
+from moe_compress.run.options import Options
+from moe_compress.utils import logging as files
+from moe_compress.utils.files import gigabytes
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
@@ -36,7 +42,7 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *w
     """What the command line prints."""
     monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
     with pytest.raises(SystemExit):
-        command_line.main()
+        main()
     captured = capsys.readouterr()
     return captured.out + captured.err
 
@@ -85,16 +91,16 @@ def test_a_users_runs_are_apart_from_the_shipped_grid(monkeypatch):
     with pytest.raises(ValueError, match=r"no record or folder of records runs/records"):
         api.table()
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmark"))
-    import tables
+    import zoo_grid as tables
 
     assert tables.RESULTS == ROOT / "results"
-    for name in ("engine", "gpu", "trimming"):
-        assert f'default=RESULTS / "{name}.json"' in (ROOT / "scripts" / "benchmark" / f"{name}.py").read_text()
+    for name, script in (("engine", "engine_speed"), ("gpu", "gpu_checks"), ("trimming", "trimming_speed")):
+        assert f'default=RESULTS / "{name}.json"' in (ROOT / "scripts" / "benchmark" / f"{script}.py").read_text()
 
 
 def test_only_the_shipped_grid_goes_into_the_readme(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmark"))
-    import summary
+    import readme_tables as summary
 
     shutil.copytree(ROOT / "results" / "records", tmp_path / "records")
     before = (ROOT / "README.md").read_bytes()
@@ -185,13 +191,13 @@ def test_a_forecast_says_what_it_leaves_open(sentence, model, note):
 
 
 def test_the_disk_is_asked_for_what_the_forecast_says(tmp_path, monkeypatch):
-    one, two = (recipe.parse(words) for words in ("expert_drop keep=2", "expert_drop keep=6 + expert_drop keep=2"))
-    expected = forecast(one, locate.config_folder("tiny-mixtral"))
+    one, two = (parse(words) for words in ("expert_drop keep=2", "expert_drop keep=6 + expert_drop keep=2"))
+    expected = forecast(one, resolve.config_folder("tiny-mixtral"))
     out = tmp_path / "out"
     assert _to_be_written(one, expected, out) == expected.after.bytes < expected.before.bytes
     assert _to_be_written(two, expected, out) == expected.after.bytes + expected.before.bytes
-    monkeypatch.setattr(runtime.shutil, "disk_usage", lambda _: SimpleNamespace(free=expected.after.bytes - 1))
-    with pytest.raises(ValueError, match=re.escape(f"needs {runtime.gigabytes(expected.after.bytes)}, but")):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=expected.after.bytes - 1))
+    with pytest.raises(ValueError, match=re.escape(f"needs {gigabytes(expected.after.bytes)}, but")):
         moe_compress.compress("expert_drop keep=2", out=out, results=tmp_path / "runs")
 
 
@@ -212,7 +218,7 @@ def test_a_mistyped_hub_id_is_answered_at_once(monkeypatch):
         asked.append(1)
         raise ConnectionError("Name or service not known")
 
-    monkeypatch.setattr(locate, "get_session", unreachable)
+    monkeypatch.setattr(resolve, "get_session", unreachable)
     with pytest.raises(ValueError, match=r"Did you mean 'mistralai/Mixtral-8x7B-v0\.1'\?"):
         moe_compress.plan("expert_drop", model="mistralai/mixtral-8x7b-v0.1")
     with pytest.raises(ValueError, match=r"or use a local folder\.$"):
@@ -227,10 +233,10 @@ def test_a_mistyped_hub_id_is_answered_at_once(monkeypatch):
 
 def test_the_hub_is_not_asked_where_it_does_not_answer(monkeypatch):
     given = {}
-    monkeypatch.setattr(locate, "hf_hub_download", lambda *_, **words: given.update(words) or "/nowhere/config.json")
+    monkeypatch.setattr(resolve, "hf_hub_download", lambda *_, **words: given.update(words) or "/nowhere/config.json")
     for answers in (True, False):
-        monkeypatch.setattr(locate, "hub_answers", lambda answers=answers: answers)
-        locate.config_folder("some/model")
+        monkeypatch.setattr(resolve, "hub_answers", lambda answers=answers: answers)
+        resolve.config_folder("some/model")
         assert given["local_files_only"] is not answers
 
 

@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import moe_compress
-from moe_compress import __main__ as cli
-from moe_compress import verification
-from moe_compress.checkpoint.reader import open_checkpoint
-from moe_compress.compatibility import compatibility
-from moe_compress.verification import verify
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.commands import main
+from moe_compress.evaluation.verification import verify as verification
+from moe_compress.evaluation.verification.compatibility import compatibility
+from moe_compress.evaluation.verification.verify import verify
 
 RTN = "quantize method=rtn group_size=8 clip=max"
 
@@ -57,7 +57,7 @@ def test_a_layout_that_stock_transformers_does_not_load_is_not_called_verified(r
     assert "NOT VERIFIED: stock transformers reads no such layout" in found.markdown()
     monkeypatch.setattr("sys.argv", ["moe-compress", "verify", str(folder), f"results={options['results']}"])
     with pytest.raises(SystemExit, match="3"):
-        cli.main()
+        main()
     assert (Path(str(options["results"])) / "verification" / f"{folder.name}.json").is_file()
 
 

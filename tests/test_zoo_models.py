@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import moe_compress
 from moe_compress import zoo
-from moe_compress.checkpoint.load import load_tokenizer
-from moe_compress.checkpoint.locate import open_model
-from moe_compress.stream.data import make_windows
-from moe_compress.stream.documents import DataSpec
+from moe_compress.checkpoints.load import load_tokenizer
+from moe_compress.checkpoints.resolve import open_model
+from moe_compress.data.documents import DataSpec
+from moe_compress.data.windows import make_windows
 
 SMALL = {"eval_samples": 30, "samples": 20}
 

@@ -11,14 +11,15 @@ from typing import Any
 
 import pandas as pd
 
-from moe_compress.report import formats
-from moe_compress.report.flops import BINARY, UNITS
-from moe_compress.report.record import Failure, Record, now, read_records
-from moe_compress.report.speed import ratio
-from moe_compress.report.table import SAME
-from moe_compress.report_page import make_report
-from moe_compress.runtime import write_json
-from moe_compress.terminal import set_up_logging
+from moe_compress.cli.terminal import set_up_logging
+from moe_compress.evaluation.flops.report import BINARY, UNITS
+from moe_compress.evaluation.speed.report import ratio
+from moe_compress.reports import table_formats
+from moe_compress.reports.html_report import make_report
+from moe_compress.reports.reading import read_records
+from moe_compress.reports.record import Failure, Record, now
+from moe_compress.reports.table import SAME
+from moe_compress.utils.files import write_json
 
 HERE = Path(__file__).resolve().parent
 STEM = "paper_table"
@@ -145,8 +146,8 @@ def _row(cell: Cell) -> dict[str, str]:
     metrics = cell.record.metrics if cell.record else {}
     cells["perplexity"] = f"{metrics['perplexity'].value:.2f}" if "perplexity" in metrics else ""
     if "delta_nll" in metrics:
-        same = f" {SAME}" if cell.record and formats.detectable([cell.record]) is False else ""
-        cells["change of NLL"] = formats.with_interval(metrics["delta_nll"], "+.4f") + same
+        same = f" {SAME}" if cell.record and table_formats.detectable([cell.record]) is False else ""
+        cells["change of NLL"] = table_formats.with_interval(metrics["delta_nll"], "+.4f") + same
     return cells
 
 
@@ -216,7 +217,10 @@ def write(folder: Path) -> None:
     texts = {
         "csv": pd.concat([table.assign(model=model) for model, table in frames.items()]).fillna("").to_csv(index=False),
         "tex": "\n\n".join(
-            [formats.PACKAGES_NEEDED, *(formats.latex(m, "trimming x slimming", t) for m, t in frames.items())]
+            [
+                table_formats.PACKAGES_NEEDED,
+                *(table_formats.latex(m, "trimming x slimming", t) for m, t in frames.items()),
+            ]
         )
         + "\n",
     }

@@ -20,13 +20,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from moe_compress import recipe, registry, zoo
-from moe_compress.checkpoint.locate import config_folder, layers_of, local_folder
-from moe_compress.forecast import forecast
-from moe_compress.harness import task_choice
-from moe_compress.runtime import read_json, require_writable, write_json
-from moe_compress.speed_report import setting_of
-from moe_compress.task_evaluation import questions_of
+from moe_compress import zoo
+from moe_compress.checkpoints.resolve import config_folder, layers_of, local_folder
+from moe_compress.cli.arguments import option_pairs
+from moe_compress.compression.forecast import forecast
+from moe_compress.evaluation.speed.report import setting_of
+from moe_compress.evaluation.tasks import selection
+from moe_compress.evaluation.tasks.report import questions_of
+from moe_compress.recipes.parser import parse
+from moe_compress.run.options import Options, make_options
+from moe_compress.utils.choices import coerce
+from moe_compress.utils.files import read_json, require_writable, write_json
 
 HERE = Path(__file__).resolve().parent
 MODELS, OUT, TABLE = "tiny-mixtral tiny-deepseek", "runs/paper_table", "paper_table.md"
@@ -73,9 +77,7 @@ def sizes_of(model: str, given: Mapping[str, str]) -> Sizes:
         layer_drop, block_drop = (max(1, round(layers * part / 32)) for part in (8, 5))
         found = Sizes(layer_drop, block_drop, 32 if zoo.descends_from(model) else 128)
     kinds = {"layers": int, "blocks": int, "group": int, "ratio": float}
-    return replace(
-        found, **{key: registry.coerce(kind, given[key], key) for key, kind in kinds.items() if key in given}
-    )
+    return replace(found, **{key: coerce(kind, given[key], key) for key, kind in kinds.items() if key in given})
 
 
 def grid(models: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
@@ -95,8 +97,8 @@ def grid(models: Sequence[str], words: Mapping[str, str]) -> dict[str, Any]:
             cells[f"{stem}-{name}"] = {"model": stem, "cell": name, "recipe": text.format(**filled)}
     for cell in cells.values():
         model = stems[cell["model"]]
-        forecast(recipe.parse(cell["recipe"], options={"model": model}), config_folder(model))
-    threads = registry.coerce(int, words.get("threads", 1 if small else os.cpu_count() or 1), "threads")
+        forecast(parse(cell["recipe"], options={"model": model}), config_folder(model))
+    threads = coerce(int, words.get("threads", 1 if small else os.cpu_count() or 1), "threads")
     return {
         "models": {stem: _source(model) for stem, model in stems.items()},
         "cells": cells,
@@ -119,7 +121,7 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     """For each command the words that are for it. ValueError for one that is for none, and for wrong values."""
     settings = tuple(inspect.signature(setting_of).parameters)
     takers = {
-        "run": tuple(recipe.Options.model_fields),
+        "run": tuple(Options.model_fields),
         "speed": settings,
         "tasks": ("tasks", *inspect.signature(questions_of).parameters),
         "sizes": tuple(vars(Sizes(1, 1, 1))),
@@ -130,11 +132,11 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
             raise ValueError(f"unknown word {key!r}; known: out, {', '.join(dict.fromkeys(known))}. Models are MODEL=.")
     found = {name: {key: words[key] for key in taker if key in words} for name, taker in takers.items()}
     found["speed"] = ({"quick": "true"} if small else {"prompts": f"{TOKENS}", "batches": "1"}) | found["speed"]
-    recipe.make_options(found["run"])
+    make_options(found["run"])
     setting_of(**found["speed"])
     _, _, fewshot = questions_of(**{key: value for key, value in found["tasks"].items() if key != "tasks"})
     if "tasks" in words:
-        task_choice.choose(words["tasks"], fewshot)
+        selection.choose(words["tasks"], fewshot)
     found["run"].pop("threads", None)  # which Snakemake shares out
     found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | found["run"]
     found["flops"] = {"tokens": f"{TOKENS}", "context": f"{TOKENS}"}
@@ -210,7 +212,7 @@ def main() -> int:
     arguments = sys.argv[1:]
     dash = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     try:
-        words = recipe.option_pairs(arguments[:dash])
+        words = option_pairs(arguments[:dash])
         out = Path(os.path.abspath(words.pop("out", OUT)))
         values = grid(os.environ.get("MODEL", MODELS).split(), words)
         require_writable(out, f"out={out}")

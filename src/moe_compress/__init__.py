@@ -9,24 +9,9 @@ Importing the package also lets `AutoModelForCausalLM` load the checkpoints whos
 import importlib
 from typing import Any
 
-from moe_compress.api import (
-    analyze,
-    apply,
-    compare,
-    compress,
-    evaluate,
-    export,
-    flops,
-    load,
-    plan,
-    push,
-    report,
-    routing,
-    speed,
-    table,
-    tasks,
-    verify,
-)
+from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, push, table
+from moe_compress.evaluation.harnesses import flops, routing, speed, tasks, verify
+from moe_compress.reports.html_report import report
 
 __version__ = "0.1.0"
 # Fetched when first asked for.

@@ -10,28 +10,36 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress import evaluation, failures, padding, recipe, registry
-from moe_compress.analysis.layer import SIMILAR, require_cosine
-from moe_compress.analysis.model import ModelAnalysis, analyse_checkpoint, write_analysis
-from moe_compress.cards import update_card
-from moe_compress.checkpoint.load import load_model, load_packed, load_tokenizer, require_memory
-from moe_compress.checkpoint.locate import config_folder, open_model
-from moe_compress.checkpoint.reader import Checkpoint, open_checkpoint
-from moe_compress.compress import Outcome, apply_plan_file, compress_checkpoint
-from moe_compress.forecast import Forecast, forecast
-from moe_compress.harness import generations
-from moe_compress.harness.generations import Comparison
-from moe_compress.harnesses import flops, routing, speed, tasks, verify
-from moe_compress.kept import keep
-from moe_compress.publishing import Upload, prepare, send
-from moe_compress.recipe import Options, Recipe
-from moe_compress.report.record import Places, Record
-from moe_compress.report.table import Table, read_tables
-from moe_compress.report_page import report
-from moe_compress.run import Run, beside, require_same_tokens, start
-from moe_compress.runtime import log, threads
-from moe_compress.stream.prompts import prompt_windows, read_prompts
-from moe_compress.terminal import progress_bar
+from moe_compress.analysis.checkpoint_analysis import ModelAnalysis, analyse_checkpoint, write_analysis
+from moe_compress.analysis.layer_analysis import SIMILAR, require_cosine
+from moe_compress.checkpoints.load import load_model, load_packed, load_tokenizer, require_memory
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoints.resolve import config_folder, open_model
+from moe_compress.compression import export as padding
+from moe_compress.compression import failures
+from moe_compress.compression.forecast import Forecast, forecast
+from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
+from moe_compress.data.prompts import prompt_windows, read_prompts
+from moe_compress.evaluation import generations
+from moe_compress.evaluation.generations import Comparison
+from moe_compress.evaluation.harnesses import flops, routing, speed, tasks, verify
+from moe_compress.evaluation.pair import beside, require_same_tokens
+from moe_compress.evaluation.quality import evaluate as evaluation
+from moe_compress.evaluation.saved_report import keep
+from moe_compress.hub.card import update_card
+from moe_compress.hub.push import Upload, prepare, send
+from moe_compress.recipes.parser import parse
+from moe_compress.recipes.recipe import Recipe
+from moe_compress.reports.html_report import report
+from moe_compress.reports.reading import Places
+from moe_compress.reports.record import Record
+from moe_compress.reports.table import Table, read_tables
+from moe_compress.run.context import Run, start
+from moe_compress.run.options import Options, make_options
+from moe_compress.run.progress import progress_bar
+from moe_compress.utils.choices import coerce
+from moe_compress.utils.devices import threads
+from moe_compress.utils.logging import log
 
 __all__ = [
     "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push",
@@ -53,7 +61,7 @@ def compress(sentence: str, /, *overrides: str, **options: Any) -> Result:
 
     Options are those of `recipe.Options`: model, out, seed, data, samples, length, dtype, device, ...
     """
-    return run_recipe(recipe.parse(sentence, overrides, options))
+    return run_recipe(parse(sentence, overrides, options))
 
 
 def run_recipe(parsed: Recipe) -> Result:
@@ -70,10 +78,10 @@ def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options:
 
     any_model: also to a model that it was not made for.
     """
-    given = recipe.make_options({"model": "", **options})
+    given = make_options({"model": "", **options})
     run = start(given)
     with threads(given.threads):
-        outcome = apply_plan_file(Path(plan_file), given, run, registry.coerce(bool, any_model, "any_model"))
+        outcome = apply_plan_file(Path(plan_file), given, run, coerce(bool, any_model, "any_model"))
         return _evaluated(outcome, run)
 
 
@@ -102,7 +110,7 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
-    parsed = recipe.parse(sentence, overrides, options)
+    parsed = parse(sentence, overrides, options)
     return forecast(parsed, config_folder(parsed.options.model, parsed.options.revision))
 
 
@@ -121,7 +129,7 @@ def analyze(
     prompts: a file of prompts to use instead of the calibration text; threshold: cosine of outputs from which on two
     experts are alike. A calibration with probes that was made earlier is used again.
     """
-    limit = require_cosine(registry.coerce(float, threshold, "threshold"))
+    limit = require_cosine(coerce(float, threshold, "threshold"))
     run = start(_options_for(model, options, "analyze"))
     words = layers if isinstance(layers, str) else ",".join(map(str, layers))
     with threads(run.options.threads):
@@ -144,7 +152,7 @@ def compare(
     """
     first, second = (open_model(str(model)) for model in (before, after))
     require_same_tokens(second, first)
-    count = registry.coerce(int, max_tokens, "max_tokens")
+    count = coerce(int, max_tokens, "max_tokens")
     positions = getattr(first.config, "max_position_embeddings", None) or count + 1
     if not 0 < count < positions:
         raise ValueError(f"max_tokens={count}: a number from 1 to {positions - 1} is needed for {first.name}.")
@@ -169,7 +177,7 @@ def compare(
 def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Options:
     if "model" in options:
         raise ValueError(f"{command} takes the model as a word of its own, without model=.")
-    return recipe.make_options({**options, "model": model}).resolved()
+    return make_options({**options, "model": model}).resolved()
 
 
 def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -> Path:
@@ -197,7 +205,7 @@ def push(
     private: of a repository that is made for it; dry_run: only say what would be sent, without a network; message: of
     the commit; revision: the branch.
     """
-    hidden, dry = registry.coerce(bool, private, "private"), registry.coerce(bool, dry_run, "dry_run")
+    hidden, dry = coerce(bool, private, "private"), coerce(bool, dry_run, "dry_run")
     upload = prepare(open_model(str(checkpoint)), repo, hidden)
     return upload if dry else replace(upload, url=send(upload, message, revision))
 

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_compress.analysis.arguments import checked
-from moe_compress.analysis.info import MoEHooks, MoELayerInfo, get_moe_layer_info, shape_of, view_of
-from moe_compress.analysis.layer import SIMILAR, LayerAnalysis, analyse, require_cosine
-from moe_compress.analysis.plans import (
+from moe_compress.analysis.argument_checks import checked
+from moe_compress.analysis.in_memory import Seen, edited_copy, observe, relative_error
+from moe_compress.analysis.layer_analysis import SIMILAR, LayerAnalysis, analyse, require_cosine
+from moe_compress.analysis.layer_info import MoEHooks, MoELayerInfo, get_moe_layer_info, shape_of, view_of
+from moe_compress.analysis.layer_plan import (
     BLENDS,
     CompressedMoEConfig,
     CompressionPlan,
@@ -30,23 +31,25 @@ from moe_compress.analysis.plans import (
     edits_of,
     require_whole,
 )
-from moe_compress.analysis.resident import Seen, edited_copy, observe, relative_error
 from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model_size, print_compression_summary
 from moe_compress.analysis.strategies import impact_of, make_plan, strategy_target
-from moe_compress.checkpoint.load import load_model, load_tokenizer
-from moe_compress.checkpoint.locate import local_folder, open_model
-from moe_compress.checkpoint.reader import Checkpoint, architecture_values
-from moe_compress.checkpoint.shards import write_shard
-from moe_compress.methods.trimming.alignment import aligned_order
-from moe_compress.model import hf
-from moe_compress.model.applying import apply_edits, check_edits, refuse_if_uneditable
-from moe_compress.model.edits import Edit, Plan
-from moe_compress.model.moe import moe_shapes
-from moe_compress.plans import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
-from moe_compress.runtime import log, one_of, resolve_device, resolve_dtype, write_json
-from moe_compress.stream.data import Windows, make_windows
-from moe_compress.stream.documents import DataSpec
-from moe_compress.stream.prompts import prompt_windows
+from moe_compress.checkpoints.load import load_model, load_tokenizer
+from moe_compress.checkpoints.reader import Checkpoint, architecture_values
+from moe_compress.checkpoints.resolve import local_folder, open_model
+from moe_compress.checkpoints.safetensors_file import write_shard
+from moe_compress.data.documents import DataSpec
+from moe_compress.data.prompts import prompt_windows
+from moe_compress.data.windows import Windows, make_windows
+from moe_compress.edits.apply import apply_edits, check_edits, refuse_if_uneditable
+from moe_compress.edits.edits import Edit, Plan
+from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, plan_arrays, plan_values
+from moe_compress.methods.expert_merge.alignment import aligned_order
+from moe_compress.models import hf
+from moe_compress.models.shape import moe_shapes
+from moe_compress.utils.choices import one_of
+from moe_compress.utils.devices import resolve_device, resolve_dtype
+from moe_compress.utils.files import write_json
+from moe_compress.utils.logging import log
 
 __all__ = [
     "CompressedMoEConfig",

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.methods.trimming import distances, grouping
-from moe_compress.methods.trimming.alignment import EXACT, Neurons, order
-from moe_compress.model.moe import Expert
-from moe_compress.stream.observed import LayerSums
-from moe_compress.stream.probe import Probe
+from moe_compress.calibration.model_statistics import LayerSums
+from moe_compress.calibration.output_sample import Probe
+from moe_compress.methods.expert_merge import grouping, similarity
+from moe_compress.methods.expert_merge.alignment import EXACT, Neurons, order
+from moe_compress.models.moe import Expert
 
 # Experts in one mergeable group.
 CAP = 4
@@ -36,7 +36,7 @@ class Similarity:
 
 def similarities(layer: LayerSums, probe: Probe, outputs_EE: Tensor, tokens: int) -> dict[str, Similarity]:
     """By weights, by routed tokens (Jaccard of being used by one token) and by outputs."""
-    routed_EE = distances.jaccard(layer.sums["both"], layer.sums["count"])
+    routed_EE = similarity.jaccard(layer.sums["both"], layer.sums["count"])
     return {
         "weights": _weight_similarity(layer, outputs_EE, probe.inner_EFS.shape[1], probe.mean_ED.shape[1]),
         "routed": Similarity(_rounded(routed_EE), tokens, "tokens"),

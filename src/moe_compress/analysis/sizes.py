@@ -10,15 +10,14 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import rich.box
 import rich.table
 from rich.console import Console
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.analysis.info import get_moe_layer_info
-from moe_compress.analysis.plans import CompressionPlan
-from moe_compress.harness.flops import ATTENTION_CHILDREN
+from moe_compress.analysis.layer_info import get_moe_layer_info
+from moe_compress.analysis.layer_plan import CompressionPlan
+from moe_compress.models.component_map import ATTENTION_CHILDREN
 
 PACKED = ("_blocks", "qweight", "weight_packed")
 # What lies beside codes and is no parameter: scales, zero points, orders, shapes.

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from moe_compress.analysis.layer import LayerAnalysis, router_parts
-from moe_compress.analysis.plans import CompressionPlan, ExpertMergeResult
+from moe_compress.analysis.layer_analysis import LayerAnalysis, router_parts
+from moe_compress.analysis.layer_plan import CompressionPlan, ExpertMergeResult
 from moe_compress.analysis.similarity import lowest, tight_groups
-from moe_compress.model.moe import MoEShape
-from moe_compress.runtime import one_of
+from moe_compress.models.shape import MoEShape
+from moe_compress.utils.choices import one_of
 
 STRATEGIES = {"conservative": 1 / 8, "balanced": 1 / 4, "aggressive": 1 / 2}
 # Relative error of the layer's routed output, up to which the impact is called so; beyond: significant.

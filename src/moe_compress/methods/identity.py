@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_compress.registry import method
+from moe_compress.methods.registry import method
 
 
 @method("layer", group="checks", paper="none")

@@ -16,7 +16,6 @@ The packages are located and read, never imported.
 
 import ast
 import hashlib
-import importlib.metadata
 import importlib.util
 import warnings
 from collections.abc import Iterator

@@ -1,0 +1,223 @@
+"""Every trimming method at about 25 % and 50 % on the zoo's models: records, then tables and pictures.
+
+What is already recorded is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+from readme_tables import write_summary
+
+import moe_compress
+from moe_compress import zoo
+from moe_compress.cli.terminal import set_up_logging
+from moe_compress.methods.expert_drop.scores import Score
+from moe_compress.reports.html_report import make_report
+from moe_compress.reports.record import Failure, now
+from moe_compress.reports.table import write_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+# The shipped grid; a user's own runs are elsewhere, in runs/.
+RESULTS = ROOT / "results"
+RATIOS = (0.25, 0.5)
+RANDOM_SEEDS = range(5)
+CONTROLS = (
+    "expert_drop score=gate_mass gate=full ratio=0.25",
+    "expert_drop score=gate_mass gate=full ratio=0.5",
+    "expert_drop score=reap ratio=0.25 reverse=true",
+    "expert_drop score=reap ratio=0.25 budget=global",
+    "expert_drop score=reap ratio=0.5 budget=global",
+    "expert_drop preset=paper",
+    "expert_drop preset=paper ratio=0.5",
+)
+# Run at both ratios.
+EXPERTS = (
+    "expert_drop score=naee propagate=compressed",
+    "expert_drop score=naee budget=global",
+    "expert_drop score=reap propagate=compressed",
+    "expert_drop score=reap novice=mean",
+    "expert_drop score=reap budget=search",
+    "expert_merge preset=hc_smoe",
+    "expert_merge preset=hc_smoe router=centroid",
+    "expert_merge preset=m_smoe",
+    "expert_merge preset=m_smoe router=centroid budget=layer",
+    "expert_merge preset=ream",
+    "expert_merge preset=ream router=sum",
+    "expert_merge grouping=hc_smoe by=logits average=saliency align=both router=sum",
+)
+LAYERS = (
+    "layer_drop drop=1",
+    "layer_drop drop=2",
+    "layer_drop drop=3",
+    "layer_drop drop=2 metric=without_norm",
+    "layer_drop drop=1 part=attention",
+    "block_drop drop=1",
+    "block_drop drop=2",
+    "block_drop drop=2 mode=consecutive",
+    "skip share=0.5",
+)
+ACTIVE = {
+    "tiny-mixtral": ("top_k k=1", "top_k mean=1.4", "top_k mean=1.4 on=noise"),
+    "tiny-deepseek": ("top_k k=3", "top_k k=2", "top_k mean=3", "top_k mean=3 on=noise"),
+}
+
+# What decides the order of the ways to prune is run on three calibration texts.
+ORDER_SEEDS = range(3)
+ORDER = (
+    "prune method=wanda sparsity=0.5",
+    "prune method=sparsegpt sparsity=0.5",
+    "prune method=wanda pattern=2:4",
+    "prune method=sparsegpt pattern=2:4",
+)
+SLIMMING = (
+    "prune method=magnitude sparsity=0.5",
+    "prune method=magnitude pattern=2:4",
+    "prune method=sparsegpt sparsity=0.5 propagate=original",
+    "prune method=sparsegpt sparsity=0.75",
+    "prune method=wanda sparsity=0.5 allocate=utilisation",
+    "prune method=wanda sparsity=0.5 allocate=sensitivity",
+    "prune method=wanda sparsity=0.5 allocate=both",
+    "prune method=wanda sparsity=0.5 allocate=owl",
+    "prune method=sparsegpt sparsity=0.5 allocate=both",
+    "channels score=camera ratio=0.25",
+    "channels score=camera ratio=0.5",
+    "channels score=camera ratio=0.25 budget=global",
+    "channels score=camera ratio=0.5 budget=global",
+    "channels score=heapr ratio=0.25",
+    "channels score=heapr ratio=0.5",
+    "channels score=heapr ratio=0.25 budget=global",
+    "channels score=heapr ratio=0.5 budget=global",
+    "channels score=camera ratio=0.25 within=layer",
+    "channels score=camera ratio=0.25 within=layer budget=global",
+    "channels score=heapr ratio=0.25 within=layer",
+    "channels score=heapr ratio=0.25 within=layer budget=global",
+    "channels score=heapr ratio=0.5 within=layer budget=global",
+    "channels score=wanda ratio=0.25",
+    "channels score=magnitude ratio=0.25",
+)
+# What decides the order of the ways to quantize is run on three calibration texts, too.
+QUANTIZED_ORDER = (
+    "quantize method=gptq bits=2 group_size=32",
+    "quantize method=gptq bits=3 group_size=32",
+    "quantize method=gptq bits=4 group_size=32",
+    "quantize method=awq bits=3 group_size=32",
+)
+QUANTIZED = (
+    "quantize method=rtn bits=2 group_size=32",
+    "quantize method=rtn bits=3 group_size=32",
+    "quantize method=rtn bits=4 group_size=32",
+    "quantize method=rtn bits=8 group_size=32",
+    "quantize method=awq bits=2 group_size=32",
+    "quantize method=awq bits=4 group_size=32",
+    "quantize method=gptq bits=3 act_order=true group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 group_size=32",
+    "quantize method=gptq bits=auto budget=3 group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=gradient group_size=32",
+    "quantize method=gptq bits=auto budget=3 per=expert group_size=32",
+    "quantize method=gptq bits=auto budget=3 per=layer group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=used group_size=32",
+    "quantize method=gptq bits=auto budget=3 by=rare group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 by=used group_size=32",
+    "quantize method=gptq bits=auto budget=2.5 by=rare group_size=32",
+    "quantize method=gptq bits=4 group_size=32 where=all",
+    "quantize method=gptq bits=4 group_size=32 where=experts,router",
+    "quantize group_size=32 + expert_drop ratio=0.25",
+    "expert_drop ratio=0.25 + quantize group_size=32",
+    "quantize group_size=32 + layer_drop drop=1",
+    "layer_drop drop=1 + quantize group_size=32",
+    "quantize group_size=32 + block_drop drop=1",
+    "block_drop drop=1 + quantize group_size=32",
+    "prune method=sparsegpt pattern=2:4 + quantize group_size=32",
+    "channels score=camera ratio=0.25 + quantize group_size=32",
+)
+# Whole numbers on both sides of the experts' products, or of all; and only what experts elsewhere would be sent.
+ACTIVATIONS = (
+    "activations where=sent",
+    "activations where=experts",
+    "activations where=all",
+    "quantize method=rtn bits=8 group_size=0 format=packed + activations",
+    "quantize group_size=32 format=packed + activations where=sent",
+)
+SHARED = {
+    "tiny-mixtral": (),
+    "tiny-deepseek": (
+        "prune method=sparsegpt pattern=2:4 where=experts,shared",
+        "prune method=sparsegpt pattern=2:4 where=experts,shared spare=shared",
+    ),
+}
+
+
+def recipes(model: str) -> list[tuple[str, int]]:
+    """(sentence, seed) of every run on one model."""
+    grid = itertools.product(get_args(Score), RATIOS)
+    found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
+    found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
+    found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
+    family = model.removesuffix("-seed1")
+    found += [
+        (sentence, 0)
+        for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *QUANTIZED, *ACTIVATIONS, *SHARED[family])
+    ]
+    found += list(itertools.product((*ORDER, *QUANTIZED_ORDER), ORDER_SEEDS))
+    return found
+
+
+def run_model(model: str, results: Path) -> None:
+    """All recipes on one model; checkpoints are measured and removed."""
+    records = results / "records"
+    for sentence, seed in recipes(model):
+        words = (
+            sentence.replace("expert_drop ", "")
+            .replace(" ", "-")
+            .replace("=", "-")
+            .replace(":", ".")
+            .replace("+", "then")
+        )
+        name = f"{model}-{words}-seed{seed}"
+        if (records / f"{name}.json").is_file():
+            continue
+        out = results / "checkpoints" / name
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            moe_compress.compress(sentence, model=model, seed=seed, name=name, out=str(out), results=str(results))
+        except ValueError as error:
+            failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
+            failure.save(results / "failures")
+            continue
+        shutil.rmtree(out)
+
+
+def main() -> None:
+    """Without --model: each model in a process of its own, two at a time; then the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=zoo.NAMES)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    set_up_logging(verbose=False)
+    if given.model:
+        run_model(given.model, given.results)
+        return
+    names = list(zoo.NAMES)
+    for pair in (names[0::2], names[1::2]):
+        command = [sys.executable, __file__, "--results", str(given.results), "--model"]
+        running = [subprocess.Popen([*command, name]) for name in pair]
+        failed = [process.args for process in running if process.wait() != 0]
+        if failed:
+            sys.exit(f"error: {failed} failed; run the same command again to go on.")
+    for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
+        print(path)
+    make_report([given.results / "records"], given.results)
+    write_summary(given.results, ROOT / "README.md" if given.results.resolve() == RESULTS else None)
+    for name in ACTIVE:
+        moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""What the matrices of a layer are multiplied with: second moments of their inputs, from each expert's own tokens.
+
+B experts (or 1), I inputs, T tokens, R rows. Sums, so that they add up over batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.engine.observer import BatchInfo
+from moe_compress.models import hf
+from moe_compress.models.families import Family
+from moe_compress.models.hf import RoutedRows
+from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Kind, Matrix, layer_matrices
+from moe_compress.models.moe import moe_view
+
+Statistic = Literal["squares", "grams"]
+# Rows that are kept before they are multiplied: products of few rows are slow.
+PENDING = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Sums over the rows that reach one source: of squares, [B, I], or of outer products, [B, I, I].
+
+    count_B: rows of each expert; pooled, pooled_count: the same over all experts of the layer.
+    """
+
+    count_B: Tensor
+    total: Tensor
+    pooled: Tensor
+    pooled_count: int
+
+    def mean(self, shrink: float, rare_B: Tensor, use_pooled: bool) -> Tensor:
+        """Mean moments of each expert, with `shrink` tokens of the pooled mean mixed in.
+
+        rare_B: experts that take the pooled mean alone or, unless `use_pooled`, have no preference among inputs.
+        """
+        pooled_mean = self.pooled / max(self.pooled_count, 1)
+        shape = (-1, *[1] * self.pooled.dim())
+        count = self.count_B.float().view(shape)
+        mean = (self.total + shrink * pooled_mean) / (count + shrink).clamp_min(torch.finfo(torch.float32).tiny)
+        if use_pooled and self.pooled_count:
+            return torch.where(rare_B.view(shape), pooled_mean, mean)
+        ones_I = torch.ones(self.pooled.shape[-1], device=self.pooled.device)
+        return torch.where(rare_B.view(shape), ones_I if self.pooled.dim() == 1 else ones_I.diag(), mean)
+
+
+class RunningSums:
+    """Running sums of rows in groups (experts); `add` takes rows sorted by group."""
+
+    def __init__(self, groups: int, inputs: int, statistic: Statistic, device: torch.device) -> None:
+        shape = (inputs,) if statistic == "squares" else (inputs, inputs)
+        self.statistic = statistic
+        self.total = torch.zeros(groups, *shape, device=device)
+        self.count_B = torch.zeros(groups, dtype=torch.long, device=device)
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.waiting = 0
+
+    def add(self, x_RI: Tensor, group_R: Tensor) -> None:
+        """Take rows in; group_R is ascending."""
+        x_RI = x_RI.float()
+        if self.statistic == "squares":
+            self.count_B += torch.bincount(group_R, minlength=len(self.count_B))
+            self.total.index_add_(0, group_R, x_RI.square())
+            return
+        self.pending.append((x_RI, group_R))
+        self.waiting += len(x_RI)
+        if self.waiting >= PENDING:
+            self.flush()
+
+    def flush(self) -> None:
+        """Multiply the rows that wait, one product per group."""
+        if not self.pending:
+            return
+        group_R = torch.cat([group for _, group in self.pending])
+        x_RI = torch.cat([x for x, _ in self.pending])
+        if len(self.pending) > 1:
+            group_R, order = group_R.sort(stable=True)
+            x_RI = x_RI[order]
+        count_B = torch.bincount(group_R, minlength=len(self.count_B))
+        for gram_II, part_RI in zip(self.total, x_RI.split(count_B.tolist()), strict=True):
+            gram_II.addmm_(part_RI.T, part_RI)
+        self.count_B += count_B
+        self.pending, self.waiting = [], 0
+
+
+class InputSums:
+    """Sums up what the matrices of the chosen kinds see in a layer; `found` holds it by source once the layer is done.
+
+    experts: those whose rows are summed one by one (None: all); the pooled sums are of all experts.
+    """
+
+    def __init__(self, family: Family, kinds: Sequence[Kind], statistic: Statistic, experts: range | None) -> None:
+        self.family = family
+        self.kinds = kinds
+        self.statistic = statistic
+        self.experts = experts
+        self.found: dict[str, Moments] = {}
+
+    def enter(self, index: int, layer: nn.Module) -> None:
+        """Listen to everything that feeds a chosen matrix."""
+        self.view = moe_view(layer, self.family)
+        self.sums: dict[str, RunningSums] = {}
+        self.pooled: dict[str, RunningSums] = {}
+        self.hooks: list[Any] = []
+        for matrix in layer_matrices(layer, self.family, self.kinds):
+            if matrix.source not in self.sums:
+                self._listen(layer, matrix)
+        if ROUTED in self.sums:
+            assert self.view is not None
+            hf.tap(self.view.block, self.view.experts, self._rows)
+
+    def _listen(self, layer: nn.Module, matrix: Matrix) -> None:
+        groups, _, inputs = matrix.weight_BOI.shape
+        device = matrix.weight_BOI.device
+        if matrix.kind == "experts":
+            if self.experts is not None:
+                groups = len(self.experts)
+                self.pooled[matrix.source] = RunningSums(1, inputs, self.statistic, device)
+        elif matrix.source == ROUTER:
+            assert self.view is not None
+            self.hooks.append(self.view.router.register_forward_pre_hook(self._input(ROUTER), with_kwargs=True))
+        else:
+            module = layer.get_submodule(matrix.source)
+            self.hooks.append(module.register_forward_pre_hook(self._input(matrix.source), with_kwargs=True))
+        self.sums[matrix.source] = RunningSums(groups, inputs, self.statistic, device)
+
+    def begin(self, batch: BatchInfo) -> None:
+        """Remember which tokens count."""
+        self.real_T = batch.real_T
+
+    def _input(self, source: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, kwargs: Any) -> None:
+            x_RI = args[0] if args else next(iter(kwargs.values()))
+            x_RI = x_RI.flatten(0, -2)
+            real_R = self.real_T.repeat_interleave(len(x_RI) // len(self.real_T))
+            x_RI = x_RI[real_R]
+            self.sums[source].add(x_RI, torch.zeros(len(x_RI), dtype=torch.long, device=x_RI.device))
+
+        return hook
+
+    def _rows(self, rows: RoutedRows) -> None:
+        real_R = self.real_T[rows.token_R]
+        for source, x_RI in ((ROUTED, rows.input_RD), (INNER, rows.inner_RF)):
+            x_RI, expert_R = x_RI[real_R], rows.expert_R[real_R]
+            if self.experts is not None:
+                self.pooled[source].add(x_RI, torch.zeros_like(expert_R))
+                mine_R = (expert_R >= self.experts.start) & (expert_R < self.experts.stop)
+                x_RI, expert_R = x_RI[mine_R], expert_R[mine_R] - self.experts.start
+            self.sums[source].add(x_RI, expert_R)
+
+    def end(self, hidden_BSD: Tensor) -> None:
+        """Nothing is left to do."""
+
+    def leave(self) -> dict[str, Tensor]:
+        """Sum what still waits; nothing of it is kept in files."""
+        for hook in self.hooks:
+            hook.remove()
+        if ROUTED in self.sums:
+            assert self.view is not None
+            hf.untap(self.view.block, self.view.experts, self._rows)
+        for sums in (*self.sums.values(), *self.pooled.values()):
+            sums.flush()
+        for source, sums in self.sums.items():
+            pooled = self.pooled.get(source, sums)
+            self.found[source] = Moments(sums.count_B, sums.total, pooled.total.sum(0), int(pooled.count_B.sum()))
+        return {}

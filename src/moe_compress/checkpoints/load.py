@@ -1,0 +1,145 @@
+"""Whole models in memory: loaded by stock transformers and checked, or with packed weights that stay packed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_compress.checkpoints.formats.compressed_tensors import PackedWeight
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.models import hf
+from moe_compress.models.matrices import stored_matrices
+from moe_compress.models.modeling import edit_layer
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.modeling.unfused_experts import CHILDREN
+from moe_compress.models.sublayers import block_names
+from moe_compress.utils.devices import dtype_name, free_memory, return_memory
+from moe_compress.utils.files import gigabytes
+
+
+def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
+    """Load a plain or edited checkpoint; transformers would fill missing tensors with noise, this raises."""
+    loader: Any = AutoModelForCausalLM
+    with hf.quiet():
+        model, info = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **keywords)
+    for parameter in model.parameters() if dtype is not None else ():
+        # Weights that transformers makes of codes have the dtype of their scales.
+        parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
+    wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
+    return model.eval()
+
+
+def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, why: str) -> None:
+    """ValueError, with what is needed, if these do not fit as whole models in `dtype` where the device has room."""
+    sizes = [
+        each.bytes if each.packed else each.bytes * dtype.itemsize // each.stored_dtype.itemsize for each in checkpoints
+    ]
+    free = free_memory(device)
+    if sum(sizes) > free:
+        names = " and ".join(each.name for each in checkpoints)
+        raise ValueError(
+            f"{names} {why}: {gigabytes(sum(sizes))} as {dtype_name(dtype)} in memory, but {device.type} has "
+            f"{gigabytes(free)} free: use a smaller dtype= or another device=."
+        )
+
+
+def load_as_run(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None = None
+) -> PreTrainedModel:
+    """The whole model in memory; what is packed stays packed."""
+    if checkpoint.packed:
+        return load_packed(checkpoint, dtype, device, attn)
+    keywords = {"attn_implementation": attn} if attn else {}
+    return load_model(checkpoint.folder, dtype, device_map=str(device), **keywords)
+
+
+@torch.no_grad()
+def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None) -> PreTrainedModel:
+    """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole."""
+    model = hf.skeleton(checkpoint.config, dtype, attn)
+    names = block_names(model)
+    for index in (None, *range(checkpoint.num_layers)):
+        with checkpoint.read(checkpoint.keys(index)) as tensors:
+            packed = {key: entry for key, entry in tensors.items() if isinstance(entry, PackedWeight)}
+            places = stored_matrices(model, index) if packed and index is not None else {}
+            strange = sorted(packed.keys() - places.keys())
+            if strange:
+                raise ValueError(f"{strange[0]} of {checkpoint.name} is packed, but is no matrix of a layer.")
+            if index is not None:
+                _pack(
+                    hf.decoder_layers(model)[index], names, {places[key]: packed[key] for key in packed}, dtype, device
+                )
+            hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
+        return_memory()
+    model.tie_weights()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta:
+            raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")
+    hf.buffers_to(model, device)
+    if (checkpoint.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    return model.eval()
+
+
+def _pack(
+    layer: nn.Module,
+    names: Mapping[str, Any],
+    weights: Mapping[tuple[str, int], PackedWeight],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Put packed matrices into a layer of a skeleton."""
+    bits: dict[str, list[int]] = defaultdict(list)
+    spans: dict[str, int] = {}
+    for (name, _), weight in sorted(weights.items(), key=lambda item: item[0]):
+        _, scale_OG, width, inputs = weight.packed()
+        bits[name].append(width)
+        spans[name] = inputs // scale_OG.shape[1]
+    edit_layer.pack_matrices(layer, names, bits=bits, spans=spans)
+    for (name, number), weight in weights.items():
+        module = packed_matrix(layer, names, name, number)
+        words_OW, scale_OG, _, _ = weight.packed()
+        if not bool(scale_OG.isfinite().all()):
+            raise ValueError(f"the scales of {name} (number {number}) hold NaN or infinity.")
+        # Copies: what lies in a mapped file would keep all of it in memory.
+        module.words = nn.Parameter(words_OW.to(device, copy=True), requires_grad=False)
+        module.scales = nn.Parameter(scale_OG.to(device, dtype, copy=True), requires_grad=False)
+        # Matrix by matrix, so that the words of one alone are there beside the kernel's layout.
+        module.prepare(dtype, device)
+
+
+def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:
+    """One packed matrix of a layer by the name of its stack."""
+    stem, _, part = name.rpartition(".")
+    experts: Any = layer.get_submodule(stem if stem == names["experts"] else name)
+    found = experts.separate[number][CHILDREN[part]] if stem == names["experts"] else experts
+    assert isinstance(found, PackedMatrix)
+    return found
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; ValueError if there is none or it has ids that the embedding lacks."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read ({_first_line(error)}).") from error
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= largest < vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has ids up to {largest}, but the model's vocabulary has {vocab_size}: "
+            "it belongs to another model."
+        )
+    return tokenizer

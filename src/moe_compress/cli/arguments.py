@@ -1,0 +1,31 @@
+"""Arguments of the command line as words: `--key value` and `--key=value` are as good as `key=value`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from moe_compress.recipes.parser import _key_value
+
+FLAGS = ("", "check", "dry-run", "help", "pad", "verbose")
+
+
+def words_of(arguments: list[str]) -> list[str]:
+    """Arguments with dashes as words, but for flags, which stay as they are. ValueError for a key without a value."""
+    words: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or key in FLAGS:
+            words.append(argument)
+            continue
+        key = key.replace("-", "_")
+        given = value if equals else next(rest, None)
+        if given is None:
+            raise ValueError(f"{argument} needs a value: {key}=VALUE.")
+        words.append(f"{key}={given}")
+    return words
+
+
+def option_pairs(words: Sequence[str]) -> dict[str, str]:
+    """Options from `key=value` words."""
+    return dict(_key_value(word) for word in words)

@@ -1,0 +1,1 @@
+"""Running a recipe: dry run, measuring, planning, surgery and weight stages."""

@@ -1,0 +1,85 @@
+"""A recipe tried on a skeleton: every stage's checks and the edits it would make, no weight read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedModel
+
+from moe_compress.compression.weights.checks import check_weights, gram_bytes
+from moe_compress.compression.weights.format_choice import pack_skeleton
+from moe_compress.edits.apply import check_edits, refuse_if_uneditable
+from moe_compress.edits.edits import Edit
+from moe_compress.methods import registry
+from moe_compress.models.modeling.packed_linear import is_packed
+from moe_compress.models.shape import model_shape
+from moe_compress.recipes.recipe import Recipe, Stage
+
+# Stages that put other weights side by side than were counted for a pattern.
+MIXING = ("channels", "expert_merge")
+
+
+@dataclass
+class DryRun:
+    """All edits of a recipe, with arbitrary experts in the right numbers, and the largest Gram matrices it holds."""
+
+    edits: list[Edit] = field(default_factory=list)
+    gram_bytes: int = 0
+
+
+def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> DryRun:
+    """Carry the recipe out on a skeleton, which is then as the recipe leaves it. packed: so is the model, and plain.
+
+    Raises ValueError for whatever can be known to fail before a weight is read.
+    """
+    found, pattern = DryRun(), ""
+    for number, stage in enumerate(recipe.stages, 1):
+        try:
+            if pattern and stage.method in MIXING:
+                raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
+            if registry.find(stage.method).scope == "weight":
+                packed = _dry_weights(stage, model, packed, found)
+            else:
+                found.edits += _dry_stage(stage, model)
+            pattern = stage.parameters.get("pattern") or pattern
+        except ValueError as error:
+            if len(recipe.stages) == 1:
+                raise
+            raise ValueError(f"stage {number} ({stage.method}): {error}") from error
+    return found
+
+
+def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryRun) -> bool:
+    """The same for one stage that changes weights; whether the model is then packed in a plain format."""
+    refuse_if_uneditable(model.config)
+    if packed:
+        raise ValueError(
+            "weights beside those that are packed in a plain format do not change any more: put this stage before the "
+            "one that made them so, or pack with format=packed (of a model that is published so, use a bf16 copy)."
+        )
+    check_weights(stage, model)
+    if stage.needs == "grams":
+        needed = (each * experts for each, experts in gram_bytes(stage, model).values())
+        found.gram_bytes = max(found.gram_bytes, *needed)
+    edits = pack_skeleton(stage, model) if "format" in stage.parameters else []
+    found.edits += edits
+    return "format" in stage.parameters and not edits and is_packed(model)
+
+
+def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
+    """The same for one stage that changes the structure."""
+    method = registry.find(stage.method)
+    if method.check is None or method.scope != "model":
+        return []
+    refuse_if_uneditable(model.config)
+    shape = model_shape(model)
+    rerouted = [moe.layer for moe in shape.moe if moe.rerouted]
+    if rerouted and stage.needs == "probe":
+        raise ValueError(
+            f"{stage.method} has to know what every expert does alone, but layers {rerouted[:5]} were merged with "
+            "router=sum, hold constants or skip experts: put this stage before that one."
+        )
+    planned: list[Edit] = method.check(shape, **stage.parameters).edits
+    check_edits(model, planned)
+    return planned

@@ -1,0 +1,122 @@
+"""What a recipe would give, from config.json alone: sizes before and after, the form, memory. No weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from moe_compress.checkpoints.formats.quantization_config import packed_edits, scale_bytes
+from moe_compress.checkpoints.reader import architecture_values
+from moe_compress.compression.dry_run import DryRun, dry_run
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.edits import KeepExperts, SkipExperts
+from moe_compress.edits.resulting_config import form_after
+from moe_compress.models import hf
+from moe_compress.models.sizes import Sizes, sizes
+from moe_compress.recipes.recipe import Recipe
+from moe_compress.utils.devices import DTYPES, resolve_device, resolve_dtype
+from moe_compress.utils.files import gigabytes
+
+LAYERS_AT_PEAK = 2.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Sizes before and after, whether stock transformers loads the result, peak memory in bytes.
+
+    notes: what the numbers do not say, in sentences.
+    """
+
+    model: str
+    before: Sizes
+    after: Sizes
+    form: str
+    layer_bytes: int
+    outer_bytes: int
+    boundary_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Above the bare process: layers in the making, embeddings and head, hidden states between layers."""
+        return int(LAYERS_AT_PEAK * self.layer_bytes) + self.outer_bytes + self.boundary_bytes
+
+
+def forecast(recipe: Recipe, folder: Path) -> Forecast:
+    """Check the recipe against the model's shapes and count what it would leave."""
+    options = recipe.options
+    values = architecture_values(folder)
+    config = hf.config_from(values)
+    stored = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    model = hf.skeleton(config, stored, options.attn)
+    compute = resolve_dtype(options.dtype, resolve_device(options.device))
+    itemsize = torch.finfo(compute).bits // 8
+    layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
+    inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
+    room = packed_edits(model, values)
+    apply_edits(model, room)
+    scale = scale_bytes(values)
+    before = sizes(model, options.length, stored, scale)
+    dry = dry_run(recipe, model, packed=bool(room))
+    form = form_after(values, dry.edits)
+    left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
+    return Forecast(
+        model=options.model,
+        before=before,
+        after=sizes(left, options.length, stored, scale),
+        form="plain" if form.plain else "edited",
+        layer_bytes=layer * itemsize,
+        outer_bytes=(before.parameters - inside) * itemsize,
+        boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
+        notes=_notes(recipe, dry),
+    )
+
+
+def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
+    """What the sizes leave open."""
+    notes = []
+    if any(stage.method == "prune" for stage in recipe.stages):
+        notes.append(
+            "Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them."
+        )
+    if dry.gram_bytes:
+        taken = gigabytes(dry.gram_bytes)
+        notes.append(f"Gram matrices of a layer take {taken} on top; experts_at_once= holds fewer of them.")
+    if any(isinstance(edit, SkipExperts) for edit in dry.edits):
+        notes.append("How many experts are skipped depends on the text: what that saves per token is not counted.")
+    if any(isinstance(edit, KeepExperts) and edit.novices for edit in dry.edits):
+        notes.append(
+            "How many tokens meet a mean output depends on the text: what that saves per token is not counted."
+        )
+    return tuple(notes)
+
+
+def as_markdown(found: Forecast) -> str:
+    """The forecast as a table, with what the numbers mean below."""
+    sides = (found.before, found.after)
+    rows = [
+        ("stored parameters", *(_short(s.parameters, "B") for s in sides)),
+        ("on disk", *(gigabytes(s.bytes) for s in sides)),
+        ("touched per token", *(_short(s.touched, "B") for s in sides)),
+        (f"FLOPs per token at {found.before.context} tokens", *(_short(s.flops_per_token, "G") for s in sides)),
+    ]
+    lines = [f"### {found.model}", "", "| | before | after |", "|---|---|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    lines += [
+        "",
+        f"{found.form} checkpoint. Peak memory about {gigabytes(found.peak_bytes)} above the bare process: "
+        f"{LAYERS_AT_PEAK} layers of {gigabytes(found.layer_bytes)}, embeddings and head "
+        f"{gigabytes(found.outer_bytes)}, hidden states of the calibration text {gigabytes(found.boundary_bytes)}.",
+    ]
+    lines += [line for note in found.notes for line in ("", note)]
+    return "\n".join(lines)
+
+
+def _short(count: int, billions: str) -> str:
+    """A count in thousands, millions or billions."""
+    for size, unit in ((10**9, billions), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:.3f} {unit}"
+    return f"{count / 1000:.3f} K"

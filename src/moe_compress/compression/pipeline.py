@@ -1,0 +1,218 @@
+"""Running a recipe: each stage is a function from checkpoint to checkpoint, planned and then applied by surgery."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_compress.checkpoints.folder import (
+    CARD,
+    RECIPE,
+    begun_bytes,
+    manifest_of,
+    remove_intermediate,
+    remove_scratch,
+    require_free,
+    stage_folder,
+)
+from moe_compress.checkpoints.formats.quantization_config import packed_edits
+from moe_compress.checkpoints.lock import claimed
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression import failures
+from moe_compress.compression.planning import plan_stage
+from moe_compress.compression.preflight import _identity, _preflight, _read_texts, default_name
+from moe_compress.compression.surgery import rewrite
+from moe_compress.compression.weights.stage import slim
+from moe_compress.edits.apply import apply_edits, check_edits
+from moe_compress.edits.edits import Edit, Plan, to_json
+from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
+from moe_compress.edits.resulting_config import form_after, kept_layers
+from moe_compress.hub.card import card_of
+from moe_compress.methods import registry
+from moe_compress.models import hf
+from moe_compress.recipes.recipe import Recipe, Stage
+from moe_compress.run.context import Run
+from moe_compress.run.options import Options
+from moe_compress.run.progress import progress_bar
+from moe_compress.utils.devices import peak_memory_bytes, reset_peak_memory
+from moe_compress.utils.files import as_json, require_disk
+from moe_compress.utils.hashing import fingerprint, tensor_bytes
+from moe_compress.utils.logging import log
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished compression: where it is, what it was made from, its manifest, and what it cost (seconds)."""
+
+    folder: Path
+    source: Checkpoint
+    manifest: dict[str, Any]
+
+
+def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
+    """Run every stage; a recipe whose checkpoint is already there is not run again.
+
+    Raises ValueError before any weight is fetched or read for all that can be known by then.
+    """
+    out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
+    _preflight(recipe, out)
+    source = open_model(recipe.options.model, recipe.options.revision)
+    identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
+    targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
+    if _made_by(out, identities[-1]):
+        log.info("%s is already there, made by this very recipe.", out)
+        remove_scratch(out)
+    else:
+        require_free(out)
+        _read_texts(recipe, source, run)
+        with claimed(out, identities), failures.kept(recipe, recipe.options.name or out.name, run):
+            _run_stages(recipe, source, targets, identities, run)
+    for folder in targets[:-1]:
+        remove_intermediate(folder)
+    return Outcome(out, source, manifest_of(out) or {})
+
+
+def _run_stages(
+    recipe: Recipe, source: Checkpoint, targets: Sequence[Path], identities: Sequence[str], run: Run
+) -> None:
+    current, earlier = source, None
+    for stage, target, identity in zip(recipe.stages, targets, identities, strict=True):
+        if not _made_by(target, identity):
+            remove_intermediate(target)
+            require_free(target)
+            job = _plan_job(stage, current, source, target, earlier, run)
+            about: dict[str, Any] = {"identity": identity, "base": _base(source)}
+            about["intermediate"] = target is not targets[-1]
+            _write(job, about, {RECIPE: recipe.to_yaml()}, run)
+        current, earlier = open_checkpoint(target), target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A checkpoint to be written: from what, with which edits; `plan` is that of all stages up to this one."""
+
+    source: Checkpoint
+    origin: Checkpoint
+    target: Path
+    edits: Sequence[Edit]
+    plan: list[StagePlan]
+    report: list[dict[str, Any]]
+    stages: list[dict[str, Any]]
+    through_model: bool = False
+    slims: Stage | None = None
+
+
+def _plan_job(
+    stage: Stage, source: Checkpoint, origin: Checkpoint, target: Path, earlier: Path | None, run: Run
+) -> _Job:
+    before = (manifest_of(earlier) if earlier else None) or {"report": [], "stages": []}
+    scope = registry.find(stage.method).scope
+    plan, calibration = plan_stage(stage, source, run) if scope == "model" else (Plan([], {}, {}), {})
+    report = {"method": stage.method, "calibration": calibration, **plan.report}
+    if plan.scores:
+        report["scores"] = {str(layer): [_short(value) for value in values] for layer, values in plan.scores.items()}
+    done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
+    return _Job(
+        source=source,
+        origin=origin,
+        target=target,
+        edits=plan.edits,
+        plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan, stage.given)],
+        report=[*before["report"], report],
+        stages=[*before["stages"], done],
+        through_model=scope == "layer",
+        slims=stage if scope == "weight" else None,
+    )
+
+
+def _short(value: float | None) -> float | None:
+    """To six digits; the plan has them all."""
+    return None if value is None else float(f"{value:.6g}")
+
+
+def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:
+    """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
+    if job.edits:
+        skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
+        apply_edits(skeleton, packed_edits(skeleton, job.source.values))
+        check_edits(skeleton, job.edits)
+    after = form_after(job.source.values, job.edits)
+    cpu = torch.device("cpu")
+    reset_peak_memory(cpu)
+    started = time.perf_counter()
+    with progress_bar("writing") as progress:
+        layers = kept_layers([to_json(edit) for edit in job.edits], job.source.num_layers)
+        writer = CheckpointWriter(
+            job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
+        )
+        if job.slims is not None:
+            slimmed = slim(job.slims, job.source, run, writer, progress)
+            job.report[-1] |= slimmed.report
+            after = form_after({**job.source.values, **slimmed.values}, slimmed.edits)
+        else:
+            rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
+        cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
+        form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
+        manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
+        plan = as_json(plan_values(job.plan, about["base"]))
+        card = card_of(job.target.name, job.origin, manifest, after.values)
+        writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
+    run.log.event("written", folder=str(job.target), form=form, **cost)
+    log.info("%s checkpoint written: %s", form, job.target)
+
+
+def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = False) -> Outcome:
+    """Apply a saved (perhaps hand-edited) plan to the model it names, or to `model=`; runs no calibration.
+
+    Raises ValueError if that is not the model the plan was made for, unless `any_model`.
+    """
+    stages, base = read_plan(path)
+    for stage in stages:
+        if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
+            raise ValueError(
+                f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
+            )
+    edits = [edit for stage in stages for edit in stage.plan.edits]
+    model = options.model or base["model"]
+    source = open_model(model, options.revision or (None if options.model else base.get("commit")))
+    if base.get("fingerprint") not in (None, source.fingerprint):
+        differs = f"the plan was made for {base.get('model')}; {model} is another model, or another version of it"
+        if not any_model:
+            raise ValueError(f"{differs}: apply it to that one, or say any_model=true.")
+        log.warning("%s.", differs)
+    arrays = [
+        part for edit in edits for name in sorted(edit.arrays) for part in (name, tensor_bytes(edit.arrays[name]))
+    ]
+    identity = fingerprint(source.fingerprint, [repr(edit) for edit in edits], *arrays)
+    name = f"{Path(source.name).name}-plan-{identity[:6]}"
+    out = Path(options.out) if options.out else run.results("checkpoints") / name
+    run.options = options.model_copy(update={"model": source.name}).resolved()
+    if not _made_by(out, identity):
+        require_free(out)
+        require_disk(out.parent, source.bytes - begun_bytes(out), "the new checkpoint")
+        if options.eval:
+            run.windows("heldout", source)
+        about: dict[str, Any] = {"identity": identity, "base": _base(source)}
+        done = [applied(stages, identity)]
+        job = _Job(
+            source=source, origin=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=done
+        )
+        with claimed(out, [identity]):
+            _write(job, about, {}, run)
+    return Outcome(out, source, manifest_of(out) or {})
+
+
+def _made_by(folder: Path, identity: str) -> bool:
+    """Whether a finished checkpoint is the one that this identity stands for."""
+    return (manifest_of(folder) or {}).get("identity") == identity
+
+
+def _base(source: Checkpoint) -> dict[str, Any]:
+    return {"model": source.name, "commit": source.commit, "fingerprint": source.fingerprint}

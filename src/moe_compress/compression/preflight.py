@@ -1,0 +1,82 @@
+"""What can be known before any weight is read: texts, names, disk, and whether the recipe fits the model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from moe_compress.checkpoints.folder import begun_bytes, manifest_of, require_free, stage_folder
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.resolve import config_folder
+from moe_compress.compression.forecast import Forecast, forecast
+from moe_compress.data.documents import Use, parts, read_documents, text_identity
+from moe_compress.data.windows import parse_mix
+from moe_compress.methods import registry
+from moe_compress.recipes.recipe import Recipe, Stage
+from moe_compress.run.context import Run, text_spec
+from moe_compress.utils.devices import dtype_name
+from moe_compress.utils.files import require_disk
+from moe_compress.utils.hashing import fingerprint
+
+MAX_NAME = 120
+
+
+def _preflight(recipe: Recipe, out: Path) -> None:
+    """Whatever can fail before a weight is fetched or read: counts, texts, the folder, the disk."""
+    options = recipe.options
+    expected = forecast(recipe, config_folder(options.model, options.revision))
+    parse_mix(options.mix)
+    uses = _uses(recipe)
+    for use in uses:
+        for part in parts(text_spec(options, use)):
+            read_documents(part)
+    if manifest_of(out) is None:
+        require_free(out)
+        require_disk(out.parent, _to_be_written(recipe, expected, out), "the new checkpoint")
+        fewer = "use fewer or shorter windows (samples=, length=), or another disk with results="
+        boundaries = 2 * expected.boundary_bytes if "calibration" in uses else 0
+        require_disk(Path(options.results), boundaries, "the calibration's hidden states", fewer)
+
+
+def _to_be_written(recipe: Recipe, expected: Forecast, out: Path) -> int:
+    """Bytes of the checkpoints that are not there yet: those of earlier stages are kept until the end."""
+    earlier = [stage_folder(out, n) for n in range(len(recipe.stages) - 1)]
+    sizes = {out: expected.after.bytes, **dict.fromkeys(earlier, expected.before.bytes)}
+    return sum(size - begun_bytes(folder) for folder, size in sizes.items() if manifest_of(folder) is None)
+
+
+def _uses(recipe: Recipe) -> list[Use]:
+    text = any(stage.needs in registry.FROM_TEXT for stage in recipe.stages)
+    uses: dict[Use, bool] = {"calibration": text, "heldout": recipe.options.eval}
+    return [use for use, needed in uses.items() if needed]
+
+
+def _read_texts(recipe: Recipe, source: Checkpoint, run: Run) -> None:
+    """Tokenize all texts before the first forward, so that none can fail after it."""
+    for use in _uses(recipe):
+        windows = run.windows(use, source)
+        if use == "calibration":
+            parse_mix(run.options.mix, windows.domains)
+
+
+def default_name(recipe: Recipe) -> str:
+    """A name for folder and record: model, methods with what differs from their defaults, a short identity."""
+    parts = [Path(os.path.abspath(recipe.options.model)).name]
+    for stage in recipe.stages:
+        parts += [stage.method, *(f"{key}-{value}" for key, value in stage.given.items())]
+    name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
+    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
+
+
+def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
+    """What the weights of a checkpoint depend on."""
+    steps = [stage.model_dump(mode="json") for stage in stages]
+    options = run.options
+    arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]
+    if all(stage.needs not in registry.FROM_TEXT for stage in stages):
+        # Noise is run through layers, and weights are read, in the arithmetic of the run.
+        noisy = any(stage.needs == "noise" or registry.find(stage.method).scope == "weight" for stage in stages)
+        return fingerprint(source.fingerprint, steps, *([arithmetic] if noisy else []))
+    return fingerprint(
+        source.fingerprint, steps, text_identity(text_spec(options, "calibration")), options.mix, arithmetic
+    )

@@ -1,0 +1,72 @@
+"""What a weight stage says of itself, from the notes of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from moe_compress.models.matrices import Kind
+from moe_compress.recipes.recipe import Stage
+from moe_compress.utils.logging import log
+
+Notes = Mapping[int, Mapping[str, Any]]
+SHOWN = 3
+
+
+def weights_report(
+    stage: Stage, kinds: Sequence[Kind], notes: Notes, spans: Mapping[tuple[int, str], int]
+) -> dict[str, Any]:
+    """Shares of zeros or of packed weights; experts with too few tokens; changed routing; raised dampings.
+
+    notes: of every layer in which something changed; spans: inputs that share a scale, 0 where none can.
+    """
+    quantized = "format" in stage.parameters
+    found = _quantized(kinds, notes) if quantized else _sparsity(kinds, notes)
+    if quantized:
+        found["skipped"] = _skipped(spans)
+    for key, name in (("unseen", "unseen"), ("tokens", "tokens"), ("routing", "routing_change")):
+        found[name] = {i: note[key] for i, note in notes.items() if note.get(key)}
+    found["damping_raised"] = _all(notes, "damped")
+    if stage.parameters["method"] == "awq":
+        found["rescaled"] = {i: note["rescaled"] for i, note in notes.items() if note.get("rescaled")}
+        found["not_rescaled"] = _all(notes, "not_rescaled")
+        found["routing_rescaled"] = {i: n["routing_rescaled"] for i, n in notes.items() if n.get("routing_rescaled")}
+    return found
+
+
+def warn_of_skipped(spans: Mapping[tuple[int, str], int]) -> None:
+    """Say which matrices stay as they are."""
+    left = _skipped(spans)
+    if left:
+        more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
+        which = ", ".join(left[:SHOWN]) + more
+        log.warning("left as they are, for no group of 8 inputs or more divides their width: %s.", which)
+
+
+def _skipped(spans: Mapping[tuple[int, str], int]) -> list[str]:
+    return [f"{name} of layer {layer}" for (layer, name), span in spans.items() if not span]
+
+
+def _all(notes: Notes, key: str) -> list[str]:
+    return [name for note in notes.values() for name in note.get(key, ())]
+
+
+def _sparsity(kinds: Sequence[Kind], notes: Notes) -> dict[str, Any]:
+    """Shares of zeros by part of a layer and by layer."""
+    zeros, weights = (_sums(kinds, notes, key) for key in ("zeros", "weights"))
+    by_layer = {i: sum(note["zeros"].values()) / sum(note["weights"].values()) for i, note in notes.items()}
+    return {"sparsity": {k: zeros[k] / weights[k] for k in kinds if weights[k]}, "sparsity_by_layer": by_layer}
+
+
+def _quantized(kinds: Sequence[Kind], notes: Notes) -> dict[str, Any]:
+    """Shares of weights that are packed, their bits, and what was left as it is, by part of a layer."""
+    packed, weights, bits, zeros = (_sums(kinds, notes, key) for key in ("packed", "weights", "bits", "zeros"))
+    return {
+        "quantized": {k: packed[k] / weights[k] for k in kinds if weights[k]},
+        "bits": {k: bits[k] / packed[k] for k in kinds if packed[k]},
+        "zeros": {k: zeros[k] / weights[k] for k in kinds if weights[k]},
+    }
+
+
+def _sums(kinds: Sequence[Kind], notes: Notes, key: str) -> dict[str, int]:
+    return {kind: sum(note[key].get(kind, 0) for note in notes.values()) for kind in kinds}

@@ -1,0 +1,296 @@
+"""Stages that change weights and leave the structure: one fold that observes, changes, writes and goes on.
+
+Layer by layer: the text runs through it while its matrices' inputs are summed up, the method makes new matrices, the
+layer is written, read back and verified, and then passes the text on as it was written (propagate=compressed) or as it
+came (propagate=original).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.calibration.input_moments import InputSums, Moments
+from moe_compress.calibration.router_choices import Choices, routing_change
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.weights.bit_sensitivity import expert_bits
+from moe_compress.compression.weights.checks import gram_bytes
+from moe_compress.compression.weights.format_choice import STORES, Bits, form_of, format_of, nearest_bits, spans_of
+from moe_compress.compression.weights.layer_stores import Change, Draft
+from moe_compress.compression.weights.report import warn_of_skipped, weights_report
+from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
+from moe_compress.compression.weights.sparsity_sensitivity import expert_shares
+from moe_compress.edits.edits import Edit
+from moe_compress.engine.forward import Pass, Progress, visit_layers
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods import registry
+from moe_compress.methods.weight_method import Group
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.matrices import ROUTED, Matrix, kinds_of, layer_matrices
+from moe_compress.recipes.recipe import Stage
+from moe_compress.run.context import Run
+from moe_compress.utils.devices import free_memory
+from moe_compress.utils.files import gigabytes, read_json, write_json
+from moe_compress.utils.logging import log
+
+# Tokens on which a changed router is compared with the one before.
+CHOICES = 4096
+Notes = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Slimmed:
+    """What a weight stage leaves beside the layers it wrote: a report, edits, and values for config.json."""
+
+    report: dict[str, Any]
+    edits: list[Edit]
+    values: dict[str, Any]
+
+
+def slim(
+    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
+) -> Slimmed:
+    """Carry out a weight stage into `writer`."""
+    layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
+    slimmer = _Slimmer(stage, source, layers, writer)
+    slimmer.require_memory()
+    if stage.parameters.get("allocate", "uniform") != "uniform":
+        slimmer.shares = _shares(stage, source, run, writer, progress)
+    if stage.parameters.get("bits") == "auto":
+        slimmer.bits = _bits(slimmer, source, run, progress)
+    if not writer.has(None):
+        writer.copy(None)
+    if stage.needs == "nothing":
+        for index in range(source.num_layers):
+            if not slimmer.is_done(index):
+                with layers.layer(index) as layer:
+                    slimmer.visit(index, layer)
+            if progress is not None:
+                progress(index + 1, source.num_layers)
+        return slimmer.finished({})
+    windows = run.windows("calibration", source)
+    slimmer.tokens = windows.tokens
+    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    visit_layers(layers, windows, slimmer.visit, state=writer.scratch, progress=progress)
+    # What it cost is the writing's: the two cannot be told apart here.
+    return slimmer.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+
+
+def _shares(
+    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
+) -> dict[int, Tensor]:
+    """The fraction that each expert loses, by layer [E]; a killed run has it already."""
+    file = writer.scratch / "shares.json"
+    if not file.is_file():
+        found = expert_shares(stage, source, run, progress)
+        write_json(file, {layer: share_E.tolist() for layer, share_E in found.items()})
+    return {int(i): torch.tensor(share_E, dtype=torch.float64) for i, share_E in read_json(file).items()}
+
+
+def _bits(slimmer: _Slimmer, source: Checkpoint, run: Run, progress: Progress | None) -> Bits:
+    """The bits of every matrix, by layer and stack; a killed run has them already."""
+    file = slimmer.writer.scratch / "bits.json"
+    if not file.is_file():
+        write_json(file, expert_bits(slimmer.stage, source, run, slimmer.spans, progress))
+    return {int(i): stacks for i, stacks in read_json(file).items()}
+
+
+class _Slimmer:
+    """Changes one layer after the other; what has to be reported of it is kept beside the unfinished checkpoint."""
+
+    def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
+        self.stage, self.layers, self.writer = stage, layers, writer
+        self.model, self.family = layers.model, family_of(source.config)
+        self.options = stage.parameters
+        self.kinds = kinds_of(self.options["where"], self.options["spare"])
+        self.change = registry.find(stage.method).run
+        self.format = format_of(stage, layers.model)
+        self.spans = spans_of(stage, layers.model)
+        warn_of_skipped(self.spans)
+        self.store = STORES[self.format](source, layers, writer, self.kinds)
+        writer.values = {**source.values, **form_of(self.format, stage, self.model, self.spans)[1]}
+        # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
+        self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
+        self.shares: dict[int, Tensor] = {}
+        self.bits: Bits | None = None
+        self.tokens = 0
+
+    def require_memory(self) -> None:
+        """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
+        if self.stage.needs != "grams":
+            return
+        free = free_memory(self.layers.device)
+        for index, (each, at_once) in gram_bytes(self.stage, self.model).items():
+            if at_once * each > free:
+                fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
+                raise ValueError(
+                    f"layer {index}: the Gram matrices of {at_once} experts need {gigabytes(at_once * each)}, and "
+                    f"{gigabytes(free)} are free: {fits}."
+                )
+
+    def visit(self, index: int, layer: nn.Module, run: Pass | None = None) -> None:
+        """One layer: observe, change, write, verify, go on."""
+        matrices = layer_matrices(layer, self.family, self.kinds)
+        drafts = [Draft(matrix) for matrix in matrices]
+        notes: Notes = defaultdict(list)
+        parts = list(self._parts(matrices))
+        stays = self.options["propagate"] == "original" or not matrices
+        choices = self._choices(run)
+        rescales = self.options.get("method") == "awq" and run is not None
+        for experts in parts:
+            on = stays and experts is parts[-1]
+            seen = self._observe(run, experts, on and not rescales) if run is not None else {}
+            if rescales and run is not None and matrices:
+                seen = self._rescale(index, layer, matrices, seen, run, notes)
+            if rescales and run is not None and on:
+                run([], True)
+            self._change(index, drafts, seen, experts, notes)
+        if matrices:
+            changes = [draft.change() for draft in drafts]
+            self.store.write(index, layer, changes)
+            self.store.verify(index, layer, changes)
+            self._count(changes, notes)
+        else:
+            self.writer.copy(index)
+        if choices:
+            notes["routing"] = routing_change(choices, self._choices(run))
+        write_json(self._notes_file(index), notes)
+        if run is not None and not stays:
+            run([], True)
+
+    def _rescale(
+        self,
+        index: int,
+        layer: nn.Module,
+        matrices: Sequence[Matrix],
+        seen: Mapping[str, Moments],
+        run: Pass,
+        notes: Notes,
+    ) -> Mapping[str, Moments]:
+        """Make inputs larger that matter; the moments of what the matrices then see."""
+        free = self.options["scales"] == "free"
+        before = self._choices(run, free)
+        rescaler = Rescaler(self.family, nearest_bits(self.options), self.spans, self.stored_dtype, not free)
+        done, refused = rescaler.layer(index, layer, matrices, seen, run)
+        self.store.rescale(done)
+        notes["rescaled"] += [rescale.maker for rescale in done]
+        notes["not_rescaled"] += refused
+        if before:
+            notes["routing_rescaled"] = routing_change(before, self._choices(run, free))
+        return rescaled_moments(seen, matrices, done)
+
+    def _choices(self, run: Pass | None, wanted: bool = False) -> dict[str, Tensor]:
+        """What the layer's router does to the tokens that come now, if routers are changed or it is wanted."""
+        if run is None or not (wanted or "router" in self.kinds):
+            return {}
+        choices = Choices(self.family, self.tokens, CHOICES)
+        run([choices], False)
+        return choices.found
+
+    def _observe(self, run: Pass, experts: range | None, go_on: bool) -> Mapping[str, Moments]:
+        assert self.stage.needs in ("squares", "grams")
+        observer = InputSums(self.family, self.kinds, self.stage.needs, experts)
+        run([observer], go_on)
+        return observer.found
+
+    def _parts(self, matrices: Sequence[Matrix]) -> Iterator[range | None]:
+        """Experts whose statistics are held at the same time; None: all of them."""
+        count = next((len(matrix.weight_BOI) for matrix in matrices if matrix.kind == "experts"), 0)
+        at_once = self.options["experts_at_once"]
+        if not 0 < at_once < count or self.stage.needs == "nothing":
+            yield None
+            return
+        yield from (range(start, min(start + at_once, count)) for start in range(0, count, at_once))
+
+    def _change(
+        self,
+        index: int,
+        drafts: Sequence[Draft],
+        seen: Mapping[str, Moments],
+        experts: range | None,
+        notes: Notes,
+    ) -> None:
+        """Let the method make the new matrices of every source; those that are no experts come with the first part."""
+        by_source: dict[str, list[Draft]] = defaultdict(list)
+        for draft in drafts:
+            by_source[draft.matrix.source].append(draft)
+        for source, group in by_source.items():
+            routed = group[0].matrix.kind == "experts"
+            if not routed and experts is not None and experts.start > 0:
+                continue
+            part = slice(experts.start, experts.stop) if routed and experts is not None else slice(None)
+            numbers = range(len(group[0].matrix.weight_BOI))[part]
+            names = [f"expert {e} of layer {index}" if routed else f"{source} of layer {index}" for e in numbers]
+            moment, rare_B = self._moment(seen.get(source), routed, names)
+            changed = self.change(
+                Group(
+                    names,
+                    [draft.matrix.weight_BOI[part] for draft in group],
+                    moment,
+                    self.shares[index][part] if routed and self.shares else None,
+                    [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
+                    span=self.spans.get((index, group[0].matrix.name), 0),
+                    stored=self.stored_dtype,
+                ),
+                **self.options,
+            )
+            stay_B = rare_B if self.options["unseen"] == "dense" else torch.zeros_like(rare_B)
+            for n, draft in enumerate(group):
+                draft.take(part, stay_B, changed, n)
+            if source == ROUTED:
+                notes["unseen"] += [numbers[b] for b in rare_B.nonzero().flatten().tolist()]
+                notes["tokens"] += seen[source].count_B.tolist() if source in seen else []
+            for name, found in changed.notes.items():
+                notes[name] += [names[b] for b in found]
+
+    def _moment(self, moments: Moments | None, routed: bool, names: Sequence[str]) -> tuple[Tensor | None, Tensor]:
+        """The mean moments of a source, and which of its experts saw too few tokens, bool [B]."""
+        if moments is None:
+            return None, torch.zeros(len(names), dtype=torch.bool, device=self.layers.device)
+        least = self.options["min_tokens"] if routed else 1
+        rare_B = moments.count_B < least
+        unseen = self.options["unseen"]
+        if unseen == "error" and bool(rare_B.any()):
+            few = [names[b] for b in rare_B.nonzero().flatten().tolist()]
+            others = [each for each in get_args(registry.find(self.stage.method).hints["unseen"]) if each != "error"]
+            raise ValueError(
+                f"{', '.join(few[:3])}: fewer than {least} tokens of the calibration text. Calibrate on more "
+                f"(samples=), or say unseen= with one of {', '.join(others)}."
+            )
+        return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
+
+    def _count(self, changes: Sequence[Change], notes: Notes) -> None:
+        """Zeros and weights, packed weights and their bits, by kind."""
+        counts: dict[str, dict[str, int]] = {key: defaultdict(int) for key in ("zeros", "weights", "packed", "bits")}
+        for change in changes:
+            kind, found = change.matrix.kind, change.quantized
+            counts["zeros"][kind] += int((change.result == 0).sum())
+            counts["weights"][kind] += change.result.numel()
+            if found is not None:
+                counts["packed"][kind] += found.codes.numel()
+                counts["bits"][kind] += sum(found.bits) * found.codes[0].numel()
+        notes.update(counts)
+
+    def _notes_file(self, index: int) -> Path:
+        return self.writer.scratch / f"notes-{index:05d}.json"
+
+    def is_done(self, index: int) -> bool:
+        """Whether an earlier, killed run has finished this layer."""
+        return self._notes_file(index).is_file()
+
+    def finished(self, report: Mapping[str, Any]) -> Slimmed:
+        """The report, and what says in config.json how the layers were stored."""
+        notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
+        changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
+        allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()}
+        found = {**report, **weights_report(self.stage, self.kinds, changed, self.spans)}
+        found["allocated"] = allocated or self.bits or {}
+        return Slimmed(found, *form_of(self.format, self.stage, self.model, self.spans, self.bits))

@@ -1,0 +1,1 @@
+"""Text: documents, prompts, and windows of tokens cut out of them."""

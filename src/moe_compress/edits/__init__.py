@@ -1,0 +1,1 @@
+"""Edits: everything a method changes about the structure, as values that can be replayed."""

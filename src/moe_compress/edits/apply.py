@@ -1,0 +1,82 @@
+"""Carrying edits out on models and skeletons in memory, in order. E experts, F neurons of an expert."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from moe_compress.edits.edits import Edit, to_json
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.modeling import edited_model
+from moe_compress.models.moe import inner_width, moe_view, permute_neurons
+from moe_compress.models.sublayers import block_names
+
+
+def check_edits(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
+    """Carry edits out on a skeleton (which is used up), raising ValueError for the first that does not fit."""
+    refuse_if_uneditable(model.config)
+    names = block_names(model)
+    for edit in edits:
+        edit.check(model)
+        edited_model.apply(hf.stack(model), names, to_json(edit))
+
+
+def refuse_if_uneditable(config: PreTrainedConfig) -> None:
+    """Raise ValueError, with the reason, for a family whose experts cannot be cut."""
+    family = family_of(config)
+    if family.no_expert_edits:
+        raise ValueError(f"experts of {family.model_type} cannot be changed: {family.no_expert_edits}.")
+
+
+def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
+    """Carry out edits on a whole model in memory (or on a skeleton)."""
+    names = block_names(model) if edits else {}
+    for edit in edits:
+        apply_edit(model, names, edit)
+
+
+def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:
+    """Carry out one edit: neurons are put in order first, where the edit says how."""
+    arrays = dict(edit.arrays)
+    order_EF, kept_EW = arrays.pop("order", None), arrays.pop("channels", None)
+    if (order_EF is not None or kept_EW is not None) and not next(model.parameters()).is_meta:
+        view = moe_view(hf.decoder_layers(model)[edit.layer], family_of(model.config))
+        assert view is not None
+        permute_neurons(view, order_EF if kept_EW is None else _first(edit, inner_width(view)))
+    edited_model.apply(hf.stack(model), names, to_json(edit), arrays)
+
+
+def _first(edit: Any, inner: int) -> Tensor:
+    """All neurons of each expert in order, those that stay before the others, [E, F]."""
+    kept_EW = edit.arrays["channels"].long().cpu()
+    rows = []
+    for row_W, width in zip(kept_EW, edit.widths or [edit.width] * len(kept_EW), strict=True):
+        gone_F = torch.ones(inner, dtype=torch.bool)
+        gone_F[row_W[:width]] = False
+        rows.append(torch.cat([row_W[:width], gone_F.nonzero().flatten()]))
+    return torch.stack(rows)
+
+
+def shallow(layer: nn.Module) -> nn.Module:
+    """Modules of its own, tensors shared with the layer."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
+
+
+def edits_by_layer(edits: Sequence[Edit], count: int) -> dict[int, list[Edit]]:
+    """The layers of the source that are left, each with its edits in order, all by the source's numbers."""
+    left: list[tuple[int, list[Edit]]] = [(index, []) for index in range(count)]
+    for edit in edits:
+        if edit.edit == "drop_layer":
+            left.pop(edit.layer)
+        else:
+            index, found = left[edit.layer]
+            found.append(dataclasses.replace(edit, layer=index))
+    return dict(left)

@@ -1,0 +1,90 @@
+"""What edits ask of a model before they are carried out; a skeleton is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_compress.models import hf
+from moe_compress.models.moe import inner_width, moe_views
+from moe_compress.models.shape import MoEShape, moe_shape
+from moe_compress.models.sublayers import lost_part
+
+# Grouped products need rows of a whole number of 16 bytes, in 16-bit arithmetic too.
+WIDTH_STEP = 8
+
+
+def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:
+    """The layer's MoE block as numbers; ValueError if it has none."""
+    views = moe_views(model)
+    if layer not in views:
+        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(views)}.")
+    return moe_shape(model, layer, views[layer])
+
+
+def require_layer(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError unless there is such a layer."""
+    count = len(hf.decoder_layers(model))
+    if not 0 <= layer < count:
+        raise ValueError(f"the plan drops layer {layer}, but there are layers 0 to {count - 1}.")
+
+
+def require_other_moe(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if no other layer has experts."""
+    if list(moe_views(model)) == [layer]:
+        raise ValueError(f"layer {layer} is the only layer left with experts: without it this would be no MoE.")
+
+
+def require_other_part(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if the layer has lost a part already."""
+    if lost_part(hf.decoder_layers(model)[layer]):
+        raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
+
+
+def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
+    """Raise ValueError if nothing can come between the layer's router and its experts."""
+    if hf.gate_on_input(moe_views(model)[layer].experts):
+        raise ValueError(
+            f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
+            "so nothing can come between router and experts."
+        )
+
+
+def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
+    """Raise ValueError if the layer's experts are held one by one: they differ in width or are packed."""
+    if moe_views(model)[layer].one_by_one:
+        raise ValueError(
+            f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
+            "put this stage before the one that made them so, or use a bf16 copy of a model that is published so."
+        )
+
+
+def require_channels(
+    model: PreTrainedModel, layer: int, width: int, widths: Sequence[int] | None, kept_EW: Tensor | None
+) -> None:
+    """Raise ValueError for a width that the layer, or the kernels that run it, cannot have, or for wrong neurons."""
+    experts, inner = shape_of(model, layer).num_experts, inner_width(moe_views(model)[layer])
+    each = [width] * experts if widths is None else list(widths)
+    if len(each) != experts or max(each) != width:
+        raise ValueError(f"layer {layer}: its {experts} experts need a width each, the largest of them {width}.")
+    if not 0 < min(each) <= max(each) <= inner:
+        raise ValueError(f"layer {layer}: its experts have {inner} neurons, so width={width} is not possible.")
+    odd = next((w for w in each if w % WIDTH_STEP), None)
+    if odd is not None:
+        nearest = f"{odd // WIDTH_STEP * WIDTH_STEP} and {-(-odd // WIDTH_STEP) * WIDTH_STEP}"
+        raise ValueError(
+            f"layer {layer}: rows of {odd} numbers of 16 bits are no multiple of 16 bytes, without which no grouped "
+            f"product runs: {nearest} are possible."
+        )
+    if kept_EW is None:
+        return
+    whole = not kept_EW.is_floating_point() and tuple(kept_EW.shape) == (experts, width)
+    if not whole or not all(_different(row_W[:w], inner) for row_W, w in zip(kept_EW, each, strict=True)):
+        raise ValueError(f"layer {layer}: each of {experts} experts needs {width} different neurons below {inner}.")
+
+
+def _different(kept_W: Tensor, inner: int) -> bool:
+    """Whether these are ascending numbers of neurons."""
+    return bool(((kept_W >= 0) & (kept_W < inner)).all()) and bool((kept_W.diff() > 0).all())

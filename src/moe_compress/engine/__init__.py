@@ -1,0 +1,1 @@
+"""The engine: layers one at a time, run forward and backward while observers watch."""

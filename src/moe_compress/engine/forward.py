@@ -1,0 +1,216 @@
+"""The one engine: run all batches through layer i while observers watch, pass the hidden states on, release it.
+
+The fold takes its layers from safetensors (one in memory at a time) or from a resident model; it names no method
+and no family. N windows of S positions, D model width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from moe_compress.checkpoints.safetensors_file import write_shard
+from moe_compress.data.windows import Windows
+from moe_compress.engine.layers import Layers
+from moe_compress.engine.observer import BatchInfo, Observer
+from moe_compress.models import hf
+
+TOKENS_PER_BATCH = 1024
+BOUNDARY = "boundary.safetensors"
+Progress = Callable[[int, int], None]
+
+
+@torch.no_grad()
+def fold(
+    layers: Layers,
+    windows: Windows,
+    observers: Sequence[Observer] = (),
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[list[list[dict[str, Tensor]]], Tensor]:
+    """Run all windows through all layers.
+
+    Returns what each observer saw, [layer][observer], and the final hidden states [N, S, D] (before the last
+    norm). With `state`, finished layers and the hidden states between layers are kept there, so that a killed
+    run goes on where it stopped.
+    """
+    batches, hidden_NSD = begin(layers, windows)
+    seen, start = _resume(state, hidden_NSD, len(observers))
+    count = len(hf.decoder_layers(layers.model))
+    for index in range(start, count):
+        with layers.layer(index) as layer:
+            seen.append(run_batches(index, layer, hidden_NSD, batches, observers, hidden_NSD))
+        if state is not None:
+            _save(state, index, seen[-1], hidden_NSD)
+        if progress is not None:
+            progress(index + 1, count)
+    return seen, hidden_NSD
+
+
+@dataclass(slots=True)
+class Batch:
+    """Windows that run together, and how each layer is called for them."""
+
+    rows: slice
+    info: BatchInfo
+    calls: list[hf.LayerCall] = field(default_factory=list)
+
+
+def run_batches(
+    index: int,
+    layer: nn.Module,
+    hidden_NSD: Tensor,
+    batches: Sequence[Batch],
+    observers: Sequence[Observer],
+    out_NSD: Tensor | None,
+) -> list[dict[str, Tensor]]:
+    """Run one layer on every batch; what leaves it goes to `out_NSD`, which may be where it came from."""
+    for observer in observers:
+        observer.enter(index, layer)
+    for batch in batches:
+        for observer in observers:
+            observer.begin(batch.info)
+        out_BSD = hf.run_layer(layer, hidden_NSD[batch.rows], batch.calls[index])
+        for observer in observers:
+            observer.end(out_BSD)
+        if out_NSD is not None:
+            out_NSD[batch.rows] = out_BSD
+    return [observer.leave() for observer in observers]
+
+
+class Pass(Protocol):
+    """Runs a layer over its stream."""
+
+    def __call__(
+        self, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
+    ) -> list[dict[str, Tensor]]:
+        """What the observers saw; `go_on`: the stream goes on behind the layer; `first_batch`: no more than that."""
+
+
+@torch.no_grad()
+def visit_layers(
+    layers: Layers,
+    windows: Windows,
+    visit: Callable[..., None],
+    *,
+    streams: int = 1,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Visit every layer with one or more streams of hidden states, which are the same until a visit parts them.
+
+    `visit(index, layer, *runs)` may change the layer; a run, of type Pass, runs the layer over its stream.
+    Each has to go on once.
+    With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
+    """
+    batches, hidden_NSD = begin(layers, windows)
+    streams_XNSD = [hidden_NSD]
+    streams_XNSD += [streams_XNSD[0].clone() for _ in range(streams - 1)]
+    start = _resume_streams(state, streams_XNSD)
+    count = len(hf.decoder_layers(layers.model))
+    for index in range(start, count):
+        with layers.layer(index) as layer:
+
+            def run(
+                hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
+            ) -> list[dict[str, Tensor]]:
+                some = batches[:1] if first_batch else batches
+                return run_batches(index, layer, hidden_NSD, some, observers, hidden_NSD if go_on else None)  # noqa: B023
+
+            visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams_XNSD))
+        if state is not None:
+            _save_streams(state, index + 1, streams_XNSD)
+        if progress is not None:
+            progress(index + 1, count)
+
+
+def begin(layers: Layers, windows: Windows) -> tuple[list[Batch], Tensor]:
+    """The windows in batches, and the hidden states [N, S, D] that enter the first layer."""
+    size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
+    batches = [Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
+    return batches, _enter(layers, windows, batches)
+
+
+def _enter(layers: Layers, windows: Windows, batches: Sequence[Batch]) -> Tensor:
+    """Embed every batch, [N, S, D], and note how layers are called; batches called alike share one note."""
+    hidden_NSD: Tensor | None = None
+    first: list[hf.LayerCall] = []
+    for batch in batches:
+        ids_BS = windows.ids_NS[batch.rows].to(layers.device)
+        mask_BS = windows.mask_of(batch.rows, layers.device)
+        entered_BSD, calls = hf.enter(layers.model, ids_BS, mask_BS)
+        first = first or calls
+        batch.calls = first if hf.called_alike(first, calls) else calls
+        if hidden_NSD is None:
+            hidden_NSD = entered_BSD.new_empty((len(windows), *entered_BSD.shape[1:]))
+        hidden_NSD[batch.rows] = entered_BSD
+    assert hidden_NSD is not None
+    return hidden_NSD
+
+
+def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchInfo:
+    length = windows.ids_NS.shape[1]
+    component_T = windows.component_N[batch].repeat_interleave(length)
+    return BatchInfo(windows.mask_NS[batch].reshape(-1).to(device), component_T.to(device))
+
+
+# --- resuming -----------------------------------------------------------------------------------------------
+
+
+def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden_NSD: Tensor) -> None:
+    """First what was seen of the layer, then the hidden states that leave it: a kill in between repeats it."""
+    write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
+    _save_streams(state, index + 1, [hidden_NSD])
+
+
+def _save_streams(state: Path, following: int, streams_XNSD: Sequence[Tensor]) -> None:
+    """Keep the streams that enter layer `following`."""
+    named = {f"hidden.{i}": hidden_NSD for i, hidden_NSD in enumerate(streams_XNSD)}
+    write_shard(state / BOUNDARY, {"next": torch.tensor(following), **named})
+
+
+def _resume_streams(state: Path | None, streams_XNSD: Sequence[Tensor]) -> int:
+    """Read the streams back in place; returns the layer that they enter. A file that is broken counts for nothing."""
+    if state is None or not (state / BOUNDARY).is_file():
+        return 0
+    try:
+        with safe_open(state / BOUNDARY, "pt") as kept:
+            found = [kept.get_tensor(f"hidden.{i}") for i in range(len(streams_XNSD))]
+            following = int(kept.get_tensor("next"))
+    except SafetensorError:
+        return 0
+    for hidden_NSD, kept_NSD in zip(streams_XNSD, found, strict=True):
+        hidden_NSD.copy_(kept_NSD)
+    return following
+
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"
+
+
+def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
+    """What was seen of finished layers, and the first layer to run; the hidden states are read back in place."""
+    resumed_NSD = hidden_NSD.clone()
+    start = _resume_streams(state, [resumed_NSD])
+    seen = []
+    try:
+        for index in range(start):
+            assert state is not None
+            parts: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in load_file(state / _layer_file(index)).items():
+                observer, _, name = key.partition(".")
+                parts.setdefault(int(observer), {})[name] = tensor
+            seen.append([parts.get(i, {}) for i in range(observers)])
+    except (SafetensorError, FileNotFoundError):
+        return [], 0
+    hidden_NSD.copy_(resumed_NSD)
+    return seen, start

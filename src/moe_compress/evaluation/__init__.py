@@ -1,0 +1,1 @@
+"""Harnesses: what a checkpoint can still do, how fast it is and how large, beside its original."""

@@ -1,0 +1,1 @@
+"""Quality: perplexity and agreement with the original, document by document."""

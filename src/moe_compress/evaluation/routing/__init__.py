@@ -1,0 +1,1 @@
+"""Routing fidelity: how far routers choose otherwise than the original's."""

@@ -1,0 +1,1 @@
+"""Speed and memory beside the original, each in a process of its own."""

@@ -1,0 +1,217 @@
+"""Task accuracy as Markdown, from its JSON. This module knows nothing of ours."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.evaluation.saved_report import Identified
+from moe_compress.evaluation.tasks import lm_eval_runner, selection
+from moe_compress.evaluation.tasks.lm_eval_runner import Scores
+from moe_compress.evaluation.tasks.selection import Chosen
+from moe_compress.models import hf
+from moe_compress.reports import table_formats
+from moe_compress.reports.table import SAME
+from moe_compress.run.context import Run
+from moe_compress.run.progress import progress_bar
+from moe_compress.utils.choices import coerce
+from moe_compress.utils.devices import dtype_name
+from moe_compress.utils.hashing import fingerprint
+from moe_compress.utils.logging import log
+
+LEAST_P = 0.05
+MEANING = (
+    "Accuracy with Wilson's 95 % interval; acc_norm: likelihoods are divided by the length of the choice. Chance: of "
+    "blind guesses. Change: paired by document, bootstrapped over documents. Lost: right in the original alone; "
+    "gained: in the model alone; p: McNemar's exact test of the two. Average: the plain mean of the tasks."
+)
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    """A row for each task, their average, and what the columns mean."""
+    rows = [_row(name, found) for name, found in report["tasks"].items()]
+    if report["average"]:
+        rows.append(_row("average", report["average"]))
+    frame = pd.DataFrame(rows).fillna("")
+    beside = f" beside {report['original']}" if "model" in rows[0] else ""
+    table = table_formats.markdown(frame)
+    return "\n\n".join([f"### {report['model']}{beside}", _settings(report["settings"]), table, MEANING]) + "\n"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    asked = f"the first {settings['limit']} documents" if settings["limit"] else "all documents"
+    how = f"{settings['dtype']} on {settings['device']}, {settings['attn']} attention"
+    return f"{settings['fewshot']}-shot, {asked}, {how}, lm_eval {settings['lm_eval']}"
+
+
+def _row(name: str, found: Mapping[str, Any]) -> dict[str, str]:
+    row = {"task": name}
+    if "metric" in found:
+        chance = "" if found["chance"] is None else f"{found['chance']:.3f}"
+        row |= {"metric": found["metric"], "documents": f"{found['documents']:,}", "chance": chance}
+    row["original"] = _metric(found["before"])
+    if "after" in found:
+        row |= {"model": _metric(found["after"]), "change": _change(found["delta"], found.get("p", 0.0))}
+    if "lost" in found:
+        row |= {"lost": f"{found['lost']}", "gained": f"{found['gained']}", "p": f"{found['p']:.2g}"}
+    return row
+
+
+def _metric(found: Mapping[str, Any], sign: str = "") -> str:
+    ends = found["interval"]
+    return f"{found['value']:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")
+
+
+def _change(found: Mapping[str, Any], p: float) -> str:
+    """Detectable only where interval and test agree that it is: of few documents the interval alone says too much."""
+    ends = found["interval"]
+    nothing = ends is not None and (ends[0] <= 0 <= ends[1] or p > LEAST_P)
+    return _metric(found, "+") + (f", {SAME}" if nothing else "")
+
+
+@dataclass(frozen=True)
+class TaskReport(Identified):
+    """Accuracy of the original (`before`) and of a model (`after`, unless it is the original), and the change.
+
+    tasks: by name; average: of several tasks; settings: what else the numbers depend on; id: of all of it.
+    """
+
+    model: str
+    original: str
+    fingerprint: str
+    original_fingerprint: str
+    settings: dict[str, Any]
+    tasks: dict[str, dict[str, Any]]
+    average: dict[str, Any] | None
+    id: str
+
+    def markdown(self) -> str:
+        """A row for each task, and their average."""
+        return as_markdown(self.to_json())
+
+
+def task_report(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    run: Run,
+    tasks: str | Sequence[str] = "local",
+    *,
+    limit: int | str | None = None,
+    batch: int | str = lm_eval_runner.BATCH,
+    fewshot: int | str = 0,
+) -> TaskReport:
+    """Ask both models the same; what either was asked before, in the same arithmetic, is read back.
+
+    tasks: `local`, `paper`, names of lm_eval, paths of .yaml files, joined by commas; limit: documents of a task (of a
+    group: of each part); batch: prompts at once; fewshot: examples in a prompt. Raises ValueError, before weights are
+    read, for tasks that cannot be run here, and for models that do not fit into memory.
+    """
+    documents, size, shots = questions_of(limit, batch, fewshot)
+    chosen = selection.choose(tasks, shots)
+    for each in (base, checkpoint):
+        load_tokenizer(each.folder, each.config.vocab_size)
+    settings = {
+        "limit": documents,
+        "fewshot": shots,
+        "dtype": dtype_name(run.dtype),
+        "device": run.device.type,
+        "attn": run.options.attn or hf.skeleton(base.config, run.dtype).config._attn_implementation,
+        "lm_eval": selection.version(),
+    }
+    asked = {each.name: selection.identity(each, documents) for each in chosen}
+    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, size)
+    if checkpoint.folder == base.folder:
+        return _report(checkpoint, base, chosen, asked, settings, before, None)
+    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, size)
+    return _report(checkpoint, base, chosen, asked, settings, before, after)
+
+
+def questions_of(
+    limit: int | str | None = None, batch: int | str = lm_eval_runner.BATCH, fewshot: int | str = 0
+) -> tuple[int | None, int, int]:
+    """Documents of a task, prompts at once, examples in a prompt, in words or numbers, or ValueError."""
+    documents, size, shots = (
+        coerce(int | None, limit, "limit"),
+        coerce(int, batch, "batch"),
+        coerce(int, fewshot, "fewshot"),
+    )
+    for name, value, least in (("limit", documents, 1), ("batch", size, 1), ("fewshot", shots, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{name}={value}: a number from {least} is needed.")
+    return documents, size, shots
+
+
+def _answers(
+    checkpoint: Checkpoint,
+    title: str,
+    chosen: Sequence[Chosen],
+    asked: dict[str, str],
+    settings: dict[str, Any],
+    run: Run,
+    batch: int,
+) -> dict[str, Scores]:
+    """Kept ones, and new ones of tasks that are missing, kept from now on: a folder a model, a file a task."""
+    paths = {}
+    words = [path.read_bytes() for path in sorted(checkpoint.folder.glob("tokenizer*")) if path.is_file()]
+    for name, questions in asked.items():
+        key = fingerprint(checkpoint.fingerprint, settings, questions, *words)[:8]
+        task = re.sub(r"[^\w.-]+", "-", name)
+        paths[name] = run.results("tasks") / title / f"{task}-{key}.safetensors"
+    missing = [each for each in chosen if not paths[each.name].is_file()]
+    if missing:
+        log.info("asking %s: %s.", checkpoint.name, ", ".join(each.name for each in missing))
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        model, limit = _loaded(checkpoint, run), settings["limit"]
+        with progress_bar("asking") as progress:
+            found = lm_eval_runner.run_tasks(model, tokenizer, missing, batch=batch, limit=limit, progress=progress)
+        for each in missing:
+            about = {**settings, "model": checkpoint.fingerprint, "task": each.name, "metric": each.metric}
+            lm_eval_runner.save_scores(paths[each.name], found[each.name], about)
+    return {name: lm_eval_runner.load_scores(path) for name, path in paths.items()}
+
+
+def _loaded(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
+    """The whole model; what is packed stays packed."""
+    require_memory([checkpoint], run.dtype, run.device, "has to be whole for tasks")
+    return load_as_run(checkpoint, run.dtype, run.device, run.options.attn)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    base: Checkpoint,
+    chosen: Sequence[Chosen],
+    asked: dict[str, str],
+    settings: dict[str, Any],
+    before: dict[str, Scores],
+    after: dict[str, Scores] | None,
+) -> TaskReport:
+    rows: dict[str, dict[str, Any]] = {}
+    for each in chosen:
+        old = before[each.name]
+        row = {"metric": each.metric, "documents": len(old.correct), "chance": old.chance}
+        row["before"] = lm_eval_runner.accuracy(old)
+        if after is not None:
+            row |= {"after": lm_eval_runner.accuracy(after[each.name]), **lm_eval_runner.paired(old, after[each.name])}
+        rows[each.name] = row
+    average = None
+    if len(chosen) > 1:
+        first = list(before.values())
+        average = {"before": lm_eval_runner.mean_accuracy(first)}
+        if after is not None:
+            second = list(after.values())
+            average |= {
+                "after": lm_eval_runner.mean_accuracy(second),
+                "delta": lm_eval_runner.mean_change(first, second),
+            }
+    name = Path(base.name).name
+    identity = fingerprint(checkpoint.fingerprint, base.fingerprint, settings, asked)
+    title = name if after is None else checkpoint.folder.name
+    return TaskReport(title, name, checkpoint.fingerprint, base.fingerprint, settings, rows, average, identity)

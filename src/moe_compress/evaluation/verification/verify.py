@@ -1,0 +1,163 @@
+"""Verifying a checkpoint: loaded by stock transformers in a fresh process, its logits beside ours, and who can load it.
+
+The fresh process cannot import this package: what it loads, anybody can who trusts the code in the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+
+from moe_compress.checkpoints.formats.quantization_config import says_packed
+from moe_compress.checkpoints.load import require_memory
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.safetensors_file import write_shard
+from moe_compress.data.windows import Windows
+from moe_compress.engine.forward import fold
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.evaluation.saved_report import Kept
+from moe_compress.evaluation.verification.compatibility import Verdict, compatibility
+from moe_compress.models import hf
+from moe_compress.reports import table_formats
+from moe_compress.utils.files import read_json
+
+# Relative error of the logits that a format's own arithmetic may make: stock transformers makes packed weights dense in
+# the 16 bits of their scales, our reader in fp32.
+TOLERANCE = {"plain": 1e-4, "edited": 1e-4, "packed": 2e-2}
+ROWS, LENGTH, NEW_TOKENS = 4, 64, 4
+STOCK = """
+import json, sys
+sys.modules["moe_compress"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+folder, ids, out, trust, tokens = sys.argv[1:6]
+load = AutoModelForCausalLM.from_pretrained
+model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
+wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
+ids = load_file(ids)["ids"]
+with torch.no_grad():
+    logits = model.eval()(ids, use_cache=False).logits.float()
+    # A mask of its own: generate would take random ids that happen to be padding's for padding.
+    there = torch.ones_like(ids[:1])
+    made = model.generate(ids[:1], attention_mask=there, max_new_tokens=int(tokens), do_sample=False)
+    again = model(made, use_cache=False).logits.float()[0, ids.shape[1] - 1 : -1]
+chosen = again.gather(1, made[0, ids.shape[1] :, None])[:, 0]
+behind = (again.amax(1) - chosen).max().item() / again.abs().max().item()
+save_file({"logits": logits}, out + ".safetensors")
+found = {"wrong": wrong, "class": type(model).__name__, "behind": behind, "made": len(chosen)}
+json.dump(found, open(out + ".json", "w"))
+"""
+
+
+@dataclass(frozen=True)
+class Verification(Kept):
+    """What a fresh stock process made of a checkpoint; `problems` is empty where all is well."""
+
+    model: str
+    form: str
+    stock_class: str | None
+    error: float | None
+    tolerance: float
+    problems: list[str]
+    clients: list[Verdict]
+
+    @property
+    def passed(self) -> bool:
+        """Whether stock transformers loaded it, and nothing is wrong."""
+        return not self.problems and self.stock_class is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return {**asdict(self), "passed": self.passed}
+
+    def markdown(self) -> str:
+        """The verdict, and who can load the checkpoint."""
+        return as_markdown(self.to_json())
+
+
+def verify(checkpoint: Checkpoint) -> Verification:
+    """Load, compare and generate in one fresh process; the same checkpoint by our own reader, layer by layer."""
+    require_memory([checkpoint], torch.float32, torch.device("cpu"), "is loaded whole by stock transformers")
+    form, clients = form_of(checkpoint), compatibility(checkpoint)
+    stock = next(verdict for verdict in clients if verdict.client == "transformers")
+    found: dict[str, Any] = {}
+    problems, distance = [], None
+    try:
+        found = _in_fresh_process(checkpoint, form) if stock.loads else {}
+        problems += [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in found.get("wrong", {}).items()]
+        ours = _ours(checkpoint)
+        distance = float((found["logits"] - ours).norm() / ours.norm()) if found else None
+    except ValueError as error:
+        problems.append(str(error).rstrip("."))
+    if distance is not None and not distance <= TOLERANCE[form]:
+        problems.append(f"logits differ by {distance:.1e}, more than {TOLERANCE[form]:.0e} of their size")
+    if found and not (found["made"] and found["behind"] <= TOLERANCE[form]):
+        problems.append(f"generate's {found['made']} tokens are not the likeliest ones (by {found['behind']:.1e})")
+    name = checkpoint.folder.name
+    return Verification(name, form, found.get("class"), distance, TOLERANCE[form], problems, clients)
+
+
+def form_of(checkpoint: Checkpoint) -> str:
+    """plain, edited or packed (edited or not)."""
+    if says_packed(checkpoint.values):
+        return "packed"
+    return "edited" if "moe_compress" in checkpoint.values else "plain"
+
+
+def _ids(checkpoint: Checkpoint) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, checkpoint.config.vocab_size, (ROWS, LENGTH), generator=generator)
+
+
+def _ours(checkpoint: Checkpoint) -> torch.Tensor:
+    """Logits [N, S, V] in fp32, of layers read one by one."""
+    ids_NS, cpu = _ids(checkpoint), torch.device("cpu")
+    number_NS = torch.arange(len(ids_NS))[:, None].expand_as(ids_NS)
+    mask_NS, domain_N = torch.ones_like(ids_NS, dtype=torch.bool), torch.zeros(len(ids_NS), dtype=torch.long)
+    windows = Windows(ids_NS, mask_NS, number_NS, domain_N, ("random",), "", {})
+    layers = StreamedLayers(checkpoint, cpu, torch.float32)
+    _, hidden_NSD = fold(layers, windows)
+    return hf.head(layers.model, hidden_NSD.flatten(0, 1)).float().unflatten(0, ids_NS.shape)
+
+
+def _in_fresh_process(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
+    """What stock transformers says; ValueError with its last line if it fails."""
+    trust = "yes" if "moe_compress" in checkpoint.values else "no"
+    with tempfile.TemporaryDirectory() as place:
+        ids, out = Path(place) / "ids.safetensors", Path(place) / "out"
+        write_shard(ids, {"ids": _ids(checkpoint)})
+        # -I: without the caller's folders, so that this package cannot help.
+        words = [sys.executable, "-I", "-c", STOCK, str(checkpoint.folder), str(ids), str(out), trust, str(NEW_TOKENS)]
+        quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet)
+        if done.returncode != 0:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(f"stock transformers does not load it: {last}")
+        return {**read_json(out.with_suffix(".json")), **load_file(out.with_suffix(".safetensors"))}
+
+
+UNASKED = "stock transformers reads no such layout, so there was nothing to compare; moe_compress runs it"
+
+
+def as_markdown(found: Mapping[str, Any]) -> str:
+    """The verdict, what was compared, and a row for every program."""
+    verdict = "verified" if found["passed"] else "NOT VERIFIED: " + ("; ".join(found["problems"]) or UNASKED)
+    parts = [f"### {found['model']}", f"{found['form']} checkpoint: {verdict}."]
+    if found["error"] is not None:
+        parts.append(
+            f"Stock transformers, without this package, made a {found['stock_class']} of it; its logits "
+            f"differ by {found['error']:.1e} of their size (at most {found['tolerance']:.0e})."
+        )
+    rows = [{"program": c["client"], "loads it": "yes" if c["loads"] else "no", "": c["why"]} for c in found["clients"]]
+    return "\n\n".join([*parts, table_formats.markdown(pd.DataFrame(rows))]) + "\n"

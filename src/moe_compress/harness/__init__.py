@@ -1,1 +1,0 @@
-"""Measuring: perplexity and closeness to the original, sizes and FLOPs, statistics."""

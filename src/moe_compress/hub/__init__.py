@@ -1,0 +1,1 @@
+"""The hub: model cards, and what an upload sends."""

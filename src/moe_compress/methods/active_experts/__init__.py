@@ -1,0 +1,1 @@
+"""Fewer active experts: top-k, or weak experts of a token skipped."""

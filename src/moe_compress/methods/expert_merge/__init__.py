@@ -1,0 +1,1 @@
+"""Expert merge: similar experts, found, aligned and averaged."""

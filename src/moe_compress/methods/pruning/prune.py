@@ -1,0 +1,123 @@
+"""Weight pruning: which weights of experts (or of other parts of a layer) become zero.
+
+`magnitude` by |w|, lowest of the whole matrix; `wanda` (arXiv 2306.11695) by |w| times the norm of its input, lowest of
+each row; `sparsegpt` (arXiv 2301.00774) by what the loss of a weight costs once the others have made up for it. Inputs
+are those of the tokens that were routed to an expert. B experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_compress.methods.pruning.masks import lowest, lowest_in_groups, lowest_in_rows, pattern_of
+from moe_compress.methods.pruning.sparsegpt import sparsegpt
+from moe_compress.methods.pruning.sparsity_allocation import Allocation, require_allocatable
+from moe_compress.methods.registry import Need, method
+from moe_compress.methods.weight_method import Changed, Group
+from moe_compress.models.matrices import Matrix, kinds_of
+
+Way = Literal["magnitude", "wanda", "sparsegpt"]
+Unseen = Literal["pooled", "magnitude", "dense", "error"]
+NEEDS: dict[str, Need] = {"magnitude": "nothing", "wanda": "squares", "sparsegpt": "grams"}
+
+
+def _needs(parameters: Mapping[str, Any]) -> Need:
+    need = NEEDS[parameters["method"]]
+    text = parameters["allocate"] != "uniform" or "router" in kinds_of(parameters["where"], parameters["spare"])
+    return "squares" if need == "nothing" and text else need
+
+
+def check_prune(
+    layers: Mapping[int, Sequence[Matrix]],
+    *,
+    sparsity: float | None,
+    pattern: str | None,
+    allocate: Allocation,
+    spread: float,
+    unseen: Unseen,
+    **_: Any,
+) -> None:
+    """Raise ValueError for a sparsity, a pattern or an allocation that these matrices cannot have."""
+    kept = pattern_of(pattern or "")
+    if kept is None and (sparsity is None or not 0 <= sparsity < 1):
+        raise ValueError(f"sparsity={sparsity}: the fraction of weights that become zero is in [0, 1).")
+    if allocate != "uniform" and unseen == "dense":
+        raise ValueError(
+            f"allocate={allocate} keeps a budget, which unseen=dense would break: use pooled or magnitude."
+        )
+    if allocate != "uniform":
+        require_allocatable(layers, allocate, sparsity, spread)
+    for layer, matrices in layers.items():
+        for matrix in matrices:
+            inputs = matrix.weight_BOI.shape[2]
+            if kept and inputs % kept[1]:
+                raise ValueError(
+                    f"pattern={pattern}: {matrix.name} of layer {layer} has {inputs} inputs, which are no groups of "
+                    f"{kept[1]}: choose another pattern, or leave {matrix.kind} out (where=, spare=)."
+                )
+
+
+def try_prune(group: Group, *, share_B: Tensor, method: Way, **_: Any) -> list[Tensor]:
+    """Pruned matrices without making up for anything: by |w| alone for magnitude, else as Wanda does."""
+    return _masked(group, share_B, None, method != "magnitude")
+
+
+@method(
+    "weight",
+    group="slimming",
+    paper="arXiv 2301.00774 (SparseGPT), 2306.11695 (Wanda)",
+    needs=_needs,
+    check=check_prune,
+    trial=try_prune,
+    rivals=(("sparsity", "pattern"),),
+    headline=("method", "sparsity", "pattern"),
+)
+def prune(  # noqa: PLR0913 - these are the recipe's parameters
+    group: Group,
+    *,
+    method: Way = "wanda",
+    sparsity: float | None = 0.5,
+    pattern: str | None = None,
+    where: str = "experts",
+    spare: str = "",
+    propagate: Literal["compressed", "original"] = "compressed",
+    unseen: Unseen = "pooled",
+    min_tokens: int = 1,
+    shrink: float = 0.0,
+    allocate: Allocation = "uniform",
+    spread: float = 0.1,
+    experts_at_once: int = 0,
+) -> Changed:
+    """Set weights to zero: a fraction (sparsity=0.5), or all but n of every m inputs (pattern=2:4)."""
+    kept = pattern_of(pattern or "")
+    share_B = torch.full((len(group.names),), sparsity or 0.0) if group.share_B is None else group.share_B
+    share_B = share_B.to(group.weights[0].device)
+    if method == "sparsegpt":
+        assert group.moment is not None
+        weights, damped = sparsegpt(group.weights, group.moment, share_B, kept, group.names)
+        return Changed(weights, {"damped": damped})
+    return Changed(_masked(group, share_B, kept, method == "wanda"))
+
+
+def _masked(group: Group, share_B: Tensor, kept: tuple[int, int] | None, by_input: bool) -> list[Tensor]:
+    """Matrices without the weights of lowest score: of each row where the inputs count, else of the whole matrix."""
+    found = []
+    for weight_BOI in group.weights:
+        score_BOI = weight_BOI.abs().float()
+        if by_input and group.moment is not None:
+            score_BOI *= group.moment.sqrt().unsqueeze(1)
+        found.append(weight_BOI.masked_fill(_gone(score_BOI, share_B, kept, by_input), 0))
+    return found
+
+
+def _gone(score_BOI: Tensor, share_B: Tensor, kept: tuple[int, int] | None, in_rows: bool) -> Tensor:
+    if kept is not None:
+        return lowest_in_groups(score_BOI, *kept)
+    count_B = (share_B.to(score_BOI.device).double() * score_BOI[0].numel() + 0.5).long()
+    if in_rows:
+        return lowest_in_rows(score_BOI, count_B)
+    return lowest(score_BOI.flatten(1), count_B).view_as(score_BOI)

@@ -1,0 +1,1 @@
+"""Quantization: rounding to the nearest, GPTQ and AWQ; bits shared out; activations."""

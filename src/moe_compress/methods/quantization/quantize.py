@@ -1,0 +1,178 @@
+"""Quantization of weights to 2, 3, 4 or 8 bits: by rounding, by GPTQ, or by AWQ, all experts of a layer at once.
+
+`rtn` rounds to the nearest; `gptq` (arXiv 2210.17323) lets the weights behind make up for each rounding; `awq`
+(2306.00978) first makes the inputs that matter larger against the others (awq.py), then rounds. Grids are symmetric.
+B experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from moe_compress.methods.quantization.gptq import gptq
+from moe_compress.methods.quantization.grid import BITS, Clip, rtn
+from moe_compress.methods.registry import Need, method
+from moe_compress.methods.weight_method import Changed, Group, Quantized
+from moe_compress.models.matrices import Matrix, kinds_of
+
+Way = Literal["rtn", "gptq", "awq"]
+Bits = Literal["2", "3", "4", "8", "auto"]
+Format = Literal["auto", "compressed-tensors", "gptq", "packed", "dense"]
+NEEDS: dict[str, Need] = {"rtn": "squares", "gptq": "grams", "awq": "grams"}
+NARROWEST = 8
+
+
+def _needs(parameters: Mapping[str, Any]) -> Need:
+    router = "router" in kinds_of(parameters["where"], parameters["spare"])
+    blind = parameters["method"] == "rtn" and parameters["bits"] != "auto" and not router
+    return "nothing" if blind else NEEDS[parameters["method"]]
+
+
+def span_for(widths: Iterable[int], wanted: int) -> int:
+    """Inputs that share a scale: at most `wanted`, as many as divide all widths; 0 if fewer than NARROWEST would.
+
+    wanted 0: one scale a row, which is said by the width itself where all are alike.
+    """
+    common = math.gcd(*widths)
+    if not wanted:
+        return common
+    return next((n for n in range(min(wanted, common), NARROWEST - 1, -1) if common % n == 0), 0)
+
+
+def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
+    layers: Mapping[int, Sequence[Matrix]],
+    *,
+    bits: Bits,
+    budget: float | None,
+    group_size: int,
+    method: Way,
+    act_order: bool,
+    damping: float,
+    format: Format,
+    experts_at_once: int,
+    where: str,
+    spare: str,
+    by: str,
+    per: str,
+    scales: str,
+    **_: Any,
+) -> None:
+    """Raise ValueError for a grid that these matrices cannot have."""
+    if group_size < 0 or 0 < group_size < NARROWEST:
+        raise ValueError(
+            f"group_size={group_size}: the inputs that share a scale are 0 (a whole row) or {NARROWEST} up."
+        )
+    if not 0 < damping < math.inf:
+        raise ValueError(f"damping={damping}: a share of the mean of the diagonal, above 0, is needed.")
+    _check_method(method, act_order, experts_at_once, scales)
+    if bits != "auto" and (by != "error" or per != "matrix"):
+        raise ValueError(f"by={by} per={per} say how bits=auto are shared out; bits={bits} are the same everywhere.")
+    if bits != "auto" and budget is not None:
+        raise ValueError(f"budget={budget} shares out bits=auto; bits={bits} are the same everywhere.")
+    if bits == "auto" and (budget is None or not BITS[0] <= budget <= BITS[-1]):
+        given = "." if budget is None else f", not {budget}."
+        raise ValueError(f"bits=auto needs budget=, the mean bits a weight, from {BITS[0]} to {BITS[-1]}{given}")
+    if bits == "auto" and kinds_of(where, spare) != ["experts"]:
+        raise ValueError(
+            f"bits=auto shares out bits among experts: where={where} spare={spare} has to leave just those."
+        )
+    if format in ("compressed-tensors", "gptq") and bits == "auto":
+        raise ValueError(f"format={format} holds one width for all experts: bits=auto needs format=packed or dense.")
+
+
+def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: str) -> None:
+    """Raise ValueError for parameters that say nothing to the method."""
+    if act_order and method != "gptq":
+        raise ValueError(f"act_order=true is GPTQ's, and method={method} goes through no columns.")
+    if experts_at_once and method != "gptq":
+        raise ValueError(f"experts_at_once= is for GPTQ's Gram matrices, and method={method} takes experts together.")
+    if scales != "pow2" and method != "awq":
+        raise ValueError(f"scales={scales} is AWQ's, and method={method} makes no inputs larger.")
+
+
+@method(
+    "weight",
+    group="slimming",
+    paper="arXiv 2210.17323 (GPTQ), 2306.00978 (AWQ)",
+    needs=_needs,
+    check=check_quantize,
+    headline=("method", "bits"),
+)
+def quantize(  # noqa: PLR0913 - these are the recipe's parameters
+    group: Group,
+    *,
+    method: Way = "gptq",
+    bits: Bits = "4",
+    budget: float | None = None,
+    by: Literal["error", "gradient", "used", "rare"] = "error",
+    per: Literal["matrix", "expert", "layer"] = "matrix",
+    group_size: int = 128,
+    where: str = "experts",
+    spare: str = "",
+    format: Format = "auto",
+    clip: Clip = "mse",
+    act_order: bool = False,
+    damping: float = 0.01,
+    scales: Literal["pow2", "free"] = "pow2",
+    propagate: Literal["compressed", "original"] = "compressed",
+    unseen: Literal["rtn", "pooled", "error"] = "rtn",
+    min_tokens: int = 32,
+    shrink: float = 0.0,
+    experts_at_once: int = 0,
+) -> Changed:
+    """Store weights in few bits: a code for each, and a scale for every group of inputs."""
+    if not group.span:
+        return Changed(group.weights, {})
+    widths = group.bits or [[int(bits)] * len(group.names) for _ in group.weights]
+    how = _How(method, clip, act_order, damping)
+    if method == "gptq" and len({width for each in widths for width in each}) == 1:
+        solved, damped = how.gptq(group, group.weights, widths[0][0])
+        found = [Quantized(codes, scale, widths[0]) for codes, scale in solved]
+    else:
+        parts = [how.by_width(group, weight_BOI, each) for weight_BOI, each in zip(group.weights, widths, strict=True)]
+        found, damped = [part[0] for part in parts], [b for part in parts for b in part[1]]
+    return Changed([each.dense() for each in found], {"damped": sorted(set(damped))}, found)
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How weights are rounded."""
+
+    method: Way
+    clip: Clip
+    act_order: bool
+    damping: float
+
+    def gptq(self, group: Group, weights: Sequence[Tensor], bits: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+        """All matrices of the group, which share one factorisation."""
+        assert group.moment is not None
+        return gptq(
+            weights, group.moment, bits, group.span, group.stored, group.names,
+            clip=self.clip, act_order=self.act_order, damping=self.damping,
+        )  # fmt: skip
+
+    def by_width(self, group: Group, weight_BOI: Tensor, widths: Sequence[int]) -> tuple[Quantized, list[int]]:
+        """One matrix of every expert, experts of one width at a time; and for whom the damping was raised."""
+        codes_BOI = torch.empty_like(weight_BOI, dtype=torch.int8)
+        scale_BOG = weight_BOI.new_empty(*weight_BOI.shape[:2], weight_BOI.shape[2] // group.span, dtype=group.stored)
+        raised: list[int] = []
+        for bits in sorted(set(widths)):
+            mine = [b for b, width in enumerate(widths) if width == bits]
+            part = replace(
+                group, names=[group.names[b] for b in mine], moment=None if group.moment is None else group.moment[mine]
+            )
+            if self.method == "gptq":
+                ((codes, scale),), damped = self.gptq(part, [weight_BOI[mine]], bits)
+                raised += [mine[b] for b in damped]
+            else:
+                weighs = part.moment if self.method == "awq" else None
+                diagonal = weighs if weighs is None else weighs.diagonal(dim1=1, dim2=2)
+                codes, scale = rtn(weight_BOI[mine], bits, group.span, group.stored, self.clip, diagonal)
+            codes_BOI[mine], scale_BOG[mine] = codes, scale
+        return Quantized(codes_BOI, scale_BOG, list(widths)), raised

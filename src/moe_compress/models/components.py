@@ -1,0 +1,175 @@
+"""What a model holds and computes, component by component, from its modules alone: a skeleton is enough.
+
+Two floating-point operations a multiply-add; packed matrices count as the weights that they hold; each token runs as
+many experts as it uses on average. Norms, activations, softmax and rotary tables are not counted.
+
+Prefill: every token attends to all T, the full square and not its causal half, in layers with a sliding window as
+well, since that is what the kernels multiply; the head runs on every token. Decode: one token of each sequence, with
+`context` tokens to attend to, its own included; of a layer with a window the cache holds no more than the window.
+Latent attention (MLA) caches what it compressed and expands all of it again at every step, as transformers does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moe_compress.models import hf
+from moe_compress.models.component_map import (
+    COMPONENTS,
+    EXPERTS,
+    HEAD,
+    NORMS,
+    PROJECTIONS,
+    SCANS,
+    SCORES,
+    attentions_of,
+    places,
+    recurrent_mixers,
+    step_flops,
+)
+from moe_compress.models.families import family_of
+from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
+from moe_compress.models.modeling.rerouting import NOVICES, REROUTE
+from moe_compress.models.moe import moe_views
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """parameters, bytes: stored; touched: distinct parameters one token uses; prefill, decode: FLOPs.
+
+    estimate: its FLOPs are only about right. Kernels scan in different ways; where the text decides how many experts
+    run (skipped ones, constants, identities), they are an average or, where none was measured, the most there can be.
+    """
+
+    name: str
+    parameters: int
+    bytes: int
+    touched: int
+    prefill: int
+    decode: int
+    estimate: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class _Sum:
+    parameters: int = 0
+    bytes: int = 0
+    touched: int = 0
+    multiplied: int = 0
+
+
+def components(
+    model: PreTrainedModel,
+    tokens: int,
+    context: int,
+    batch: int,
+    stored: torch.dtype,
+    *,
+    scale_bytes: float | None = None,
+    executed: bool = False,
+) -> list[Component]:
+    """All components of a model or a skeleton, also those that it lacks, with the FLOPs of a prefill and a decode step.
+
+    tokens: of each of `batch` sequences in the prefill; context: tokens that each new one sees; stored: dtype on disk;
+    scale_bytes: what a scale of packed weights takes there, if not that; executed: count what stock transformers runs,
+    which is every expert on every token where the gate scales the input (Llama-4).
+    """
+    sums, attentions = _held(model, stored, scale_bytes, executed), list(attentions_of(model))
+    scans = sum(step_flops(mixer) for mixer in recurrent_mixers(model))
+    pairs = sum(each.pair for each in attentions)
+    seen = sum(each.pair * min(context, each.window or context) for each in attentions)
+    again = 2 * sum(each.expansion for each in attentions) * (context - 1)
+    extra = {SCORES: (tokens * pairs, seen), SCANS: (scans, scans), PROJECTIONS: (0, again)}
+    estimates = (SCANS, EXPERTS) if _text_decides(model) else (SCANS,)
+    found = []
+    for name in COMPONENTS:
+        held, (prefill, decode) = sums[name], extra.get(name, (0, 0))
+        found.append(
+            Component(
+                name=name,
+                parameters=held.parameters,
+                bytes=held.bytes,
+                touched=held.touched,
+                prefill=batch * tokens * (2 * held.multiplied + prefill),
+                decode=batch * (2 * held.multiplied + decode),
+                estimate=name in estimates,
+            )
+        )
+    return found
+
+
+def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool) -> Mapping[str, _Sum]:
+    sums, place = {name: _Sum() for name in COMPONENTS}, places(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
+    itemsize, kept = stored.itemsize, model.state_dict().keys()
+    for prefix, module in model.named_modules():
+        held = sums[place[prefix]]
+        for name, parameter in module._parameters.items():
+            if parameter is None or (tied and module is head):
+                continue
+            each = parameter.element_size() if name in PACKED else itemsize
+            held.bytes += round(parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each))
+            if name in PACKED:  # a packed matrix counts as the weights that it holds
+                parameter = module.weight_like if name == PACKED[0] else parameter[:0]
+            held.parameters += parameter.numel()
+            if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
+                held.touched += parameter.shape[1]
+                continue
+            used = round(parameter.numel() * _share(place[prefix], parameter, *active.get(id(module), (top_k, None))))
+            held.touched += used
+            held.multiplied += used if _multiplies(place[prefix], name, parameter) else 0
+        for name, buffer in module._buffers.items():
+            held.bytes += buffer.numel() * itemsize if buffer is not None and f"{prefix}.{name}" in kept else 0
+    if tied and isinstance(embedding, nn.Embedding):
+        sums[HEAD].touched += embedding.weight.numel() - embedding.weight.shape[1]
+        sums[HEAD].multiplied += embedding.weight.numel()
+    return sums
+
+
+def _multiplies(place: str, name: str, parameter: torch.Tensor) -> bool:
+    matrix = parameter.dim() > 1 and not name.endswith("bias") and place != NORMS
+    return matrix and (place != SCANS or name == "weight")  # what a state decays by is a matrix, but multiplies none
+
+
+def _text_decides(model: PreTrainedModel) -> bool:
+    """Whether how many experts run depends on the text: some are skipped, or replaced by constants or by nothing."""
+    if getattr(model.config, "zero_expert_num", 0):
+        return True
+    experts = [view.experts for view in moe_views(model).values()]
+    skipping = any(each.__dict__.get(REROUTE, {}).get("threshold") is not None for each in experts)
+    return skipping or any(each._parameters.get(NOVICES) is not None for each in experts)
+
+
+def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[float, int | None]]:
+    """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
+    found: dict[int, tuple[float, int | None]] = {}
+    default = float(getattr(model.config, family_of(model.config).top_k_key))
+    for view in moe_views(model).values():
+        active = default if view.active is None else view.active
+        if executed and hf.gate_on_input(view.experts) and not view.one_by_one:
+            active = view.num_experts
+        found[id(view.experts)] = active, None
+        if view.one_by_one:
+            found |= {id(module): (active, view.num_experts) for module in view.experts.separate.modules()}
+    return found
+
+
+def _share(place: str, parameter: torch.Tensor, active: float, count: int | None) -> float:
+    """The share of a tensor that one token uses on average; 1 for everything but experts, and routed attention."""
+    routed = parameter.dim() >= 2 if place == EXPERTS else place == PROJECTIONS and parameter.dim() == 3
+    if count is None and not routed:
+        return 1.0
+    of = count or parameter.shape[0]
+    return min(active, of) / of

@@ -1,0 +1,84 @@
+"""The seam to transformers: the only files that touch its internals; pinned to 5.23, held by identity tests.
+
+skeleton: models without weights; architectures: edited model types; names: checkpoint tensors <-> parameters;
+calls: how each layer is called; experts: what was routed where.
+"""
+
+from moe_compress.models.hf.edited_architectures import (
+    edited_config_values,
+    modelling_files,
+    register_edited_architectures,
+)
+from moe_compress.models.hf.expert_taps import (
+    EXPERTS_FUNCTION,
+    AllExperts,
+    all_experts,
+    run_rows,
+    tap,
+    untap,
+    use_experts_function,
+)
+from moe_compress.models.hf.layer_calls import LayerCall, called_alike, enter, head, layer_output, logits, run_layer
+from moe_compress.models.hf.skeleton import (
+    buffers_to,
+    config_from,
+    decoder_layers,
+    encode_values,
+    layers_prefix,
+    num_layers,
+    quiet,
+    read_values,
+    shapes,
+    skeleton,
+    stack,
+)
+from moe_compress.models.hf.state_dict import (
+    checkpoint_tensors,
+    layer_of,
+    layer_state,
+    materialize,
+    renumbered,
+    stored_names,
+)
+from moe_compress.models.modeling.expert_forward import RoutedRows
+from moe_compress.models.modeling.unfused_experts import gate_on_input
+
+__all__ = [
+    "EXPERTS_FUNCTION",
+    "AllExperts",
+    "LayerCall",
+    "RoutedRows",
+    "all_experts",
+    "buffers_to",
+    "called_alike",
+    "checkpoint_tensors",
+    "config_from",
+    "decoder_layers",
+    "edited_config_values",
+    "encode_values",
+    "enter",
+    "gate_on_input",
+    "head",
+    "layer_of",
+    "layer_output",
+    "layer_state",
+    "layers_prefix",
+    "logits",
+    "materialize",
+    "modelling_files",
+    "num_layers",
+    "quiet",
+    "read_values",
+    "renumbered",
+    "run_layer",
+    "run_rows",
+    "shapes",
+    "skeleton",
+    "stack",
+    "stored_names",
+    "tap",
+    "untap",
+    "use_experts_function",
+]
+
+register_edited_architectures()

@@ -1,0 +1,84 @@
+"""Edited architectures: registered beside the ordinary ones, and the files that let them load anywhere."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_compress.models import modeling
+from moe_compress.models.modeling import edited_model
+
+MODELLING_FILE = "modeling_moe_compress"
+
+# Every file of the package but its `__init__`, which says nothing that a checkpoint needs.
+SHIPPED = sorted(path for path in Path(modeling.__file__).parent.glob("*.py") if path.name != "__init__.py")
+
+
+def _classes(base_type: str) -> tuple[Any, Any]:
+    """The config and causal-language-model classes of an architecture."""
+    config_class = CONFIG_MAPPING[base_type]
+    return config_class, MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+
+
+@functools.cache
+def _edited_classes(base_type: str) -> tuple[Any, Any]:
+    classes = edited_model.edited_classes(*_classes(base_type))
+    AutoModelForCausalLM.register(*classes)
+    return classes
+
+
+def _stand_in_config(base_type: str) -> type:
+    """What AutoConfig finds under an edited model_type: it makes the real classes when first used."""
+
+    def from_dict(values: Mapping[str, Any], **kwargs: Any) -> Any:
+        return _edited_classes(base_type)[0].from_dict(values, **kwargs)
+
+    body = {"model_type": edited_model.PREFIX + base_type, "from_dict": staticmethod(from_dict), "__module__": __name__}
+    return type("EditedConfig", (), body)
+
+
+def register_edited_architectures() -> None:
+    """Let `AutoModelForCausalLM` load edited checkpoints of every architecture; imports none of them."""
+    for base_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        CONFIG_MAPPING.register(edited_model.PREFIX + base_type, _stand_in_config(base_type), exist_ok=True)
+
+
+def edited_config_values(base: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values of an edited checkpoint, which never loads as the original architecture."""
+    config_class, model_class = _edited_classes(base["model_type"])
+    return {
+        **base,
+        "model_type": config_class.model_type,
+        "architectures": [model_class.__name__],
+        "auto_map": {
+            "AutoConfig": f"{MODELLING_FILE}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{MODELLING_FILE}.{model_class.__name__}",
+        },
+        "moe_compress": {**manifest, "base_architectures": base.get("architectures")},
+    }
+
+
+def modelling_files(values: Mapping[str, Any]) -> dict[str, str]:
+    """The Python files that an edited checkpoint carries, by name; none for a plain one."""
+    if "moe_compress" not in values:
+        return {}
+    config_class, model_class = _classes(values["moe_compress"]["base_model_type"])
+    loader = f'''"""{model_class.__name__} with layers that differ, as its config.json says under `moe_compress`."""
+
+from {config_class.__module__} import {config_class.__name__}
+from {model_class.__module__} import {model_class.__name__}
+
+from .edited_model import edited_classes
+
+Edited{config_class.__name__}, Edited{model_class.__name__} = edited_classes(
+    {config_class.__name__}, {model_class.__name__}
+)
+'''
+    shipped = {path.name: path.read_text(encoding="utf-8") for path in SHIPPED}
+    return {f"{MODELLING_FILE}.py": loader, **shipped}

@@ -1,0 +1,69 @@
+"""Listening to experts: what really went through them, for every family, without changing a bit of it.
+
+T tokens, E experts, N rows of each, D model width, F inner width.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_compress.models.modeling.expert_forward import LISTENERS, Listener, experts_forward, gate_on_input_forward, run
+from moe_compress.models.modeling.unfused_experts import gate_on_input
+
+EXPERTS_FUNCTION = "moe_compress"
+
+
+@dataclass(frozen=True, slots=True)
+class AllExperts:
+    """Every expert on the same tokens: un-gated outputs, and the inputs of the down projections."""
+
+    output_ETD: Tensor
+    inner_ETF: Tensor
+
+
+def tap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
+    """Report every pass through the fused experts of a block to `listener`, and to all others that were added.
+
+    Experts that transformers dispatches (all families but Llama-4) report from the experts function; Llama-4's
+    block, which runs every expert on every token, is replaced by a routed forward while it is listened to.
+    """
+    experts.__dict__.setdefault(LISTENERS, []).append(listener)
+    if gate_on_input(experts):
+        block.__dict__["forward"] = functools.partial(gate_on_input_forward, block)
+
+
+def untap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
+    """Stop reporting to `listener`; with the last one gone, the block is as it was."""
+    experts.__dict__[LISTENERS].remove(listener)
+    if not experts.__dict__[LISTENERS] and gate_on_input(experts):
+        block.__dict__.pop("forward", None)
+
+
+def use_experts_function(model: PreTrainedModel) -> None:
+    """Let every fused experts module of the model run through the function that can be tapped."""
+    model.set_experts_implementation(EXPERTS_FUNCTION)
+
+
+def all_experts(experts: Any, hidden_TD: Tensor) -> AllExperts:
+    """Every expert on every token, with weight one; nobody who listens is told."""
+    count, tokens = int(experts.num_experts), len(hidden_TD)
+    number_E = torch.arange(count, device=hidden_TD.device)
+    inner_RF, output_RD = run(experts, hidden_TD.repeat(count, 1), number_E.repeat_interleave(tokens), None)
+    return AllExperts(output_RD.view(count, tokens, -1), inner_RF.view(count, tokens, -1))
+
+
+def run_rows(experts: Any, input_END: Tensor) -> Tensor:
+    """What each expert returns for its own rows [E, N, D], with weight one; nobody who listens is told."""
+    count, each = input_END.shape[:2]
+    number_R = torch.arange(count, device=input_END.device).repeat_interleave(each)
+    return run(experts, input_END.flatten(0, 1), number_R, None)[1].view(count, each, -1)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)

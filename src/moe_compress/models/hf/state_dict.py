@@ -1,0 +1,179 @@
+"""Checkpoint tensors <-> parameters, both ways, one layer at a time, by transformers' own conversion rules.
+
+Most families store one matrix an expert and compute with fused tensors. The common conversion (stack the experts,
+join gate and up) is done here straight into the fused tensor, so that a layer in the making exists once; whatever
+else a family needs is left to transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    convert_and_load_state_dict_in_model,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+
+from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet
+
+LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def layer_of(key: str) -> int | None:
+    """Which decoder layer a checkpoint tensor belongs to; None for embeddings, final norm and head."""
+    found = LAYER_KEY.search(key)
+    return int(found.group(1)) if found else None
+
+
+def renumbered(key: str, layer: int) -> str:
+    """The name of the same tensor in another decoder layer."""
+    found = LAYER_KEY.search(key)
+    assert found is not None, f"{key} belongs to no layer"
+    return f"{key[: found.start(1)]}{layer}{key[found.end(1) :]}"
+
+
+def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> None:
+    """Put checkpoint tensors (or safetensors slices) into the skeleton's parameters, converted and cast.
+
+    Raises ValueError when a tensor fits no parameter, has the wrong shape or holds no floating-point weights.
+    """
+    mapping: list[Any] = get_model_conversion_mapping(model)
+    # Not its state_dict, for which packed weights would leave their kernel's layout.
+    named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    expected: dict[str, Tensor] = {name: tensor for pairs in named for name, tensor in pairs}
+    converters = {pattern: c for c in mapping if hasattr(c, "operations") for pattern in c.source_patterns}
+    for name, by_pattern in _by_parameter(model, mapping, expected, tensors).items():
+        _require_weights(by_pattern, name, expected)
+        converter = converters.get(next(iter(by_pattern)))
+        if converter is not None and not _stacks(converter):
+            _convert(model, mapping, {k: t for found in by_pattern.values() for k, t in found.items()}, device)
+            continue
+        if name not in expected:
+            raise ValueError(f"the checkpoint's tensor for {name} fits nothing in {type(model).__name__}.")
+        target = expected[name]
+        value = torch.empty(target.shape, dtype=target.dtype, device=device)
+        if converter is None:
+            (source,) = by_pattern[""].values()
+            _fill(value, source[...], name)
+        else:
+            _stack(value, converter, by_pattern, name)
+        _assign(model, name, value)
+    used = [conversion for conversion in mapping if conversion.was_used()]
+    model.__dict__["_weight_conversions"] = used
+
+
+def _by_parameter(
+    model: PreTrainedModel, mapping: list[Any], expected: Mapping[str, Tensor], tensors: Mapping[str, Any]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """parameter -> pattern of the conversion ("" for none) -> checkpoint tensors by name, experts in order."""
+    renamings = [m for m in mapping if not hasattr(m, "operations")]
+    converters = [m for m in mapping if hasattr(m, "operations")]
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for key in sorted(tensors, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(expected))
+        groups.setdefault(name, {}).setdefault(pattern or "", {})[key] = tensors[key]
+    return groups
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether a conversion only stacks experts, and perhaps joins their matrices by rows."""
+    operations = converter.operations
+    if not operations or type(operations[0]) is not MergeModulelist or operations[0].dim != 0:
+        return False
+    joins = operations[1:]
+    return len(joins) <= 1 and all(type(join) is Concatenate and join.dim == 1 for join in joins)
+
+
+def _require_weights(by_pattern: Mapping[str, Mapping[str, Any]], name: str, expected: Mapping[str, Tensor]) -> None:
+    """Whole numbers where a parameter is floating are codes of some quantization, not weights: never cast them."""
+    if name not in expected or not expected[name].is_floating_point():
+        return
+    for found in by_pattern.values():
+        for key, source in found.items():
+            kind = source.get_dtype() if hasattr(source, "get_dtype") else str(source.dtype)
+            if "F" not in kind.upper():
+                raise ValueError(
+                    f"{key} is stored as {kind}, but {name} needs floating-point weights: use a bf16 copy."
+                )
+
+
+def _stack(value: Tensor, converter: Any, by_pattern: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Fill a fused tensor [E, ...] from one tensor per expert and pattern."""
+    rows = value.shape[1] // len(converter.source_patterns)
+    wanted = (rows, *value.shape[2:])
+    for place, pattern in enumerate(converter.source_patterns):
+        found = by_pattern.get(pattern, {})
+        if len(found) != len(value):
+            raise ValueError(f"{name} needs {len(value)} experts, the checkpoint holds {len(found)} for {pattern}.")
+        for expert, (key, source) in enumerate(found.items()):
+            matrix = source[...]
+            if tuple(matrix.shape) != wanted:
+                raise ValueError(
+                    f"{key} has the shape {tuple(matrix.shape)}, but {name} is made of {wanted} an expert."
+                )
+            value[expert, place * rows : (place + 1) * rows].copy_(matrix)
+
+
+def _fill(value: Tensor, source: Tensor, name: str) -> None:
+    if value.shape != source.shape:
+        raise ValueError(
+            f"{name} has the shape {tuple(value.shape)}, but the checkpoint's tensor has {tuple(source.shape)}."
+        )
+    value.copy_(source)
+
+
+def _assign(model: PreTrainedModel, name: str, value: Tensor) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    else:
+        module._buffers[leaf] = value
+
+
+def _convert(model: PreTrainedModel, mapping: list[Any], group: dict[str, Any], device: torch.device) -> None:
+    """Leave one parameter to transformers."""
+    with quiet():
+        info, _ = convert_and_load_state_dict_in_model(
+            model,
+            group,
+            LoadStateDictConfig(weight_mapping=mapping, device_map={"": str(device)}, dtype=model.dtype),
+        )
+    wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
+    if wrong:
+        raise ValueError(f"the checkpoint's tensors do not fit {type(model).__name__}: {sorted(map(str, wrong))[:3]}.")
+
+
+def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by module name -> tensors by checkpoint name, as `save_pretrained` would write them."""
+    return revert_weight_conversion(model, dict(state))
+
+
+def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
+    """The parameters and saved buffers of one layer under their full module names."""
+    prefix = f"{layers_prefix(model)}{index}."
+    return {prefix + name: tensor for name, tensor in decoder_layers(model)[index].state_dict().items()}
+
+
+def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int, str]:
+    """Under which name a checkpoint stores each matrix: tags stand in for parameters, one number for a matrix.
+
+    A number that does not come out alone belongs to a matrix that is stored together with others: it is left out.
+    """
+    # Of the conversions, a model remembers those that it needed so far; here all are.
+    used = model.__dict__.pop("_weight_conversions", None)
+    stored = revert_weight_conversion(model, dict(tags))
+    if used is not None:
+        model.__dict__["_weight_conversions"] = used
+    return {int(tag): name for name, tag in stored.items() if tag.numel() == 1}

@@ -1,0 +1,134 @@
+"""The weight matrices of one decoder layer by kind, whatever their storage: views [B, O, I], B experts or one.
+
+O outputs, I inputs, E experts. Writing into a view changes the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress.models import hf
+from moe_compress.models.families import Family, family_of
+from moe_compress.models.moe import MoEView, moe_view
+from moe_compress.models.sublayers import BESIDE
+
+Kind = Literal["experts", "shared", "attention", "dense", "router"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+ALL = "all"
+DENSE = ("mlp", "mlps", "feed_forward")
+ROUTED, INNER, ROUTER = "routed", "inner", "router"
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Matrices of equal shape as one view onto the layer's storage.
+
+    name: within the layer; source: what they multiply, `routed` (what experts see), `inner` (what their down
+    projections see), `router`, or the name of their module. Matrices of one source have the same inputs.
+    """
+
+    name: str
+    kind: Kind
+    source: str
+    weight_BOI: Tensor
+
+
+def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KINDS) -> list[Matrix]:
+    """The matrices of these kinds; embeddings, convolutions, norms and biases are none."""
+    view = moe_view(layer, family)
+    if view is not None and view.one_by_one and "experts" in kinds:
+        raise ValueError(
+            "experts that differ in width or are packed cannot be changed any more: put this stage before the one that "
+            "made them so, or choose other parts (where=)."
+        )
+    found = [*_expert_matrices(view)] if view is not None else []
+    names = view.names if view is not None else {"block": "", "router": ""}
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear) and not _within(name, names["router"]):
+            kind = _kind(layer, name, module, names["block"])
+            found.append(Matrix(name, kind, name, module.weight.detach().unsqueeze(0)))
+    return [matrix for matrix in found if matrix.kind in kinds]
+
+
+def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
+    for name, stack_EOI in ({} if view.one_by_one else view.stacks()).items():
+        source = INNER if name == "down" else ROUTED
+        yield Matrix(f"{view.names['experts']}.{name}", "experts", source, stack_EOI.detach())
+    yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))
+
+
+def _kind(layer: nn.Module, name: str, module: nn.Linear, block: str) -> Kind:
+    """What a linear map outside the experts is: one output inside a MoE block is a gate (Qwen's shared experts)."""
+    if _within(name, block):
+        return "router" if module.out_features == 1 else "shared"
+    first = name.partition(".")[0]
+    if first in BESIDE:
+        return "shared"
+    dense = first in DENSE or "MLP" in type(layer.get_submodule(first)).__name__
+    return "dense" if dense else "attention"
+
+
+def stored_matrices(model: PreTrainedModel, index: int) -> dict[str, tuple[str, int]]:
+    """Checkpoint tensors of a layer that hold one matrix each -> (the matrix's name, its number in the stack).
+
+    Families that store their experts fused have none for them; a skeleton is enough.
+    """
+    layer, family = hf.decoder_layers(model)[index], family_of(model.config)
+    prefix = f"{hf.layers_prefix(model)}{index}."
+    tags: dict[str, Tensor] = {}
+    places: list[tuple[str, int]] = []
+    view = moe_view(layer, family)
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            tags[f"{prefix}{name}.weight"] = torch.tensor([[float(len(places))]])
+            places.append((name, 0))
+    if view is not None and not view.one_by_one:
+        first = len(places)
+        tags |= {f"{prefix}{view.names['experts']}.{name}": tag for name, tag in _tags(view, first).items()}
+        places += [(f"{view.names['experts']}.{part}", e) for part in view.stacks() for e in range(view.num_experts)]
+    return {name: places[number] for number, name in hf.stored_names(model, tags).items()}
+
+
+def _tags(view: MoEView, first: int) -> dict[str, Tensor]:
+    """The fused tensors with one number in place of each matrix, counted from `first`, part by part."""
+    parts, experts = list(view.stacks()), view.num_experts
+    number_PE = torch.arange(first, first + len(parts) * experts, dtype=torch.float32).view(len(parts), experts)
+    column = {part: number_PE[n].view(-1, 1, 1) for n, part in enumerate(parts)}
+    if "gate" not in column:
+        return {"up_proj": column["up"], "down_proj": column["down"]}
+    return {"gate_up_proj": torch.cat([column["gate"], column["up"]], 1), "down_proj": column["down"]}
+
+
+def _within(name: str, place: str) -> bool:
+    return bool(place) and (name == place or name.startswith(f"{place}."))
+
+
+def kinds_of(where: str, spare: str) -> list[Kind]:
+    """The kinds of `where=` without those of `spare=`, each a comma-separated list; `all` is all but the routers.
+
+    Raises ValueError for a kind that there is not, or if none is left.
+    """
+    everything = [kind for kind in KINDS if kind != "router"]
+    wanted = {kind for word in _words("where", where) for kind in (everything if word == ALL else [word])}
+    idle = [kind for kind in _words("spare", spare) if kind not in wanted]
+    if idle:
+        raise ValueError(f"spare={spare}: where={where} does not hold {idle[0]} anyway.")
+    left = [kind for kind in KINDS if kind in wanted and kind not in _words("spare", spare)]
+    if not left:
+        raise ValueError(f"where={where} spare={spare}: nothing is left to be changed.")
+    return left
+
+
+def _words(key: str, text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    allowed = [*KINDS, ALL] if key == "where" else list(KINDS)
+    for word in words:
+        if word not in allowed:
+            raise ValueError(f"{key}={text}: {word!r} is no part of a layer; parts: {', '.join(allowed)}.")
+    return words

@@ -1,0 +1,1 @@
+"""Modelling files, shipped word for word inside edited checkpoints: torch and transformers alone."""

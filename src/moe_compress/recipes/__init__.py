@@ -1,0 +1,1 @@
+"""Recipes: a model, stages, text and a seed, from a sentence, YAML or Python."""

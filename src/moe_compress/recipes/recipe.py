@@ -1,0 +1,76 @@
+"""Recipes: a model, stages, text and a seed, validated and complete before a byte of weights is read.
+
+    expert_drop score=reap keep=6 + expert_drop keep=4
+
+is a recipe; words that follow it override: `samples=32`, and where a key fits several stages `expert_drop.keep=5` or,
+by the stage's number, `2.keep=5`.
+The same as YAML: `{model: ..., stages: [{expert_drop: {score: reap, keep: 6}}], samples: 32}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from moe_compress import methods
+from moe_compress.methods import registry
+from moe_compress.run.options import Options, make_options
+
+methods.register_all()
+
+
+class Stage(BaseModel):
+    """One method with all of its parameters, and those that differ from the method's defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    method: str
+    parameters: dict[str, Any]
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The parameters that say something: the method's headline, and what is set and not at its default."""
+        method = registry.find(self.method)
+        return {
+            key: value
+            for key, value in self.parameters.items()
+            if value is not None and (key in method.headline or value != method.parameters[key].default)
+        }
+
+    @property
+    def needs(self) -> registry.Need:
+        """What the stage must see."""
+        return registry.find(self.method).needs(self.parameters)
+
+
+class Recipe(BaseModel):
+    """Stages and options; everything a run depends on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stages: list[Stage]
+    options: Options
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that rebuilds the checkpoint; a stage's seed only where it is not the run's."""
+        seed = self.options.seed
+        stages = [
+            {stage.method: {k: v for k, v in stage.parameters.items() if (k, v) != ("seed", seed)}}
+            for stage in self.stages
+        ]
+        options = self.options.model_dump(exclude={"out", "name", "results"})
+        return yaml.safe_dump({"stages": stages, **options}, sort_keys=False)
+
+
+def build(stages: Sequence[tuple[str, Mapping[str, Any]]], options: Mapping[str, Any]) -> Recipe:
+    """A complete recipe from stages and options, as given by any of the three ways to write one."""
+    if not stages:
+        raise ValueError(f"the recipe names no method; methods: {', '.join(sorted(registry.METHODS))}.")
+    complete = make_options(options).resolved()
+    bound = []
+    for name, given in stages:
+        method = registry.find(name)
+        with_seed = {"seed": complete.seed, **given} if "seed" in method.parameters else given
+        bound.append(Stage(method=name, parameters=method.bind(with_seed)))
+    return Recipe(stages=bound, options=complete)

@@ -1,0 +1,148 @@
+"""Where things stand on the page's inline SVG: numbers in, pixels and ticks out; the template draws them.
+
+This module knows nothing of ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moe_compress.reports.pareto import Front, Point
+
+WIDTH, HEIGHT = 720, 380
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 14, 48
+CELL, SHADES = 9, 16
+LABELS = 44
+BAR_HEIGHT = 64
+TICKS = 6
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A scale: values from `low` to `high` onto pixels from `start` to `end`.
+
+    root: by the square root of the logarithm of what they are times `low`, so that the good ones, which differ by
+    little, and the bad ones, which differ by much, can be told apart on one plot.
+    """
+
+    low: float
+    high: float
+    start: float
+    end: float
+    root: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The pixel; what lies outside is moved to the edge."""
+        low, high, at = (self._scaled(each) for each in (self.low, self.high, min(max(value, self.low), self.high)))
+        return round(self.start + (at - low) / (high - low) * (self.end - self.start), 1)
+
+    def _scaled(self, value: float) -> float:
+        return math.sqrt(math.log(value / self.low)) if self.root else value
+
+    def ticks(self) -> list[tuple[float, str]]:
+        """Pixels of round values, and the values."""
+        if self.root:
+            steps = [n / TICKS * self._scaled(self.high) for n in range(TICKS + 1)]
+            labels = [f"{self.low * math.exp(step**2):.4g}" for step in steps]
+            return [(self(float(label)), label) for label in dict.fromkeys(labels)]
+        step = _step(self.high - self.low)
+        values = [step * n for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1)]
+        return [(self(value), f"{value:.6g}") for value in values]
+
+
+def _step(span: float) -> float:
+    rough = span / TICKS
+    ten = 10.0 ** math.floor(math.log10(rough))
+    return next(m * ten for m in (1, 2, 5, 10) if m * ten >= 0.7 * rough)
+
+
+def axis(values: Iterable[float], start: float, end: float) -> Axis:
+    """A scale that has room for all values that are finite."""
+    shown = [value for value in values if math.isfinite(value)] or [1.0]
+    low, high = min(shown), max(shown)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return Axis(low - room, high + room, start, end)
+
+
+def perplexity_axis(points: Sequence[Point], start: float, end: float) -> Axis:
+    """A scale for the points' perplexities and their intervals, from the lowest end up."""
+    ends = [end for point in points for end in (*point.interval, point.perplexity) if math.isfinite(end) and end > 0]
+    low, high = min(ends, default=1.0), max(ends, default=1.0)
+    return Axis(low, max(high, low * 1.001), start, end, root=True)
+
+
+def scatter(front: Front) -> dict[str, Any]:
+    """A plot of a front: points with whiskers, the line through those on the front, ticks."""
+    costs = [end for point in front.points for end in (point.cost, *(point.cost_interval or ()))]
+    across, up = axis(costs, LEFT, WIDTH - RIGHT), perplexity_axis(front.points, HEIGHT - BOTTOM, TOP)
+    stairs = [(across(point.cost), up(point.perplexity)) for point in front.points if point.front]
+    line = "".join(f"{'H' if n else 'M'}{x}{'V' if n else ' '}{y}" for n, (x, y) in enumerate(stairs))
+    return {
+        "front": front,
+        "points": [_dot(point, across, up) for point in sorted(front.points, key=lambda p: p.front)],
+        "line": line,
+        "xticks": across.ticks(),
+        "yticks": up.ticks(),
+        "best": sorted((p for p in front.points if p.share >= 0.05 or p.front), key=lambda p: -p.share),
+    }
+
+
+def _dot(point: Point, across: Axis, up: Axis) -> dict[str, Any]:
+    x, y = across(point.cost), up(point.perplexity)
+    low, high = (across(end) for end in point.cost_interval or (point.cost, point.cost))
+    ends = up(point.interval[0]), up(point.interval[1])
+    return {"point": point, "x": x, "y": y, "whiskers": f"M{x} {ends[0]}V{ends[1]}M{low} {y}H{high}"}
+
+
+def heat(title: str, rows: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """Rows of cells, darker for more; negative ones are of another colour, and what is unknown is left out."""
+    known = [abs(value) for row in rows.values() for value in row if value is not None and math.isfinite(value)]
+    most = max(known, default=0.0) or 1.0
+    shades: dict[tuple[int, bool], list[str]] = {}
+    for at, row in enumerate(rows.values()):
+        for column, value in enumerate(row):
+            if value is not None and math.isfinite(value):
+                square = f"M{LABELS + column * CELL} {at * CELL}h{CELL - 1}v{CELL - 1}h-{CELL - 1}z"
+                shades.setdefault((round(abs(value) / most * SHADES), value < 0), []).append(square)
+    return {
+        "kind": "heat",
+        "title": title,
+        "most": f"{most:.4g}",
+        "width": LABELS + CELL * max(map(len, rows.values()), default=0),
+        "height": CELL * len(rows),
+        "labels": _labels(list(rows)),
+        "shades": [(f"{shade / SHADES:.2f}", negative, "".join(found)) for (shade, negative), found in shades.items()],
+    }
+
+
+def _labels(names: Sequence[str]) -> list[tuple[int, str]]:
+    """So many names that they do not touch."""
+    return [(at * CELL + CELL - 1, name) for at, name in enumerate(names) if at % 2 == 0 or len(names) < 3]
+
+
+def bars(title: str, values: Mapping[str, float], ends: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
+    """A bar a layer from zero up, with whiskers where there are intervals."""
+    ends = ends or {}
+    shown = {name: value for name, value in values.items() if math.isfinite(value)}
+    most = max([*shown.values(), *(max(pair) for pair in ends.values())], default=0.0) or 1.0
+    scale = Axis(0.0, most, BAR_HEIGHT, 0)
+    wide = 2 * CELL
+    found = []
+    for at, (name, value) in enumerate(shown.items()):
+        x, y = LABELS + at * wide, scale(value)
+        whisker = f"M{x + CELL - 2} {scale(ends[name][0])}V{scale(ends[name][1])}" if name in ends else ""
+        found.append(
+            {"x": x, "y": y, "height": round(BAR_HEIGHT - y, 1), "name": name, "value": f"{value:.4g}"}
+            | {"whisker": whisker}
+        )
+    return {
+        "kind": "bars",
+        "title": title,
+        "most": f"{most:.4g}",
+        "width": LABELS + wide * len(found),
+        "height": BAR_HEIGHT,
+        "bars": found,
+    }

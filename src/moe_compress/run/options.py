@@ -1,0 +1,86 @@
+"""Options of a run: what belongs to it and to no single stage, typed, with defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from moe_compress import zoo
+from moe_compress.utils.choices import coerce, unknown_key
+
+COUNTS = ("samples", "length", "eval_samples", "eval_length")
+LIMITS = {**dict.fromkeys((*COUNTS, "seed"), (0, 2**31 - 1)), "threads": (1, 1024)}
+MAX_NAME = 200  # bytes; file systems allow 255, and endings such as `.stage1.partial` come behind
+
+
+class Options(BaseModel):
+    """What belongs to the run and to no single stage. 0 and empty mean: the default for this model.
+
+    model: zoo name, local folder or hub id; revision: hub branch, tag or commit; data, samples, length, pack, mix
+    and data_*: the calibration text; eval_*: the evaluation text (eval=false: none); seed: of the text's order and
+    of every method that draws; dtype, device, attn: the arithmetic; out: the checkpoint's folder; name: the record's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    model: str = "tiny-mixtral"
+    revision: str | None = None
+    data: str = ""
+    data_config: str | None = None
+    data_split: str | None = None
+    data_field: str = "text"
+    samples: int = 0
+    length: int = 0
+    pack: bool = True
+    mix: str = ""
+    eval: bool = True
+    eval_data: str = ""
+    eval_config: str | None = None
+    eval_split: str | None = None
+    eval_field: str = "text"
+    eval_samples: int = 0
+    eval_length: int = 0
+    resident: bool = False
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "auto"
+    attn: str | None = None
+    threads: int | None = None
+    out: str = ""
+    name: str = ""
+    results: str = "runs"
+
+    def resolved(self) -> Options:
+        """Every default written out. Zoo models use the zoo's own text in short windows, others C4 and WikiText-2."""
+        small = zoo.descends_from(self.model)
+        filled: dict[str, Any] = {
+            "data": self.data or ("zoo" if small else "c4"),
+            "samples": self.samples or (64 if small else 128),
+            "length": self.length or (256 if small else 2048),
+            "eval_data": self.eval_data or ("zoo" if small else "wikitext2"),
+            "eval_samples": self.eval_samples or (216 if small else 128),
+            "eval_length": self.eval_length or (256 if small else 2048),
+        }
+        return self.model_copy(update=filled)
+
+
+def make_options(given: Mapping[str, Any]) -> Options:
+    """Typed options from words or Python values; ValueError says what would have worked."""
+    values: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in Options.model_fields:
+            raise ValueError(unknown_key(key, Options.model_fields))
+        values[key] = coerce(Options.model_fields[key].annotation, value, key)
+    options = Options(**values)
+    for key, (least, most) in LIMITS.items():
+        if (value := getattr(options, key)) is not None and not least <= value <= most:
+            raise ValueError(f"{key}={value}: a number from {least} to {most} is needed.")
+    for key in ("name", "out", "results"):
+        name = Path(getattr(options, key)).name
+        if "\0" in name or len(name.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ValueError(f"{key}={name[:40]!r}...: a name of at most {MAX_NAME} bytes, none of them 0, is needed.")
+    if "/" in options.name:
+        raise ValueError(f"name={options.name}: a record's name has no `/`; the checkpoint's folder is out=.")
+    return options

@@ -1,0 +1,1 @@
+"""What every part needs and none should invent; nothing here knows about models."""

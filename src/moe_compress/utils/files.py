@@ -1,0 +1,102 @@
+"""Files: written whole or not at all, read with one clear sentence where that fails; disk space and locks."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from moe_compress.utils.logging import log
+
+
+class NoSpaceError(ValueError):
+    """A disk is too small: the same run may well succeed later, so nothing that it has done is thrown away."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a reader sees the old file or the new one, never half of one."""
+    atomic_write(path, as_json(value).encode())
+
+
+def as_json(value: Any) -> str:
+    """JSON that a person can read."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def atomic_write(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, flush it to disk, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a broken one is named."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def require_disk(folder: Path, needed_bytes: int, what: str, advice: str = "choose another folder with out=") -> None:
+    """Refuse to start writing what cannot fit."""
+    existing = _existing(folder)
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise NoSpaceError(
+            f"{what} needs {gigabytes(needed_bytes)}, but {existing} has {gigabytes(free)} free: "
+            f"free some space or {advice}."
+        )
+
+
+def require_writable(folder: Path, what: str) -> None:
+    """Refuse a place where nothing can be written: below a file, on a read-only disk, under an impossible name."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".moe-compress-", dir=_existing(folder)))
+    except OSError as error:
+        raise ValueError(
+            f"{what}: nothing can be written to {folder} ({error.strerror}); choose another folder."
+        ) from error
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that is there."""
+    return next(p for p in [folder, *folder.absolute().parents] if p.exists())
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people, in binary units."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path, what: str) -> Iterator[None]:
+    """Wait until no other process is in here with the same lock, a file of no content that stays."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another run is %s: waiting for it.", what)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            log.debug("%s is on a file system without locks.", lock)
+        yield
