@@ -20,7 +20,7 @@ from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.surgery import rewrite
 from moe_compress.edits.apply import apply_edits, check_edits
 from moe_compress.edits.edits import Edit, KeepExperts, to_json
-from moe_compress.edits.resulting_config import form_after, kept_layers, layer_lists
+from moe_compress.edits.resulting_config import kept_layers, layer_lists, resulting_config
 from moe_compress.models import hf
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import moe_shapes
@@ -72,7 +72,7 @@ def write(source: Checkpoint, edits: Sequence[Edit], out: Path, **keywords: Any)
     """A new checkpoint by surgery, as compress.py makes it."""
     if edits:
         check_edits(hf.skeleton(source.config, source.stored_dtype), edits)
-    form = form_after(source.values, edits)
+    form = resulting_config(source.values, edits)
     layers = kept_layers([to_json(edit) for edit in edits], source.num_layers)
     writer = CheckpointWriter(out, source, "test", keep_extra_layers=not edits, layers=layers)
     rewrite(source, edits, writer, fill=form.fill, **keywords)

@@ -23,12 +23,12 @@ from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.weights import bit_sensitivity, stage
 from moe_compress.compression.weights.bit_sensitivity import choose
-from moe_compress.compression.weights.norm_readers import Feeds
+from moe_compress.compression.weights.norm_readers import NormReaders
 from moe_compress.compression.weights.rescaling import Rescale
-from moe_compress.engine.forward import visit_layers
+from moe_compress.engine.forward import walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.quantization.awq import awq_scale
-from moe_compress.methods.quantization.bit_allocation import by_use, cheapest_widths
+from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, cheapest_widths
 from moe_compress.methods.quantization.grid import BITS
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
@@ -81,7 +81,7 @@ def rescaled(family: str, checkpoint: Any, scale: float) -> tuple[Tensor, Tensor
     outputs: list[list[Tensor]] = [[], []]
 
     def visit(index: int, layer: torch.nn.Module, run: Any) -> None:
-        feeds = Feeds(family_of(layers.model.config))
+        feeds = NormReaders(family_of(layers.model.config))
         run([feeds], False, True)
         matrices = layer_matrices(layer, family_of(layers.model.config))
         for side in (0, 1):
@@ -104,7 +104,7 @@ def rescaled(family: str, checkpoint: Any, scale: float) -> tuple[Tensor, Tensor
                     done.append(norm)
         run([], True)
 
-    visit_layers(layers, windows_of(tiny.token_ids()), visit)
+    walk_layers(layers, windows_of(tiny.token_ids()), visit)
     return torch.cat([t.flatten() for t in outputs[0]]), torch.cat([t.flatten() for t in outputs[1]]), done
 
 
@@ -123,8 +123,8 @@ def test_the_scales_that_are_found_for_a_router_are_powers_of_two(family, lab, m
         before(self, layer, owner)
 
     monkeypatch.setattr(Rescale, "apply", applied)
-    asked = stage._Slimmer._choices
-    monkeypatch.setattr(stage._Slimmer, "_choices", lambda self, run, _wanted=False: asked(self, run, True))
+    asked = stage.WeightStage._choices
+    monkeypatch.setattr(stage.WeightStage, "_choices", lambda self, run, _wanted=False: asked(self, run, True))
     options = {**lab(family), "dtype": "bfloat16", "out": str(tmp_path / "out")}
     folder = moe_compress.compress(f"{AWQ} bits=4", **options).folder
     norms = [each for each in found if each.maker.endswith("norm")]
@@ -201,7 +201,7 @@ def test_what_gets_one_width_gets_one():
 
 def test_utilisation_gives_to_the_used_or_to_the_rare():
     share = torch.tensor([0.7, 0.2, 0.05, 0.05])
-    used, rare = (cheapest_widths(by_use(share, first), [1] * 4, 3.25) for first in (False, True))
+    used, rare = (cheapest_widths(bit_cost_by_use(share, first), [1] * 4, 3.25) for first in (False, True))
     assert used[0] > used[3] and rare[3] > rare[0]
 
 

@@ -22,7 +22,7 @@ from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.cli.commands import main
 from moe_compress.engine import forward
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.utils import logging as files
+from moe_compress.utils import files
 
 Refused = Callable[..., str]
 INDEX = "model.safetensors.index.json"

@@ -17,17 +17,17 @@ import naive_pruning as slow
 import readers
 import tiny
 from editing import FOUR, IDS, cut, logits_of, moe_layers, original, write
-from moe_compress.calibration.channel_statistics import ChannelSums
+from moe_compress.calibration.channel_statistics import ChannelStatistics
 from moe_compress.calibration.gradients import ChannelGradients
-from moe_compress.calibration.model_statistics import LayerSums
-from moe_compress.checkpoints.folder import manifest_of
+from moe_compress.calibration.model_statistics import LayerStatistics
+from moe_compress.checkpoints.folder import read_manifest
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.edits.apply import check_edits
 from moe_compress.edits.edits import Edit, KeepChannels, KeepExperts, from_json, to_json
 from moe_compress.edits.plan_file import read_plan
 from moe_compress.engine.backward import backward
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.methods.pruning.channels import channel_scores
 from moe_compress.models import hf
@@ -98,7 +98,7 @@ def test_different_widths_are_edited_and_full_width_changes_nothing(sources, tmp
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "qwen2_moe"])
 def test_sums_and_scores_are_those_of_the_naive_reference(family):
     model = tiny.make(family)
-    seen, _ = fold(ResidentLayers(model), windows_of(IDS), [ChannelSums(family_of(model.config))])
+    seen, _ = forward_layers(ResidentLayers(model), windows_of(IDS), [ChannelStatistics(family_of(model.config))])
     layer = next(iter(moe_views(model)))
     found, rows = seen[layer][0], slow.rows(tiny.make(family), family, IDS)[layer]
     nothing = torch.zeros(1, tiny.INNER, dtype=torch.float64)
@@ -112,7 +112,7 @@ def test_sums_and_scores_are_those_of_the_naive_reference(family):
     close(found["channel_max"], largest)
     view = moe_views(model)[layer]
     shape = next(shape for shape in moe_shapes(model) if shape.layer == layer)
-    sums = LayerSums(shape, found, 3, "full", lambda: contextlib.nullcontext(view))
+    sums = LayerStatistics(shape, found, 3, "full", lambda: contextlib.nullcontext(view))
     matrices = [[m.double() for m in expert] for expert in slow.matrices(model, family, layer)]
     down = torch.stack([expert[-1] for expert in matrices])
     close(channel_scores(sums, "camera", 0.25), down.square().sum(1) * (0.75 * total + 0.25 * largest))
@@ -145,7 +145,7 @@ def test_a_global_budget_leaves_as_many_neurons(reader_folder, options):
     assert sum(widths.values()) == 3 * WIDTH and set(widths.values()) <= {8, 16, 24}
     again = run("channels ratio=0.34 budget=global + expert_drop keep=6 score=frequency + channels keep=8").folder
     assert {inner_width(view) for view in moe_views(load_model(again, torch.float32)).values()} == {8}
-    assert manifest_of(again)["form"] == "plain"
+    assert read_manifest(again)["form"] == "plain"
 
 
 def test_duplicated_channels_that_do_nothing_go_first(reader_folder, options, tmp_path):
@@ -227,7 +227,7 @@ def test_experts_of_different_widths_are_those_with_other_neurons_zeroed(family,
     assert written.bytes < source.bytes
     loaded = load_model(tmp_path / "out", torch.float32)
     assert torch.equal(logits_of(loaded), logits_of(edited))
-    streamed = fold(StreamedLayers(written, torch.device("cpu"), torch.float32), windows_of(IDS))[1]
+    streamed = forward_layers(StreamedLayers(written, torch.device("cpu"), torch.float32), windows_of(IDS))[1]
     torch.testing.assert_close(hf.head(loaded, streamed.flatten(0, 1)).view_as(logits_of(edited)), logits_of(edited))
 
 
@@ -261,7 +261,7 @@ def test_ranking_within_layers_gives_experts_widths_of_their_own(budget, reader_
     widths = [view.widths for view in moe_views(load_model(made)).values()]
     assert sum(map(sum, widths)) == len(widths) * tiny.EXPERTS * WIDTH
     assert budget == "global" or [sum(each) for each in widths] == [tiny.EXPERTS * WIDTH] * len(widths)
-    assert any(len(set(each)) > 1 for each in widths) and manifest_of(made)["form"] == "edited"
+    assert any(len(set(each)) > 1 for each in widths) and read_manifest(made)["form"] == "edited"
     plan = read_plan(made / "plan.json")[0][0].plan
     torch.testing.assert_close(
         logits_of(load_model(made, torch.float32), WORDS),

@@ -381,7 +381,7 @@ def test_in_place_or_not(family, tokenizer, fresh):
 
     assert config == compressor.apply_compression(plan, LAYER, inplace=True)
     view = view_of(model, LAYER)
-    assert view.num_experts == view.rows == config.compressed_num_experts == 4
+    assert view.num_experts == view.router_rows == config.compressed_num_experts == 4
     assert torch.equal(view.router_rows_ED, config.router_remap)
     assert set(config.expert_mapping) == set(range(8)) and set(config.expert_mapping.values()) == {-1, 0, 1, 2, 3}
     for merge in plan.merges:

@@ -18,7 +18,7 @@ import tiny
 from editing import write
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.edits.edits import KeepExperts
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
 from test_identity import windows_of
@@ -128,7 +128,7 @@ def test_deepseek_v1_is_read_exactly(renormalise, tmp_path):
     source = open_checkpoint(save(tmp_path / "v1", torch.float32, norm_topk_prob=renormalise))
     expected = Reference(tensors(), renormalise)(IDS)
     layers = StreamedLayers(source, torch.device("cpu"), torch.float32)
-    _, hidden = fold(layers, windows_of(IDS))
+    _, hidden = forward_layers(layers, windows_of(IDS))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
 

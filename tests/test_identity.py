@@ -13,7 +13,7 @@ from moe_compress.checkpoints.safetensors_file import read_regions, write_shard
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.surgery import rewrite
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.models import hf
 from moe_compress.utils.hashing import tensor_bytes
@@ -34,10 +34,10 @@ def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
-    _, hidden = fold(layers, windows_of(ids))
+    _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
     assert torch.equal(logits, expected)
-    _, resident = fold(ResidentLayers(model), windows_of(ids))
+    _, resident = forward_layers(ResidentLayers(model), windows_of(ids))
     assert torch.equal(resident, hidden)
 
 
@@ -49,7 +49,7 @@ def test_fold_with_padding_equals_full_forward(family, family_folder, family_che
     with torch.no_grad():
         expected = model(ids, attention_mask=mask.long(), use_cache=False).logits
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
-    _, hidden = fold(layers, windows_of(ids, mask))
+    _, hidden = forward_layers(layers, windows_of(ids, mask))
     logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
     assert torch.equal(logits[mask], expected[mask])
 
@@ -112,6 +112,6 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
         expected = torch.cat([model(part, use_cache=False).logits for part in ids.split(2)])
     monkeypatch.setattr("moe_compress.engine.forward.TOKENS_PER_BATCH", 24)
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
-    _, hidden = fold(layers, windows_of(ids))
+    _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
     assert torch.equal(logits, expected)

@@ -20,10 +20,10 @@ pytest.importorskip("lm_eval")
 import moe_compress
 from moe_compress import zoo
 from moe_compress.checkpoints.load import load_tokenizer
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.evaluation.tasks import lm_eval_runner, selection
 from moe_compress.evaluation.tasks import report as task_evaluation
-from moe_compress.evaluation.tasks.lm_eval_runner import Scores
+from moe_compress.evaluation.tasks.lm_eval_runner import TaskAnswers
 from moe_compress.evaluation.tasks.report import TaskReport, task_report
 from moe_compress.run.context import Run
 from moe_compress.run.log import RunLog
@@ -41,9 +41,9 @@ def _text_is_read_once():
         yield
 
 
-def scores(correct: list[int], width: int = 4) -> Scores:
+def scores(correct: list[int], width: int = 4) -> TaskAnswers:
     right = torch.tensor(correct, dtype=torch.bool)
-    return Scores(right, torch.arange(len(right)), torch.zeros(len(right), width, dtype=torch.float64))
+    return TaskAnswers(right, torch.arange(len(right)), torch.zeros(len(right), width, dtype=torch.float64))
 
 
 # --- questions ----------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_pairs_of_answers():
     assert found["p"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert lm_eval_runner.paired(before, before) | {"delta": 0} == {"delta": 0, "lost": 0, "gained": 0, "p": 1.0}
     assert lm_eval_runner.accuracy(before)["interval"] == pytest.approx([0.502, 0.691], abs=5e-4)
-    other = Scores(after.correct, after.document + 1, after.likelihood)
+    other = TaskAnswers(after.correct, after.document + 1, after.likelihood)
     with pytest.raises(ValueError, match="different questions"):
         lm_eval_runner.paired(before, other)
 
@@ -184,7 +184,7 @@ def test_means_of_tasks_count_every_task_alike():
 def test_chance_counts_the_choices():
     likelihood = torch.zeros(2, 4, dtype=torch.float64)
     likelihood[1, 2:] = torch.nan
-    assert Scores(torch.zeros(2, dtype=torch.bool), torch.arange(2), likelihood).chance == (1 / 4 + 1 / 2) / 2
+    assert TaskAnswers(torch.zeros(2, dtype=torch.bool), torch.arange(2), likelihood).chance == (1 / 4 + 1 / 2) / 2
     assert scores([1, 0], width=0).chance is None
 
 
@@ -195,7 +195,7 @@ def report(
     checkpoint: str | Path, base: str | Path, options: dict[str, object], tasks: object = "local", **given
 ) -> TaskReport:
     run = Run(make_options({**options, "model": base}).resolved(), RunLog(None))
-    found = task_report(open_model(str(checkpoint)), open_model(str(base)), run, tasks, **{"limit": 3, **given})
+    found = task_report(resolve_model(str(checkpoint)), resolve_model(str(base)), run, tasks, **{"limit": 3, **given})
     saved = json.loads(found.save(run.results("tasks")).read_text())
     assert json.loads(json.dumps(found.to_json())).items() <= saved.items()
     return found

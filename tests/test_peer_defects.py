@@ -22,7 +22,7 @@ import tiny
 from editing import logits_of
 from moe_compress.calibration.artefact import Calibration, calibrate
 from moe_compress.calibration.collect import observed
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.data.windows import Windows
@@ -42,7 +42,7 @@ from test_identity import CPU, windows_of
 TEXT = tiny.token_ids(8, 16, seed=4)
 
 
-def calibrated(model: Any, place: Path, windows: Windows | None = None) -> tuple[Calibration, Observed]:
+def calibrated(model: Any, place: Path, windows: Windows | None = None) -> tuple[Calibration, ModelStatistics]:
     """One pass over a tiny model, read back from disk, and what a method is given of it."""
     checkpoint = open_checkpoint(tiny.save(model, place / "model"))
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
@@ -52,7 +52,7 @@ def calibrated(model: Any, place: Path, windows: Windows | None = None) -> tuple
     return read, observed(checkpoint, read, {})
 
 
-def planned(model: Observed, sentence: str) -> Plan:
+def planned(model: ModelStatistics, sentence: str) -> Plan:
     name, *words = sentence.split()
     method = registry.find(name)
     return method.run(model, **method.bind(dict(word.split("=") for word in words)))
@@ -114,7 +114,7 @@ def test_5_a_router_bias_goes_with_its_rows(sentence, reader_folder, options):
     folder = moe_compress.compress(sentence, model=reader_folder("gpt_oss"), **{**options, "eval": False}).folder
     rows = 8 if "sum" in sentence else 6
     views = moe_views(load_model(folder, torch.float32))
-    assert {len(view.router.bias) for view in views.values()} == {rows} == {view.rows for view in views.values()}
+    assert {len(view.router.bias) for view in views.values()} == {rows} == {view.router_rows for view in views.values()}
     assert all(len(view.experts.gate_up_proj_bias) == 6 for view in views.values())
 
 

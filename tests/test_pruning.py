@@ -36,7 +36,7 @@ from moe_compress.methods.column_solver import inverse_factor
 from moe_compress.methods.pruning import masks, sparsity_allocation
 from moe_compress.methods.pruning import prune as pruning
 from moe_compress.methods.pruning.sparsegpt import sparsegpt
-from moe_compress.methods.weight_method import Group
+from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.run.context import Run
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
@@ -285,9 +285,9 @@ def test_counts_are_where_the_scores_are(share, monkeypatch):
 
     monkeypatch.setattr(sys.modules[sparsegpt.__module__], "lowest", lowest)
     monkeypatch.setattr(sys.modules[sparsegpt.__module__], "inverse_factor", lambda gram, _names: (gram, []))
-    share_B = None if share is None else torch.full((2,), share, dtype=torch.float64)
+    sparsity_B = None if share is None else torch.full((2,), share, dtype=torch.float64)
     weights, gram = [torch.empty(2, 6, 8, device="meta")], torch.empty(2, 8, 8, device="meta")
-    pruning.prune(Group(["a", "b"], weights, gram, share_B), method="sparsegpt", sparsity=0.5)
+    pruning.prune(MatrixGroup(["a", "b"], weights, gram, sparsity_B), method="sparsegpt", sparsity=0.5)
     assert places == [("meta", "meta")]
 
 
@@ -728,18 +728,18 @@ def test_fewer_tokens_than_asked_for_are_as_good_as_none(lab, made):
 
 @pytest.mark.parametrize("use_pooled", [True, False])
 @pytest.mark.parametrize("shrink", [0.0, 5.0])
-@pytest.mark.parametrize("statistic", ["squares", "grams"])
+@pytest.mark.parametrize("statistic", ["input_squares", "input_grams"])
 def test_mean_moments(statistic, shrink, use_pooled):
     parts = [random(rows, 4, seed=rows).double() for rows in (1, 7, 30)]
 
     def moment(x: Tensor) -> Tensor:
-        return x.square().sum(0) if statistic == "squares" else x.T @ x
+        return x.square().sum(0) if statistic == "input_squares" else x.T @ x
 
     total = torch.stack([moment(x) for x in parts])
     moments = Moments(torch.tensor([1, 7, 30]), total.float(), total.sum(0).float(), 38)
     found = moments.mean(shrink, torch.tensor([True, False, False]), use_pooled)
     every = total.sum(0) / 38
-    flat = torch.ones(4) if statistic == "squares" else torch.eye(4)
+    flat = torch.ones(4) if statistic == "input_squares" else torch.eye(4)
     torch.testing.assert_close(found[0].double(), every if use_pooled else flat.double(), rtol=1e-5, atol=1e-6)
     for e in (1, 2):
         expected = (total[e] + shrink * every) / (len(parts[e]) + shrink)
@@ -854,7 +854,7 @@ def test_sensitivity_is_what_the_experts_would_add_differently(family, lab, monk
     monkeypatch.setattr(sparsity_allocation, "choose", seen)
     options, level = lab(family), 4
     stage = moe_compress.recipe.parse("prune allocate=sensitivity", (), options).stages[0]
-    sparsity_sensitivity.expert_shares(stage, open_checkpoint(Path(str(options["model"]))), run_of(options))
+    sparsity_sensitivity.expert_sparsities(stage, open_checkpoint(Path(str(options["model"]))), run_of(options))
     model, found = reference(options["model"]), windows(options)
     energy = {i: e for i, (_, e) in slow.entering(model, family, found.ids_NS).items()}
     for layer, experts in rows(family, options).items():

@@ -84,7 +84,7 @@ def test_stages_are_joined_by_plus():
 def test_quoted_and_unquoted_are_one(words):
     sentence, overrides = split_words(words)
     recipe = parse(sentence, overrides)
-    assert recipe.stages[0].given == {"score": "ean", "keep": 6}
+    assert recipe.stages[0].explicit_parameters == {"score": "ean", "keep": 6}
     assert recipe.options.samples == 3
 
 
@@ -277,7 +277,7 @@ def test_words_override_yaml_too(tmp_path):
     path = tmp_path / "recipe.yml"
     path.write_text(parse("expert_drop keep=6 samples=3").to_yaml(), encoding="utf-8")
     recipe = parse(str(path), ["ratio=0.5", "seed=7"], {"samples": 4})
-    assert recipe.stages[0].given == {"score": "reap", "ratio": 0.5, "seed": 7}
+    assert recipe.stages[0].explicit_parameters == {"score": "reap", "ratio": 0.5, "seed": 7}
     assert (recipe.options.samples, recipe.options.seed) == (4, 7)
 
 
@@ -285,7 +285,7 @@ def test_yaml_may_be_short(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("stages: [identity, {expert_drop: {keep: 6, reverse: true}}]\nsamples: 5\n", encoding="utf-8")
     recipe = parse(str(path))
-    assert recipe.stages[1].given == {"score": "reap", "keep": 6, "reverse": True}
+    assert recipe.stages[1].explicit_parameters == {"score": "reap", "keep": 6, "reverse": True}
     assert recipe.options.samples == 5
 
 

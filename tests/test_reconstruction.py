@@ -20,20 +20,20 @@ from torch import Tensor
 import naive
 import tiny
 from moe_compress.calibration import output_sample as probe_module
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.engine import forward as fold_module
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.methods.expert_drop import subset_search
-from moe_compress.methods.expert_drop.subset_loss import Layer, Search
+from moe_compress.methods.expert_drop.subset_loss import SubsetLoss, SubsetSearch
 from moe_compress.methods.expert_drop.subset_search import best_subset, elimination_order, subset_losses
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.modeling.edit_layer import keep_experts, skip_experts
 from moe_compress.models.moe import moe_views
-from moe_compress.models.router_rule import Routing
+from moe_compress.models.router_rule import RouterRule
 from moe_compress.models.shape import MoEShape, moe_shapes
 from test_identity import windows_of
 from test_routing import VARIANTS, Block, block_of, dense, made
@@ -47,11 +47,11 @@ SAMPLE = 20
 # --- what a probe holds ---------------------------------------------------------------------------------------
 
 
-def probed(checkpoint: Checkpoint, sample: int = SAMPLE, mask: Tensor = PADDED) -> dict[int, Probe]:
+def probed(checkpoint: Checkpoint, sample: int = SAMPLE, mask: Tensor = PADDED) -> dict[int, OutputSample]:
     """Layer -> the probe of a checkpoint on the test's text."""
-    observer = ProbeObserver(family_of(checkpoint.config), checkpoint.config, int(mask.sum()), sample)
-    seen, _ = fold(StreamedLayers(checkpoint, CPU, torch.float32), windows_of(IDS, mask), [observer])
-    return {index: Probe.from_tensors(parts[0]) for index, parts in enumerate(seen) if parts[0]}
+    observer = OutputSampler(family_of(checkpoint.config), checkpoint.config, int(mask.sum()), sample)
+    seen, _ = forward_layers(StreamedLayers(checkpoint, CPU, torch.float32), windows_of(IDS, mask), [observer])
+    return {index: OutputSample.from_tensors(parts[0]) for index, parts in enumerate(seen) if parts[0]}
 
 
 @functools.cache
@@ -155,7 +155,7 @@ def test_only_the_best_are_ranked_of_many_experts(tmp_path):
         assert torch.equal(probe.ids_TM[:, :5].sort(1).values, probe.index_TK.sort(1).values)
 
 
-def assert_same(a: dict[int, Probe], b: dict[int, Probe]) -> None:
+def assert_same(a: dict[int, OutputSample], b: dict[int, OutputSample]) -> None:
     assert a.keys() == b.keys()
     for layer, one in a.items():
         for name, tensor in one.tensors().items():
@@ -191,7 +191,7 @@ def test_a_sample_of_all_takes_every_real_token(family_checkpoint):
 
 def test_a_probe_survives_being_saved(family_checkpoint):
     probe = probed(family_checkpoint("deepseek_v3"))[1]
-    again = Probe.from_tensors(load(save(probe.tensors())))
+    again = OutputSample.from_tensors(load(save(probe.tensors())))
     assert_same({1: again}, {1: probe})
     assert again.routing is not None and again.routing.groups == 2
 
@@ -200,24 +200,24 @@ def test_a_probe_survives_being_saved(family_checkpoint):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe", "minimax_m2", "deepseek_v3", "olmoe"])
 def test_rules_are_found_in_half_precision(family, dtype, family_checkpoint):
     checkpoint = family_checkpoint(family)
-    observer = ProbeObserver(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()))
-    seen, _ = fold(StreamedLayers(checkpoint, CPU, dtype), windows_of(IDS, PADDED), [observer])
+    observer = OutputSampler(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()))
+    seen, _ = forward_layers(StreamedLayers(checkpoint, CPU, dtype), windows_of(IDS, PADDED), [observer])
     for parts in seen:
-        assert not parts[0] or Probe.from_tensors(parts[0]).routing is not None
+        assert not parts[0] or OutputSample.from_tensors(parts[0]).routing is not None
 
 
 def test_another_target_can_be_set(family_checkpoint):
     checkpoint = family_checkpoint("deepseek_v3")
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
-    first = ProbeObserver(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()), SAMPLE)
-    plain = [parts[0] for parts in fold(layers, windows_of(IDS, PADDED), [first])[0]]
+    first = OutputSampler(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()), SAMPLE)
+    plain = [parts[0] for parts in forward_layers(layers, windows_of(IDS, PADDED), [first])[0]]
     assert plain[0] == {} and first.routed.shape == (SAMPLE, tiny.HIDDEN)
-    last = Probe.from_tensors(plain[2])
+    last = OutputSample.from_tensors(plain[2])
     close(first.routed.square().sum(1), last.gram_TNN[:, -1, -1])
     wanted = torch.randn(SAMPLE, tiny.HIDDEN, generator=torch.Generator().manual_seed(0))
-    second = ProbeObserver(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()), SAMPLE)
+    second = OutputSampler(family_of(checkpoint.config), checkpoint.config, int(PADDED.sum()), SAMPLE)
     second.targets = wanted
-    other = Probe.from_tensors(fold(layers, windows_of(IDS, PADDED), [second])[0][2][0])
+    other = OutputSample.from_tensors(forward_layers(layers, windows_of(IDS, PADDED), [second])[0][2][0])
     close(other.gram_TNN[:, :-1, :-1], last.gram_TNN[:, :-1, :-1])
     close(other.gram_TNN[:, -1, -1], wanted.square().sum(1))
     close(second.routed, first.routed)
@@ -233,15 +233,15 @@ def test_tokens_that_no_expert_reports_are_noticed(family_checkpoint, monkeypatc
 
 def observed(model: Any, *others: Any) -> list[list[dict[str, Tensor]]]:
     """What a probe and other observers see of a model in memory."""
-    observer = ProbeObserver(family_of(model.config), model.config, int(PADDED.sum()), SAMPLE)
-    return fold(ResidentLayers(model), windows_of(IDS, PADDED), [observer, *others])[0]
+    observer = OutputSampler(family_of(model.config), model.config, int(PADDED.sum()), SAMPLE)
+    return forward_layers(ResidentLayers(model), windows_of(IDS, PADDED), [observer, *others])[0]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "llama4_text"])
 def test_a_probe_and_sums_are_taken_in_one_pass(family):
     model = tiny.make(family)
-    sums = ExpertSums(family_of(model.config), model.config, 4)
-    alone = fold(ResidentLayers(model), windows_of(IDS, PADDED), [sums])[0]
+    sums = ExpertStatistics(family_of(model.config), model.config, 4)
+    alone = forward_layers(ResidentLayers(model), windows_of(IDS, PADDED), [sums])[0]
     for (probe,), (same, table), (expected,) in zip(observed(model), observed(model, sums), alone, strict=True):
         for parts, other in ((probe, same), (table, expected)):
             assert parts.keys() == other.keys()
@@ -252,7 +252,7 @@ def test_skipped_experts_have_no_gate_and_leave_no_rule():
     model = tiny.make("qwen3_moe")
     view = moe_views(model)[1]
     skip_experts(hf.decoder_layers(model)[1], view.names, threshold=0.8, renormalise=False)
-    parts = [Probe.from_tensors(layer[0]) for layer in observed(model)]
+    parts = [OutputSample.from_tensors(layer[0]) for layer in observed(model)]
     assert parts[0].routing is not None and parts[1].routing is None
     used_T = (parts[1].gate_TK > 0).sum(1)
     assert set(used_T.tolist()) == {1, 2}
@@ -286,7 +286,7 @@ class Real:
 
     block: Block
     shape: MoEShape
-    probe: Probe
+    probe: OutputSample
     outputs_TED: Tensor
     target_TD: Tensor
 
@@ -335,8 +335,8 @@ def outputs_of(experts: Any, hidden_TD: Tensor) -> Tensor:
 
 
 def probe_of(
-    logits_TE: Tensor, outputs_TED: Tensor, target_TD: Tensor, routing: Routing, ranked: int | None = None
-) -> Probe:
+    logits_TE: Tensor, outputs_TED: Tensor, target_TD: Tensor, routing: RouterRule, ranked: int | None = None
+) -> OutputSample:
     """A probe by hand, in float64: each token's experts in the order in which it would choose them."""
     tokens, experts = logits_TE.shape
     ranked = ranked or experts
@@ -351,7 +351,7 @@ def probe_of(
         ids.append(best)
         grams.append(rows @ rows.T)
     nothing = torch.zeros(0)
-    return Probe(
+    return OutputSample(
         logits_TE=logits_TE,
         index_TK=index_TK,
         gate_TK=gate_TK,
@@ -421,7 +421,7 @@ def softmax(values: list[float]) -> list[float]:
     return [e / sum(exps) for e in exps]
 
 
-def naive_gates(rule: Routing, logits: list[float], kept: list[int]) -> dict[int, float]:
+def naive_gates(rule: RouterRule, logits: list[float], kept: list[int]) -> dict[int, float]:
     """One token's gates with only `kept` left, by the book."""
     if rule.scores == "softmax":
         score = dict(zip(kept, softmax([logits[e] for e in kept]), strict=True))
@@ -456,7 +456,7 @@ class Made:
     """A layer made up: logits, experts' outputs and the probe of them."""
 
     shape: MoEShape
-    probe: Probe
+    probe: OutputSample
     outputs_TED: Tensor
 
     def added(self, token: int, kept: list[int], unknown: bool = False) -> Tensor:
@@ -480,7 +480,7 @@ def made_up(kind: str, experts: int = 12, tokens: int = 40, ranked: int | None =
     options = dict(RULE_KINDS[kind])
     if options.get("bias_E"):
         options["bias_E"] = torch.randn(experts, generator=generator) * 0.1
-    rule = Routing(top_k=3, **options)
+    rule = RouterRule(top_k=3, **options)
     logits_TE = 1.5 * torch.randn(tokens, experts, generator=generator, dtype=torch.float64)
     outputs_TED = torch.randn(tokens, experts, 6, generator=generator, dtype=torch.float64)
     outputs_TED = outputs_TED + 2 * outputs_TED[:, torch.arange(experts) % (experts // 3)]
@@ -524,8 +524,8 @@ EXACT_STEPS = [kind for kind in RULE_KINDS if kind != "softmax biased"]
 def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
     """The loss itself always; what removing each single expert would give, where that is promised to be exact."""
     found = made_up(kind, experts=24, tokens=60)
-    layer = Layer(found.probe)
-    search = Search(layer)
+    layer = SubsetLoss(found.probe)
+    search = SubsetSearch(layer)
     size = 24 // found.shape.groups
     for expert in sorted(range(24), key=lambda e: e % size)[: 24 - found.shape.floor]:
         search.remove(expert)
@@ -542,7 +542,7 @@ def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
 @pytest.mark.parametrize("kind", [kind for kind in EXACT_STEPS if "groups" not in kind])
 def test_an_expert_that_comes_back_leaves_the_search_as_if_it_had_stayed(kind):
     found = made_up(kind, experts=24, tokens=60)
-    search = Search(Layer(found.probe))
+    search = SubsetSearch(SubsetLoss(found.probe))
     for expert in range(0, 20, 2):
         search.remove(expert)
     for expert in range(0, 20, 2):
@@ -597,8 +597,8 @@ def test_greedy_and_swaps_come_close_to_the_optimum(kind):
 @pytest.mark.parametrize("kind", RULE_KINDS)
 def test_swaps_lead_from_a_bad_set_to_one_that_no_swap_improves(kind):
     found = made_up(kind, experts=24, tokens=60)
-    layer, size = Layer(found.probe), 24 // found.shape.groups
-    search = Search(layer)
+    layer, size = SubsetLoss(found.probe), 24 // found.shape.groups
+    search = SubsetSearch(layer)
     for expert in [e for e in range(24) if e % size < size // 2]:
         search.remove(expert)
     start = float(search.losses()[-1])
@@ -626,7 +626,7 @@ def test_a_swap_that_greedy_cannot_see_is_found():
         base = torch.randn(4, 5, generator=generator, dtype=torch.float64)
         mix = torch.rand(20, 4, generator=generator, dtype=torch.float64)
         outputs_TED = (mix @ base).expand(50, -1, -1).contiguous()
-        rule = Routing(top_k=2, scores="softmax", renormalised=True)
+        rule = RouterRule(top_k=2, scores="softmax", renormalised=True)
         target_TD = torch.stack(
             [
                 sum(g * outputs_TED[t, e] for e, g in naive_gates(rule, logits_TE[t].tolist(), list(range(20))).items())
@@ -659,7 +659,7 @@ def test_very_sharp_gates_stay_finite():
     found = made_up("softmax")
     probe = replace(found.probe, logits_TE=found.probe.logits_TE * 60)
     sharp = Made(found.shape, probe, found.outputs_TED)
-    layer, search = Layer(probe), Search(Layer(probe))
+    layer, search = SubsetLoss(probe), SubsetSearch(SubsetLoss(probe))
     for expert in (3, 7, 1):
         search.remove(expert)
         left = search.alive_E.nonzero().flatten()

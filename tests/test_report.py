@@ -417,7 +417,7 @@ def test_answers_to_the_same_tasks_are_joined():
     }
     assert found.how == "quiz, limit=5; not shown, as measured in other settings: 1" and companions.accuracies(
         [], [WORSE]
-    ) == companions.Joined({}, "")
+    ) == companions.JoinedColumns({}, "")
 
 
 def test_the_originals_answers_are_those_that_its_variants_were_beside():

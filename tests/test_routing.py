@@ -19,7 +19,7 @@ from moe_compress.models.families import family_of, groups_of
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.modeling.edit_layer import keep_experts
 from moe_compress.models.moe import MoEView, moe_views
-from moe_compress.models.router_rule import Routing, identify, selection_bias
+from moe_compress.models.router_rule import RouterRule, fit_router_rule, selection_bias
 
 IDS = tiny.token_ids(rows=4, length=12)
 # Both keep equally many experts in each half, as two groups need.
@@ -66,9 +66,9 @@ class Block:
     index_TK: Tensor
     gate_TK: Tensor
 
-    def identified(self) -> Routing | None:
+    def identified(self) -> RouterRule | None:
         family, (groups, used) = family_of(self.config), groups_of(self.config)
-        return identify(
+        return fit_router_rule(
             self.logits_TE,
             self.index_TK,
             self.gate_TK,
@@ -199,10 +199,10 @@ def test_renormalisation_and_scale_are_found_out():
     )
 
 
-def known(block: Block, **changes: Any) -> Routing | None:
+def known(block: Block, **changes: Any) -> RouterRule | None:
     values: dict[str, Any] = {"top_k": 2, "scores": "softmax", "logits_TE": block.logits_TE}
     values |= {"index_TK": block.index_TK, "gate_TK": block.gate_TK}
-    return identify(**{**values, **changes})
+    return fit_router_rule(**{**values, **changes})
 
 
 def test_a_rule_that_does_not_fit_is_refused():
@@ -219,7 +219,7 @@ def test_a_rule_that_does_not_fit_is_refused():
     assert known(block, gate_TK=block.gate_TK * torch.nan) is None
     biased = made("deepseek_v3")
     assert biased.identified() is not None
-    without = identify(
+    without = fit_router_rule(
         biased.logits_TE,
         biased.index_TK,
         biased.gate_TK,
@@ -235,18 +235,18 @@ def test_a_rule_that_does_not_fit_is_refused():
 def test_ties_are_not_held_against_a_rule():
     logits_TE = torch.zeros(5, 4)
     index_TK = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 3], [2, 1]])
-    assert identify(logits_TE, index_TK, torch.full((5, 2), 0.5), top_k=2, scores="softmax") is not None
+    assert fit_router_rule(logits_TE, index_TK, torch.full((5, 2), 0.5), top_k=2, scores="softmax") is not None
 
 
 def test_what_a_token_cannot_reach_weighs_nothing():
     logits_TE = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     for scores in ("softmax", "sigmoid"):
         for renormalised in (True, False):
-            routing = Routing(top_k=3, scores=scores, renormalised=renormalised, scale=2.0)
+            routing = RouterRule(top_k=3, scores=scores, renormalised=renormalised, scale=2.0)
             two = dense(*routing.route(logits_TE, alive(8, (1, 4))), 8)
             assert (two[:, [0, 2, 3, 5, 6, 7]] == 0).all() and (two[:, [1, 4]] > 0).all()
             assert (dense(*routing.route(logits_TE, torch.zeros(8, dtype=torch.bool)), 8) == 0).all()
-    grouped = Routing(top_k=3, scores="sigmoid", renormalised=True, groups=2, groups_used=1, group_best=2)
+    grouped = RouterRule(top_k=3, scores="sigmoid", renormalised=True, groups=2, groups_used=1, group_best=2)
     gates = dense(*grouped.route(logits_TE, alive(8, (0, 1, 4, 5))), 8)
     assert ((gates > 0).sum(1) == 2).all()
     torch.testing.assert_close(gates.sum(1), torch.ones(6))
@@ -260,7 +260,7 @@ def test_what_a_token_cannot_reach_weighs_nothing():
 def test_a_rule_survives_being_saved(name):
     routing = made(name).identified()
     stored = load(save(routing.tensors()))
-    again = Routing.from_tensors(stored["rule"], stored.get("bias"))
+    again = RouterRule.from_tensors(stored["rule"], stored.get("bias"))
     mask = torch.ones(made(name).logits_TE.shape[1], dtype=torch.bool)
     for got, expected in zip(
         again.route(made(name).logits_TE, mask), routing.route(made(name).logits_TE, mask), strict=True

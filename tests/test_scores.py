@@ -16,13 +16,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 import naive
 import tiny
 from moe_compress.calibration.artefact import mix_components, mix_weights
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.calibration.weight_statistics import weight_sums
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.data.windows import FOLDS, Windows
 from moe_compress.engine import forward as fold_module
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.expert_drop import scores
 from moe_compress.methods.expert_drop.expert_drop import expert_drop
@@ -45,8 +45,8 @@ TEXT_SCORES = sorted(set(scores.FUNCTIONS) - set(scores.WEIGHT_SCORES) - {"gate_
 
 def measured(checkpoint: Checkpoint, windows: Windows, left_out: int | None = None) -> Sums:
     """Layer -> [E] sums, as a method is given them."""
-    observer = ExpertSums(family_of(checkpoint.config), checkpoint.config, FOLDS)
-    seen, _ = fold(StreamedLayers(checkpoint, CPU, torch.float32), windows, [observer])
+    observer = ExpertStatistics(family_of(checkpoint.config), checkpoint.config, FOLDS)
+    seen, _ = forward_layers(StreamedLayers(checkpoint, CPU, torch.float32), windows, [observer])
     weights = mix_weights(windows.domains, torch.tensor([windows.tokens]), {}, left_out)
     return {index: mix_components(parts[0], weights) for index, parts in enumerate(seen) if parts[0]}
 
@@ -201,10 +201,10 @@ def test_experts_that_do_not_report_are_noticed(family_checkpoint, monkeypatch):
 # --- from sums to a plan --------------------------------------------------------------------------------------
 
 
-def observed(checkpoint: Checkpoint, sums: Sums) -> Observed:
+def observed(checkpoint: Checkpoint, sums: Sums) -> ModelStatistics:
     shape = model_shape(StreamedLayers(checkpoint, CPU, torch.float32).model)
-    layers = [LayerSums(moe, sums[moe.layer], checkpoint.num_layers, "full") for moe in shape.moe]
-    return Observed(shape=shape, layers=layers)
+    layers = [LayerStatistics(moe, sums[moe.layer], checkpoint.num_layers, "full") for moe in shape.moe]
+    return ModelStatistics(shape=shape, layers=layers)
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency", "aimer"])

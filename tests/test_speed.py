@@ -18,9 +18,9 @@ import moe_compress
 from moe_compress.evaluation.speed import benchmark as harness
 from moe_compress.evaluation.speed import gpu_energy, worker
 from moe_compress.evaluation.speed.memory import cache_tensors, step_bytes, weight_tensors
-from moe_compress.evaluation.speed.paired_timing import Effort, Paired, median_interval, paired, summary
+from moe_compress.evaluation.speed.paired_timing import PairedTurns, TimingBudget, median_interval, paired, summary
 from moe_compress.evaluation.speed.report import as_markdown, setting_of
-from moe_compress.evaluation.speed.worker import Point, decode, kernels, load, memory, prefill
+from moe_compress.evaluation.speed.worker import Workload, decode, kernels, load, memory, prefill
 from moe_compress.models.moe import moe_views
 from moe_compress.reports import companions
 
@@ -41,7 +41,7 @@ class Clock:
 @pytest.mark.parametrize(("drift", "noise"), [(0.0, 0.0), (0.05, 0.0), (0.0, 0.1), (0.02, 0.05)])
 def test_the_ratio_of_a_known_clock_is_found(drift, noise):
     clock = Clock(drift, noise)
-    found = summary([paired(lambda: clock.run("a", 3.0), lambda: clock.run("b", 2.0), Effort(40, 0.0))], 4)
+    found = summary([paired(lambda: clock.run("a", 3.0), lambda: clock.run("b", 2.0), TimingBudget(40, 0.0))], 4)
     assert "".join(clock.turns) == "ba" + "abba" * 20
     low, high = found["speedup_interval"]
     assert found["speedup"] == pytest.approx(1.5, rel=0.05) and low <= 1.5 * 1.02 and high >= 1.5 * 0.98
@@ -51,7 +51,7 @@ def test_the_ratio_of_a_known_clock_is_found(drift, noise):
 
 
 def test_it_goes_on_until_it_was_enough_and_ends_with_a_whole_block():
-    for effort, runs in ((Effort(3, 0.0), 4), (Effort(2, 30.0), 6), (Effort(10, 30.0), 10)):
+    for effort, runs in ((TimingBudget(3, 0.0), 4), (TimingBudget(2, 30.0), 6), (TimingBudget(10, 30.0), 10)):
         clock = Clock(0.0, 0.0)
         assert len(paired(lambda c=clock: c.run("a", 3.0), lambda c=clock: c.run("b", 2.0), effort).first) == runs
 
@@ -65,7 +65,7 @@ def test_who_ran_before_does_not_matter():
         before.append(name)
         return seconds * (1.1 if cold else 1.0)
 
-    found = summary([paired(lambda: run("a", 3.0), lambda: run("b", 2.0), Effort(runs=11, seconds=0.0))])
+    found = summary([paired(lambda: run("a", 3.0), lambda: run("b", 2.0), TimingBudget(runs=11, seconds=0.0))])
     assert found["speedup"] == pytest.approx(1.5) and found["speedup_interval"] == pytest.approx([1.5, 1.5])
 
 
@@ -74,7 +74,7 @@ def test_the_interval_covers_the_ratio_as_often_as_it_says(rho, blocks):
     """Of turns that shake, whose machine slows down, and whose blocks are like their neighbours."""
     random, held = np.random.default_rng(1), 0
     for _ in range(150):
-        state, turns = 0.0, Paired([], [])
+        state, turns = 0.0, PairedTurns([], [])
         for number in range(blocks):
             state = rho * state + 0.1 * float(np.sqrt(1 - rho**2)) * float(random.standard_normal())
             for side, seconds in ((turns.first, 1.3 * np.exp(state)), (turns.second, 1.0)):
@@ -92,7 +92,7 @@ def test_starts_that_differ_are_in_the_interval(starts, least):
         found = []
         for moved in 0.06 * random.standard_normal(starts):
             turns = [0.02 * random.standard_normal(4) for _ in range(2)]
-            found.append(Paired((1.3 * np.exp(moved + turns[0])).tolist(), np.exp(turns[1]).tolist()))
+            found.append(PairedTurns((1.3 * np.exp(moved + turns[0])).tolist(), np.exp(turns[1]).tolist()))
         low, high = summary(found)["speedup_interval"]
         held += low <= 1.3 <= high
     assert held / 150 >= least and (starts > 1 or held / 150 < 0.5)
@@ -111,14 +111,14 @@ def test_the_interval_of_starts_is_that_of_drawing_them_one_by_one():
 
 
 def test_an_outlying_start_moves_neither_the_median_nor_what_it_is_called():
-    found = summary([Paired([ratio] * 4, [1.0] * 4) for ratio in (1.16, 1.2, 1.42, 1.17, 1.19)])
+    found = summary([PairedTurns([ratio] * 4, [1.0] * 4) for ratio in (1.16, 1.2, 1.42, 1.17, 1.19)])
     assert found["speedup"] == pytest.approx(1.19) and found["starts"] == 5 and found["runs"] == 20
     assert found["speedup_interval"] == pytest.approx([1.16, 1.42])
-    assert Effort(12, 1.0).share(5) == Effort(3, 0.2)
+    assert TimingBudget(12, 1.0).share(5) == TimingBudget(3, 0.2)
 
 
 def test_spread_is_that_of_the_quartiles():
-    assert summary([Paired([1.0, 2.0, 3.0, 4.0], [1.0] * 4)])["spread"] == [pytest.approx(0.6), 0.0]
+    assert summary([PairedTurns([1.0, 2.0, 3.0, 4.0], [1.0] * 4)])["spread"] == [pytest.approx(0.6), 0.0]
 
 
 # --- a worker's model ------------------------------------------------------------------------------------------------
@@ -127,12 +127,12 @@ def test_spread_is_that_of_the_quartiles():
 @torch.inference_mode()
 def test_memory_is_what_tensors_take(reader_folder):
     model = moe_compress.load(str(reader_folder("mixtral")), torch.float32)
-    found = memory(model, Point(2, 8, 4))
+    found = memory(model, Workload(2, 8, 4))
     assert found["weights"] == sum(p.numel() * 4 for p in model.parameters())
     config = model.config
     assert found["cache"] == 2 * 2 * 8 * config.num_key_value_heads * config.head_dim * 4 * config.num_hidden_layers
     assert found["step_bytes"] - found["cache"] == round(step_bytes(model, 2))
-    assert prefill(model, Point(1, 8, 2)) > 0 and decode(model, Point(1, 8, 2)) > 0
+    assert prefill(model, Workload(1, 8, 2)) > 0 and decode(model, Workload(1, 8, 2)) > 0
 
 
 def test_a_step_reads_the_experts_that_it_is_expected_to_use(reader_folder):
@@ -164,7 +164,7 @@ def test_packed_experts_are_counted_in_their_kernel(reader_folder, options):
     assert kernels(model)["packed"] == {"8 bits in Int8Rows": 3 * 8 * 3}
     dense = moe_compress.load(str(reader_folder("mixtral")), torch.float32)
     assert 0.25 * experts_of(dense) <= experts_of(model) < 0.35 * experts_of(dense)
-    assert prefill(model, Point(1, 8, 2)) > 0 and decode(model, Point(1, 8, 2)) > 0
+    assert prefill(model, Workload(1, 8, 2)) > 0 and decode(model, Workload(1, 8, 2)) > 0
 
 
 def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_step_of_memory_is_seen(monkeypatch, reader_folder):
     peaks = iter([1000, 9_000_000])
     monkeypatch.setattr(worker, "peak_memory_bytes", lambda _: next(peaks))
     with torch.inference_mode():
-        found = memory(model, Point(1, 4, 2))
+        found = memory(model, Workload(1, 4, 2))
     assert found["activations"] == 9_000_000 - 1000 - found["cache"]
 
 
@@ -216,8 +216,8 @@ def test_the_first_turn_is_warmed_up(monkeypatch):
     ran: list[str] = []
     monkeypatch.setitem(worker.RUNS, "prefill", lambda model, point: float(len(ran.append("run") or ran)))
     warm: set[Any] = set()
-    assert worker.answer(None, "prefill", Point(1, 2, 3), warm) == worker.WARM_UP + 1
-    assert worker.answer(None, "prefill", Point(1, 2, 3), warm) == worker.WARM_UP + 2
+    assert worker.answer(None, "prefill", Workload(1, 2, 3), warm) == worker.WARM_UP + 1
+    assert worker.answer(None, "prefill", Workload(1, 2, 3), warm) == worker.WARM_UP + 2
 
 
 def test_energy_is_counted_around_each_models_own_turns(monkeypatch):
@@ -252,7 +252,7 @@ def test_what_others_use_is_seen(monkeypatch):
     process = type("P", (), {"cpu_times": lambda self: next(spent)})
     monkeypatch.setattr(harness.psutil, "Process", lambda pid: process())
     # 100 s of all processors passed, 80 busy, 40 of them ours.
-    assert harness.Others([1]).share() == pytest.approx(0.4)
+    assert harness.OtherLoad([1]).share() == pytest.approx(0.4)
 
 
 def test_models_that_do_not_fit_are_refused_with_what_they_need(reader_folder, options, monkeypatch):
@@ -285,7 +285,7 @@ def test_bad_words(words, said, reader_folder, options):
 
 @pytest.mark.parametrize("when", ["while it waits", "while it is asked"])
 def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatch):
-    killed = worker.Worker(reader_folder("mixtral"), worker.How("float32", "cpu", 1))
+    killed = worker.Worker(reader_folder("mixtral"), worker.RunSetup("float32", "cpu", 1))
     with pytest.raises(ValueError, match="ended early"), killed:
         killed.start()
         child = psutil.Process(killed.loaded()["process"])
@@ -294,17 +294,17 @@ def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatc
         if when == "while it waits":
             killed.process.wait()
         for _ in range(3):
-            killed.ask("prefill", Point(1, 8, 2))
+            killed.ask("prefill", Workload(1, 8, 2))
     assert killed.process.poll() is not None
 
 
 @pytest.mark.parametrize("copied", [True, False])
 def test_every_start_is_another_process(copied, reader_folder):
     seen = []
-    with worker.Worker(reader_folder("mixtral"), worker.How("float32", "cpu", 1, copied)) as started:
+    with worker.Worker(reader_folder("mixtral"), worker.RunSetup("float32", "cpu", 1, copied)) as started:
         started.start()
         seen.append(psutil.Process(started.loaded()["process"]))
-        assert started.ask("prefill", Point(1, 8, 2)) > 0
+        assert started.ask("prefill", Workload(1, 8, 2)) > 0
         started.end()
         assert not seen[-1].is_running()
         started.start()
@@ -345,5 +345,5 @@ def test_every_expert_of_llama4_is_read(family_folder):
 
 
 def test_a_quick_setting_is_one_short_point():
-    assert setting_of(quick="true").points() == [Point(1, 128, 16)]
+    assert setting_of(quick="true").points() == [Workload(1, 128, 16)]
     assert len(setting_of().points()) == 4 and setting_of().dtype == "float32"

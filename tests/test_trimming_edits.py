@@ -24,7 +24,7 @@ import readers
 import tiny
 from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
 from moe_compress.calibration.artefact import observers_for
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.compression import search_objective
@@ -42,8 +42,8 @@ from moe_compress.edits.edits import (
     removals,
     to_json,
 )
-from moe_compress.edits.resulting_config import form_after
-from moe_compress.engine.forward import fold
+from moe_compress.edits.resulting_config import resulting_config
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.layer_drop import block_drop, check_blocks
 from moe_compress.models import hf
@@ -56,7 +56,7 @@ from test_identity import CPU, windows_of
 # Two pairs, one in each half, as DeepSeek-V3's two groups need.
 GROUPS = ((0, 1), (2,), (3,), (4, 5), (6,), (7,))
 WEIGHTS = ((1.0, 2.0), (1.0,), (1.0,), (1.0, 1.0), (1.0,), (1.0,))
-SHIPPED = sorted(f"{name}.py" for name in (*edited_architectures.SHIPPED, "modeling_moe_compress"))
+SHIPPED = sorted([*(path.name for path in edited_architectures.SHIPPED), "modeling_moe_compress.py"])
 # Architectures whose own keys can say that the first MoE block is gone; all others need an edited checkpoint.
 PLAIN_LAYER_DROP = {
     "deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "lfm2_moe", "qwen2_moe", "qwen3_moe",
@@ -117,7 +117,9 @@ def test_block_drop_spares_experts_and_attention(moe, mixing, count, left):
     shapes = [MoEShape(layer=layer, num_experts=8, top_k=2) for layer in moe]
     shape = ModelShape(moe=shapes, total=5, mixing=list(mixing))
     turns = {0: 0.3, 1: 0.4, 2: 0.5, 3: 0.6, 4: 0.1}
-    model = Observed(layers=[], shape=shape, streams={layer: {"block": turn} for layer, turn in turns.items()})
+    model = ModelStatistics(
+        layers=[], shape=shape, block_influence={layer: {"block": turn} for layer, turn in turns.items()}
+    )
     words = {"drop": count, "layers": None, "mode": "discrete"}
     if left is None:
         for call in (lambda: check_blocks(shape, **words), lambda: block_drop(model, **words)):
@@ -251,7 +253,7 @@ def test_which_architectures_can_say_what(family, sources):
             with pytest.raises(ValueError, match=REFUSED[family, kind]):
                 check_edits(hf.skeleton(source.config, torch.float32), edits)
         else:
-            assert form_after(source.values, edits).plain is not is_edited(family, kind), kind
+            assert resulting_config(source.values, edits).plain is not is_edited(family, kind), kind
 
 
 @pytest.mark.parametrize(("family", "attention"), [("qwen3_next", [0]), ("lfm2_moe", [0]), ("jamba", [0, 2])])
@@ -580,7 +582,7 @@ def test_merged_experts_can_be_dropped_with_all_their_router_rows(family, source
     final = doubled(source)
     apply_edits(final, edits)
     view = moe_views(final)[layer]
-    assert (view.num_experts, view.rows, view.alias) == (4, 6, [0, 0, 1, 2, 2, 3])
+    assert (view.num_experts, view.router_rows, view.row_to_expert) == (4, 6, [0, 0, 1, 2, 2, 3])
 
 
 # --- merging what is the same ----------------------------------------------------------------------------------------
@@ -723,7 +725,7 @@ def test_the_engine_runs_edited_checkpoints_exactly(family, kind, written):
         pytest.skip("refused")
     checkpoint, windows = written(family, kind), windows_of(IDS)
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
-    _, hidden = fold(layers, windows, observers_for(checkpoint, layers, windows, probes=False))
+    _, hidden = forward_layers(layers, windows, observers_for(checkpoint, layers, windows, probes=False))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view(*IDS.shape, -1)
     assert torch.equal(logits, logits_of(load_model(checkpoint.folder, torch.float32)))
 

@@ -25,18 +25,18 @@ from editing import IDS, cut, logits_of, original
 from moe_compress.calibration import block_influence
 from moe_compress.calibration.artefact import calibrate
 from moe_compress.calibration.collect import observed
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.checkpoints import writer
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.compression.search_objective import Fitness, fitness
+from moe_compress.compression.search_objective import OriginalAgreement, agreement_objective
 from moe_compress.edits.apply import check_edits
 from moe_compress.edits.edits import Edit, KeepExperts, Plan, SetTopK, SkipSublayer
 from moe_compress.edits.plan_file import read_plan
 from moe_compress.engine import forward
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.allocation import Ladder, Search, by_search, by_threshold, cheapest
+from moe_compress.methods.allocation import AllocationSearch, Ladder, by_search, by_threshold, cheapest
 from moe_compress.models import hf
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import ModelShape, model_shape
@@ -165,7 +165,7 @@ def require_left(left: Left, before: ModelShape, folder: Path) -> None:
     assert sum(counts) == left.experts * len(counts)
     assert not left.even or len(set(counts)) == 1
     for moe, view in zip(shape.moe, views.values(), strict=True):
-        assert view.rows == (left.rows or moe.num_experts)
+        assert view.router_rows == (left.rows or moe.num_experts)
         if left.rows is None:
             moe.require(moe.num_experts)
     active = sum(moe.top_k for moe in shape.moe) / len(shape.moe)
@@ -217,12 +217,12 @@ def test_novices_leave_any_count_in_groups(made):
 
 
 @pytest.fixture(scope="module")
-def seen(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, Observed]]:
+def seen(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, ModelStatistics]]:
     """family -> its checkpoint and what a method is given of it: one pass with probes over random tokens."""
     place = tmp_path_factory.mktemp("seen")
 
     @functools.cache
-    def of(family: str) -> tuple[Checkpoint, Observed]:
+    def of(family: str) -> tuple[Checkpoint, ModelStatistics]:
         checkpoint, windows = sources(family), windows_of(tiny.token_ids(8, 16, seed=2))
         layers = StreamedLayers(checkpoint, CPU, torch.float32)
         found = calibrate(checkpoint, layers, windows, place / f"{family}.safetensors", "", None, probes=True)
@@ -231,7 +231,7 @@ def seen(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, Observe
     return of
 
 
-def planned(model: Observed, sentence: str) -> Plan:
+def planned(model: ModelStatistics, sentence: str) -> Plan:
     name, *words = sentence.split()
     method = registry.find(name)
     return method.run(model, **method.bind(dict(word.split("=") for word in words)))
@@ -484,8 +484,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("sentence", "place", "name", "number"),
     [
-        ("expert_drop keep=4 budget=search evaluations=5", Fitness, "__call__", 0),
-        ("expert_drop keep=4 budget=search evaluations=5", Fitness, "__call__", 3),
+        ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 0),
+        ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 3),
         ("expert_drop keep=4 budget=search evaluations=5", writer, "write_shard", 2),
         ("expert_drop score=naee keep=4 propagate=compressed", forward.hf, "run_layer", 4),
         ("expert_drop score=naee keep=4 propagate=compressed", writer, "write_shard", 3),
@@ -559,7 +559,7 @@ FACTORS = {"minimax": {"mlp_alpha_factor": 2.0, "mlp_beta_factor": 0.5, "full_at
 TURNED = tiny.token_ids(4, 16, seed=5)
 
 
-def pass_over(family: str, tmp_path: Path, ids: Tensor = TURNED) -> tuple[Any, Observed]:
+def pass_over(family: str, tmp_path: Path, ids: Tensor = TURNED) -> tuple[Any, ModelStatistics]:
     """A tiny model and what one pass saw of it."""
     overrides = FACTORS.get(family, {})
     model = tiny.make(family, num_hidden_layers=5, **overrides)
@@ -586,7 +586,7 @@ def test_cosines_are_those_of_the_stock_model_in_float64(family, tmp_path):
             "moe_inner": turn(found["moe_in"][layer], moe_out),
             "attention_inner": turn(found["attention_in"][layer], found["attention_out"][layer]),
         }
-        got = {name: model_seen.streams[layer][name] for name in expected}
+        got = {name: model_seen.block_influence[layer][name] for name in expected}
         assert got == pytest.approx(expected, rel=1e-4)
 
 
@@ -623,7 +623,9 @@ def test_block_drop_takes_the_best_layers_and_the_best_run(family, tmp_path):
         leaving = [chosen for chosen in sets if not set(model_seen.shape.attention) <= chosen]
         assert {edit.layer for edit in plan.edits} == min(leaving, key=lambda chosen: sum(single[i] for i in chosen))
         runs = [turn(stream[i], stream[i + count]) for i in range(5 - count + 1)]
-        assert [float(model_seen.runs_LL[i, i + count]) for i in range(len(runs))] == pytest.approx(runs, rel=1e-4)
+        assert [float(model_seen.span_influence_LL[i, i + count]) for i in range(len(runs))] == pytest.approx(
+            runs, rel=1e-4
+        )
         plan = planned(model_seen, f"block_drop drop={count} mode=consecutive")
         best = int(np.argmin(runs))
         assert [edit.layer for edit in plan.edits] == list(range(best + count - 1, best - 1, -1))
@@ -636,7 +638,7 @@ def test_runs_are_judged_on_the_same_sample_of_tokens_in_every_layer(tmp_path, m
     found = streams_of(model, WHERE["mixtral"], TURNED)
     stream = [each[3::4] for each in [*found["in"], found["out"][-1]]]
     for i, j in itertools.combinations(range(6), 2):
-        assert float(model_seen.runs_LL[i, j]) == pytest.approx(turn(stream[i], stream[j]), rel=1e-4)
+        assert float(model_seen.span_influence_LL[i, j]) == pytest.approx(turn(stream[i], stream[j]), rel=1e-4)
 
 
 def test_the_last_layer_with_experts_is_in_no_run(tmp_path):
@@ -683,8 +685,10 @@ def test_a_threshold_takes_the_cheapest_steps_in_order(seed):
         by_threshold(ladders, 26)
 
 
-def search_over(evaluate: Callable[[Sequence[Any]], float], evaluations: int, seed: int = 0) -> Search:
-    return Search(edits=lambda taken: [tuple(taken.items())], evaluate=evaluate, evaluations=evaluations, seed=seed)
+def search_over(evaluate: Callable[[Sequence[Any]], float], evaluations: int, seed: int = 0) -> AllocationSearch:
+    return AllocationSearch(
+        edits=lambda taken: [tuple(taken.items())], evaluate=evaluate, evaluations=evaluations, seed=seed
+    )
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 3, 40])
@@ -725,7 +729,7 @@ def test_a_search_ends_where_there_is_nothing_else_to_try():
 def test_agreement_is_the_mean_overlap_of_next_token_distributions(sources):
     source = sources("mixtral")
     mask = torch.arange(12)[None] < torch.tensor([12, 7, 3])[:, None]
-    worth = Fitness(original(source), windows_of(IDS, mask))
+    worth = OriginalAgreement(original(source), windows_of(IDS, mask))
     edits = [KeepExperts(0, (0, 2, 5)), KeepExperts(2, (1, 3, 4, 6)), SkipSublayer(1, "attention")]
     total = count = 0.0
     for row, real in zip(IDS, mask, strict=True):
@@ -753,7 +757,7 @@ def test_a_search_reports_what_its_checkpoint_is_worth(family, sentence, lab, ma
     report = json.loads((folder / "plan.json").read_text())["stages"][0]["report"]["search"]
     assert 0 < report["agreement_of_even"] <= report["agreement"] < 1
     run = Run(make_options(lab(family)).resolved(), RunLog(None))
-    worth = fitness(open_checkpoint(Path(str(lab(family)["model"]))), run)
+    worth = agreement_objective(open_checkpoint(Path(str(lab(family)["model"]))), run)
     assert worth(plan_edits(folder)) == pytest.approx(report["agreement"], abs=1e-6)
     assert len(worth.windows) == 2
 

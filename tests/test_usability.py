@@ -17,11 +17,11 @@ import pytest
 import editing
 import moe_compress
 import tiny
-from moe_compress import __main__ as command_line
 from moe_compress import api
 from moe_compress.analysis.layer_plan import CompressedMoEConfig
 from moe_compress.checkpoints import resolve
 from moe_compress.cli import catalogue
+from moe_compress.cli.arguments import normalised
 from moe_compress.cli.commands import main
 from moe_compress.cli.terminal import set_up_logging, show_run
 from moe_compress.compression.forecast import as_markdown, forecast
@@ -29,7 +29,7 @@ from moe_compress.compression.preflight import _to_be_written
 from moe_compress.methods import registry
 from moe_compress.recipes.parser import parse
 from moe_compress.run.options import Options
-from moe_compress.utils import logging as files
+from moe_compress.utils import files
 from moe_compress.utils.files import gigabytes
 
 ROOT = Path(__file__).parents[1]
@@ -113,9 +113,9 @@ def test_only_the_shipped_grid_goes_into_the_readme(monkeypatch, tmp_path):
 
 def test_dashes_are_as_good_as_words():
     given = ["export", "F", "--pad", "--out", "X", "--max-tokens=3", "--keep", "6", "--help"]
-    assert command_line.words_of(given) == ["export", "F", "--pad", "out=X", "max_tokens=3", "keep=6", "--help"]
+    assert normalised(given) == ["export", "F", "--pad", "out=X", "max_tokens=3", "keep=6", "--help"]
     with pytest.raises(ValueError, match="--samples needs a value: samples=VALUE"):
-        command_line.words_of(["plan", "expert_drop", "--samples"])
+        normalised(["plan", "expert_drop", "--samples"])
 
 
 @pytest.mark.parametrize("out", [["out=X"], ["--out", "X"], ["--out=X"]])
@@ -168,7 +168,7 @@ def test_every_option_and_parameter_is_documented_with_its_default():
             expected = f"| `{key}` | `{catalogue.word(parameter.default)}` | {catalogue.choices(method.hints[key])} |"
             assert expected in section, f"{name}: {expected}"
         for preset, values in method.presets.items():
-            assert f"| `preset={preset}` | `{catalogue.words(values)}` |" in section
+            assert f"| `preset={preset}` | `{catalogue.recipe_words(values)}` |" in section
         assert len(re.findall(r"^\| `\w+` \| `", section, re.M)) >= len(method.parameters)
     assert "docs/recipes.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 

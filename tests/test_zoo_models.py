@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import moe_compress
 from moe_compress import zoo
 from moe_compress.checkpoints.load import load_tokenizer
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.data.documents import DataSpec
 from moe_compress.data.windows import make_windows
 
@@ -50,7 +50,7 @@ def bigram_perplexity(train: torch.Tensor, test: torch.Tensor, vocab: int) -> fl
 
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_knows_its_text_far_better_than_a_bigram_model(name, tmp_path):
-    checkpoint = open_model(name)
+    checkpoint = resolve_model(name)
     vocab = checkpoint.config.vocab_size
     tokenizer = load_tokenizer(checkpoint.folder, vocab)
     train, test = (

@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from moe_compress.calibration.expert_statistics import ExpertSums
+from moe_compress.calibration.expert_statistics import ExpertStatistics
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.surgery import rewrite
 from moe_compress.data.windows import FOLDS, Windows
 from moe_compress.edits.edits import KeepExperts
-from moe_compress.edits.resulting_config import form_after
-from moe_compress.engine.forward import TOKENS_PER_BATCH, fold
+from moe_compress.edits.resulting_config import resulting_config
+from moe_compress.engine.forward import TOKENS_PER_BATCH, forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -89,7 +89,7 @@ def fold_peak(folder: Path, tokens: int) -> dict[str, float]:
     _warm_up(checkpoint)
     bare = peak_memory_bytes(CPU)
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
-    fold(layers, windows, [_scores(checkpoint)])
+    forward_layers(layers, windows, [_scores(checkpoint)])
     layer = sum(t.numel() for t in hf.decoder_layers(layers.model)[0].state_dict().values()) * 4
     boundary = windows.ids_NS.numel() * WIDTH * 4
     return {"peak": peak_memory_bytes(CPU) - bare, "layer": layer, "boundary": boundary}
@@ -100,11 +100,11 @@ def _warm_up(checkpoint: Checkpoint) -> None:
     with tempfile.TemporaryDirectory() as place:
         synthesise(Path(place) / "warm", 1, 64, 64)
         small = open_checkpoint(Path(place) / "warm")
-        fold(StreamedLayers(small, CPU, torch.float32), text(LENGTH), [_scores(small)])
+        forward_layers(StreamedLayers(small, CPU, torch.float32), text(LENGTH), [_scores(small)])
 
 
-def _scores(checkpoint: Checkpoint) -> ExpertSums:
-    return ExpertSums(family_of(checkpoint.config), checkpoint.config, FOLDS)
+def _scores(checkpoint: Checkpoint) -> ExpertStatistics:
+    return ExpertStatistics(family_of(checkpoint.config), checkpoint.config, FOLDS)
 
 
 def forward_ratios(folder: Path, tokens: int) -> dict[str, float]:
@@ -121,8 +121,8 @@ def forward_ratios(folder: Path, tokens: int) -> dict[str, float]:
     streamed = StreamedLayers(checkpoint, CPU, torch.float32)
     runs: dict[str, Callable[[], object]] = {
         "plain": plain,
-        "fold": lambda: fold(streamed, windows),
-        "scores": lambda: fold(streamed, windows, [_scores(checkpoint)]),
+        "fold": lambda: forward_layers(streamed, windows),
+        "scores": lambda: forward_layers(streamed, windows, [_scores(checkpoint)]),
     }
     return fastest(runs, 3)
 
@@ -137,7 +137,7 @@ def copy_ratios(folder: Path, _: int) -> dict[str, float]:
         out = place / "out"
         writer = CheckpointWriter(out, checkpoint, "benchmark")
         rewrite(checkpoint, edits, writer, through_model=through_model)
-        writer.finish(form_after(checkpoint.values, edits).values, {})
+        writer.finish(resulting_config(checkpoint.values, edits).values, {})
         shutil.rmtree(out)
 
     def copy() -> None:

@@ -18,16 +18,16 @@ import moe_compress
 import tiny
 from moe_compress import zoo
 from moe_compress.calibration.artefact import observers_for
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.output_sample import ProbeObserver
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.output_sample import OutputSampler
 from moe_compress.checkpoints.reader import architecture_values, open_checkpoint
 from moe_compress.data.windows import FOLDS, Windows
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import BatchInfo, Observer
 from moe_compress.methods.pruning.prune import prune
 from moe_compress.methods.quantization.gptq import gptq
-from moe_compress.methods.weight_method import Group
+from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.modeling.packed_linear import PackedMatrix
@@ -56,7 +56,7 @@ def same_on_cuda(family: str, place: Path) -> dict[str, float]:
         layers = StreamedLayers(checkpoint, torch.device(device), dtype)
         probed = family in tiny.EDITABLE
         observers = observers_for(checkpoint, layers, text, probes=True) if probed else []
-        seen, hidden = fold(layers, text, observers)
+        seen, hidden = forward_layers(layers, text, observers)
         found[device, dtype] = hidden.float().cpu(), [part for layer in seen for part in layer if "norm" in part]
     (cpu, cpu_sums), (gpu, gpu_sums) = found["cpu", torch.float32], found["cuda", torch.float32]
     worst = max([0.0, *(float((a["norm"] - b["norm"]).abs().max()) for a, b in zip(cpu_sums, gpu_sums, strict=True))])
@@ -73,7 +73,9 @@ def same_masks(device: torch.device) -> dict[str, float]:
     for way, moment in (("sparsegpt", gram_BII), ("wanda", gram_BII.diagonal(dim1=1, dim2=2))):
         for pattern in (None, "2:4"):
             sides = [
-                prune(Group([""] * 8, [weight_BOI.to(d)], moment.to(d)), method=way, pattern=pattern).weights[0].cpu()
+                prune(MatrixGroup([""] * 8, [weight_BOI.to(d)], moment.to(d)), method=way, pattern=pattern)
+                .weights[0]
+                .cpu()
                 == 0
                 for d in (torch.device("cpu"), device)
             ]
@@ -81,7 +83,7 @@ def same_masks(device: torch.device) -> dict[str, float]:
     weight_BOI = torch.randn(8, 14336, 4096, device=device) * 0.02
     gram_BII = torch.eye(4096, device=device).expand(8, -1, -1).contiguous()
     started = time.perf_counter()
-    prune(Group([""] * 8, [weight_BOI], gram_BII), method="sparsegpt", pattern="2:4")
+    prune(MatrixGroup([""] * 8, [weight_BOI], gram_BII), method="sparsegpt", pattern="2:4")
     torch.cuda.synchronize()
     return {**found, "seconds": time.perf_counter() - started}
 
@@ -177,8 +179,8 @@ def full_size_layer(hub_id: str) -> dict[str, float]:
     layer = hf.decoder_layers(model)[1]
     hidden, calls = hf.enter(model, text.ids_NS[:1].cuda(), None)
     family = family_of(config)
-    watching: dict[str, Observer | None] = {"plain": None, "scores": ExpertSums(family, config, FOLDS)}
-    watching["probe"] = ProbeObserver(family, config, TOKENS)
+    watching: dict[str, Observer | None] = {"plain": None, "scores": ExpertStatistics(family, config, FOLDS)}
+    watching["probe"] = OutputSampler(family, config, TOKENS)
     hf.run_layer(layer, hidden, calls[1])  # what the first call loads and compiles is none of the layer's time
     torch.cuda.reset_peak_memory_stats()
     seconds = {}

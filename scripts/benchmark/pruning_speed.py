@@ -18,12 +18,12 @@ from engine_speed import fastest, text
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_compress.calibration.input_moments import InputSums
-from moe_compress.engine.forward import fold
+from moe_compress.calibration.input_moments import InputMomentCollector
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers
 from moe_compress.methods.pruning.prune import prune
 from moe_compress.methods.pruning.sparsegpt import sparsegpt
-from moe_compress.methods.weight_method import Group
+from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
@@ -94,7 +94,7 @@ def moments(rows: list[Tensor]) -> Tensor:
 def solver(experts: int, inner: int, width: int) -> dict[str, Any]:
     """All matrices of one layer's experts, statistics included."""
     both, down, seen, inside = sample(experts, inner, width)
-    share_B = torch.full((experts,), 0.5)
+    sparsity_B = torch.full((experts,), 0.5)
     names = [f"expert {e}" for e in range(experts)]
     found: dict[str, list[Tensor]] = {}
 
@@ -109,7 +109,7 @@ def solver(experts: int, inner: int, width: int) -> dict[str, Any]:
         found["ours"] = [
             new_BOI
             for weights, rows in ((both, seen), (down, inside))
-            for new_BOI in sparsegpt(weights, moments(rows), share_B, None, names)[0]
+            for new_BOI in sparsegpt(weights, moments(rows), sparsity_B, None, names)[0]
         ]
 
     seconds = fastest({"plain": plain, "ours": ours}, 3)
@@ -138,14 +138,14 @@ def wanda() -> dict[str, float]:
     layers, windows, family = ResidentLayers(model), text(4 * TOKENS), family_of(config)
 
     def pruned() -> None:
-        observer = InputSums(family, ["experts"], "squares", None)
-        fold(layers, windows, [observer])
+        observer = InputMomentCollector(family, ["experts"], "input_squares", None)
+        forward_layers(layers, windows, [observer])
         for source, found in observer.found.items():
             stacks = [m.weight_BOI for m in layer_matrices(hf.decoder_layers(model)[0], family) if m.source == source]
             names = [f"expert {e}" for e in range(8)]
-            prune(Group(names, stacks, found.mean(0.0, found.count_B < 1, True)), method="wanda")
+            prune(MatrixGroup(names, stacks, found.mean(0.0, found.count_B < 1, True)), method="wanda")
 
-    return fastest({"forward": lambda: fold(layers, windows), "pruned": pruned}, 3)
+    return fastest({"forward": lambda: forward_layers(layers, windows), "pruned": pruned}, 3)
 
 
 def peak(at_once: int) -> dict[str, int]:
@@ -156,19 +156,19 @@ def peak(at_once: int) -> dict[str, int]:
     )  # fmt: skip
     model = MixtralForCausalLM(config).eval().requires_grad_(False)
     layers, windows, family = ResidentLayers(model), text(TOKENS), family_of(config)
-    fold(layers, windows)
+    forward_layers(layers, windows)
     reset_peak_memory(CPU)
     before = peak_memory_bytes(CPU)
     for start in range(0, 64, at_once):
         experts = range(start, min(start + at_once, 64))
-        observer = InputSums(family, ["experts"], "grams", experts)
-        fold(layers, windows, [observer])
+        observer = InputMomentCollector(family, ["experts"], "input_grams", experts)
+        forward_layers(layers, windows, [observer])
         for source in list(observer.found):
             found = observer.found.pop(source)
             stacks = [m.weight_BOI for m in layer_matrices(hf.decoder_layers(model)[0], family) if m.source == source]
             names = [f"expert {e}" for e in experts]
             moment = found.mean(0.0, found.count_B < 1, True)
-            prune(Group(names, [w[experts.start : experts.stop] for w in stacks], moment), method="sparsegpt")
+            prune(MatrixGroup(names, [w[experts.start : experts.stop] for w in stacks], moment), method="sparsegpt")
     return {"bytes": peak_memory_bytes(CPU) - before}
 
 

@@ -24,7 +24,7 @@ import moe_compress
 from moe_compress import zoo
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.evaluation.speed.benchmark import Setting, compare_speed
-from moe_compress.evaluation.speed.paired_timing import Effort
+from moe_compress.evaluation.speed.paired_timing import TimingBudget
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import Clip, rtn
 from moe_compress.models.modeling.activation_rounding import round_inputs
@@ -36,7 +36,7 @@ from moe_compress.utils.files import atomic_write, gigabytes
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
 BLOCK, BITS, GROUP, LAYERS = 128, 4, 128, 16
-SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=Effort(20, 0.0), dtype="bfloat16")
+SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=TimingBudget(20, 0.0), dtype="bfloat16")
 ROWS = (1, 32, 512)
 QUANTIZED = (
     "bits=8 group_size=0",

@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_compress
 from moe_compress import zoo
-from moe_compress.calibration.output_sample import PROBE_TOKENS, Probe, ProbeObserver
+from moe_compress.calibration.output_sample import PROBE_TOKENS, OutputSample, OutputSampler
 from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.data.documents import DataSpec
 from moe_compress.data.windows import Windows, make_windows
@@ -55,14 +55,14 @@ def block(experts: int, top_k: int, width: int = WIDTH, inner: int = INNER) -> t
     return model, view
 
 
-def probe_of(model: Any, view: MoEView, x_TD: Tensor, sample: int, layer: int = 0) -> Probe:
+def probe_of(model: Any, view: MoEView, x_TD: Tensor, sample: int, layer: int = 0) -> OutputSample:
     """A probe of the block on `sample` of the tokens."""
     tokens = len(x_TD)
-    observer = ProbeObserver(family_of(model.config), model.config, tokens, sample)
+    observer = OutputSampler(family_of(model.config), model.config, tokens, sample)
     observer.enter(layer, hf.decoder_layers(model)[layer])
     observer.begin(BatchInfo(torch.ones(tokens, dtype=torch.bool), torch.zeros(tokens, dtype=torch.long)))
     view.block(x_TD[None])
-    return Probe.from_tensors(observer.leave())
+    return OutputSample.from_tensors(observer.leave())
 
 
 # --- the plain side -----------------------------------------------------------------------------------------

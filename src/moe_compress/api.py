@@ -14,7 +14,7 @@ from moe_compress.analysis.checkpoint_analysis import ModelAnalysis, analyse_che
 from moe_compress.analysis.layer_analysis import SIMILAR, require_cosine
 from moe_compress.checkpoints.load import load_model, load_packed, load_tokenizer, require_memory
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoints.resolve import config_folder, open_model
+from moe_compress.checkpoints.resolve import config_folder, resolve_model
 from moe_compress.compression import export as padding
 from moe_compress.compression import failures
 from moe_compress.compression.forecast import Forecast, forecast
@@ -23,9 +23,9 @@ from moe_compress.data.prompts import prompt_windows, read_prompts
 from moe_compress.evaluation import generations
 from moe_compress.evaluation.generations import Comparison
 from moe_compress.evaluation.harnesses import flops, routing, speed, tasks, verify
-from moe_compress.evaluation.pair import beside, require_same_tokens
+from moe_compress.evaluation.pair import open_pair, require_same_tokens
 from moe_compress.evaluation.quality import evaluate as evaluation
-from moe_compress.evaluation.saved_report import keep
+from moe_compress.evaluation.saved_report import save_sealed
 from moe_compress.hub.card import update_card
 from moe_compress.hub.push import Upload, prepare, send
 from moe_compress.recipes.parser import parse
@@ -69,7 +69,7 @@ def run_recipe(parsed: Recipe) -> Result:
     run = start(parsed.options)
     with threads(parsed.options.threads):
         outcome = compress_checkpoint(parsed, run)
-        with failures.kept(parsed, parsed.options.name or outcome.folder.name, run):
+        with failures.record_failure(parsed, parsed.options.name or outcome.folder.name, run):
             return _evaluated(outcome, run)
 
 
@@ -87,7 +87,7 @@ def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options:
 
 def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
-    opened, base, run = beside(checkpoint, original, options, "evaluate")
+    opened, base, run = open_pair(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
         return _record(opened, base, run)
 
@@ -150,7 +150,7 @@ def compare(
 
     prompts: a file, whose text the predictions are compared on; `default`: a few prompts, and the evaluation text.
     """
-    first, second = (open_model(str(model)) for model in (before, after))
+    first, second = (resolve_model(str(model)) for model in (before, after))
     require_same_tokens(second, first)
     count = coerce(int, max_tokens, "max_tokens")
     positions = getattr(first.config, "max_position_embeddings", None) or count + 1
@@ -170,7 +170,7 @@ def compare(
         one, other = (evaluation.layers_of(each, run).model for each in (first, second))
         found = generations.compare(one, other, tokenizer, given, windows, count, progress)
     names = {"before": Path(first.name).name, "after": Path(second.name).name}
-    keep(run.results("generations") / f"{names['before']}-{names['after']}.json", {**names, **asdict(found)})
+    save_sealed(run.results("generations") / f"{names['before']}-{names['after']}.json", {**names, **asdict(found)})
     return found
 
 
@@ -182,7 +182,7 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
 
 def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts (`pad`) make one possible; else ValueError."""
-    opened = open_model(str(checkpoint))
+    opened = resolve_model(str(checkpoint))
     if not pad:
         raise ValueError("export needs --pad: dead experts in uneven layers are the one way it makes a model plain.")
     target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-padded")
@@ -206,7 +206,7 @@ def push(
     the commit; revision: the branch.
     """
     hidden, dry = coerce(bool, private, "private"), coerce(bool, dry_run, "dry_run")
-    upload = prepare(open_model(str(checkpoint)), repo, hidden)
+    upload = prepare(resolve_model(str(checkpoint)), repo, hidden)
     return upload if dry else replace(upload, url=send(upload, message, revision))
 
 
@@ -226,7 +226,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
 
     Packed weights stay packed in memory, and run in torch's int4 and int8 kernels where the activations are bfloat16.
     """
-    checkpoint = open_model(str(model))
+    checkpoint = resolve_model(str(model))
     if not checkpoint.packed:
         return load_model(checkpoint.folder, dtype, **keywords)
     device = torch.device(str(keywords.pop("device_map", "cpu")))

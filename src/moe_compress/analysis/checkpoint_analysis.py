@@ -16,7 +16,7 @@ from moe_compress.analysis.layer_analysis import SIMILAR, LayerAnalysis, analyse
 from moe_compress.calibration.collect import calibration_for, observed, unobserved
 from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.data.prompts import prompt_windows, read_prompts
 from moe_compress.data.windows import parse_mix
 from moe_compress.edits.apply import refuse_if_uneditable
@@ -133,7 +133,7 @@ def analyse_checkpoint(run: Run, layers: str = "", prompts: str = "", threshold:
 
     prompts: a file of prompts, to be used instead of the calibration text.
     """
-    checkpoint = open_model(run.options.model, run.options.revision)
+    checkpoint = resolve_model(run.options.model, run.options.revision)
     refuse_if_uneditable(checkpoint.config)
     wanted = _wanted(layers, [layer.shape.layer for layer in unobserved(checkpoint, with_weights=False).layers])
     if prompts:
@@ -148,7 +148,7 @@ def analyse_checkpoint(run: Run, layers: str = "", prompts: str = "", threshold:
                 sums = calibration.layers[index]
                 found.append(analyse(layer, sums["count"], sums["tokens"], threshold))
                 progress(len(found), len(wanted))
-    return ModelAnalysis(Path(checkpoint.name).name, calibration.description, found, seen.streams)
+    return ModelAnalysis(Path(checkpoint.name).name, calibration.description, found, seen.block_influence)
 
 
 def _use_prompts(path: Path, checkpoint: Checkpoint, run: Run) -> None:

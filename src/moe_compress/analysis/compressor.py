@@ -35,7 +35,7 @@ from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model
 from moe_compress.analysis.strategies import impact_of, make_plan, strategy_target
 from moe_compress.checkpoints.load import load_model, load_tokenizer
 from moe_compress.checkpoints.reader import Checkpoint, architecture_values
-from moe_compress.checkpoints.resolve import local_folder, open_model
+from moe_compress.checkpoints.resolve import local_folder, resolve_model
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.documents import DataSpec
 from moe_compress.data.prompts import prompt_windows
@@ -83,7 +83,7 @@ class ExpertCompressor:
         self.similarity_threshold = require_cosine(similarity_threshold)
         self.checkpoint: Checkpoint | None = None
         if isinstance(model_or_path, str | os.PathLike):
-            self.checkpoint = open_model(os.fspath(model_or_path))
+            self.checkpoint = resolve_model(os.fspath(model_or_path))
             device = resolve_device("auto")
             dtype = resolve_dtype("auto", device)
             self.model = load_model(self.checkpoint.folder, dtype, device_map=str(device))

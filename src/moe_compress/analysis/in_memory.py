@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from moe_compress.analysis.layer_info import view_of
 from moe_compress.calibration.artefact import by_domain, mix_components
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.model_statistics import LayerSums
-from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.model_statistics import LayerStatistics
+from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.data.windows import FOLDS, Windows
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import Edit
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers
 from moe_compress.engine.observer import BatchInfo, Observer, evenly_T
 from moe_compress.models import hf
@@ -42,7 +42,7 @@ SAMPLE = 1024
 class Seen:
     """One MoE layer as a fold saw it: sums, tokens by domain and fold [C, E] and [C], some inputs of its block."""
 
-    layer: LayerSums
+    layer: LayerStatistics
     count_CE: Tensor
     token_C: Tensor
     inputs_PD: Tensor
@@ -100,12 +100,12 @@ def observe(model: PreTrainedModel, windows: Windows) -> dict[int, Seen]:
     """One fold over all layers: what each MoE layer does with the text."""
     family, config, domains = family_of(model.config), model.config, windows.domains
     observers: list[Observer] = [
-        ExpertSums(family, config, len(domains) * FOLDS),
-        ProbeObserver(family, config, windows.tokens, SAMPLE),
+        ExpertStatistics(family, config, len(domains) * FOLDS),
+        OutputSampler(family, config, windows.tokens, SAMPLE),
         BlockInputs(model, windows.tokens),
     ]
     with watched(model), progress_bar("measuring") as progress:
-        layers, _ = fold(ResidentLayers(model), windows, observers, progress=progress)
+        layers, _ = forward_layers(ResidentLayers(model), windows, observers, progress=progress)
     shapes = moe_shapes(model)
     return {shape.layer: _seen(model, shape, len(layers), layers[shape.layer], domains) for shape in shapes}
 
@@ -114,13 +114,13 @@ def _seen(
     model: PreTrainedModel, shape: MoEShape, total: int, found: Sequence[Mapping[str, Tensor]], domains: Sequence[str]
 ) -> Seen:
     tables, probe, inputs = found
-    layer = LayerSums(
+    layer = LayerStatistics(
         shape,
         mix_components(tables, torch.ones(len(domains) * FOLDS, dtype=torch.float64)),
         total,
         family_of(model.config).paper_gate,
         lambda: contextlib.nullcontext(view_of(model, shape.layer)),
-        functools.partial(Probe.from_tensors, probe),
+        functools.partial(OutputSample.from_tensors, probe),
         by_domain(tables, domains),
     )
     return Seen(layer, tables["count"], tables["tokens"], inputs["inputs"])

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moe_compress.analysis.similarity import Similarity, all_groups, moe_type, pairs, similarities
-from moe_compress.calibration.model_statistics import LayerSums
-from moe_compress.calibration.output_sample import Probe
+from moe_compress.calibration.model_statistics import LayerStatistics
+from moe_compress.calibration.output_sample import OutputSample
 from moe_compress.data.windows import FOLDS
 from moe_compress.methods.expert_drop import scores, subset_search
 from moe_compress.models.shape import MoEShape
@@ -106,7 +106,7 @@ class LayerAnalysis:
         return torch.tensor(self.utilization, dtype=torch.float64) * self.tokens
 
 
-def analyse(layer: LayerSums, count_CE: Tensor, token_C: Tensor, threshold: float = SIMILAR) -> LayerAnalysis:
+def analyse(layer: LayerStatistics, count_CE: Tensor, token_C: Tensor, threshold: float = SIMILAR) -> LayerAnalysis:
     """Judge one layer. count_CE, token_C: routed tokens and all tokens of every domain and fold."""
     probe, tokens = layer.probe(), int(token_C.sum())
     effect = design_effect(count_CE, token_C)
@@ -190,7 +190,7 @@ def _preferences(by_domain: Mapping[str, Mapping[str, Tensor]], effect: float) -
     ]
 
 
-def _removal_errors(probe: Probe) -> list[float] | None:
+def _removal_errors(probe: OutputSample) -> list[float] | None:
     if probe.routing is None:
         return None
     experts = range(probe.logits_TE.shape[1])

@@ -84,5 +84,5 @@ def get_moe_layer_info(model: PreTrainedModel, layer_idx: int) -> MoELayerInfo:
 def _router_params(view: MoEView) -> int:
     """Parameters of router and block that leave with an expert: a row of every tensor with a row an expert."""
     flat = [p for p in view.block._parameters.values() if p is not None and p.dim() == 1]
-    rows = [p for p in (*view.router.parameters(), *flat) if view.rows in p.shape[:2]]
-    return sum(p.numel() for p in rows) // view.rows
+    rows = [p for p in (*view.router.parameters(), *flat) if view.router_rows in p.shape[:2]]
+    return sum(p.numel() for p in rows) // view.router_rows

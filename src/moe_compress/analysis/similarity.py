@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums
-from moe_compress.calibration.output_sample import Probe
+from moe_compress.calibration.model_statistics import LayerStatistics
+from moe_compress.calibration.output_sample import OutputSample
 from moe_compress.methods.expert_merge import grouping, similarity
 from moe_compress.methods.expert_merge.alignment import EXACT, Neurons, order
 from moe_compress.models.moe import Expert
@@ -34,7 +34,7 @@ class Similarity:
     of: str
 
 
-def similarities(layer: LayerSums, probe: Probe, outputs_EE: Tensor, tokens: int) -> dict[str, Similarity]:
+def similarities(layer: LayerStatistics, probe: OutputSample, outputs_EE: Tensor, tokens: int) -> dict[str, Similarity]:
     """By weights, by routed tokens (Jaccard of being used by one token) and by outputs."""
     routed_EE = similarity.jaccard(layer.sums["both"], layer.sums["count"])
     return {
@@ -49,7 +49,7 @@ def _rounded(matrix_EE: Tensor) -> list[list[float | None]]:
     return [[round(value, 5) for value in row] for row in matrix_EE.tolist()]
 
 
-def _weight_similarity(layer: LayerSums, outputs_EE: Tensor, width: int, model_width: int) -> Similarity:
+def _weight_similarity(layer: LayerStatistics, outputs_EE: Tensor, width: int, model_width: int) -> Similarity:
     """Cosine of aligned weights for the pairs whose outputs are most alike, as many as ALIGNMENT allows.
 
     None for the others, and for all where experts have more than EXACT neurons.

@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe_compress.calibration.block_influence import StreamTurns, between_layers
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.calibration.block_influence import BlockInfluence, between_layers
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import FOLDS, Windows
-from moe_compress.engine.forward import Progress, fold
+from moe_compress.engine.forward import Progress, forward_layers
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import Observer
 from moe_compress.models.families import family_of
@@ -43,11 +43,12 @@ RUNS = "runs"
 class Calibration:
     """Sums per decoder layer, [C, E] or [C] or [E]; component c is domain c // FOLDS, fold c % FOLDS.
 
-    runs_LL: mean 1 - cos of the stream between any two layers' beginnings, [L+1, L+1]; probes: file of the probes.
+    span_influence_LL: mean 1 - cos of the stream between any two layers' beginnings, [L+1, L+1]; probes: file of the
+    probes.
     """
 
     layers: dict[int, dict[str, Tensor]]
-    runs_LL: Tensor
+    span_influence_LL: Tensor
     domains: tuple[str, ...]
     identity: str
     description: dict[str, Any]
@@ -62,7 +63,7 @@ class Calibration:
         """Write the artefact whole or not at all."""
         tensors = {f"{layer}.{name}": t for layer, sums in self.layers.items() for name, t in sums.items()}
         meta = {"identity": self.identity, "domains": self.domains, "description": self.description}
-        write_shard(path, {**tensors, RUNS: self.runs_LL}, {"moe_compress": json.dumps(meta)})
+        write_shard(path, {**tensors, RUNS: self.span_influence_LL}, {"moe_compress": json.dumps(meta)})
 
     @classmethod
     def load(cls, path: Path) -> Calibration:
@@ -71,21 +72,21 @@ class Calibration:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads(file.metadata()["moe_compress"])
-                runs_LL = file.get_tensor(RUNS)
+                span_influence_LL = file.get_tensor(RUNS)
                 for key in set(file.keys()) - {RUNS}:
                     layer, _, name = key.partition(".")
                     layers.setdefault(int(layer), {})[name] = file.get_tensor(key)
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a whole calibration: remove it, and it is measured anew.") from error
         ordered = {layer: dict(sorted(sums.items())) for layer, sums in sorted(layers.items())}
-        return cls(ordered, runs_LL, tuple(meta["domains"]), meta["identity"], meta["description"])
+        return cls(ordered, span_influence_LL, tuple(meta["domains"]), meta["identity"], meta["description"])
 
-    def probe(self, layer: int) -> Probe:
+    def probe(self, layer: int) -> OutputSample:
         """All experts of one layer on a sample of tokens."""
         assert self.probes is not None
         with safe_open(self.probes, "pt") as file:
             found = {k.partition(".")[2]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{layer}.")}  # noqa: SIM118
-        return Probe.from_tensors(found)
+        return OutputSample.from_tensors(found)
 
 
 def mix_components(sums: Mapping[str, Tensor], weight_C: Tensor) -> dict[str, Tensor]:
@@ -145,7 +146,7 @@ def probe_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}-probes.safetensors")
 
 
-def kept(path: Path, probes: bool) -> Calibration | None:
+def load_if_complete(path: Path, probes: bool) -> Calibration | None:
     """The calibration of an earlier run, if it has all that is needed; what made that run resumable goes."""
     if not path.is_file() or (probes and not probe_path(path).is_file()):
         return None
@@ -181,14 +182,16 @@ def calibrate(
     started = time.perf_counter()
     reset_peak_memory(layers.device)
     observers = observers_for(checkpoint, layers, windows, probes)
-    seen, _ = fold(layers, windows, observers, state=state, progress=progress)
+    seen, _ = forward_layers(layers, windows, observers, state=state, progress=progress)
     how = {"hash": windows.fingerprint, "dtype": dtype_name(layers.model.dtype), "device": layers.device.type}
     how["attn"] = layers.model.config._attn_implementation
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(layers.device)}
     if probes:
         write_shard(probe_path(path), {f"{i}.{n}": t for i, parts in enumerate(seen) for n, t in parts[2].items()})
-    sums, runs_LL = _without_samples([parts[0] | parts[1] for parts in seen])
-    calibration = Calibration(sums, runs_LL, windows.domains, identity, {**windows.description, **how, **cost})
+    sums, span_influence_LL = _without_samples([parts[0] | parts[1] for parts in seen])
+    calibration = Calibration(
+        sums, span_influence_LL, windows.domains, identity, {**windows.description, **how, **cost}
+    )
     calibration.save(path)
     shutil.rmtree(_state_folder(path), ignore_errors=True)
     log.info("calibration saved as %s", path)
@@ -200,9 +203,9 @@ def observers_for(checkpoint: Checkpoint, layers: Layers, windows: Windows, prob
     config, components = checkpoint.config, len(windows.domains) * FOLDS
     family = family_of(config)
     names = block_names(layers.model)
-    turns = StreamTurns(names, components, checkpoint.num_layers, windows.tokens, config.hidden_size)
-    found: list[Observer] = [ExpertSums(family, config, components), turns]
-    return [*found, ProbeObserver(family, config, windows.tokens)] if probes else found
+    turns = BlockInfluence(names, components, checkpoint.num_layers, windows.tokens, config.hidden_size)
+    found: list[Observer] = [ExpertStatistics(family, config, components), turns]
+    return [*found, OutputSampler(family, config, windows.tokens)] if probes else found
 
 
 def _without_samples(seen: list[dict[str, Tensor]]) -> tuple[dict[int, dict[str, Tensor]], Tensor]:

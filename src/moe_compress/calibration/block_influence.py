@@ -17,12 +17,12 @@ SAMPLE_BYTES = 2 << 30
 PARTS = ("moe", "attention")
 
 
-def turn(before_TD: Tensor, after_TD: Tensor) -> Tensor:
+def cosine_distance(before_TD: Tensor, after_TD: Tensor) -> Tensor:
     """1 - cos of every token, [T]: half of |a/|a| - b/|b||^2, which does not cancel where the two are alike."""
     return (normalize(before_TD.float(), dim=-1) - normalize(after_TD.float(), dim=-1)).square().sum(-1) / 2
 
 
-class StreamTurns:
+class BlockInfluence:
     """Sums over tokens of 1 - cos, per component, for every decoder layer.
 
     `stream_block`: what enters the layer and what leaves it; `stream_moe`, `stream_attention`: the stream before and
@@ -100,7 +100,7 @@ class StreamTurns:
             if before is None or after is None:
                 self.sums[name].fill_(torch.nan)
             else:
-                self.sums[name].index_add_(0, component_T, turn(before, after).double())
+                self.sums[name].index_add_(0, component_T, cosine_distance(before, after).double())
         self._sample(kept["in"], out_TD)
 
     def _sample(self, in_TD: Tensor, out_TD: Tensor) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moe_compress.engine.observer import Listener
+from moe_compress.engine.observer import ExpertObserver
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, inner_width
 
 
-class ChannelSums(Listener):
+class ChannelStatistics(ExpertObserver):
     """Sums of squares of neurons' activations, with and without the gate, and the largest gated square, [E, F] each.
 
     `channel_square`, `channel_gated`, `channel_max`; `energy`: mean square of the stream behind the layer.

@@ -18,17 +18,17 @@ from moe_compress.calibration.artefact import (
     calibrate,
     calibration_identity,
     component_weights,
-    kept,
+    load_if_complete,
     mix_components,
 )
-from moe_compress.calibration.channel_statistics import ChannelSums
+from moe_compress.calibration.channel_statistics import ChannelStatistics
 from moe_compress.calibration.gradients import ChannelGradients
-from moe_compress.calibration.model_statistics import LayerSums, Observed
-from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
+from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.calibration.weight_statistics import weight_sums
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.engine.backward import backward
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import BatchInfo
 from moe_compress.models import hf
@@ -49,7 +49,7 @@ def calibration_for(checkpoint: Checkpoint, run: Run, probes: bool = False) -> C
     windows = run.windows("calibration", checkpoint)
     identity = calibration_identity(checkpoint, windows, run.dtype, run.device, run.options.attn)
     path = run.results("calibrations") / f"{identity}.safetensors"
-    earlier = kept(path, probes)
+    earlier = load_if_complete(path, probes)
     if earlier is not None:
         log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
         return earlier
@@ -83,7 +83,7 @@ class Weights:
 
 def observed(
     checkpoint: Checkpoint, calibration: Calibration, mix: Mapping[str, float], left_out: int | None = None
-) -> Observed:
+) -> ModelStatistics:
     """What a method is given, with the domains mixed, and perhaps one fold of the text left out."""
     weight_C = component_weights(calibration, mix, left_out)
     sums = {i: mix_components(table, weight_C) for i, table in calibration.layers.items()}
@@ -100,19 +100,21 @@ def observed(
         )
         for layer in base.layers
     ]
-    return Observed(shape=base.shape, layers=layers, streams=streams, runs_LL=calibration.runs_LL)
+    return ModelStatistics(
+        shape=base.shape, layers=layers, block_influence=streams, span_influence_LL=calibration.span_influence_LL
+    )
 
 
-def _weighted_probe(calibration: Calibration, layer: int, weight_C: Tensor) -> Probe:
+def _weighted_probe(calibration: Calibration, layer: int, weight_C: Tensor) -> OutputSample:
     return calibration.probe(layer).weighted(weight_C)
 
 
-def unobserved(checkpoint: Checkpoint, with_weights: bool) -> Observed:
+def unobserved(checkpoint: Checkpoint, with_weights: bool) -> ModelStatistics:
     """The same without a forward: shapes, and sums over weights alone."""
     return _layers(checkpoint, _weight_sums(checkpoint) if with_weights else {})
 
 
-def noise_observed(checkpoint: Checkpoint, run: Run) -> Observed:
+def noise_observed(checkpoint: Checkpoint, run: Run) -> ModelStatistics:
     """The same with probes on standard normal inputs of every MoE block: no text, no stream."""
     base = unobserved(checkpoint, with_weights=False)
     layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
@@ -123,7 +125,7 @@ def noise_observed(checkpoint: Checkpoint, run: Run) -> Observed:
     return dataclasses.replace(base, layers=found)
 
 
-def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple[Observed, dict[str, Any]]:
+def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple[ModelStatistics, dict[str, Any]]:
     """The same with sums over the inner neurons of each expert, from one pass over the text (with `gradients`: two,
     and one back); and what that text was.
     """
@@ -138,7 +140,9 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
             _require_gradient_memory(layers)
             seen = backward(layers, windows, ChannelGradients(family), run.results("calibrations"), progress)
         else:
-            seen = [found[0] for found in fold(layers, windows, [ChannelSums(family)], progress=progress)[0]]
+            seen = [
+                found[0] for found in forward_layers(layers, windows, [ChannelStatistics(family)], progress=progress)[0]
+            ]
     cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
     return _layers(checkpoint, dict(enumerate(seen))), {**windows.description, **cost}
 
@@ -155,12 +159,12 @@ def _require_gradient_memory(layers: StreamedLayers) -> None:
 
 
 @torch.no_grad()
-def _noise_probe(layers: StreamedLayers, index: int) -> Probe:
+def _noise_probe(layers: StreamedLayers, index: int) -> OutputSample:
     """A probe of one block on NOISE_TOKENS inputs that depend on the layer's number alone."""
     config = layers.checkpoint.config
     generator = torch.Generator().manual_seed(index)
     noise_TD = torch.randn(NOISE_TOKENS, config.hidden_size, generator=generator).to(layers.device, layers.model.dtype)
-    observer = ProbeObserver(family_of(config), config, NOISE_TOKENS)
+    observer = OutputSampler(family_of(config), config, NOISE_TOKENS)
     real_T = torch.ones(NOISE_TOKENS, dtype=torch.bool, device=layers.device)
     with layers.layer(index) as layer:
         observer.enter(index, layer)
@@ -168,17 +172,17 @@ def _noise_probe(layers: StreamedLayers, index: int) -> Probe:
         view = moe_view(layer, family_of(config))
         assert view is not None
         view.block(noise_TD[None])
-        return Probe.from_tensors(observer.leave())
+        return OutputSample.from_tensors(observer.leave())
 
 
-def _layers(checkpoint: Checkpoint, sums: Mapping[int, Mapping[str, Tensor]]) -> Observed:
+def _layers(checkpoint: Checkpoint, sums: Mapping[int, Mapping[str, Tensor]]) -> ModelStatistics:
     shape = model_shape(hf.skeleton(checkpoint.config, checkpoint.stored_dtype))
     gate, weights = family_of(checkpoint.config).paper_gate, Weights(checkpoint)
     layers = [
-        LayerSums(moe, sums.get(moe.layer, {}), shape.total, gate, functools.partial(weights.view, moe.layer))
+        LayerStatistics(moe, sums.get(moe.layer, {}), shape.total, gate, functools.partial(weights.view, moe.layer))
         for moe in shape.moe
     ]
-    return Observed(shape=shape, layers=layers)
+    return ModelStatistics(shape=shape, layers=layers)
 
 
 def _weight_sums(checkpoint: Checkpoint) -> dict[int, dict[str, Tensor]]:

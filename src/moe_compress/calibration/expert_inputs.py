@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.engine.observer import Listener
+from moe_compress.engine.observer import ExpertObserver
 from moe_compress.models import hf
 from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
@@ -18,7 +18,7 @@ from moe_compress.models.moe import MoEView
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class ExpertInputs:
     """input_END: what the experts saw; gate_EN: the gates applied to what they return (1 where these scale the input),
     0 where an expert saw fewer rows; count_E: of all.
 
@@ -31,13 +31,13 @@ class Rows:
     energy: float
 
 
-class RowSample(Listener):
+class ExpertInputSampler(ExpertObserver):
     """Keeps the first `each` rows of every expert in every batch; `found` is None for a layer without experts."""
 
     def __init__(self, family: Family, each: int) -> None:
         super().__init__(family)
         self.each = each
-        self.found: Rows | None = None
+        self.found: ExpertInputs | None = None
 
     def start(self, view: MoEView) -> None:
         """Begin with nothing."""
@@ -66,5 +66,5 @@ class RowSample(Listener):
         input_END = input_RD.new_zeros(*shape, input_RD.shape[-1])
         gate_EN = gate_R.new_zeros(shape)
         input_END[expert_R, place_R], gate_EN[expert_R, place_R] = input_RD[order], gate_R[order]
-        self.found = Rows(input_END, gate_EN, self.count_E, self.energy)
+        self.found = ExpertInputs(input_END, gate_EN, self.count_E, self.energy)
         return {}

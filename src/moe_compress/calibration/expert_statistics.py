@@ -26,7 +26,7 @@ ROW_SUMS = ("count", "gate", "norm", "norm_square", "gated_norm")
 RATIO_BINS = 256
 
 
-class ExpertSums:
+class ExpertStatistics:
     """All statistics of routed experts from the k experts that each token really used.
 
     Per layer: `count`, `gate`, `norm` (of the expert's output before the gate), `norm_square`, `gated_norm`,
@@ -57,7 +57,7 @@ class ExpertSums:
         self.max = torch.zeros(cells, dtype=torch.float64, device=device)
         self.probability = torch.zeros(self.components, self.view.num_experts, dtype=torch.float64, device=device)
         self.both = torch.zeros(self.components * self.view.num_experts**2, dtype=torch.float64, device=device)
-        self.logit_gram = torch.zeros(self.components, *2 * [self.view.rows], dtype=torch.float64, device=device)
+        self.logit_gram = torch.zeros(self.components, *2 * [self.view.router_rows], dtype=torch.float64, device=device)
         self.ratio = torch.zeros(self.components * RATIO_BINS, dtype=torch.float64, device=device)
         self.totals = torch.zeros(self.components, 2, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(self.components, dtype=torch.float64, device=device)
@@ -120,7 +120,7 @@ class ExpertSums:
 
     def _router(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self.view is not None
-        rows = self.view.rows
+        rows = self.view.router_rows
         assert isinstance(output, tuple), "a router returns (logits, weights, indices)"
         logits_TE = router_logits(output, rows, self.family)[self.batch.real_T].double()
         if self.family.router_scores == "sigmoid":

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from moe_compress.calibration.input_moments import RunningSums
-from moe_compress.engine.observer import Listener
+from moe_compress.engine.observer import ExpertObserver
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView
 
 
-class ChannelGradients(Listener):
+class ChannelGradients(ExpertObserver):
     """Sums of a^2 per neuron, and of the outer products of the gradients at each expert's output, while it runs back.
 
     `heapr` [E, F]: sum a_i^2 times w_i' M w_i, with w_i the neuron's column of the down projection and M the mean
@@ -22,8 +22,8 @@ class ChannelGradients(Listener):
         """Begin with empty sums."""
         down_EDF = view.stacks()["down"]
         experts, width, inner = down_EDF.shape
-        self.squares = RunningSums(experts, inner, "squares", down_EDF.device)
-        self.gradients = RunningSums(experts, width, "grams", down_EDF.device)
+        self.squares = RunningSums(experts, inner, "input_squares", down_EDF.device)
+        self.gradients = RunningSums(experts, width, "input_grams", down_EDF.device)
 
     def rows(self, rows: RoutedRows) -> None:
         """Add one batch: activations now, gradients when they come back."""
@@ -46,13 +46,13 @@ class ChannelGradients(Listener):
         return {"heapr": (self.squares.total * curved_EF).double().cpu()}
 
 
-class OutputGradients(Listener):
+class OutputGradients(ExpertObserver):
     """`curvature` [D, D]: mean outer product, over tokens, of the loss's gradients at what the routed experts add."""
 
     def start(self, view: MoEView) -> None:
         """Begin with empty sums."""
         width = view.router_rows_ED.shape[1]
-        self.gradients = RunningSums(1, width, "grams", view.router_rows_ED.device)
+        self.gradients = RunningSums(1, width, "input_grams", view.router_rows_ED.device)
 
     def rows(self, rows: RoutedRows) -> None:
         """Take the gradients of one batch when they come back."""

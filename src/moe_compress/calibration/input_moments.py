@@ -19,7 +19,7 @@ from moe_compress.models.hf import RoutedRows
 from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Kind, Matrix, layer_matrices
 from moe_compress.models.moe import moe_view
 
-Statistic = Literal["squares", "grams"]
+Statistic = Literal["input_squares", "input_grams"]
 # Rows that are kept before they are multiplied: products of few rows are slow.
 PENDING = 8192
 
@@ -55,7 +55,7 @@ class RunningSums:
     """Running sums of rows in groups (experts); `add` takes rows sorted by group."""
 
     def __init__(self, groups: int, inputs: int, statistic: Statistic, device: torch.device) -> None:
-        shape = (inputs,) if statistic == "squares" else (inputs, inputs)
+        shape = (inputs,) if statistic == "input_squares" else (inputs, inputs)
         self.statistic = statistic
         self.total = torch.zeros(groups, *shape, device=device)
         self.count_B = torch.zeros(groups, dtype=torch.long, device=device)
@@ -65,7 +65,7 @@ class RunningSums:
     def add(self, x_RI: Tensor, group_R: Tensor) -> None:
         """Take rows in; group_R is ascending."""
         x_RI = x_RI.float()
-        if self.statistic == "squares":
+        if self.statistic == "input_squares":
             self.count_B += torch.bincount(group_R, minlength=len(self.count_B))
             self.total.index_add_(0, group_R, x_RI.square())
             return
@@ -90,7 +90,7 @@ class RunningSums:
         self.pending, self.waiting = [], 0
 
 
-class InputSums:
+class InputMomentCollector:
     """Sums up what the matrices of the chosen kinds see in a layer; `found` holds it by source once the layer is done.
 
     experts: those whose rows are summed one by one (None: all); the pooled sums are of all experts.

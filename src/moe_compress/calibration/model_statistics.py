@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moe_compress.calibration.output_sample import Probe
+from moe_compress.calibration.output_sample import OutputSample
 from moe_compress.edits.edits import Edit
 from moe_compress.models.moe import MoEView
 from moe_compress.models.shape import ModelShape, MoEShape
@@ -24,12 +24,12 @@ def _unavailable() -> contextlib.AbstractContextManager[MoEView]:
     raise ValueError("the weights of this layer are not at hand.")
 
 
-def _no_probe() -> Probe:
+def _no_probe() -> OutputSample:
     raise ValueError("this layer was not probed: the method has to say needs='probe'.")
 
 
 @dataclass(frozen=True, slots=True)
-class LayerSums:
+class LayerStatistics:
     """What is known of one MoE layer: its shape, [E] sums over the calibration text, and context.
 
     view: the layer's weights, read when asked for, inside a `with`; probe: all its experts on a sample of tokens;
@@ -41,23 +41,23 @@ class LayerSums:
     total_layers: int
     paper_gate: str
     view: Callable[[], contextlib.AbstractContextManager[MoEView]] = _unavailable
-    probe: Callable[[], Probe] = _no_probe
+    probe: Callable[[], OutputSample] = _no_probe
     by_domain: Mapping[str, Sums] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Observed:
+class ModelStatistics:
     """A model as a method sees it.
 
-    layers: the MoE layers; streams: for every decoder layer how far it and its sub-layers turn the stream (mean
-    1 - cos, `calibration/block_influence.py`); runs_LL: the same between the stream before layer i and before layer j,
-    [L+1, L+1];
+    layers: the MoE layers; block_influence: for every decoder layer how far it and its sub-layers turn the stream (mean
+    1 - cos, `calibration/block_influence.py`); span_influence_LL: the same between the stream before layer i and before
+    layer j, [L+1, L+1];
     evaluate: how well the model would agree with the original after some edits, from 0 to 1, on text that is in no sum
-    and no loss here, if in mean outputs and runs_LL (only where the parameters ask for a search).
+    and no loss here, if in mean outputs and span_influence_LL (only where the parameters ask for a search).
     """
 
     shape: ModelShape
-    layers: Sequence[LayerSums]
-    streams: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
-    runs_LL: Tensor | None = None
+    layers: Sequence[LayerStatistics]
+    block_influence: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    span_influence_LL: Tensor | None = None
     evaluate: Evaluate | None = None

@@ -21,7 +21,7 @@ from moe_compress.models import hf
 from moe_compress.models.families import Family, groups_of
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, moe_view, router_logits
-from moe_compress.models.router_rule import Routing, identify, selection_bias
+from moe_compress.models.router_rule import RouterRule, fit_router_rule, selection_bias
 
 PROBE_TOKENS = 4096
 INNER_TOKENS = 64
@@ -33,7 +33,7 @@ CHUNK = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class OutputSample:
     """One layer's experts on a sample of tokens, evenly spaced over the text.
 
     logits_TE: raw router logits; index_TK, gate_TK: the experts and gates applied; component_T: domain and fold;
@@ -53,7 +53,7 @@ class Probe:
     mean_ED: Tensor
     cosine_EE: Tensor
     inner_EFS: Tensor
-    routing: Routing | None
+    routing: RouterRule | None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it as tensors on the CPU, to be saved."""
@@ -61,7 +61,7 @@ class Probe:
         rule = self.routing.tensors() if self.routing is not None else {}
         return found | {f"routing_{name}": tensor for name, tensor in rule.items()}
 
-    def weighted(self, weight_C: Tensor) -> Probe:
+    def weighted(self, weight_C: Tensor) -> OutputSample:
         """The probe with every token weighing as its component does, and without those that weigh nothing.
 
         Losses and logits follow the weights; the means over experts' outputs stay those of all tokens.
@@ -76,17 +76,17 @@ class Probe:
         return replace(self, **left)
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Probe:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> OutputSample:
         """The probe that `tensors` gave."""
         rule, bias_E = tensors.get("routing_rule"), tensors.get("routing_bias")
-        routing = None if rule is None else Routing.from_tensors(rule, bias_E)
+        routing = None if rule is None else RouterRule.from_tensors(rule, bias_E)
         return cls(**{name: tensors[name] for name in TENSORS}, routing=routing)
 
 
-TENSORS = tuple(field.name for field in fields(Probe) if field.name != "routing")
+TENSORS = tuple(field.name for field in fields(OutputSample) if field.name != "routing")
 
 
-class ProbeObserver:
+class OutputSampler:
     """Takes a probe of every layer with experts; a layer without experts gives nothing.
 
     Of the real tokens it takes P, evenly spaced and whatever the batches. When a layer is done, `routed` holds what its
@@ -114,7 +114,7 @@ class ProbeObserver:
         self.view = moe_view(layer, self.family)
         if self.view is None:
             return
-        if self.view.rows != self.view.num_experts:
+        if self.view.router_rows != self.view.num_experts:
             raise ValueError(
                 f"layer {index}: its router leads several ways to one expert or to none, which no probe describes."
             )
@@ -126,10 +126,10 @@ class ProbeObserver:
         hf.tap(self.view.block, self.view.experts, self._rows)
         self.hook = self.view.router.register_forward_hook(self._router)
 
-    def _rule(self, view: MoEView) -> Routing:
+    def _rule(self, view: MoEView) -> RouterRule:
         """All of the router's rule that does not have to be found out."""
         groups, groups_used = groups_of(self.config)
-        return Routing(
+        return RouterRule(
             top_k=self.top_k,
             scores=self.family.router_scores,
             renormalised=False,
@@ -251,14 +251,14 @@ class ProbeObserver:
         routing = self._identified(joined["logits_TE"], joined["index_TK"], joined["gate_TK"])
         joined["gate_TK"] = joined["gate_TK"].float()
         self.parts, self.sums = {}, {}
-        return Probe(**joined, **means, inner_EFS=inner_EFS, routing=routing).tensors()
+        return OutputSample(**joined, **means, inner_EFS=inner_EFS, routing=routing).tensors()
 
-    def _identified(self, logits_TE: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Routing | None:
+    def _identified(self, logits_TE: Tensor, index_TK: Tensor, gate_TK: Tensor) -> RouterRule | None:
         assert self.view is not None
         if hf.gate_on_input(self.view.experts):
             return None
         rule = self.rule
-        return identify(
+        return fit_router_rule(
             logits_TE,
             index_TK,
             gate_TK,

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compress.engine.observer import BatchInfo, Listener, evenly_T
+from moe_compress.engine.observer import BatchInfo, ExpertObserver, evenly_T
 from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, router_logits
 
 
-class Choices(Listener):
+class RouterChoices(ExpertObserver):
     """Takes `used` (which experts, bool [T, E]) and `probability` (softmax over the logits) of sampled tokens."""
 
     def __init__(self, family: Family, real_tokens: int, sample: int) -> None:
@@ -28,7 +28,7 @@ class Choices(Listener):
 
     def start(self, view: MoEView) -> None:
         """Listen to the router as well."""
-        self.experts, self.router_rows = view.num_experts, view.rows
+        self.experts, self.router_rows = view.num_experts, view.router_rows
         self.used: list[Tensor] = []
         self.probability: list[Tensor] = []
         self.hook = view.router.register_forward_hook(self._router)

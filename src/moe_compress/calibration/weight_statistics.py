@@ -16,8 +16,8 @@ def weight_sums(view: MoEView) -> dict[str, Tensor]:
         sums["square"] += _row_norms(weight, 2).square().sum(1)
         sums["count"] += weight.shape[1] * weight.shape[2] / inner_width(view) * torch.tensor(view.widths)
     row_R = torch.linalg.vector_norm(view.router_rows_ED.double(), 2, dim=1).cpu()
-    if view.alias is not None:  # an expert with several rows is as long as the longest of them
-        led = torch.tensor(view.alias)
+    if view.row_to_expert is not None:  # an expert with several rows is as long as the longest of them
+        led = torch.tensor(view.row_to_expert)
         row_R = torch.zeros(max(view.num_experts, 1 + int(led.max())), dtype=torch.float64).scatter_reduce(
             0, led, row_R, "amax"
         )[: view.num_experts]

@@ -53,7 +53,7 @@ def begun_identity(partial: Path) -> str | None:
     return None
 
 
-def empty_partial(partial: Path) -> None:
+def clear_partial(partial: Path) -> None:
     """Remove all that unfinished work holds; what marks it as ours goes last, in case of a kill."""
     for path in sorted(partial.iterdir(), key=lambda path: path.name in (STATE, MANIFEST)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -69,7 +69,7 @@ def begun_bytes(out: Path) -> int:
     return sum(path.stat().st_size for path in partial_folder(out).glob("*.safetensors"))
 
 
-def manifest_of(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a finished checkpoint of ours says about itself; None for any other folder."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -99,7 +99,7 @@ def _is_whole(manifest: Mapping[str, Any]) -> bool:
 
 def remove_intermediate(folder: Path) -> None:
     """Remove a checkpoint between two stages, and nothing else; what marks it as such goes last, in case of a kill."""
-    if not (manifest_of(folder) or {}).get("intermediate"):
+    if not (read_manifest(folder) or {}).get("intermediate"):
         return
     for path in sorted(folder.iterdir(), key=lambda path: path.name == MANIFEST):
         path.unlink()

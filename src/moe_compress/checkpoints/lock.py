@@ -11,16 +11,16 @@ from pathlib import Path
 
 from moe_compress.checkpoints.folder import (
     begun_identity,
-    empty_partial,
-    manifest_of,
+    clear_partial,
     partial_folder,
+    read_manifest,
     remove_intermediate,
 )
 from moe_compress.utils.files import NoSpaceError
 
 
 @contextlib.contextmanager
-def claimed(out: Path, identities: Sequence[str]) -> Iterator[None]:
+def exclusive_output(out: Path, identities: Sequence[str]) -> Iterator[None]:
     """Let this run alone write `out` and the folders beside it; what other recipes left unfinished there goes.
 
     identities: those of the checkpoints that this run writes, which it takes up where they are. A ValueError would
@@ -69,12 +69,12 @@ def _clear(out: Path, identities: Sequence[str]) -> None:
     ours = re.compile(re.escape(out.name) + r"(\.stage\d+(\.partial)?|\.partial)")
     for folder in [path for path in out.parent.iterdir() if path.is_dir() and ours.fullmatch(path.name)]:
         unfinished = folder.name.endswith(".partial")
-        found = begun_identity(folder) if unfinished else (manifest_of(folder) or {}).get("identity")
+        found = begun_identity(folder) if unfinished else (read_manifest(folder) or {}).get("identity")
         if found is None or found in identities:
             continue
         if not unfinished:
             remove_intermediate(folder)
             continue
-        empty_partial(folder)
+        clear_partial(folder)
         if folder != partial_folder(out):  # which is locked, and goes with its lock
             folder.rmdir()

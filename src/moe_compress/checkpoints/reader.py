@@ -21,7 +21,7 @@ from moe_compress.checkpoints.formats.compressed_tensors import PackedWeight
 from moe_compress.checkpoints.formats.layouts import with_weights
 from moe_compress.checkpoints.formats.readable import require_agreement, require_readable
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, Region, read_regions
+from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.utils.files import read_json
@@ -34,21 +34,21 @@ HASH_WHOLE_BELOW = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Virtual:
+class DerivedTensor:
     """A tensor that is not stored as it is: computed from a stored one, or constant."""
 
     make: Callable[[Tensor | None], Tensor]
-    source: Region | None
+    source: FileRegion | None
 
 
-Entry = Region | Virtual | StoredWeight
+Entry = FileRegion | DerivedTensor | StoredWeight
 
 
-def regions_of(entry: Entry) -> list[Region]:
+def regions_of(entry: Entry) -> list[FileRegion]:
     """Where the bytes of a tensor lie, those that say its dtype first; nowhere for a constant."""
     if isinstance(entry, StoredWeight):
         return list(entry.parts().values())
-    found = entry if isinstance(entry, Region) else entry.source
+    found = entry if isinstance(entry, FileRegion) else entry.source
     return [] if found is None else [found]
 
 
@@ -118,7 +118,7 @@ class Checkpoint:
         with contextlib.ExitStack() as stack:
             files: dict[Path, Any] = {}
 
-            def lazy(region: Region) -> Any:
+            def lazy(region: FileRegion) -> Any:
                 if region.file not in files:
                     files[region.file] = stack.enter_context(safe_open(region.file, "pt"))
                 return files[region.file].get_slice(region.key)
@@ -143,9 +143,9 @@ class Checkpoint:
         return found
 
 
-def _opened(entry: Entry, lazy: Callable[[Region], Any]) -> Any:
+def _opened(entry: Entry, lazy: Callable[[FileRegion], Any]) -> Any:
     """A tensor as something that is read when it is asked for."""
-    if isinstance(entry, Region):
+    if isinstance(entry, FileRegion):
         return lazy(entry)
     if isinstance(entry, StoredWeight):
         return entry.each(lazy)
@@ -198,7 +198,7 @@ def _require_supported(folder: Path, values: dict[str, Any]) -> None:
         raise ValueError(f"{folder / 'config.json'} is no {values['model_type']} config: {error}") from error
 
 
-def _stored_tensors(folder: Path) -> dict[str, Region]:
+def _stored_tensors(folder: Path) -> dict[str, FileRegion]:
     single = folder / "model.safetensors"
     if (folder / INDEX).is_file():
         if single.is_file():
@@ -211,7 +211,7 @@ def _stored_tensors(folder: Path) -> dict[str, Region]:
     return read_regions(single)
 
 
-def _sharded(folder: Path) -> dict[str, Region]:
+def _sharded(folder: Path) -> dict[str, FileRegion]:
     index = _weight_map(folder / INDEX)
     listed = sorted(set(index.values()))
     missing = [name for name in listed if not (folder / name).is_file()]
@@ -242,11 +242,11 @@ def _reexpressed(values: dict[str, Any], tensors: dict[str, Entry]) -> dict[str,
     for key, entry in tensors.items():
         (region,) = regions_of(entry)
         new_key, make = deepseek_v1.rename(key)
-        out[new_key] = region if make is None else Virtual(make, region)
+        out[new_key] = region if make is None else DerivedTensor(make, region)
     dtype = STORED_DTYPES[regions_of(out["model.embed_tokens.weight"])[0].dtype]
     zero_gate = torch.zeros(1, int(values["hidden_size"]), dtype=dtype)
     for key in deepseek_v1.constant_keys(out):
-        out[key] = Virtual(lambda _: zero_gate, None)
+        out[key] = DerivedTensor(lambda _: zero_gate, None)
     return out
 
 

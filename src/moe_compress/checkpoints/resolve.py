@@ -28,7 +28,7 @@ FILES = (
 HUB_SECONDS = 10.0
 
 
-def open_model(model: str, revision: str | None = None) -> Checkpoint:
+def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
     """Open the checkpoint that the user means; fetches a hub model (weights included) if it is one."""
     folder = local_folder(model)
     if folder is not None:

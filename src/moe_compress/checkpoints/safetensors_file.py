@@ -37,7 +37,7 @@ CHUNK_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
+class FileRegion:
     """A tensor where it lies: bytes [start, stop) of a safetensors file."""
 
     file: Path
@@ -53,7 +53,7 @@ class Region:
         return self.stop - self.start
 
 
-def read_regions(file: Path) -> dict[str, Region]:
+def read_regions(file: Path) -> dict[str, FileRegion]:
     """Every tensor of a safetensors file; ValueError names a truncated or broken one."""
     size = file.stat().st_size
     with file.open("rb") as handle:
@@ -72,16 +72,18 @@ def read_regions(file: Path) -> dict[str, Region]:
     return regions
 
 
-def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> Region:
+def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> FileRegion:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
     if entry["dtype"] in STORED_DTYPES and stop - start != math.prod(shape) * STORED_DTYPES[entry["dtype"]].itemsize:
         raise ValueError(f"{key} has {stop - start} bytes for the shape {shape}")
-    return Region(file, key, entry["dtype"], shape, base + start, base + stop)
+    return FileRegion(file, key, entry["dtype"], shape, base + start, base + stop)
 
 
 def write_shard(
-    file: Path, tensors: Mapping[str, Tensor] | Mapping[str, Tensor | Region], metadata: Mapping[str, str] | None = None
+    file: Path,
+    tensors: Mapping[str, Tensor] | Mapping[str, Tensor | FileRegion],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write one safetensors file: tensors from memory, regions straight from their files.
 
@@ -100,15 +102,15 @@ def write_shard(
     with temporary.open("wb", buffering=0) as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            if isinstance(tensor, Region):
+            if isinstance(tensor, FileRegion):
                 _copy(tensor, out.fileno())
             else:
                 _write_all(out.fileno(), flat_bytes(tensor).numpy().data)
     temporary.replace(file)
 
 
-def _describe(tensor: Tensor | Region) -> tuple[str, tuple[int, ...], int]:
-    if isinstance(tensor, Region):
+def _describe(tensor: Tensor | FileRegion) -> tuple[str, tuple[int, ...], int]:
+    if isinstance(tensor, FileRegion):
         return tensor.dtype, tensor.shape, tensor.bytes
     return NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size()
 
@@ -118,7 +120,7 @@ def _write_all(out: int, data: memoryview) -> None:
         data = data[os.write(out, data[:CHUNK_BYTES]) :]
 
 
-def _copy(region: Region, out: int) -> None:
+def _copy(region: FileRegion, out: int) -> None:
     """Copy a byte range between files inside the kernel, or through memory where that is not possible."""
     with region.file.open("rb", buffering=0) as source:
         position = region.start

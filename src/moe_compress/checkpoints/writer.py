@@ -21,13 +21,13 @@ from moe_compress.checkpoints.folder import (
     STATE,
     _require_ours,
     begun_identity,
-    empty_partial,
+    clear_partial,
     partial_folder,
     remove_scratch,
 )
 from moe_compress.checkpoints.formats.layouts import stored_parts, with_weights
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.checkpoints.reader import INDEX, Checkpoint, Entry, Virtual, regions_of
+from moe_compress.checkpoints.reader import INDEX, Checkpoint, DerivedTensor, Entry, regions_of
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_regions, write_shard
 from moe_compress.models import hf
 from moe_compress.utils.files import write_json
@@ -65,7 +65,7 @@ class CheckpointWriter:
     def _begin(self, identity: str) -> None:
         _require_ours(self.partial)
         if begun_identity(self.partial) not in (None, identity):
-            empty_partial(self.partial)
+            clear_partial(self.partial)
         self.partial.mkdir(parents=True, exist_ok=True)
         write_json(self.partial / STATE, {"identity": identity})
 
@@ -95,7 +95,7 @@ class CheckpointWriter:
         for extra in self.extra if layer is None else ():
             keys += self.source.keys(extra)
         stored = {key: self.source.tensors[key] for key in keys}
-        made = [key for key, entry in stored.items() if isinstance(entry, Virtual)]
+        made = [key for key, entry in stored.items() if isinstance(entry, DerivedTensor)]
         with self.source.read(made) as values:
             self._put(layer, {**stored, **values})
 

@@ -9,7 +9,7 @@ from moe_compress.recipes.parser import _key_value
 FLAGS = ("", "check", "dry-run", "help", "pad", "verbose")
 
 
-def words_of(arguments: list[str]) -> list[str]:
+def normalised(arguments: list[str]) -> list[str]:
     """Arguments with dashes as words, but for flags, which stay as they are. ValueError for a key without a value."""
     words: list[str] = []
     rest = iter(arguments)

@@ -29,7 +29,7 @@ def method_markdown(name: str) -> str:
     method = registry.find(name)
     about = (inspect.getdoc(method.run) or "").partition("\n")[2].strip()
     lines = [_method(name), *(["", about] if about else [])]
-    for group in method.rivals:
+    for group in method.exclusive:
         lines += ["", f"At most one of {', '.join(f'`{key}=`' for key in group)} is given."]
     return "\n".join([*lines, "", f"Options of every run, and how recipes are written: {PAGE}."])
 
@@ -41,7 +41,7 @@ def _method(name: str) -> str:
         needed = parameter.default is inspect.Parameter.empty
         default = "" if needed else word(parameter.default)
         lines.append(f"- `{key}={default}`: {choices(method.hints[key])}{', has to be given' * needed}")
-    lines += [f"- `preset={preset}`: {words(values)}" for preset, values in method.presets.items()]
+    lines += [f"- `preset={preset}`: {recipe_words(values)}" for preset, values in method.presets.items()]
     return "\n".join(lines).rstrip()
 
 
@@ -61,7 +61,7 @@ def word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def words(values: Mapping[str, Any]) -> str:
+def recipe_words(values: Mapping[str, Any]) -> str:
     """Parameters as a recipe writes them."""
     return " ".join(f"{key}={word(value)}" for key, value in values.items())
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compress.cli.arguments import words_of
+from moe_compress.cli.arguments import normalised
 
 INTERRUPTED, TERMINATED, UNASKED = 130, 143, 3
 app = typer.Typer(
@@ -280,7 +280,7 @@ def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
     try:
-        app(args=words_of(sys.argv[1:]))
+        app(args=normalised(sys.argv[1:]))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise

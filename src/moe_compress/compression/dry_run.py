@@ -59,7 +59,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
             "one that made them so, or pack with format=packed (of a model that is published so, use a bf16 copy)."
         )
     check_weights(stage, model)
-    if stage.needs == "grams":
+    if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(stage, model).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
     edits = pack_skeleton(stage, model) if "format" in stage.parameters else []
@@ -75,7 +75,7 @@ def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
     refuse_if_uneditable(model.config)
     shape = model_shape(model)
     rerouted = [moe.layer for moe in shape.moe if moe.rerouted]
-    if rerouted and stage.needs == "probe":
+    if rerouted and stage.needs == "outputs":
         raise ValueError(
             f"{stage.method} has to know what every expert does alone, but layers {rerouted[:5]} were merged with "
             "router=sum, hold constants or skip experts: put this stage before that one."

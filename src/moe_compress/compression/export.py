@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.checkpoints.folder import require_free
-from moe_compress.checkpoints.lock import claimed
+from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.edits.resulting_config import kept_layers, layer_lists, plain_form, split_values
@@ -44,7 +44,7 @@ def pad(checkpoint: Checkpoint, out: Path, progress: Progress | None = None) -> 
     require_free(out)
     require_disk(out.parent, 2 * checkpoint.bytes, "the padded checkpoint")
     identity = fingerprint("pad", checkpoint.fingerprint)
-    with claimed(out, [identity]):
+    with exclusive_output(out, [identity]):
         writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
         count = _write_layers(checkpoint, writer, progress)
         base = {"model": checkpoint.name, "commit": checkpoint.commit}
@@ -86,7 +86,7 @@ def _padded_values(checkpoint: Checkpoint) -> dict[str, Any]:
     edited_model.replay(model, {"moe": block_names(model), "edits": edits})
     count = _most(model)
     for view in moe_views(model).values():
-        if view.rows != view.num_experts:
+        if view.router_rows != view.num_experts:
             raise ValueError(f"{checkpoint.name} reroutes tokens behind its router, which no plain model does.")
         _pad(view, count)
     form = plain_form(base, config, model, layer_lists(config, kept_layers(edits, hf.num_layers(config))))

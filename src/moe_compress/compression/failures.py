@@ -13,7 +13,7 @@ from moe_compress.run.context import Run
 
 
 @contextlib.contextmanager
-def kept(recipe: Recipe, name: str, run: Run) -> Iterator[None]:
+def record_failure(recipe: Recipe, name: str, run: Run) -> Iterator[None]:
     """Keep the reason under results/failures/NAME.json if what is inside ends in an error, and pass that on.
 
     A run that was interrupted has not failed: it goes on where it stopped.
@@ -21,7 +21,9 @@ def kept(recipe: Recipe, name: str, run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        sentence = sentence_of([{"method": stage.method, "given": stage.given} for stage in recipe.stages])
+        sentence = sentence_of(
+            [{"method": stage.method, "given": stage.explicit_parameters} for stage in recipe.stages]
+        )
         reason = " ".join(str(error).split()) or type(error).__name__
         model = Path(recipe.options.model).name
         Failure(name=name, model=model, recipe=sentence, reason=reason, written=now()).save(run.results("failures"))

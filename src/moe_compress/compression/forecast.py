@@ -12,7 +12,7 @@ from moe_compress.checkpoints.reader import architecture_values
 from moe_compress.compression.dry_run import DryRun, dry_run
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import KeepExperts, SkipExperts
-from moe_compress.edits.resulting_config import form_after
+from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
 from moe_compress.models.sizes import Sizes, sizes
 from moe_compress.recipes.recipe import Recipe
@@ -60,7 +60,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     scale = scale_bytes(values)
     before = sizes(model, options.length, stored, scale)
     dry = dry_run(recipe, model, packed=bool(room))
-    form = form_after(values, dry.edits)
+    form = resulting_config(values, dry.edits)
     left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(
         model=options.model,

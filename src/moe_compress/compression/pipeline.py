@@ -14,26 +14,26 @@ from moe_compress.checkpoints.folder import (
     CARD,
     RECIPE,
     begun_bytes,
-    manifest_of,
+    read_manifest,
     remove_intermediate,
     remove_scratch,
     require_free,
     stage_folder,
 )
 from moe_compress.checkpoints.formats.quantization_config import packed_edits
-from moe_compress.checkpoints.lock import claimed
+from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import _identity, _preflight, _read_texts, default_name
 from moe_compress.compression.surgery import rewrite
-from moe_compress.compression.weights.stage import slim
+from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import apply_edits, check_edits
 from moe_compress.edits.edits import Edit, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
-from moe_compress.edits.resulting_config import form_after, kept_layers
+from moe_compress.edits.resulting_config import kept_layers, resulting_config
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
 from moe_compress.models import hf
@@ -63,7 +63,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     """
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
     _preflight(recipe, out)
-    source = open_model(recipe.options.model, recipe.options.revision)
+    source = resolve_model(recipe.options.model, recipe.options.revision)
     identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
     targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
@@ -72,11 +72,11 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     else:
         require_free(out)
         _read_texts(recipe, source, run)
-        with claimed(out, identities), failures.kept(recipe, recipe.options.name or out.name, run):
+        with exclusive_output(out, identities), failures.record_failure(recipe, recipe.options.name or out.name, run):
             _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
         remove_intermediate(folder)
-    return Outcome(out, source, manifest_of(out) or {})
+    return Outcome(out, source, read_manifest(out) or {})
 
 
 def _run_stages(
@@ -112,19 +112,22 @@ class _Job:
 def _plan_job(
     stage: Stage, source: Checkpoint, origin: Checkpoint, target: Path, earlier: Path | None, run: Run
 ) -> _Job:
-    before = (manifest_of(earlier) if earlier else None) or {"report": [], "stages": []}
+    before = (read_manifest(earlier) if earlier else None) or {"report": [], "stages": []}
     scope = registry.find(stage.method).scope
     plan, calibration = plan_stage(stage, source, run) if scope == "model" else (Plan([], {}, {}), {})
     report = {"method": stage.method, "calibration": calibration, **plan.report}
     if plan.scores:
         report["scores"] = {str(layer): [_short(value) for value in values] for layer, values in plan.scores.items()}
-    done = {"method": stage.method, "given": stage.given, "parameters": stage.parameters}
+    done = {"method": stage.method, "given": stage.explicit_parameters, "parameters": stage.parameters}
     return _Job(
         source=source,
         origin=origin,
         target=target,
         edits=plan.edits,
-        plan=[*(read_plan(earlier / PLAN)[0] if earlier else []), StagePlan(stage.method, plan, stage.given)],
+        plan=[
+            *(read_plan(earlier / PLAN)[0] if earlier else []),
+            StagePlan(stage.method, plan, stage.explicit_parameters),
+        ],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
         through_model=scope == "layer",
@@ -143,7 +146,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
         apply_edits(skeleton, packed_edits(skeleton, job.source.values))
         check_edits(skeleton, job.edits)
-    after = form_after(job.source.values, job.edits)
+    after = resulting_config(job.source.values, job.edits)
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     started = time.perf_counter()
@@ -153,9 +156,9 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
         if job.slims is not None:
-            slimmed = slim(job.slims, job.source, run, writer, progress)
+            slimmed = run_weight_stage(job.slims, job.source, run, writer, progress)
             job.report[-1] |= slimmed.report
-            after = form_after({**job.source.values, **slimmed.values}, slimmed.edits)
+            after = resulting_config({**job.source.values, **slimmed.values}, slimmed.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
@@ -181,7 +184,7 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
             )
     edits = [edit for stage in stages for edit in stage.plan.edits]
     model = options.model or base["model"]
-    source = open_model(model, options.revision or (None if options.model else base.get("commit")))
+    source = resolve_model(model, options.revision or (None if options.model else base.get("commit")))
     if base.get("fingerprint") not in (None, source.fingerprint):
         differs = f"the plan was made for {base.get('model')}; {model} is another model, or another version of it"
         if not any_model:
@@ -204,14 +207,14 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
         job = _Job(
             source=source, origin=source, target=out, edits=edits, plan=stages, report=[{"method": "plan"}], stages=done
         )
-        with claimed(out, [identity]):
+        with exclusive_output(out, [identity]):
             _write(job, about, {}, run)
-    return Outcome(out, source, manifest_of(out) or {})
+    return Outcome(out, source, read_manifest(out) or {})
 
 
 def _made_by(folder: Path, identity: str) -> bool:
     """Whether a finished checkpoint is the one that this identity stands for."""
-    return (manifest_of(folder) or {}).get("identity") == identity
+    return (read_manifest(folder) or {}).get("identity") == identity
 
 
 def _base(source: Checkpoint) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moe_compress.calibration.collect import calibration_for, channel_observed, noise_observed, observed, unobserved
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.compression.search_objective import SEARCH_FOLD, fitness
+from moe_compress.compression.search_objective import SEARCH_FOLD, agreement_objective
 from moe_compress.compression.sequential_planning import plan_progressively
 from moe_compress.data.windows import FOLDS, parse_mix
 from moe_compress.edits.edits import Edit, KeepExperts, MergeExperts, Plan, SkipExperts, to_json
@@ -31,12 +31,12 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
         return method.run(unobserved(checkpoint, stage.needs == "weights"), **stage.parameters), {}
     if stage.parameters.get("propagate") == "compressed":
         return plan_progressively(stage, checkpoint, run)
-    calibration = calibration_for(checkpoint, run, stage.needs == "probe")
+    calibration = calibration_for(checkpoint, run, stage.needs == "outputs")
     mix = parse_mix(run.options.mix)
     description = {**calibration.description, "fingerprint": calibration.identity, "mix": mix}
     if stage.parameters.get("budget") == "search":
         seen = observed(checkpoint, calibration, mix, SEARCH_FOLD)
-        seen = dataclasses.replace(seen, evaluate=fitness(checkpoint, run))
+        seen = dataclasses.replace(seen, evaluate=agreement_objective(checkpoint, run))
         return method.run(seen, **stage.parameters), description
     plan = method.run(observed(checkpoint, calibration, mix), **stage.parameters)
     if stage.needs == "text":
@@ -45,7 +45,7 @@ def plan_stage(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[Plan, di
     return plan, description
 
 
-def _report_stability(plan: Plan, method: Method, stage: Stage, without: Iterable[Observed]) -> None:
+def _report_stability(plan: Plan, method: Method, stage: Stage, without: Iterable[ModelStatistics]) -> None:
     """How much of the choice stays the same when a quarter of the text is left out."""
     chosen, overlaps = _choices(plan.edits), []
     if not chosen:

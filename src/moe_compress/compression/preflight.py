@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from moe_compress.checkpoints.folder import begun_bytes, manifest_of, require_free, stage_folder
+from moe_compress.checkpoints.folder import begun_bytes, read_manifest, require_free, stage_folder
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import config_folder
 from moe_compress.compression.forecast import Forecast, forecast
@@ -30,7 +30,7 @@ def _preflight(recipe: Recipe, out: Path) -> None:
     for use in uses:
         for part in parts(text_spec(options, use)):
             read_documents(part)
-    if manifest_of(out) is None:
+    if read_manifest(out) is None:
         require_free(out)
         require_disk(out.parent, _to_be_written(recipe, expected, out), "the new checkpoint")
         fewer = "use fewer or shorter windows (samples=, length=), or another disk with results="
@@ -42,7 +42,7 @@ def _to_be_written(recipe: Recipe, expected: Forecast, out: Path) -> int:
     """Bytes of the checkpoints that are not there yet: those of earlier stages are kept until the end."""
     earlier = [stage_folder(out, n) for n in range(len(recipe.stages) - 1)]
     sizes = {out: expected.after.bytes, **dict.fromkeys(earlier, expected.before.bytes)}
-    return sum(size - begun_bytes(folder) for folder, size in sizes.items() if manifest_of(folder) is None)
+    return sum(size - begun_bytes(folder) for folder, size in sizes.items() if read_manifest(folder) is None)
 
 
 def _uses(recipe: Recipe) -> list[Use]:
@@ -63,7 +63,7 @@ def default_name(recipe: Recipe) -> str:
     """A name for folder and record: model, methods with what differs from their defaults, a short identity."""
     parts = [Path(os.path.abspath(recipe.options.model)).name]
     for stage in recipe.stages:
-        parts += [stage.method, *(f"{key}-{value}" for key, value in stage.given.items())]
+        parts += [stage.method, *(f"{key}-{value}" for key, value in stage.explicit_parameters.items())]
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
     return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
 

@@ -15,7 +15,7 @@ from moe_compress.data.windows import FOLDS, Windows
 from moe_compress.edits.apply import apply_edit, shallow
 from moe_compress.edits.edits import Edit, KeepExperts
 from moe_compress.edits.resulting_config import kept_layers, layer_lists
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers
 from moe_compress.models import hf
 from moe_compress.models.modeling import edited_model
@@ -27,7 +27,7 @@ from moe_compress.run.context import Run
 LOGITS_PER_CHUNK = 1 << 25
 
 
-class Fitness:
+class OriginalAgreement:
     """Agreement of next-token distributions, mean over tokens of sum_v min(p_original, p_edited), in [0, 1].
 
     EvoESAP (arXiv 2603.06003). Calling it with edits leaves the model as it was.
@@ -41,7 +41,7 @@ class Fitness:
         self.evaluations = 0
 
     def _hidden(self) -> Tensor:
-        return fold(self.layers, self.windows)[1]
+        return forward_layers(self.layers, self.windows)[1]
 
     @torch.no_grad()
     def __call__(self, edits: Sequence[Edit]) -> float:
@@ -86,12 +86,12 @@ def _reroutable(model: PreTrainedModel, layer: int) -> bool:
 SEARCH_FOLD = FOLDS - 1
 
 
-def fitness(checkpoint: Checkpoint, run: Run) -> Fitness:
+def agreement_objective(checkpoint: Checkpoint, run: Run) -> OriginalAgreement:
     """Agreement with the original on the fold of the calibration text that a search's sums leave out."""
     windows = run.windows("calibration", checkpoint)
     keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
     model = load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords)
-    return Fitness(model, search_windows(windows))
+    return OriginalAgreement(model, search_windows(windows))
 
 
 def search_windows(windows: Windows) -> Windows:

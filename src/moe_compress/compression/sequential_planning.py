@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from moe_compress.calibration.artefact import mix_components, mix_weights
-from moe_compress.calibration.expert_statistics import ExpertSums
-from moe_compress.calibration.model_statistics import LayerSums, Observed
-from moe_compress.calibration.output_sample import Probe, ProbeObserver
+from moe_compress.calibration.expert_statistics import ExpertStatistics
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
+from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import FOLDS, parse_mix
 from moe_compress.edits.apply import apply_edit
 from moe_compress.edits.edits import Edit, Plan
-from moe_compress.engine.forward import Pass, visit_layers
+from moe_compress.engine.forward import LayerPass, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import Observer
 from moe_compress.methods import registry
@@ -45,7 +45,7 @@ def plan_progressively(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[
     started = time.perf_counter()
     reset_peak_memory(run.device)
     with progress_bar("planning") as progress:
-        visit_layers(layers, windows, planner.visit, streams=2, progress=progress)
+        walk_layers(layers, windows, planner.visit, streams=2, progress=progress)
     found: dict[str, Any] = {"propagate": "compressed", "hash": windows.fingerprint, "mix": planner.mix}
     found |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
     return Plan(planner.edits, planner.scores, planner.report), {**windows.description, **found}
@@ -69,37 +69,39 @@ class _Planner:
         self.scores: dict[int, list[float | None]] = {}
         self.report: dict[str, Any] = {}
 
-    def visit(self, index: int, layer: nn.Module, original: Pass, compressed: Pass) -> None:
+    def visit(self, index: int, layer: nn.Module, original: LayerPass, compressed: LayerPass) -> None:
         """One layer: the original stream first, then the compressed one before and after the edits."""
         view = moe_view(layer, self.family)
         if view is None:
             original([], True)
             compressed([], True)
             return
-        probed = self.stage.needs == "probe"
-        target = ProbeObserver(self.family, self.config, self.windows.tokens, light=True)
+        probed = self.stage.needs == "outputs"
+        target = OutputSampler(self.family, self.config, self.windows.tokens, light=True)
         original([target] if probed else [], True)
-        observers: list[Observer] = [ExpertSums(self.family, self.config, len(self.windows.domains) * FOLDS)]
+        observers: list[Observer] = [ExpertStatistics(self.family, self.config, len(self.windows.domains) * FOLDS)]
         if probed:
-            judge = ProbeObserver(self.family, self.config, self.windows.tokens)
+            judge = OutputSampler(self.family, self.config, self.windows.tokens)
             judge.targets = target.routed
             observers.append(judge)
         seen = compressed(observers, False)
-        sums = LayerSums(
+        sums = LayerStatistics(
             shape=moe_shape(self.model, index, view),
             sums=mix_components(seen[0], self.weight_C),
             total_layers=self.total,
             paper_gate=self.family.paper_gate,
             view=lambda: contextlib.nullcontext(view),
-            probe=lambda: Probe.from_tensors(seen[1]).weighted(self.weight_C),
+            probe=lambda: OutputSample.from_tensors(seen[1]).weighted(self.weight_C),
         )
         for edit in self._decide(sums):
             apply_edit(self.model, self.names, edit)
         compressed([], True)
 
-    def _decide(self, layer: LayerSums) -> list[Edit]:
+    def _decide(self, layer: LayerStatistics) -> list[Edit]:
         shape = ModelShape(moe=[layer.shape], total=self.total)
-        plan = registry.find(self.stage.method).run(Observed(shape=shape, layers=[layer]), **self.stage.parameters)
+        plan = registry.find(self.stage.method).run(
+            ModelStatistics(shape=shape, layers=[layer]), **self.stage.parameters
+        )
         self.edits += plan.edits
         self.scores |= plan.scores
         for key, value in plan.report.items():

@@ -54,7 +54,7 @@ def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
 
 def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
     """Raise ValueError if the layer's experts are held one by one: they differ in width or are packed."""
-    if moe_views(model)[layer].one_by_one:
+    if moe_views(model)[layer].unfused:
         raise ValueError(
             f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
             "put this stage before the one that made them so, or use a bf16 copy of a model that is published so."

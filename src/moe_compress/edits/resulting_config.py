@@ -19,7 +19,7 @@ from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
 from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, family_of
 from moe_compress.models.modeling import edited_model
-from moe_compress.models.modeling.edit_layer import Nothing
+from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.moe import inner_width, moe_views
 from moe_compress.models.sublayers import block_names
@@ -38,7 +38,7 @@ STAND_IN_WIDTH = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class ResultingConfig:
     """config.json values; whether they are plain; tensors by module name that the plain model has on top."""
 
     values: dict[str, Any]
@@ -46,12 +46,12 @@ class Form:
     fill: dict[str, Tensor]
 
 
-def form_after(values: Mapping[str, Any], edits: Sequence[Edit]) -> Form:
+def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> ResultingConfig:
     """config.json values after the edits, and whether they describe a plain checkpoint."""
     base, earlier = split_values(values)
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
-        return Form(base, True, {})
+        return ResultingConfig(base, True, {})
     if base.get("num_nextn_predict_layers"):
         # Their experts are not cut, and engines read one expert count for all layers: they are left out.
         base["num_nextn_predict_layers"] = 0
@@ -69,7 +69,7 @@ def form_after(values: Mapping[str, Any], edits: Sequence[Edit]) -> Form:
     manifest |= {"original": {key: getattr(config, key) for key in runtime}} if runtime else {}
     derived = {key: value for key, value in lists.items() if key not in runtime}
     manifest |= {"lists": derived} if derived else {}
-    return Form(hf.edited_config_values({**base, **runtime}, manifest), False, {})
+    return ResultingConfig(hf.edited_config_values({**base, **runtime}, manifest), False, {})
 
 
 def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -117,7 +117,7 @@ def _settable(config: PreTrainedConfig, key: str) -> bool:
 
 def plain_form(
     base: Mapping[str, Any], config: PreTrainedConfig, model: PreTrainedModel, lists: Mapping[str, Any]
-) -> Form | None:
+) -> ResultingConfig | None:
     """The plain form, if the architecture can say what the edited model is."""
     counts = {view.num_experts for view in moe_views(model).values()}
     active = {view.top_k for view in moe_views(model).values()}
@@ -149,7 +149,7 @@ def _narrower(config: PreTrainedConfig, model: PreTrainedModel) -> list[dict[str
     return found or [{}]
 
 
-def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> Form | None:
+def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> ResultingConfig | None:
     """The plain form with these values, if they build the edited model."""
     try:
         rebuilt = hf.skeleton(hf.config_from(values), torch.bfloat16)
@@ -167,7 +167,7 @@ def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> Form | None:
     # Zeros as wide as the family's real dense layers would be stored and multiplied with: better edited.
     if any(tensor.numel() > 2 * STAND_IN_WIDTH * model.config.hidden_size for tensor in fill.values()):
         return None
-    return Form(values, True, fill)
+    return ResultingConfig(values, True, fill)
 
 
 def _renamed(
@@ -208,7 +208,7 @@ def _skipped(model: PreTrainedModel) -> list[tuple[int, str]]:
         (index, name)
         for index, layer in layers
         for name, child in layer.named_children()
-        if isinstance(child, Nothing) and child.layer_idx is None
+        if isinstance(child, ZeroSublayer) and child.layer_idx is None
     ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import Batch, Progress, begin, run_batches
+from moe_compress.engine.forward import Batch, Progress, embed_windows, run_batches
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import Observer
 from moe_compress.models import hf
@@ -35,7 +35,7 @@ def backward(
     """
     count = len(hf.decoder_layers(layers.model))
     with torch.no_grad():
-        batches, hidden_NSD = begin(layers, windows)
+        batches, hidden_NSD = embed_windows(layers, windows)
         entered_LNSD = _kept_on_disk((count, *hidden_NSD.shape), hidden_NSD.dtype, scratch)
         for index in range(count):
             entered_LNSD[index] = hidden_NSD.cpu()

@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 @torch.no_grad()
-def fold(
+def forward_layers(
     layers: Layers,
     windows: Windows,
     observers: Sequence[Observer] = (),
@@ -43,7 +43,7 @@ def fold(
     norm). With `state`, finished layers and the hidden states between layers are kept there, so that a killed
     run goes on where it stopped.
     """
-    batches, hidden_NSD = begin(layers, windows)
+    batches, hidden_NSD = embed_windows(layers, windows)
     seen, start = _resume(state, hidden_NSD, len(observers))
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
@@ -87,7 +87,7 @@ def run_batches(
     return [observer.leave() for observer in observers]
 
 
-class Pass(Protocol):
+class LayerPass(Protocol):
     """Runs a layer over its stream."""
 
     def __call__(
@@ -97,7 +97,7 @@ class Pass(Protocol):
 
 
 @torch.no_grad()
-def visit_layers(
+def walk_layers(
     layers: Layers,
     windows: Windows,
     visit: Callable[..., None],
@@ -112,7 +112,7 @@ def visit_layers(
     Each has to go on once.
     With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
     """
-    batches, hidden_NSD = begin(layers, windows)
+    batches, hidden_NSD = embed_windows(layers, windows)
     streams_XNSD = [hidden_NSD]
     streams_XNSD += [streams_XNSD[0].clone() for _ in range(streams - 1)]
     start = _resume_streams(state, streams_XNSD)
@@ -133,7 +133,7 @@ def visit_layers(
             progress(index + 1, count)
 
 
-def begin(layers: Layers, windows: Windows) -> tuple[list[Batch], Tensor]:
+def embed_windows(layers: Layers, windows: Windows) -> tuple[list[Batch], Tensor]:
     """The windows in batches, and the hidden states [N, S, D] that enter the first layer."""
     size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
     batches = [Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]

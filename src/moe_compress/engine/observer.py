@@ -14,7 +14,7 @@ from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, moe_view
 
 
-class Listener:
+class ExpertObserver:
     """An observer of routed experts; `start`, `rows` and `finish` say what it keeps of a layer that has some."""
 
     def __init__(self, family: Family) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.evaluation.flops import report as flops_report
 from moe_compress.evaluation.flops.report import FlopsReport
-from moe_compress.evaluation.pair import base_of, beside
+from moe_compress.evaluation.pair import open_pair, original_for
 from moe_compress.evaluation.routing.report import RoutingReport, routing_report
 from moe_compress.evaluation.speed.report import SpeedReport, setting_of, speed_report
 from moe_compress.evaluation.tasks import lm_eval_runner
@@ -23,7 +23,7 @@ from moe_compress.utils.files import require_writable
 
 def routing(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> RoutingReport:
     """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
-    opened, base, run = beside(checkpoint, original, options, "routing")
+    opened, base, run = open_pair(checkpoint, original, options, "routing")
     with threads(run.options.threads):
         report = routing_report(opened, base, run)
     report.save(run.results("routing"))
@@ -37,8 +37,8 @@ def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setti
     timed, at least; starts: of both processes; quick: one short point; dtype, device, threads, results: as everywhere.
     """
     results = Path(setting.pop("results", "runs"))
-    opened = open_model(str(checkpoint))
-    base, asked = base_of(opened, original), setting_of(**_known(setting, setting_of, "speed", "original"))
+    opened = resolve_model(str(checkpoint))
+    base, asked = original_for(opened, original), setting_of(**_known(setting, setting_of, "speed", "original"))
     require_writable(results / "speed", f"results={results}")
     report = speed_report(opened, base, asked)
     report.save(results / "speed")
@@ -72,7 +72,7 @@ def tasks(
     documents of a task; batch: prompts at once; fewshot: examples in a prompt.
     """
     questions_of(limit, batch, fewshot)
-    opened, base, run = beside(checkpoint, original, options, "tasks")
+    opened, base, run = open_pair(checkpoint, original, options, "tasks")
     with threads(run.options.threads):
         report = task_report(opened, base, run, tasks, limit=limit, batch=batch, fewshot=fewshot)
     report.save(run.results("tasks"))
@@ -93,7 +93,7 @@ def verify(checkpoint: str | Path, /, results: str | Path = "runs") -> Verificat
 
     Its `problems` are empty where all is well.
     """
-    opened = open_model(str(checkpoint))
+    opened = resolve_model(str(checkpoint))
     require_writable(Path(results) / "verification", f"results={results}")
     found = verification.verify(opened)
     found.save(Path(results) / "verification")

@@ -5,24 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moe_compress.checkpoints.folder import manifest_of
+from moe_compress.checkpoints.folder import read_manifest
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.checkpoints.resolve import open_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.run.context import Run, start
 from moe_compress.run.options import make_options
 from moe_compress.utils.files import require_writable
 from moe_compress.utils.logging import log
 
 
-def beside(
+def open_pair(
     checkpoint: str | Path, original: str | Path | None, options: dict[str, Any], command: str
 ) -> tuple[Checkpoint, Checkpoint, Run]:
     """A checkpoint, its original, and a run with the original's defaults."""
     if "model" in options:
         raise ValueError(f"{command} takes the checkpoint as its first word; what it is compared with is original=.")
     given = make_options({**options, "model": checkpoint})
-    opened = open_model(given.model, given.revision)
-    base = base_of(opened, original)
+    opened = resolve_model(given.model, given.revision)
+    base = original_for(opened, original)
     require_writable(Path(given.results) / command, f"results={given.results}")
     return opened, base, start(given.model_copy(update={"model": base.name}).resolved())
 
@@ -34,15 +34,15 @@ def require_same_tokens(checkpoint: Checkpoint, base: Checkpoint) -> None:
         raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
 
 
-def base_of(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
+def original_for(checkpoint: Checkpoint, named: str | Path | None) -> Checkpoint:
     """What a checkpoint was made from, unless another one is named; itself if it was made from none."""
     if named is not None:
-        return open_model(str(named))
-    base = (manifest_of(checkpoint.folder) or {}).get("base")
+        return resolve_model(str(named))
+    base = (read_manifest(checkpoint.folder) or {}).get("base")
     if base is None:
         return checkpoint
     try:
-        original = open_model(base["model"], base["commit"])
+        original = resolve_model(base["model"], base["commit"])
     except ValueError as error:
         raise ValueError(f"the original of {checkpoint.name} is needed (or original=): {error}") from error
     if original.fingerprint != base["fingerprint"]:

@@ -11,7 +11,7 @@ from moe_compress.reports.record import VERSION, digest_of
 from moe_compress.utils.files import as_json, write_json
 
 
-def keep(path: Path, values: dict[str, Any]) -> Path:
+def save_sealed(path: Path, values: dict[str, Any]) -> Path:
     """Write values as JSON with a digest, whole or not at all."""
     # Read again, so that the digest is of what a reader of the file will see.
     sealed = {**json.loads(as_json(values)), "version": VERSION}
@@ -19,7 +19,7 @@ def keep(path: Path, values: dict[str, Any]) -> Path:
     return path
 
 
-class Kept:
+class SavedReport:
     """A dataclass that is kept in a folder, named by its model unless it says otherwise."""
 
     model: str
@@ -35,10 +35,10 @@ class Kept:
 
     def save(self, folder: Path) -> Path:
         """Write it, and say where."""
-        return keep(folder / f"{self.file_name}.json", self.to_json())
+        return save_sealed(folder / f"{self.file_name}.json", self.to_json())
 
 
-class Identified(Kept):
+class Identified(SavedReport):
     """One whose numbers depend on more than its model; id: of all that, and part of its name."""
 
     id: str

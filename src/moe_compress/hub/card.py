@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from moe_compress.checkpoints.folder import CARD, manifest_of
+from moe_compress.checkpoints.folder import CARD, read_manifest
 from moe_compress.checkpoints.formats.quantization_config import packed_edits, says_packed, scale_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.edits.apply import apply_edits
@@ -242,7 +242,7 @@ def _sizes_from_config(base: Checkpoint, values: Mapping[str, Any]) -> dict[str,
 
 def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, original: Record) -> None:
     """Put an evaluation into the card that was written with a checkpoint of ours; nothing for any other folder."""
-    manifest, path = manifest_of(checkpoint.folder), checkpoint.folder / CARD
+    manifest, path = read_manifest(checkpoint.folder), checkpoint.folder / CARD
     if manifest is None or manifest["base"]["fingerprint"] != base.fingerprint:
         return
     # A card that was changed since it was written is its owner's.

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
-from moe_compress.checkpoints.folder import CARD, MANIFEST, RECIPE, manifest_of
+from moe_compress.checkpoints.folder import CARD, MANIFEST, RECIPE, read_manifest
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import hub_answers
 from moe_compress.edits.plan_file import PLAN
@@ -62,7 +62,7 @@ def prepare(checkpoint: Checkpoint, repo: str, private: bool = False) -> Upload:
     Raises ValueError for other folders, for stages between others, and for a repo that is not `user/name`.
     """
     folder = checkpoint.folder
-    manifest = manifest_of(folder)
+    manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(f"{folder} was not made by moe-compress: `hf upload` sends any folder.")
     if manifest.get("intermediate"):

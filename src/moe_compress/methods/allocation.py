@@ -31,7 +31,7 @@ class Ladder:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Search:
+class AllocationSearch:
     """What a search needs: the edits of an allocation, what they are worth, and how many may be tried."""
 
     edits: Callable[[Taken], Sequence[Edit]]
@@ -64,7 +64,7 @@ def allocate(
     ladders: Mapping[int, Ladder],
     even: Taken,
     budget: Budget,
-    search: Search | None = None,
+    search: AllocationSearch | None = None,
     uneven: Taken | None = None,
 ) -> tuple[Taken, dict[str, Any]]:
     """(steps per layer, report): as many experts go as with `even`, which is what every layer would take alike.
@@ -122,7 +122,9 @@ def cheapest(costs: Sequence[Sequence[float]], total: int) -> list[int]:
     return found[::-1]
 
 
-def by_search(ladders: Mapping[int, Ladder], first: Sequence[Taken], search: Search) -> tuple[Taken, dict[str, Any]]:
+def by_search(
+    ladders: Mapping[int, Ladder], first: Sequence[Taken], search: AllocationSearch
+) -> tuple[Taken, dict[str, Any]]:
     """Evolution over allocations of one total (EvoESAP, arXiv 2603.06003): steps move between two layers at a time.
 
     The best POPULATION allocations so far have children; every allocation is tried once. Deterministic for a seed.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.edits.edits import Edit, Plan, SkipSublayer, removals
 from moe_compress.methods.registry import Need, method
 from moe_compress.models.shape import ModelShape
@@ -71,11 +71,11 @@ def _skips(shape: ModelShape, layers: Sequence[int], part: Part) -> list[Edit]:
     paper=PAPER,
     needs=_needs,
     check=check_layers,
-    rivals=(("drop", "layers"),),
-    headline=("drop", "layers"),
+    exclusive=(("drop", "layers"),),
+    shown_in_names=("drop", "layers"),
 )
 def layer_drop(
-    model: Observed,
+    model: ModelStatistics,
     *,
     drop: int | None = 1,
     layers: str | None = None,
@@ -92,7 +92,7 @@ def layer_drop(
         chosen = _listed(layers, _candidates(model.shape, part), f"layers with {part}:")
         return Plan(_skips(model.shape, chosen, part), {}, {})
     name = part if metric == "with_norm" else f"{part}_inner"
-    turns = {layer: model.streams[layer][name] for layer in _whole(model.shape, _candidates(model.shape, part))}
+    turns = {layer: model.block_influence[layer][name] for layer in _whole(model.shape, _candidates(model.shape, part))}
     count = _require_count(drop, len(turns), f"layers with {part}")
     chosen = _least(turns, count)
     scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
@@ -140,11 +140,11 @@ def check_blocks(shape: ModelShape, *, drop: int | None, layers: str | None, mod
     paper=PAPER,
     needs=_needs,
     check=check_blocks,
-    rivals=(("drop", "layers"),),
-    headline=("drop", "layers", "mode"),
+    exclusive=(("drop", "layers"),),
+    shown_in_names=("drop", "layers", "mode"),
 )
 def block_drop(
-    model: Observed,
+    model: ModelStatistics,
     *,
     drop: int | None = 1,
     layers: str | None = None,
@@ -159,19 +159,19 @@ def block_drop(
         chosen = _listed(layers, range(model.shape.total), "there are layers")
         return Plan(removals(chosen), {}, {})
     count = _require_count(drop, model.shape.total, "layers")
-    turns = {layer: found["block"] for layer, found in model.streams.items()}
+    turns = {layer: found["block"] for layer, found in model.block_influence.items()}
     discrete = mode == "discrete"
     chosen = _least(turns, count, _spared(model.shape, turns, count)) if discrete else _best_run(model, count)
     scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
     return Plan(removals(chosen), scores, {"dropped": chosen, "mode": mode})
 
 
-def _best_run(model: Observed, count: int) -> list[int]:
+def _best_run(model: ModelStatistics, count: int) -> list[int]:
     """The `count` consecutive layers between whose ends the stream turns least."""
-    runs_LL = model.runs_LL
-    assert runs_LL is not None
+    span_influence_LL = model.span_influence_LL
+    assert span_influence_LL is not None
     starts = _run_starts(model.shape, count)
-    start = min(starts, key=lambda start: (float(runs_LL[start, start + count]), start))
+    start = min(starts, key=lambda start: (float(span_influence_LL[start, start + count]), start))
     return list(range(start, start + count))
 
 

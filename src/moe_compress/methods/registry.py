@@ -18,9 +18,11 @@ from typing import Any, Literal
 from moe_compress.utils.choices import coerce, nearest, one_of
 
 Scope = Literal["layer", "model", "weight"]
-Need = Literal["text", "probe", "noise", "weights", "squares", "grams", "channels", "gradients", "nothing"]
+Need = Literal[
+    "text", "outputs", "noise", "weights", "input_squares", "input_grams", "channels", "gradients", "nothing"
+]
 # What cannot be had without running the calibration text.
-FROM_TEXT: tuple[Need, ...] = ("text", "probe", "squares", "grams", "channels", "gradients")
+FROM_TEXT: tuple[Need, ...] = ("text", "outputs", "input_squares", "input_grams", "channels", "gradients")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,15 +41,15 @@ class Method:
     parameters: Mapping[str, inspect.Parameter]
     hints: Mapping[str, Any]
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    rivals: tuple[tuple[str, ...], ...] = ()
-    headline: tuple[str, ...] = ()
+    exclusive: tuple[tuple[str, ...], ...] = ()
+    shown_in_names: tuple[str, ...] = ()
 
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Typed and complete parameters: unknown names and bad values are errors, defaults are filled in."""
         typed = self._typed(given)
         bound = {name: parameter.default for name, parameter in self.parameters.items()}
         bound |= self._preset(given.get("preset"))
-        for group in self.rivals:
+        for group in self.exclusive:
             named = [name for name in group if typed.get(name) is not None]
             if len(named) > 1:
                 raise ValueError(f"{self.name} takes {'= or '.join(group)}=, not both.")
@@ -59,11 +61,11 @@ class Method:
         return bound
 
     def displaced_by(self, given: Mapping[str, Any]) -> set[str]:
-        """Parameters that give way to later words: whatever a preset sets, and the rivals of all that is set."""
+        """Parameters that give way to later words: whatever a preset sets, and the exclusive of all that is set."""
         preset = self._preset(given.get("preset"))
         named = {name for name, value in {**preset, **self._typed(given)}.items() if value is not None}
-        rivals = {other for group in self.rivals if named & set(group) for other in group}
-        return (rivals | set(preset)) - set(given)
+        exclusive = {other for group in self.exclusive if named & set(group) for other in group}
+        return (exclusive | set(preset)) - set(given)
 
     def _typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in given:
@@ -98,8 +100,8 @@ def method(
     check: Callable[..., Any] | None = None,
     trial: Callable[..., Any] | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None,
-    rivals: tuple[tuple[str, ...], ...] = (),
-    headline: tuple[str, ...] = (),
+    exclusive: tuple[tuple[str, ...], ...] = (),
+    shown_in_names: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function under its own name.
 
@@ -107,9 +109,8 @@ def method(
     and returns new ones; "layer" takes every layer through the model and back unchanged; needs: calibration text (its
     sums, or probes, or the inputs' squares or Gram matrices), the weights, or nothing (may depend on the parameters);
     check: same parameters, run on shapes alone before any weight is read; trial: same parameters, a cheap stand-in for
-    the run that says what a fraction would do; presets: named sets of parameters
-    (`preset=paper`); rivals: groups of parameters of which a recipe sets at most one; headline: parameters that names
-    and tables show.
+    the run that says what a fraction would do; presets: named sets of parameters (`preset=paper`); exclusive: groups of
+    parameters of which a recipe sets at most one; shown_in_names: parameters that names and tables show.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -130,8 +131,8 @@ def method(
             parameters={k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY},
             hints=typing.get_type_hints(run),
             presets=presets or {},
-            rivals=rivals,
-            headline=headline,
+            exclusive=exclusive,
+            shown_in_names=shown_in_names,
         )
         return run
 

@@ -11,26 +11,26 @@ from moe_compress.models.modeling.bit_packing import dequantized
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class MatrixGroup:
     """Matrices of one layer that see the same inputs, as a method is given them.
 
     names: of the B experts (or the one matrix), for messages; weights: [B, O, I] each; moment: mean squares of the
-    inputs [B, I] or their mean outer products [B, I, I], None where the method asked for neither; share_B: of the
+    inputs [B, I] or their mean outer products [B, I, I], None where the method asked for neither; sparsity_B: of the
     weights of each, what the allocation says, None where it says nothing; bits: the same for quantization, B widths of
-    each matrix; span: inputs that share a scale; stored: what scales are stored in.
+    each matrix; group_size: inputs that share a scale; stored: what scales are stored in.
     """
 
     names: list[str]
     weights: list[Tensor]
     moment: Tensor | None = None
-    share_B: Tensor | None = None
+    sparsity_B: Tensor | None = None
     bits: list[list[int]] | None = None
-    span: int = 0
+    group_size: int = 0
     stored: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True, slots=True)
-class Quantized:
+class QuantizedMatrices:
     """Codes int8 [B, O, I] of `bits` each, and their scales [B, O, G] in the dtype that is stored."""
 
     codes: Tensor
@@ -43,7 +43,7 @@ class Quantized:
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class NewMatrices:
     """The matrices that come out, [B, O, I] each, and for which of the B something has to be reported.
 
     quantized: their codes, where they are on a grid.
@@ -51,4 +51,4 @@ class Changed:
 
     weights: list[Tensor]
     notes: dict[str, list[int]] = field(default_factory=dict)
-    quantized: list[Quantized] = field(default_factory=list)
+    quantized: list[QuantizedMatrices] = field(default_factory=list)

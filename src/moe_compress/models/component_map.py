@@ -35,7 +35,7 @@ STEP_SIZE, EXPANDING = "dt_proj", "kv_b_proj"
 
 
 @dataclass(frozen=True, slots=True)
-class Attention:
+class AttentionCost:
     """One attention: FLOPs of a token with one other, tokens that it sees (None: all), the map that expands its cache.
 
     expansion: multiply-adds for each token in the cache; 0 where keys and values are cached.
@@ -46,7 +46,7 @@ class Attention:
     expansion: int
 
 
-def places(model: PreTrainedModel) -> dict[str, str]:
+def component_of_modules(model: PreTrainedModel) -> dict[str, str]:
     """The component of every module, by its name in the model."""
     ends = {id(model.get_input_embeddings()): EMBEDDING, id(model.get_output_embeddings()): HEAD}
     found = {name: ends.get(id(module), NORMS) for name, module in model.named_modules()}
@@ -126,7 +126,7 @@ def recurrent_mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
 # --- attention and scans ------------------------------------------------------------------------------------
 
 
-def attentions_of(model: PreTrainedModel) -> Iterator[Attention]:
+def attentions_of(model: PreTrainedModel) -> Iterator[AttentionCost]:
     """Every attention over all tokens (or a window of them) that the model has left, layer by layer."""
     for layer in hf.decoder_layers(model):
         for path, mixer in _mixers(layer):
@@ -134,7 +134,7 @@ def attentions_of(model: PreTrainedModel) -> Iterator[Attention]:
                 yield _attention(model.config, layer, mixer)
 
 
-def _attention(config: Any, layer: nn.Module, mixer: Any) -> Attention:
+def _attention(config: Any, layer: nn.Module, mixer: Any) -> AttentionCost:
     heads = int(getattr(mixer, "num_heads", None) or config.num_attention_heads)
     query = getattr(mixer, "qk_head_dim", None) or mixer.head_dim
     value = getattr(mixer, "v_head_dim", None) or mixer.head_dim
@@ -144,7 +144,7 @@ def _attention(config: Any, layer: nn.Module, mixer: Any) -> Attention:
         pair += int(indexer.n_heads * (indexer.head_dim + 1))
     expanding = getattr(mixer, EXPANDING, None)
     expansion = 0 if expanding is None else expanding.in_features * expanding.out_features
-    return Attention(2 * pair, _window(config, layer, mixer), expansion)
+    return AttentionCost(2 * pair, _window(config, layer, mixer), expansion)
 
 
 def _window(config: Any, layer: nn.Module, mixer: nn.Module) -> int | None:

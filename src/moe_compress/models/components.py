@@ -29,7 +29,7 @@ from moe_compress.models.component_map import (
     SCANS,
     SCORES,
     attentions_of,
-    places,
+    component_of_modules,
     recurrent_mixers,
     step_flops,
 )
@@ -109,7 +109,7 @@ def components(
 
 
 def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool) -> Mapping[str, _Sum]:
-    sums, place = {name: _Sum() for name in COMPONENTS}, places(model)
+    sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
@@ -158,10 +158,10 @@ def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[f
     default = float(getattr(model.config, family_of(model.config).top_k_key))
     for view in moe_views(model).values():
         active = default if view.active is None else view.active
-        if executed and hf.gate_on_input(view.experts) and not view.one_by_one:
+        if executed and hf.gate_on_input(view.experts) and not view.unfused:
             active = view.num_experts
         found[id(view.experts)] = active, None
-        if view.one_by_one:
+        if view.unfused:
             found |= {id(module): (active, view.num_experts) for module in view.experts.separate.modules()}
     return found
 

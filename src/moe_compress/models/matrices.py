@@ -42,7 +42,7 @@ class Matrix:
 def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KINDS) -> list[Matrix]:
     """The matrices of these kinds; embeddings, convolutions, norms and biases are none."""
     view = moe_view(layer, family)
-    if view is not None and view.one_by_one and "experts" in kinds:
+    if view is not None and view.unfused and "experts" in kinds:
         raise ValueError(
             "experts that differ in width or are packed cannot be changed any more: put this stage before the one that "
             "made them so, or choose other parts (where=)."
@@ -57,7 +57,7 @@ def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KIN
 
 
 def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
-    for name, stack_EOI in ({} if view.one_by_one else view.stacks()).items():
+    for name, stack_EOI in ({} if view.unfused else view.stacks()).items():
         source = INNER if name == "down" else ROUTED
         yield Matrix(f"{view.names['experts']}.{name}", "experts", source, stack_EOI.detach())
     yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))
@@ -88,7 +88,7 @@ def stored_matrices(model: PreTrainedModel, index: int) -> dict[str, tuple[str, 
         if isinstance(module, nn.Linear):
             tags[f"{prefix}{name}.weight"] = torch.tensor([[float(len(places))]])
             places.append((name, 0))
-    if view is not None and not view.one_by_one:
+    if view is not None and not view.unfused:
         first = len(places)
         tags |= {f"{prefix}{view.names['experts']}.{name}": tag for name, tag in _tags(view, first).items()}
         places += [(f"{view.names['experts']}.{part}", e) for part in view.stacks() for e in range(view.num_experts)]

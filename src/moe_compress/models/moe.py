@@ -48,14 +48,14 @@ class MoEView:
         return expert_count(self.experts)
 
     @property
-    def alias(self) -> list[int] | None:
+    def row_to_expert(self) -> list[int] | None:
         """Which expert (from num_experts on: which novice) each router row leads to; None: each to its own."""
         return self.experts.__dict__.get(REROUTE, {}).get("alias")
 
     @property
-    def rows(self) -> int:
+    def router_rows(self) -> int:
         """Rows of the router: as many as experts, unless experts were merged with router=sum or left novices."""
-        return self.num_experts if self.alias is None else len(self.alias)
+        return self.num_experts if self.row_to_expert is None else len(self.row_to_expert)
 
     @property
     def top_k(self) -> int | None:
@@ -74,7 +74,7 @@ class MoEView:
     @property
     def router_rows_ED(self) -> Tensor:
         """The router's weight, one row an expert (several, or rows of novices, once experts were rerouted)."""
-        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.rows)
+        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.router_rows)
 
     @property
     def widths(self) -> list[int]:
@@ -82,7 +82,7 @@ class MoEView:
         return widths(self.experts)
 
     @property
-    def one_by_one(self) -> bool:
+    def unfused(self) -> bool:
         """Whether the experts are held one by one, as those of different widths are, and packed ones."""
         return is_separate(self.experts)
 
@@ -173,8 +173,8 @@ def router_logits(output: Any, rows: int, family: Family) -> Tensor:
 
 def by_expert(scores_TR: Tensor, view: MoEView) -> Tensor:
     """Scores of router rows, [T, rows], as those of experts, [T, E]: several may lead to one, some to constants."""
-    if view.alias is None:
+    if view.row_to_expert is None:
         return scores_TR
-    led = torch.tensor(view.alias, device=scores_TR.device)
+    led = torch.tensor(view.row_to_expert, device=scores_TR.device)
     ends = max(view.num_experts, 1 + int(led.max()))
     return scores_TR.new_zeros(len(scores_TR), ends).index_add_(1, led, scores_TR)[:, : view.num_experts]

@@ -21,7 +21,7 @@ AGREEMENT = 0.99
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Routing:
+class RouterRule:
     """A router's rule: scores, selection by score plus bias within the best groups, gates from the scores.
 
     renormalised: the chosen experts' gates add up to `scale`; groups_used of groups: those whose `group_best`
@@ -88,7 +88,7 @@ class Routing:
         return {"rule": rule} if self.bias_E is None else {"rule": rule, "bias": self.bias_E.cpu().contiguous()}
 
     @classmethod
-    def from_tensors(cls, rule: Tensor, bias_E: Tensor | None) -> Routing:
+    def from_tensors(cls, rule: Tensor, bias_E: Tensor | None) -> RouterRule:
         """The rule that `tensors` gave."""
         top_k, sigmoid, renormalised, scale, groups, groups_used, group_best = rule.tolist()
         return cls(
@@ -103,7 +103,7 @@ class Routing:
         )
 
 
-def identify(
+def fit_router_rule(
     logits_TE: Tensor,
     index_TK: Tensor,
     gate_TK: Tensor,
@@ -114,7 +114,7 @@ def identify(
     groups_used: int = 1,
     group_best: int = 1,
     bias_E: Tensor | None = None,
-) -> Routing | None:
+) -> RouterRule | None:
     """The rule that gives the gates and the experts that were applied; None if there is none of this kind.
 
     Gates must be in the dtype in which they were applied: what its rounding makes unclear is not held against a
@@ -123,7 +123,7 @@ def identify(
     alive_E = torch.ones(logits_TE.shape[-1], dtype=torch.bool, device=logits_TE.device)
     if index_TK.shape[-1] != top_k or not len(logits_TE) or int(index_TK.max()) >= len(alive_E):
         return None
-    rule = Routing(
+    rule = RouterRule(
         top_k=top_k,
         scores=scores,
         renormalised=False,
@@ -154,7 +154,7 @@ def _fit(raw_TK: Tensor, gate_TK: Tensor, renormalised: bool) -> tuple[float, bo
     return error, renormalised, scale
 
 
-def _agreement(rule: Routing, score_TE: Tensor, index_TK: Tensor, tolerance: float) -> float:
+def _agreement(rule: RouterRule, score_TE: Tensor, index_TK: Tensor, tolerance: float) -> float:
     """Share of tokens whose experts the rule chooses, or others that are selected by as good a score."""
     alive_TE = torch.ones_like(score_TE, dtype=torch.bool)
     choice_TE = rule.eligible(score_TE, alive_TE)

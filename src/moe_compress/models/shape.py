@@ -141,7 +141,7 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         groups_used=groups_used,
         min_per_group=family.min_per_group,
         fixed_top_k=family.fixed_top_k,
-        aliased=view.rows != view.num_experts,
-        novices=view.alias is not None and max(view.alias) >= view.num_experts,
-        rerouted=view.alias is not None or view.experts.__dict__.get(REROUTE, {}).get("threshold") is not None,
+        aliased=view.router_rows != view.num_experts,
+        novices=view.row_to_expert is not None and max(view.row_to_expert) >= view.num_experts,
+        rerouted=view.row_to_expert is not None or view.experts.__dict__.get(REROUTE, {}).get("threshold") is not None,
     )

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
-from moe_compress.models.modeling.edit_layer import Nothing
+from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.moe import moe_views
 
 # Norms around the MoE block, in the order in which they tell: the last is the block's own only in pre-norm layers.
@@ -64,13 +64,13 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
     return [
         index
         for index, (layer, child) in enumerate(zip(layers, children, strict=True))
-        if hasattr(child, "layer_idx") and not isinstance(child, Nothing) and not _is_linear(layer, child)
+        if hasattr(child, "layer_idx") and not isinstance(child, ZeroSublayer) and not _is_linear(layer, child)
     ]
 
 
 def lost_part(layer: nn.Module) -> bool:
     """Whether the layer has lost its MoE block or its attention."""
-    return any(isinstance(child, Nothing) for child in layer.children())
+    return any(isinstance(child, ZeroSublayer) for child in layer.children())
 
 
 def mixing_layers(model: PreTrainedModel) -> list[int]:

@@ -30,13 +30,13 @@ class Stage(BaseModel):
     parameters: dict[str, Any]
 
     @property
-    def given(self) -> dict[str, Any]:
-        """The parameters that say something: the method's headline, and what is set and not at its default."""
+    def explicit_parameters(self) -> dict[str, Any]:
+        """The parameters that say something: the method's shown_in_names, and what is set and not at its default."""
         method = registry.find(self.method)
         return {
             key: value
             for key, value in self.parameters.items()
-            if value is not None and (key in method.headline or value != method.parameters[key].default)
+            if value is not None and (key in method.shown_in_names or value != method.parameters[key].default)
         }
 
     @property

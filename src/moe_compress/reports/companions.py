@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from moe_compress.reports.reading import Sound, require_unchanged
+from moe_compress.reports.reading import ValidMetric, require_unchanged
 from moe_compress.reports.record import Metric, Record
 
 Read = TypeVar("Read")
@@ -20,7 +20,7 @@ STARTS_NEEDED = 5  # below it, lowest and highest of the starts are less than 93
 
 
 @dataclass(frozen=True)
-class Found:
+class CompanionResult:
     """What a command found out of a checkpoint beside its original.
 
     values: by what a table calls them; what: all that they depend on besides the two models; fingerprint: the
@@ -31,7 +31,7 @@ class Found:
     fingerprint: str
     original: str
     what: tuple[Any, ...]
-    values: Mapping[str, Sound]
+    values: Mapping[str, ValidMetric]
     busy: bool = False
     narrow: bool = False
 
@@ -40,7 +40,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Joined:
+class JoinedColumns:
     """Values of one kind by record, and in words what they depend on ('' without any)."""
 
     by_record: Mapping[str, Mapping[str, Metric]]
@@ -61,14 +61,14 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
     return found, problems
 
 
-def timed(speed: Mapping[str, Any]) -> list[Found]:
+def timed(speed: Mapping[str, Any]) -> list[CompanionResult]:
     """Every point of a speed file: how many times as fast, and decoding time over the original's."""
     found = speed["found"]
     gpu, setting = found["original"]["gpu"], found["setting"]
     where = gpu["name"] if gpu else speed["environment"]["processor"]
     what = (setting["tokens"], setting["dtype"], setting["device"], where, found["original"]["threads"])
     return [
-        Found(
+        CompanionResult(
             speed["model"], speed["fingerprint"], speed["original"], (point["batch"], point["prompt"], *what),
             _speedups(point), bool(found["machine"]["busy"]), point["prefill"].get("starts", 1) < STARTS_NEEDED,
         )
@@ -76,38 +76,42 @@ def timed(speed: Mapping[str, Any]) -> list[Found]:
     ]  # fmt: skip
 
 
-def _speedups(point: Mapping[str, Any]) -> dict[str, Sound]:
+def _speedups(point: Mapping[str, Any]) -> dict[str, ValidMetric]:
     prefill, decode = (
-        Sound(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
+        ValidMetric(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
         for what in ("prefill", "decode")
     )
     low, high = decode.interval or (decode.value, decode.value)
     if min(low, prefill.value) <= 0:
         raise ValueError("a speedup is a number above zero")
-    latency = Sound(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
+    latency = ValidMetric(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
     return {"prefill x": prefill, "decoding x": decode, LATENCY: latency}
 
 
-def asked(report: Mapping[str, Any]) -> list[Found]:
+def asked(report: Mapping[str, Any]) -> list[CompanionResult]:
     """The accuracies of a tasks file, and their average: the checkpoint's, and its original's."""
     side = "before" if report["model"] == report["original"] else "after"
 
-    def values(side: str) -> dict[str, Sound]:
+    def values(side: str) -> dict[str, ValidMetric]:
         tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
         if report["average"]:
             tasks["average of tasks"] = report["average"][side]
-        return {name: Sound(**found) for name, found in tasks.items()}
+        return {name: ValidMetric(**found) for name, found in tasks.items()}
 
     what = (*report["tasks"], *(f"{key}={value}" for key, value in sorted(report["settings"].items())))
-    found = [Found(report["model"], report["fingerprint"], report["original"], what, values(side))]
+    found = [CompanionResult(report["model"], report["fingerprint"], report["original"], what, values(side))]
     if side == "after" and "original_fingerprint" in report:
         found.append(
-            Found(report["original"], report["original_fingerprint"], report["original"], what, values("before"))
+            CompanionResult(
+                report["original"], report["original_fingerprint"], report["original"], what, values("before")
+            )
         )
     return found
 
 
-def join(found: Sequence[Found], records: Sequence[Record]) -> tuple[dict[str, Found], tuple[Any, ...], str]:
+def join(
+    found: Sequence[CompanionResult], records: Sequence[Record]
+) -> tuple[dict[str, CompanionResult], tuple[Any, ...], str]:
     """Of every record that has some, what most have, what that depends on, and in words how much else there is."""
     pairs = [(each, record.name) for each in found for record in records if made(each, record)]
     if not pairs:
@@ -118,27 +122,27 @@ def join(found: Sequence[Found], records: Sequence[Record]) -> tuple[dict[str, F
     return {name: each for each, name in pairs if each.what == most}, most, left
 
 
-def speedups(found: Sequence[Found], records: Sequence[Record]) -> Joined:
+def speedups(found: Sequence[CompanionResult], records: Sequence[Record]) -> JoinedColumns:
     """Times at the point and in the setting which most were timed at."""
     kept, most, left = join(found, records)
     if not kept:
-        return Joined({}, "")
+        return JoinedColumns({}, "")
     batch, prompt, tokens, dtype, device, where, threads = most
     how = f"{batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), {threads} thread(s)"
     busy = sum(each.busy for each in kept.values())
     how += f"; the machine was BUSY for {busy} of them" if busy else ""
     narrow = sum(each.narrow for each in kept.values())
     how += f"; {narrow} of too few starts, so that their intervals are too narrow" if narrow else ""
-    return Joined({name: each.values for name, each in kept.items()}, how + left)
+    return JoinedColumns({name: each.values for name, each in kept.items()}, how + left)
 
 
-def accuracies(found: Sequence[Found], records: Sequence[Record]) -> Joined:
+def accuracies(found: Sequence[CompanionResult], records: Sequence[Record]) -> JoinedColumns:
     """Answers to the tasks, in the arithmetic, which most were asked."""
     kept, most, left = join(found, records)
-    return Joined({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)) + left)
+    return JoinedColumns({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)) + left)
 
 
-def made(found: Found, record: Record) -> bool:
+def made(found: CompanionResult, record: Record) -> bool:
     """Whether a record is of this checkpoint: by fingerprint, or by a name that may end in what it was measured on."""
     if record.model != found.original:
         return False

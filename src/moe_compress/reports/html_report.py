@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_compress.reports import charts, companions, pareto, plots
 from moe_compress.reports.page import Contents, Gallery, Section, render
 from moe_compress.reports.reading import Places, failures_beside, gather
-from moe_compress.reports.reading import beside as places_beside
+from moe_compress.reports.reading import sibling_folders as places_beside
 from moe_compress.reports.record import write_whole
 from moe_compress.reports.table import make_tables, stems
 from moe_compress.utils.files import require_writable

@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from moe_compress.reports import charts, svg, table_formats
-from moe_compress.reports.companions import LATENCY, Joined
+from moe_compress.reports.companions import LATENCY, JoinedColumns
 from moe_compress.reports.pareto import Front
 from moe_compress.reports.record import Failure, Metric, Record, now
 from moe_compress.reports.table import SAME, Table, row_numbers, sentence_of
@@ -32,7 +32,7 @@ class Section:
     table: Table
     fronts: Sequence[Front] = ()
     failures: Sequence[Failure] = ()
-    joined: Mapping[str, Joined] = field(default_factory=dict)
+    joined: Mapping[str, JoinedColumns] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _section(number: int, section: Section) -> Context:
     }
 
 
-def _others(table: Table, joined: Sequence[Joined]) -> dict[str, dict[str, Metric]]:
+def _others(table: Table, joined: Sequence[JoinedColumns]) -> dict[str, dict[str, Metric]]:
     """By row: what other commands measured of it."""
     found: dict[str, dict[str, Metric]] = {}
     for name, records in zip(table.frame["recipe"], table.rows, strict=True):

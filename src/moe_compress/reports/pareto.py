@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from moe_compress.reports.companions import LATENCY, Joined
+from moe_compress.reports.companions import LATENCY, JoinedColumns
 from moe_compress.reports.record import Metric, Record
 
 DRAWS = 10_000
@@ -26,7 +26,7 @@ SPREAD = 2 * 1.959964
 # Beyond this the sums of a file are those of another run.
 CLOSE = 1e-4
 COSTS = {"bytes": ("size on disk, MiB", 2**20), "flops_per_token": ("MFLOPs per token", 10**6)}
-NONE = Joined({}, "")
+NONE = JoinedColumns({}, "")
 Floats = NDArray[np.float64]
 Row = Sequence[Record]
 
@@ -146,7 +146,7 @@ def make_fronts(
     names: Sequence[str],
     rows: Sequence[Row],
     folders: Sequence[Path] = (),
-    speedups: Joined = NONE,
+    speedups: JoinedColumns = NONE,
 ) -> list[Front]:
     """Perplexity against bytes, FLOPs and latency: of rows with a perplexity, the original among them.
 
@@ -177,7 +177,7 @@ def _size(row: Row, key: str, unit: float) -> Metric | None:
     return Metric(value=row[0].sizes[key] / unit, unit="") if key in row[0].sizes else None
 
 
-def _latency(row: Row, speedups: Joined) -> Metric | None:
+def _latency(row: Row, speedups: JoinedColumns) -> Metric | None:
     if row[0].form == "original":
         return Metric(value=1.0, unit="ratio")
     return next((speedups.by_record[record.name][LATENCY] for record in row if record.name in speedups.by_record), None)

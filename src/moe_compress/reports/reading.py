@@ -15,7 +15,7 @@ from moe_compress.reports.record import VERSION, Failure, Metric, Record, digest
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
-class Sound(Metric):
+class ValidMetric(Metric):
     """A metric that can be shown: numbers, ends in their order."""
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class _Readable(_Part):
     base: _Base
     protocol: _Protocol
     recipe: list[_Stage]
-    metrics: dict[str, Sound]
+    metrics: dict[str, ValidMetric]
     sizes: _Sizes
     cost: _Cost | None
     report: list[_Reported]
@@ -108,7 +108,7 @@ def _several(places: Places) -> Sequence[str | Path]:
     return [places] if isinstance(places, str | Path) else places
 
 
-def beside(records: Places) -> list[Path]:
+def sibling_folders(records: Places) -> list[Path]:
     """The folders that hold the folders of records, or of the record files."""
     found = [place.parent if place.is_dir() else place.parent.parent for place in map(Path, _several(records))]
     return list(dict.fromkeys(found))
@@ -116,7 +116,7 @@ def beside(records: Places) -> list[Path]:
 
 def failures_beside(records: Places) -> tuple[list[Failure], list[str]]:
     """Failures in the folders beside those of the records, and a sentence for each file there that is none."""
-    return read_failures(path for place in beside(records) for path in sorted(place.glob("failures/*.json")))
+    return read_failures(path for place in sibling_folders(records) for path in sorted(place.glob("failures/*.json")))
 
 
 def gather(places: Places) -> tuple[list[Record], list[str]]:

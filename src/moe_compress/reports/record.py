@@ -29,7 +29,7 @@ class Metric(BaseModel):
     interval: tuple[float, float] | None = None
 
 
-class Sealed(BaseModel):
+class SealedModel(BaseModel):
     """What is saved as JSON with a hash of all else in it: changed afterwards, it is refused. name: the file's."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class Sealed(BaseModel):
         return write_whole(folder / f"{self.name}.json", text + "\n")
 
 
-class Record(Sealed):
+class Record(SealedModel):
     """A run. A table holds records of one protocol; what was not measured is absent.
 
     name: the row's name; model: the original, base: its commit and fingerprint; recipe: resolved stages (none for
@@ -72,7 +72,7 @@ class Record(Sealed):
     fingerprint: str | None = None
 
 
-class Failure(Sealed):
+class Failure(SealedModel):
     """A run that did not finish. recipe: its sentence; reason: what went wrong; written: when, in UTC."""
 
     model: str

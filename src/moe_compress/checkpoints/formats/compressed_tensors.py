@@ -75,9 +75,9 @@ def _packed(config: Mapping[str, Any]) -> str:
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
-def scheme(bits: int, span: int, whole_rows: bool) -> dict[str, Any]:
+def scheme(bits: int, group_size: int, whole_rows: bool) -> dict[str, Any]:
     """A symmetric integer grid as compressed-tensors says it."""
-    strategy = {"strategy": "channel"} if whole_rows else {"strategy": "group", "group_size": span}
+    strategy = {"strategy": "channel"} if whole_rows else {"strategy": "group", "group_size": group_size}
     return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
 
 

@@ -62,16 +62,19 @@ def _gptq(config: Mapping[str, Any]) -> str:
 
 
 def gptq_values(
-    model: PreTrainedModel, options: Mapping[str, Any], packed: Collection[str], spans: Mapping[tuple[int, str], int]
+    model: PreTrainedModel,
+    options: Mapping[str, Any],
+    packed: Collection[str],
+    group_sizes: Mapping[tuple[int, str], int],
 ) -> dict[str, Any]:
     """config.json values of a checkpoint in GPTQ's layout; linear maps that are not packed are left out by name."""
     family = family_of(model.config)
     kept = {m.name for layer in hf.decoder_layers(model) for m in layer_matrices(layer, family)} - set(packed)
-    span = next(span for (_, name), span in spans.items() if name in packed)
+    group_size = next(group_size for (_, name), group_size in group_sizes.items() if name in packed)
     found = {
         "quant_method": "gptq",
         "bits": int(options["bits"]),
-        "group_size": span if options["group_size"] else -1,
+        "group_size": group_size if options["group_size"] else -1,
         "sym": True,
         "desc_act": False,
         "lm_head": False,

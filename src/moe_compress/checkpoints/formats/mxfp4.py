@@ -57,7 +57,7 @@ def _mxfp4_edits(model: PreTrainedModel) -> list[PackMatrices]:
     for index, layer in enumerate(hf.decoder_layers(model)):
         stacks = {matrix.name: matrix.weight_BOI.shape for matrix in layer_matrices(layer, family, ["experts"])}
         bits = {name: (MXFP4_BITS,) * count for name, (count, _, _) in stacks.items()}
-        spans = {name: math.gcd(MXFP4_SPAN, inputs) for name, (_, _, inputs) in stacks.items()}
+        group_sizes = {name: math.gcd(MXFP4_SPAN, inputs) for name, (_, _, inputs) in stacks.items()}
         if bits:
-            edits.append(PackMatrices(index, bits, spans))
+            edits.append(PackMatrices(index, bits, group_sizes))
     return edits

@@ -32,15 +32,15 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     edits, family = [], family_of(model.config)
     for index, layer in enumerate(hf.decoder_layers(model) if groups else ()):
         bits: dict[str, list[int]] = {}
-        spans: dict[str, int] = {}
+        group_sizes: dict[str, int] = {}
         widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in layer_matrices(layer, family)}
         for stored, (name, _number) in stored_matrices(model, index).items():
             weights = _scheme_of(stored.removesuffix(".weight"), name, groups)
             if weights is not None and name in widths:
                 bits.setdefault(name, []).append(weights["num_bits"])
-                spans[name] = weights.get("group_size") or widths[name]
+                group_sizes[name] = weights.get("group_size") or widths[name]
         if bits:
-            edits.append(PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, spans))
+            edits.append(PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes))
     return edits
 
 

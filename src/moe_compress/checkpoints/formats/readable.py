@@ -40,7 +40,7 @@ def require_agreement(folder: Any, values: Mapping[str, Any], tensors: Mapping[s
         if isinstance(entry, GptqWeight):
             scales, words = scales[::-1], words[::-1]
         if len(scales) != 2 or len(words) != 2 or scales[0] != words[0] or not _fits(scales[1], words[1], schemes):
-            said = ", or ".join(f"{bits} bits in groups of {span or 'a row'}" for bits, span in schemes)
+            said = ", or ".join(f"{bits} bits in groups of {group_size or 'a row'}" for bits, group_size in schemes)
             raise ValueError(
                 f"{name} in {folder} has scales {list(entry.scale.shape)} and codes {list(entry.words.shape)}: that is "
                 f"not {said}, as config.json says."
@@ -48,7 +48,10 @@ def require_agreement(folder: Any, values: Mapping[str, Any], tensors: Mapping[s
 
 
 def _fits(groups: int, words: int, schemes: list[tuple[int, int]]) -> bool:
-    return any(groups == 1 if not span else words == math.ceil(groups * span * bits / WORD) for bits, span in schemes)
+    return any(
+        groups == 1 if not group_size else words == math.ceil(groups * group_size * bits / WORD)
+        for bits, group_size in schemes
+    )
 
 
 def _schemes(config: Mapping[str, Any]) -> list[tuple[int, int]]:

@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from moe_compress.calibration.expert_inputs import Rows, RowSample
+from moe_compress.calibration.expert_inputs import ExpertInputs, ExpertInputSampler
 from moe_compress.calibration.gradients import OutputGradients
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.sparsity_sensitivity import ROWS
 from moe_compress.engine.backward import backward
-from moe_compress.engine.forward import TOKENS_PER_BATCH, Pass, Progress, visit_layers
+from moe_compress.engine.forward import TOKENS_PER_BATCH, LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.methods.quantization.bit_allocation import by_use, cheapest_widths
+from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, cheapest_widths
 from moe_compress.methods.quantization.grid import BITS, rtn
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -29,11 +29,11 @@ from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 
 Costs = dict[int, dict[str, Tensor]]
-Spans = Mapping[tuple[int, str], int]
+GroupSizes = Mapping[tuple[int, str], int]
 
 
 def expert_bits(
-    stage: Stage, source: Checkpoint, run: Run, spans: Spans, progress: Progress | None = None
+    stage: Stage, source: Checkpoint, run: Run, sizes: GroupSizes, progress: Progress | None = None
 ) -> dict[int, dict[str, list[int]]]:
     """Bits of every matrix, by layer and name of its stack; on average what the recipe says."""
     windows = run.windows("calibration", source)
@@ -41,8 +41,8 @@ def expert_bits(
     curved: list[dict[str, Tensor]] = []
     if stage.parameters["by"] == "gradient":
         curved = backward(layers, windows, OutputGradients(family_of(source.config)), run.results("calibrations"))
-    survey = _Survey(stage, source, spans, -(-ROWS * TOKENS_PER_BATCH // windows.tokens), curved)
-    visit_layers(layers, windows, survey.visit, progress=progress)
+    survey = _Survey(stage, source, sizes, -(-ROWS * TOKENS_PER_BATCH // windows.tokens), curved)
+    walk_layers(layers, windows, survey.visit, progress=progress)
     return choose(survey.costs, survey.sizes, stage.parameters["per"], stage.parameters["budget"])
 
 
@@ -76,31 +76,33 @@ class _Survey:
     """Visits the layers in turn and tables what each width costs each matrix."""
 
     def __init__(
-        self, stage: Stage, source: Checkpoint, spans: Spans, each: int, curved: Sequence[Mapping[str, Tensor]]
+        self, stage: Stage, source: Checkpoint, sizes: GroupSizes, each: int, curved: Sequence[Mapping[str, Tensor]]
     ) -> None:
-        self.family, self.each, self.spans, self.curved = family_of(source.config), each, spans, curved
+        self.family, self.each, self.group_sizes, self.curved = family_of(source.config), each, sizes, curved
         self.options, self.stored = stage.parameters, source.stored_dtype
         self.costs: Costs = {}
         self.sizes: dict[int, int] = {}
 
-    def visit(self, index: int, layer: nn.Module, run: Pass) -> None:
+    def visit(self, index: int, layer: nn.Module, run: LayerPass) -> None:
         """One layer: sample what its experts see, then try every width of every stack of matrices."""
-        sample = RowSample(self.family, self.each)
+        sample = ExpertInputSampler(self.family, self.each)
         run([sample], True)
         if sample.found is None:
             return
-        matrices = [m for m in layer_matrices(layer, self.family, ["experts"]) if self.spans[index, m.name]]
+        matrices = [m for m in layer_matrices(layer, self.family, ["experts"]) if self.group_sizes[index, m.name]]
         share_E = sample.found.count_E.double().cpu() / sample.found.count_E.sum().cpu()
         self.sizes[index] = matrices[0].weight_BOI[0].numel()
         if self.options["by"] in ("used", "rare"):
-            table_EK = by_use(share_E, self.options["by"] == "rare")
+            table_EK = bit_cost_by_use(share_E, self.options["by"] == "rare")
             self.costs[index] = {matrix.name: table_EK for matrix in matrices}
             return
         metric_DD = self.curved[index]["curvature"] if self.curved else None
         errors = {m.name: self._errors(index, layer, m, sample.found, metric_DD) for m in matrices}
         self.costs[index] = {name: error_EK.cpu() * share_E.unsqueeze(1) for name, error_EK in errors.items()}
 
-    def _errors(self, index: int, layer: nn.Module, matrix: Matrix, rows: Rows, metric_DD: Tensor | None) -> Tensor:
+    def _errors(
+        self, index: int, layer: nn.Module, matrix: Matrix, rows: ExpertInputs, metric_DD: Tensor | None
+    ) -> Tensor:
         """Mean squared change of what an expert adds, gate included, [E, K]: over the stream's energy, or as the loss's
         gradient sees it.
         """
@@ -109,7 +111,7 @@ class _Survey:
         before_END, whole_EOI = hf.run_rows(view.experts, rows.input_END), matrix.weight_BOI.clone()
         columns, energy = [], max(rows.energy, torch.finfo(torch.float64).tiny)
         for bits in BITS:
-            codes, scale = rtn(whole_EOI, bits, self.spans[index, matrix.name], self.stored, self.options["clip"])
+            codes, scale = rtn(whole_EOI, bits, self.group_sizes[index, matrix.name], self.stored, self.options["clip"])
             matrix.weight_BOI.copy_(dequantized(codes, scale))
             change_END = (hf.run_rows(view.experts, rows.input_END) - before_END) * rows.gate_EN.unsqueeze(2)
             if metric_DD is None:

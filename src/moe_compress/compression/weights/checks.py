@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from moe_compress.compression.weights.format_choice import spans_of
+from moe_compress.compression.weights.format_choice import group_sizes
 from moe_compress.methods import registry
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -21,7 +21,7 @@ def check_weights(stage: Stage, model: PreTrainedModel) -> None:
     matrices, check = chosen_matrices(stage, model), registry.find(stage.method).check
     if check is not None:
         check(matrices, **stage.parameters)
-    spans_of(stage, model)
+    group_sizes(stage, model)
     at_once, least = stage.parameters["experts_at_once"], stage.parameters["min_tokens"]
     if at_once < 0 or least < 1:
         raise ValueError(f"experts_at_once={at_once} min_tokens={least}: counts from 0 (all) and from 1 up are needed.")

@@ -9,11 +9,16 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.compressed_tensors import packed_values, scheme
 from moe_compress.checkpoints.formats.gptq import gptq_values
-from moe_compress.compression.weights.layer_stores import DenseStore, EditedStore, GptqStore, PackedStore
+from moe_compress.compression.weights.layer_stores import (
+    CompressedTensorsStore,
+    DenseStore,
+    EditedPackedStore,
+    GptqStore,
+)
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import Edit, PackMatrices
 from moe_compress.methods.quantization.grid import BITS
-from moe_compress.methods.quantization.quantize import span_for
+from moe_compress.methods.quantization.quantize import group_size_for
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Kind, Matrix, kinds_of, layer_matrices, stored_matrices
@@ -21,9 +26,9 @@ from moe_compress.recipes.recipe import Stage
 
 STORES: dict[str, type[DenseStore]] = {
     "dense": DenseStore,
-    "compressed-tensors": PackedStore,
+    "compressed-tensors": CompressedTensorsStore,
     "gptq": GptqStore,
-    "packed": EditedStore,
+    "packed": EditedPackedStore,
 }
 Bits = Mapping[int, Mapping[str, Sequence[int]]]
 
@@ -52,7 +57,7 @@ def _not_plain(stage: Stage, model: PreTrainedModel, chosen: Mapping[int, Sequen
     if format == "compressed-tensors" and not any(m.kind == "experts" for found in chosen.values() for m in found):
         return "is read by stock transformers only where experts are packed, too"
     for which, alike in _alike(chosen, format).items():
-        if alike and not span_for([m.weight_BOI.shape[2] for _, m in alike], stage.parameters["group_size"]):
+        if alike and not group_size_for([m.weight_BOI.shape[2] for _, m in alike], stage.parameters["group_size"]):
             return f"needs one group size for all of {which}, and no group of 8 and more divides all widths"
     return ""
 
@@ -83,7 +88,7 @@ def _chosen(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:
     return {i: layer_matrices(layer, family, kinds) for i, layer in enumerate(hf.decoder_layers(model))}
 
 
-def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]:
+def group_sizes(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]:
     """(layer, matrix) -> inputs that share a scale, 0 for a matrix that is left as it is.
 
     In a plain format, one number has to do for every matrix of a scheme.
@@ -95,39 +100,39 @@ def spans_of(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], int]
     if "router" in kinds_of(stage.parameters["where"], stage.parameters["spare"]):
         layers = enumerate(hf.decoder_layers(model))
         found += [(i, m) for i, layer in layers for m in layer_matrices(layer, family_of(model.config), ["router"])]
-    spans = {(i, m.name): span_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
+    sizes = {(i, m.name): group_size_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
     if format in ("dense", "packed") or not wanted:
-        return spans
+        return sizes
     for alike in _alike(chosen, format).values():
-        common = span_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
-        spans |= {(i, m.name): common for i, m in alike}
-    return spans
+        common = group_size_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
+        sizes |= {(i, m.name): common for i, m in alike}
+    return sizes
 
 
-def form_of(
-    format: str, stage: Stage, model: PreTrainedModel, spans: Mapping[tuple[int, str], int], bits: Bits | None = None
+def stored_form(
+    format: str, stage: Stage, model: PreTrainedModel, sizes: Mapping[tuple[int, str], int], bits: Bits | None = None
 ) -> tuple[list[Edit], dict[str, Any]]:
     """(edits, config.json values) of a checkpoint that is stored in this format. bits: where they differ."""
     if format == "dense":
         return [], {}
     chosen = _chosen(stage, model)
     if format == "packed":
-        return [edit for i, found in chosen.items() if (edit := _room(i, found, stage, spans, bits)) is not None], {}
+        return [edit for i, found in chosen.items() if (edit := _room(i, found, stage, sizes, bits)) is not None], {}
     if format == "gptq":
-        return [], gptq_values(model, stage.parameters, {m.name for found in chosen.values() for m in found}, spans)
+        return [], gptq_values(model, stage.parameters, {m.name for found in chosen.values() for m in found}, sizes)
     width, whole = int(stage.parameters["bits"]), not stage.parameters["group_size"]
     schemes: dict[bool, dict[str, Any]] = {}
     for index, matrices in chosen.items():
         for matrix in matrices:
-            schemes[matrix.kind == "experts"] = scheme(width, spans[index, matrix.name], whole)
+            schemes[matrix.kind == "experts"] = scheme(width, sizes[index, matrix.name], whole)
     kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
     return [], packed_values(model, [k for k in kinds if k != "router"], schemes.get(True), schemes.get(False))
 
 
 def _room(
-    index: int, matrices: Sequence[Matrix], stage: Stage, spans: Mapping[tuple[int, str], int], bits: Bits | None
+    index: int, matrices: Sequence[Matrix], stage: Stage, sizes: Mapping[tuple[int, str], int], bits: Bits | None
 ) -> PackMatrices | None:
-    packed = {m.name: spans[index, m.name] for m in matrices if spans[index, m.name]}
+    packed = {m.name: sizes[index, m.name] for m in matrices if sizes[index, m.name]}
     counts = {m.name: len(m.weight_BOI) for m in matrices}
     if not packed:
         return None
@@ -160,6 +165,6 @@ def pack_skeleton(stage: Stage, model: PreTrainedModel) -> list[Edit]:
     format = format_of(stage, model)
     if format == "dense":
         return []
-    edits, _ = form_of("packed", stage, model, spans_of(stage, model))
+    edits, _ = stored_form("packed", stage, model, group_sizes(stage, model))
     apply_edits(model, edits)
     return edits if format == "packed" else []

@@ -23,7 +23,7 @@ from moe_compress.compression.weights.rescaling import Rescale
 from moe_compress.edits.apply import shallow
 from moe_compress.edits.edits import PackMatrices
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.methods.weight_method import Changed, Quantized
+from moe_compress.methods.weight_method import NewMatrices, QuantizedMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Kind, Matrix, layer_matrices, stored_matrices
@@ -33,12 +33,12 @@ from moe_compress.models.sublayers import block_names
 
 
 @dataclass(frozen=True, slots=True)
-class Change:
+class MatrixChange:
     """A stack of matrices, what becomes of it, and its codes, where it is quantized."""
 
     matrix: Matrix
     result: Tensor
-    quantized: Quantized | None = None
+    quantized: QuantizedMatrices | None = None
 
 
 class DenseStore:
@@ -58,14 +58,14 @@ class DenseStore:
         """What was done to the layer at hand before its matrices were changed, other parts included."""
         self.rescales = list(rescales)
 
-    def write(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def write(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Write the layer; what did not change is stored as it was, to the last bit."""
         with self.changed(index, layer, changes) as (model, _layer):
             self.writer.write(index, hf.checkpoint_tensors(model, hf.layer_state(model, index)))
 
     @contextlib.contextmanager
     def changed(
-        self, index: int, layer: nn.Module, changes: Sequence[Change]
+        self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]
     ) -> Iterator[tuple[PreTrainedModel, nn.Module]]:
         """The layer as it will be stored, in plain numbers, and the model that it belongs to."""
         if self.exact is None:
@@ -83,7 +83,7 @@ class DenseStore:
                 exact.weight_BOI.copy_(torch.where(same_BOI.to(new_BOI.device), exact.weight_BOI, new_BOI))
             yield self.exact.model, stored
 
-    def verify(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def verify(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Read the layer back as it was written: every zero that was set has to be one in the file."""
         with self.writer.read(index) as tensors:
             hf.materialize(self.model, tensors, self.layers.device)
@@ -92,12 +92,12 @@ class DenseStore:
             assert kept, f"layer {index}: {change.matrix.name} lost zeros on its way to disk"
 
 
-class PackedStore(DenseStore):
+class CompressedTensorsStore(DenseStore):
     """compressed-tensors' `pack-quantized`, under the names that stock checkpoints give to the matrices."""
 
     layout = staticmethod(packed_parts)
 
-    def write(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def write(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Write the layer, codes in place of weights."""
         with self.changed(index, layer, changes) as (model, _layer):
             tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
@@ -105,7 +105,7 @@ class PackedStore(DenseStore):
             tensors[name] = self.layout(codes_OI.cpu(), scale_OG.cpu(), bits)
         self.writer.write(index, tensors)
 
-    def _packed(self, index: int, changes: Sequence[Change]) -> list[tuple[str, Tensor, Tensor, int]]:
+    def _packed(self, index: int, changes: Sequence[MatrixChange]) -> list[tuple[str, Tensor, Tensor, int]]:
         found = {change.matrix.name: change.quantized for change in changes if change.quantized is not None}
         return [
             (name, quantized.codes[b], quantized.scale[b], quantized.bits[b])
@@ -113,7 +113,7 @@ class PackedStore(DenseStore):
             if (quantized := found.get(matrix)) is not None
         ]
 
-    def verify(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def verify(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Read the layer back: the weights that its codes stand for have to be those that go on."""
         super().verify(index, layer, changes)
         for change, now in zip(changes, layer_matrices(layer, self.family, self.kinds), strict=True):
@@ -121,13 +121,13 @@ class PackedStore(DenseStore):
             assert same or change.quantized is None, f"layer {index}: {change.matrix.name} is not what was packed"
 
 
-class GptqStore(PackedStore):
+class GptqStore(CompressedTensorsStore):
     """GPTQ's layout under the same names."""
 
     layout = staticmethod(gptq_parts)
 
 
-class EditedStore(DenseStore):
+class EditedPackedStore(DenseStore):
     """Packed matrices as modules of their own: any width for any matrix, in an edited checkpoint."""
 
     def __init__(self, *given: Any) -> None:
@@ -135,7 +135,7 @@ class EditedStore(DenseStore):
         self.names = block_names(self.model)
         self.written: dict[str, Tensor] = {}
 
-    def write(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def write(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Write the layer as the edit makes it, codes and scales filled in."""
         edit = pack_edit(index, changes)
         with self.changed(index, layer, changes) as (model, stored):
@@ -149,7 +149,7 @@ class EditedStore(DenseStore):
             self.written = hf.checkpoint_tensors(model, state)
         self.writer.write(index, self.written)
 
-    def verify(self, index: int, layer: nn.Module, changes: Sequence[Change]) -> None:
+    def verify(self, index: int, layer: nn.Module, changes: Sequence[MatrixChange]) -> None:
         """Read the layer back: codes and scales have to be those that were decided."""
         with self.writer.read(index) as tensors:
             for name, tensor in self.written.items():
@@ -159,21 +159,21 @@ class EditedStore(DenseStore):
             change.matrix.weight_BOI.copy_(change.result)
 
 
-def _fill(layer: nn.Module, names: Mapping[str, Any], name: str, quantized: Quantized) -> None:
+def _fill(layer: nn.Module, names: Mapping[str, Any], name: str, quantized: QuantizedMatrices) -> None:
     for b, bits in enumerate(quantized.bits):
         module = packed_matrix(layer, names, name, b)
         module.words.copy_(pack(quantized.codes[b], bits))
         module.scales = nn.Parameter(quantized.scale[b].contiguous(), requires_grad=False)
 
 
-def pack_edit(index: int, changes: Sequence[Change]) -> PackMatrices:
+def pack_edit(index: int, changes: Sequence[MatrixChange]) -> PackMatrices:
     """The edit that makes room for the codes of a layer."""
     packed = {change.matrix.name: change.quantized for change in changes if change.quantized is not None}
     spans = {name: found.codes.shape[2] // found.scale.shape[2] for name, found in packed.items()}
     return PackMatrices(index, {name: tuple(found.bits) for name, found in packed.items()}, spans)
 
 
-class Draft:
+class MatrixDraft:
     """A stack of matrices while it is being changed, a part of its experts at a time."""
 
     def __init__(self, matrix: Matrix) -> None:
@@ -183,7 +183,7 @@ class Draft:
         self.scale: Tensor | None = None
         self.bits = [0] * len(self.result)
 
-    def take(self, part: slice, stay_B: Tensor, changed: Changed, number: int) -> None:
+    def take(self, part: slice, stay_B: Tensor, changed: NewMatrices, number: int) -> None:
         """Take in what a method made of the part; experts that are to stay do."""
         new_BOI, before_BOI = changed.weights[number], self.matrix.weight_BOI[part]
         self.result[part] = torch.where(stay_B[:, None, None], before_BOI, new_BOI.to(before_BOI))
@@ -195,8 +195,10 @@ class Draft:
             self.codes[part], self.scale[part] = found.codes, found.scale
             self.bits[part] = found.bits
 
-    def change(self) -> Change:
+    def change(self) -> MatrixChange:
         """The stack as it will be."""
         if self.codes is None or self.scale is None or self.matrix.kind == "router":
-            return Change(self.matrix, self.result)  # routers are no linear maps: they are stored as plain numbers
-        return Change(self.matrix, self.result, Quantized(self.codes, self.scale, self.bits))
+            return MatrixChange(
+                self.matrix, self.result
+            )  # routers are no linear maps: they are stored as plain numbers
+        return MatrixChange(self.matrix, self.result, QuantizedMatrices(self.codes, self.scale, self.bits))

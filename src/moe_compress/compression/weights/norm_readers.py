@@ -14,7 +14,7 @@ from moe_compress.models.families import Family
 from moe_compress.models.moe import moe_view
 
 
-class Feeds:
+class NormReaders:
     """`found`: norm -> modules whose input is its output (linear maps, the router, the experts), by name."""
 
     def __init__(self, family: Family) -> None:
@@ -68,7 +68,7 @@ class Feeds:
         return {}
 
 
-class Output:
+class LayerOutput:
     """Keeps what the last batch left the layer as."""
 
     hidden: Tensor

@@ -14,16 +14,16 @@ SHOWN = 3
 
 
 def weights_report(
-    stage: Stage, kinds: Sequence[Kind], notes: Notes, spans: Mapping[tuple[int, str], int]
+    stage: Stage, kinds: Sequence[Kind], notes: Notes, sizes: Mapping[tuple[int, str], int]
 ) -> dict[str, Any]:
     """Shares of zeros or of packed weights; experts with too few tokens; changed routing; raised dampings.
 
-    notes: of every layer in which something changed; spans: inputs that share a scale, 0 where none can.
+    notes: of every layer in which something changed; sizes: inputs that share a scale, 0 where none can.
     """
     quantized = "format" in stage.parameters
     found = _quantized(kinds, notes) if quantized else _sparsity(kinds, notes)
     if quantized:
-        found["skipped"] = _skipped(spans)
+        found["skipped"] = _skipped(sizes)
     for key, name in (("unseen", "unseen"), ("tokens", "tokens"), ("routing", "routing_change")):
         found[name] = {i: note[key] for i, note in notes.items() if note.get(key)}
     found["damping_raised"] = _all(notes, "damped")
@@ -34,17 +34,17 @@ def weights_report(
     return found
 
 
-def warn_of_skipped(spans: Mapping[tuple[int, str], int]) -> None:
+def warn_of_skipped(sizes: Mapping[tuple[int, str], int]) -> None:
     """Say which matrices stay as they are."""
-    left = _skipped(spans)
+    left = _skipped(sizes)
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         which = ", ".join(left[:SHOWN]) + more
         log.warning("left as they are, for no group of 8 inputs or more divides their width: %s.", which)
 
 
-def _skipped(spans: Mapping[tuple[int, str], int]) -> list[str]:
-    return [f"{name} of layer {layer}" for (layer, name), span in spans.items() if not span]
+def _skipped(sizes: Mapping[tuple[int, str], int]) -> list[str]:
+    return [f"{name} of layer {layer}" for (layer, name), group_size in sizes.items() if not group_size]
 
 
 def _all(notes: Notes, key: str) -> list[str]:

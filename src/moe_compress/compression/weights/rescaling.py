@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.calibration.input_moments import Moments
-from moe_compress.compression.weights.norm_readers import Feeds, Output
-from moe_compress.engine.forward import Pass
+from moe_compress.compression.weights.norm_readers import LayerOutput, NormReaders
+from moe_compress.engine.forward import LayerPass
 from moe_compress.methods.quantization.awq import awq_scale
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Matrix, layer_matrices
@@ -74,15 +74,15 @@ class Rescaler:
 
     family: Family
     bits: int
-    spans: Mapping[tuple[int, str], int]
+    group_sizes: Mapping[tuple[int, str], int]
     stored: torch.dtype
     pow2: bool
 
     def layer(
-        self, index: int, layer: nn.Module, chosen: Sequence[Matrix], seen: Mapping[str, Moments], run: Pass
+        self, index: int, layer: nn.Module, chosen: Sequence[Matrix], seen: Mapping[str, Moments], run: LayerPass
     ) -> tuple[list[Rescale], list[str]]:
         """What was carried out on the layer, and which norms could not be rescaled."""
-        feeds = Feeds(self.family)
+        feeds = NormReaders(self.family)
         run([feeds], False, True)
         everything = {matrix.name: matrix for matrix in layer_matrices(layer, self.family)}
         names = {matrix.name for matrix in chosen}
@@ -90,7 +90,7 @@ class Rescaler:
         refused: list[str] = []
         for maker, readers, pow2 in [*self._norms(everything, feeds.found), *self._inside(everything)]:
             read = [everything[reader] for reader in readers]
-            quantized = [matrix for matrix in read if matrix.name in names and self.spans[index, matrix.name]]
+            quantized = [matrix for matrix in read if matrix.name in names and self.group_sizes[index, matrix.name]]
             if not quantized or any(matrix.source not in seen for matrix in quantized):
                 continue
             scale_XI = self._search(index, quantized, seen, pow2)
@@ -138,13 +138,13 @@ class Rescaler:
         for matrix in quantized:
             moments = seen[matrix.source]
             # Experts count by how often they are used.
-            share_B = moments.count_B / moments.count_B.sum().clamp_min(1)
-            none_B = torch.zeros(len(share_B), dtype=torch.bool, device=share_B.device)
-            stacks.append((matrix.weight_BOI, moments.mean(0.0, none_B, False) * share_B[:, None, None]))
-        span = self.spans[index, quantized[0].name]
-        return awq_scale(stacks, square_XI, self.bits, span, self.stored, pow2=pow2)
+            sparsity_B = moments.count_B / moments.count_B.sum().clamp_min(1)
+            none_B = torch.zeros(len(sparsity_B), dtype=torch.bool, device=sparsity_B.device)
+            stacks.append((matrix.weight_BOI, moments.mean(0.0, none_B, False) * sparsity_B[:, None, None]))
+        group_size = self.group_sizes[index, quantized[0].name]
+        return awq_scale(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
 
-    def _tried(self, layer: nn.Module, rescale: Rescale, run: Pass, is_norm: bool) -> Rescale | None:
+    def _tried(self, layer: nn.Module, rescale: Rescale, run: LayerPass, is_norm: bool) -> Rescale | None:
         """The rescaling, carried out, if the layer then returns what it returned before; else nothing is left of it."""
         before = _output(run)
         whole = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
@@ -158,7 +158,7 @@ class Rescaler:
 
 
 def _output(run: Callable[..., Any]) -> Tensor:
-    output = Output()
+    output = LayerOutput()
     run([output], False, True)
     return output.hidden
 

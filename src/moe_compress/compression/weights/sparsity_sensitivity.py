@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compress.calibration.expert_inputs import Rows, RowSample
-from moe_compress.calibration.input_moments import InputSums, Moments
+from moe_compress.calibration.expert_inputs import ExpertInputs, ExpertInputSampler
+from moe_compress.calibration.input_moments import InputMomentCollector, Moments
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.engine.forward import TOKENS_PER_BATCH, Pass, Progress, visit_layers
+from moe_compress.engine.forward import TOKENS_PER_BATCH, LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import Observer
 from moe_compress.methods import registry
 from moe_compress.methods.pruning import sparsity_allocation
-from moe_compress.methods.weight_method import Group
+from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices
@@ -31,14 +31,16 @@ from moe_compress.run.context import Run
 ROWS = 64
 
 
-def expert_shares(stage: Stage, source: Checkpoint, run: Run, progress: Progress | None = None) -> dict[int, Tensor]:
+def expert_sparsities(
+    stage: Stage, source: Checkpoint, run: Run, progress: Progress | None = None
+) -> dict[int, Tensor]:
     """The fraction of its weights that every expert loses, by layer [E]; on average what the recipe says."""
     windows = run.windows("calibration", source)
     layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
     weights = next(matrix.weight_BOI[0].numel() for matrix in _experts_of(layers))
     choices = sparsity_allocation.levels(stage.parameters["sparsity"], stage.parameters["spread"], weights)
     survey = _Survey(stage, source, choices, -(-ROWS * TOKENS_PER_BATCH // windows.tokens))
-    visit_layers(layers, windows, survey.visit, progress=progress)
+    walk_layers(layers, windows, survey.visit, progress=progress)
     return sparsity_allocation.choose(survey.costs(), survey.choices)
 
 
@@ -60,9 +62,12 @@ class _Survey:
         self.kind: sparsity_allocation.Allocation = self.options["allocate"]
         self.tables: dict[int, Tensor] = {}
 
-    def visit(self, index: int, layer: nn.Module, run: Pass) -> None:
+    def visit(self, index: int, layer: nn.Module, run: LayerPass) -> None:
         """One layer: see what its experts see, then try every fraction on a few rows."""
-        inputs, sample = InputSums(self.family, ["experts"], "squares", None), RowSample(self.family, self.each)
+        inputs, sample = (
+            InputMomentCollector(self.family, ["experts"], "input_squares", None),
+            ExpertInputSampler(self.family, self.each),
+        )
         observers: Sequence[Observer] = [inputs, sample]
         run(observers, True)
         if sample.found is None:
@@ -71,7 +76,7 @@ class _Survey:
         groups = _groups(index, matrices, inputs.found)
         share_E = sample.found.count_E.double() / sample.found.count_E.sum()
         if self.kind == "utilisation":
-            self.tables[index] = sparsity_allocation.by_use(share_E.cpu(), self.choices)
+            self.tables[index] = sparsity_allocation.sparsity_cost_by_use(share_E.cpu(), self.choices)
         elif self.kind == "owl":
             scores = [w.abs() * g.moment.sqrt().unsqueeze(1) for g in groups for w in g.weights if g.moment is not None]
             self.tables[index] = (
@@ -82,7 +87,9 @@ class _Survey:
             used = share_E.unsqueeze(1) if self.kind == "both" else 1.0
             self.tables[index] = (error_EN * used).cpu()
 
-    def _errors(self, layer: nn.Module, groups: Sequence[Group], matrices: Sequence[Matrix], rows: Rows) -> Tensor:
+    def _errors(
+        self, layer: nn.Module, groups: Sequence[MatrixGroup], matrices: Sequence[Matrix], rows: ExpertInputs
+    ) -> Tensor:
         """Mean squared change of what an expert adds, gate included, over the energy of the stream, [E, N]."""
         view = moe_view(layer, self.family)
         assert view is not None
@@ -91,8 +98,8 @@ class _Survey:
         columns = []
         for share in self.choices:
             for group in groups:
-                share_B = torch.full((len(group.names),), share)
-                trial = self.trial(group, share_B=share_B, **self.options)
+                sparsity_B = torch.full((len(group.names),), share)
+                trial = self.trial(group, sparsity_B=sparsity_B, **self.options)
                 for weight, new_BOI in zip(group.weights, trial, strict=True):
                     weight.copy_(new_BOI)
             change_END = (hf.run_rows(view.experts, rows.input_END) - before_END) * rows.gate_EN.unsqueeze(2)
@@ -113,12 +120,12 @@ class _Survey:
         }
 
 
-def _groups(index: int, matrices: Sequence[Matrix], moments: Mapping[str, Moments]) -> list[Group]:
+def _groups(index: int, matrices: Sequence[Matrix], moments: Mapping[str, Moments]) -> list[MatrixGroup]:
     by_source: dict[str, list[Tensor]] = {}
     for matrix in matrices:
         by_source.setdefault(matrix.source, []).append(matrix.weight_BOI)
     groups: list[Any] = []
     for source, weights in by_source.items():
         found, names = moments[source], [f"expert {e} of layer {index}" for e in range(len(weights[0]))]
-        groups.append(Group(names, weights, found.mean(0.0, found.count_B < 1, True)))
+        groups.append(MatrixGroup(names, weights, found.mean(0.0, found.count_B < 1, True)))
     return groups

@@ -16,22 +16,29 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from moe_compress.calibration.input_moments import InputSums, Moments
-from moe_compress.calibration.router_choices import Choices, routing_change
+from moe_compress.calibration.input_moments import InputMomentCollector, Moments
+from moe_compress.calibration.router_choices import RouterChoices, routing_change
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.bit_sensitivity import expert_bits
 from moe_compress.compression.weights.checks import gram_bytes
-from moe_compress.compression.weights.format_choice import STORES, Bits, form_of, format_of, nearest_bits, spans_of
-from moe_compress.compression.weights.layer_stores import Change, Draft
+from moe_compress.compression.weights.format_choice import (
+    STORES,
+    Bits,
+    format_of,
+    group_sizes,
+    nearest_bits,
+    stored_form,
+)
+from moe_compress.compression.weights.layer_stores import MatrixChange, MatrixDraft
 from moe_compress.compression.weights.report import warn_of_skipped, weights_report
 from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
-from moe_compress.compression.weights.sparsity_sensitivity import expert_shares
+from moe_compress.compression.weights.sparsity_sensitivity import expert_sparsities
 from moe_compress.edits.edits import Edit
-from moe_compress.engine.forward import Pass, Progress, visit_layers
+from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.weight_method import Group
+from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import ROUTED, Matrix, kinds_of, layer_matrices
@@ -47,7 +54,7 @@ Notes = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Slimmed:
+class WeightStageResult:
     """What a weight stage leaves beside the layers it wrote: a report, edits, and values for config.json."""
 
     report: dict[str, Any]
@@ -55,55 +62,55 @@ class Slimmed:
     values: dict[str, Any]
 
 
-def slim(
+def run_weight_stage(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
-) -> Slimmed:
+) -> WeightStageResult:
     """Carry out a weight stage into `writer`."""
     layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
-    slimmer = _Slimmer(stage, source, layers, writer)
-    slimmer.require_memory()
+    stage_run = WeightStage(stage, source, layers, writer)
+    stage_run.require_memory()
     if stage.parameters.get("allocate", "uniform") != "uniform":
-        slimmer.shares = _shares(stage, source, run, writer, progress)
+        stage_run.sparsities = _sparsities(stage, source, run, writer, progress)
     if stage.parameters.get("bits") == "auto":
-        slimmer.bits = _bits(slimmer, source, run, progress)
+        stage_run.bits = _bits(stage_run, source, run, progress)
     if not writer.has(None):
         writer.copy(None)
     if stage.needs == "nothing":
         for index in range(source.num_layers):
-            if not slimmer.is_done(index):
+            if not stage_run.is_done(index):
                 with layers.layer(index) as layer:
-                    slimmer.visit(index, layer)
+                    stage_run.visit(index, layer)
             if progress is not None:
                 progress(index + 1, source.num_layers)
-        return slimmer.finished({})
+        return stage_run.finished({})
     windows = run.windows("calibration", source)
-    slimmer.tokens = windows.tokens
+    stage_run.tokens = windows.tokens
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    visit_layers(layers, windows, slimmer.visit, state=writer.scratch, progress=progress)
+    walk_layers(layers, windows, stage_run.visit, state=writer.scratch, progress=progress)
     # What it cost is the writing's: the two cannot be told apart here.
-    return slimmer.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+    return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
-def _shares(
+def _sparsities(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
 ) -> dict[int, Tensor]:
     """The fraction that each expert loses, by layer [E]; a killed run has it already."""
     file = writer.scratch / "shares.json"
     if not file.is_file():
-        found = expert_shares(stage, source, run, progress)
+        found = expert_sparsities(stage, source, run, progress)
         write_json(file, {layer: share_E.tolist() for layer, share_E in found.items()})
     return {int(i): torch.tensor(share_E, dtype=torch.float64) for i, share_E in read_json(file).items()}
 
 
-def _bits(slimmer: _Slimmer, source: Checkpoint, run: Run, progress: Progress | None) -> Bits:
+def _bits(stage_run: WeightStage, source: Checkpoint, run: Run, progress: Progress | None) -> Bits:
     """The bits of every matrix, by layer and stack; a killed run has them already."""
-    file = slimmer.writer.scratch / "bits.json"
+    file = stage_run.writer.scratch / "bits.json"
     if not file.is_file():
-        write_json(file, expert_bits(slimmer.stage, source, run, slimmer.spans, progress))
+        write_json(file, expert_bits(stage_run.stage, source, run, stage_run.group_sizes, progress))
     return {int(i): stacks for i, stacks in read_json(file).items()}
 
 
-class _Slimmer:
+class WeightStage:
     """Changes one layer after the other; what has to be reported of it is kept beside the unfinished checkpoint."""
 
     def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
@@ -113,19 +120,19 @@ class _Slimmer:
         self.kinds = kinds_of(self.options["where"], self.options["spare"])
         self.change = registry.find(stage.method).run
         self.format = format_of(stage, layers.model)
-        self.spans = spans_of(stage, layers.model)
-        warn_of_skipped(self.spans)
+        self.group_sizes = group_sizes(stage, layers.model)
+        warn_of_skipped(self.group_sizes)
         self.store = STORES[self.format](source, layers, writer, self.kinds)
-        writer.values = {**source.values, **form_of(self.format, stage, self.model, self.spans)[1]}
+        writer.values = {**source.values, **stored_form(self.format, stage, self.model, self.group_sizes)[1]}
         # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
         self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
-        self.shares: dict[int, Tensor] = {}
+        self.sparsities: dict[int, Tensor] = {}
         self.bits: Bits | None = None
         self.tokens = 0
 
     def require_memory(self) -> None:
         """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
-        if self.stage.needs != "grams":
+        if self.stage.needs != "input_grams":
             return
         free = free_memory(self.layers.device)
         for index, (each, at_once) in gram_bytes(self.stage, self.model).items():
@@ -136,10 +143,10 @@ class _Slimmer:
                     f"{gigabytes(free)} are free: {fits}."
                 )
 
-    def visit(self, index: int, layer: nn.Module, run: Pass | None = None) -> None:
+    def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
         """One layer: observe, change, write, verify, go on."""
         matrices = layer_matrices(layer, self.family, self.kinds)
-        drafts = [Draft(matrix) for matrix in matrices]
+        drafts = [MatrixDraft(matrix) for matrix in matrices]
         notes: Notes = defaultdict(list)
         parts = list(self._parts(matrices))
         stays = self.options["propagate"] == "original" or not matrices
@@ -172,13 +179,13 @@ class _Slimmer:
         layer: nn.Module,
         matrices: Sequence[Matrix],
         seen: Mapping[str, Moments],
-        run: Pass,
+        run: LayerPass,
         notes: Notes,
     ) -> Mapping[str, Moments]:
         """Make inputs larger that matter; the moments of what the matrices then see."""
         free = self.options["scales"] == "free"
         before = self._choices(run, free)
-        rescaler = Rescaler(self.family, nearest_bits(self.options), self.spans, self.stored_dtype, not free)
+        rescaler = Rescaler(self.family, nearest_bits(self.options), self.group_sizes, self.stored_dtype, not free)
         done, refused = rescaler.layer(index, layer, matrices, seen, run)
         self.store.rescale(done)
         notes["rescaled"] += [rescale.maker for rescale in done]
@@ -187,17 +194,17 @@ class _Slimmer:
             notes["routing_rescaled"] = routing_change(before, self._choices(run, free))
         return rescaled_moments(seen, matrices, done)
 
-    def _choices(self, run: Pass | None, wanted: bool = False) -> dict[str, Tensor]:
+    def _choices(self, run: LayerPass | None, wanted: bool = False) -> dict[str, Tensor]:
         """What the layer's router does to the tokens that come now, if routers are changed or it is wanted."""
         if run is None or not (wanted or "router" in self.kinds):
             return {}
-        choices = Choices(self.family, self.tokens, CHOICES)
+        choices = RouterChoices(self.family, self.tokens, CHOICES)
         run([choices], False)
         return choices.found
 
-    def _observe(self, run: Pass, experts: range | None, go_on: bool) -> Mapping[str, Moments]:
-        assert self.stage.needs in ("squares", "grams")
-        observer = InputSums(self.family, self.kinds, self.stage.needs, experts)
+    def _observe(self, run: LayerPass, experts: range | None, go_on: bool) -> Mapping[str, Moments]:
+        assert self.stage.needs in ("input_squares", "input_grams")
+        observer = InputMomentCollector(self.family, self.kinds, self.stage.needs, experts)
         run([observer], go_on)
         return observer.found
 
@@ -213,13 +220,13 @@ class _Slimmer:
     def _change(
         self,
         index: int,
-        drafts: Sequence[Draft],
+        drafts: Sequence[MatrixDraft],
         seen: Mapping[str, Moments],
         experts: range | None,
         notes: Notes,
     ) -> None:
         """Let the method make the new matrices of every source; those that are no experts come with the first part."""
-        by_source: dict[str, list[Draft]] = defaultdict(list)
+        by_source: dict[str, list[MatrixDraft]] = defaultdict(list)
         for draft in drafts:
             by_source[draft.matrix.source].append(draft)
         for source, group in by_source.items():
@@ -231,13 +238,13 @@ class _Slimmer:
             names = [f"expert {e} of layer {index}" if routed else f"{source} of layer {index}" for e in numbers]
             moment, rare_B = self._moment(seen.get(source), routed, names)
             changed = self.change(
-                Group(
+                MatrixGroup(
                     names,
                     [draft.matrix.weight_BOI[part] for draft in group],
                     moment,
-                    self.shares[index][part] if routed and self.shares else None,
+                    self.sparsities[index][part] if routed and self.sparsities else None,
                     [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
-                    span=self.spans.get((index, group[0].matrix.name), 0),
+                    group_size=self.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                 ),
                 **self.options,
@@ -267,7 +274,7 @@ class _Slimmer:
             )
         return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
 
-    def _count(self, changes: Sequence[Change], notes: Notes) -> None:
+    def _count(self, changes: Sequence[MatrixChange], notes: Notes) -> None:
         """Zeros and weights, packed weights and their bits, by kind."""
         counts: dict[str, dict[str, int]] = {key: defaultdict(int) for key in ("zeros", "weights", "packed", "bits")}
         for change in changes:
@@ -286,11 +293,11 @@ class _Slimmer:
         """Whether an earlier, killed run has finished this layer."""
         return self._notes_file(index).is_file()
 
-    def finished(self, report: Mapping[str, Any]) -> Slimmed:
+    def finished(self, report: Mapping[str, Any]) -> WeightStageResult:
         """The report, and what says in config.json how the layers were stored."""
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
-        allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.shares.items()}
-        found = {**report, **weights_report(self.stage, self.kinds, changed, self.spans)}
+        allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.sparsities.items()}
+        found = {**report, **weights_report(self.stage, self.kinds, changed, self.group_sizes)}
         found["allocated"] = allocated or self.bits or {}
-        return Slimmed(found, *form_of(self.format, self.stage, self.model, self.spans, self.bits))
+        return WeightStageResult(found, *stored_form(self.format, self.stage, self.model, self.group_sizes, self.bits))

@@ -19,7 +19,7 @@ from moe_compress.checkpoints.resolve import config_folder
 from moe_compress.edits.apply import apply_edits
 from moe_compress.evaluation.flops.torch_check import Agreement
 from moe_compress.evaluation.flops.torch_check import check as check_flops
-from moe_compress.evaluation.saved_report import Kept
+from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.models import hf
 from moe_compress.models.components import Component, components
 from moe_compress.reports import table_formats
@@ -99,7 +99,7 @@ SUMMED = ("parameters", "bytes", "touched", "prefill", "decode")
 
 
 @dataclass(frozen=True)
-class FlopsReport(Kept):
+class FlopsReport(SavedReport):
     """All components, for `batch` sequences of `tokens` tokens and a step at `context`; check: None where not asked."""
 
     model: str

@@ -16,7 +16,14 @@ from torch.utils import flop_counter
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
-from moe_compress.models.component_map import ATTENTION_CHILDREN, NORMS, PROJECTIONS, SCORES, attentions_of, places
+from moe_compress.models.component_map import (
+    ATTENTION_CHILDREN,
+    NORMS,
+    PROJECTIONS,
+    SCORES,
+    attentions_of,
+    component_of_modules,
+)
 from moe_compress.models.components import components
 from moe_compress.models.sizes import Sizes, sizes
 
@@ -99,7 +106,7 @@ def _counted(model: PreTrainedModel, ids: torch.Tensor, **keywords: Any) -> tupl
     counter = flop_counter.FlopCounterMode(display=False, custom_mapping=MAPPING)
     with hf.quiet(), counter:
         output = model(ids, **keywords)
-    root, place = type(model).__name__, places(model)
+    root, place = type(model).__name__, component_of_modules(model)
     inclusive = {name: sum(kernels.values()) for name, kernels in counter.get_flop_counts().items()}
     total: Counter[str] = Counter()
     for name, count in inclusive.items():

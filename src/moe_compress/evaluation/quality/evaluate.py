@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from moe_compress.checkpoints.folder import manifest_of
+from moe_compress.checkpoints.folder import read_manifest
 from moe_compress.checkpoints.load import load_model, load_tokenizer, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import Windows
@@ -40,7 +40,7 @@ FEW = 20  # documents: percentile bootstraps of 10 hold the truth in 90 % of cas
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class Protocol:
     """What all models of one table are measured on: the text, the items, and what identifies both."""
 
     windows: Windows
@@ -48,7 +48,7 @@ class Yardstick:
     protocol: dict[str, Any]
 
 
-def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
+def yardstick(checkpoint: Checkpoint, run: Run) -> Protocol:
     """Tokenize the evaluation text with the checkpoint's own tokenizer."""
     windows = run.windows("heldout", checkpoint)
     items = tasks.items("heldout", ITEMS) if run.options.eval_data == "zoo" else ()
@@ -62,10 +62,10 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Yardstick:
         "device": run.device.type,
         "attn": run.options.attn or hf.skeleton(checkpoint.config, run.dtype).config._attn_implementation,
     }
-    return Yardstick(windows, items, {**protocol, "id": fingerprint(protocol)})
+    return Protocol(windows, items, {**protocol, "id": fingerprint(protocol)})
 
 
-def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> tuple[Original, Samples]:
+def measured_original(checkpoint: Checkpoint, stick: Protocol, run: Run) -> tuple[Original, Samples]:
     """The original's measurement, final hidden states and routing, measured once and kept under runs/originals."""
     path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
     routed = path.with_suffix(".routing.safetensors")
@@ -85,7 +85,7 @@ def original_of(checkpoint: Checkpoint, stick: Yardstick, run: Run) -> tuple[Ori
         ) from error
 
 
-def _pair(checkpoint: Checkpoint, stick: Yardstick) -> str:
+def _pair(checkpoint: Checkpoint, stick: Protocol) -> str:
     """Identity of a model on a yardstick."""
     return fingerprint(checkpoint.fingerprint, stick.protocol["id"])
 
@@ -100,7 +100,7 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
 
 
 def _measure(
-    layers: Layers, checkpoint: Checkpoint, stick: Yardstick, original: Original | None, run: Run
+    layers: Layers, checkpoint: Checkpoint, stick: Protocol, original: Original | None, run: Run
 ) -> tuple[Measurement, Any, Samples]:
     """Measure; the layers that an interrupted run has done are not run again."""
     state = run.results("originals") / f"{_pair(checkpoint, stick)}.partial"
@@ -121,7 +121,7 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
     """Records (unsaved) of a checkpoint and of its original, measured on the same text; the same one if it is it."""
     require_same_tokens(checkpoint, base)
     stick = yardstick(base, run)
-    original, routed = original_of(base, stick, run)
+    original, routed = measured_original(base, stick, run)
     if (documents := len(original.measurement.tokens)) < FEW:
         log.warning("the text has %d documents: intervals of fewer than %d are too narrow.", documents, FEW)
     first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run).sealed()
@@ -130,14 +130,14 @@ def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[R
     with one_at_a_time(run.results("originals") / f"{_pair(checkpoint, stick)}.lock", f"measuring {checkpoint.name}"):
         measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
     found = statistics.metrics(measurement, original.measurement) | _routing(checkpoint, base, routed, samples, stick)
-    record = make_record(checkpoint, base, stick, found, manifest_of(checkpoint.folder) or {}, run).sealed()
+    record = make_record(checkpoint, base, stick, found, read_manifest(checkpoint.folder) or {}, run).sealed()
     for name, sums in ((first.name, original.measurement), (record.name, measurement)):
         perplexity.save_documents(run.results("documents") / f"{name}.safetensors", sums)
     return record, first
 
 
 def _routing(
-    checkpoint: Checkpoint, base: Checkpoint, before: Samples, after: Samples, stick: Yardstick
+    checkpoint: Checkpoint, base: Checkpoint, before: Samples, after: Samples, stick: Protocol
 ) -> dict[str, statistics.Metric]:
     """How far the free-running routing differs; nothing where it is not known whose experts are whose."""
     try:
@@ -151,7 +151,7 @@ def _routing(
 def make_record(
     checkpoint: Checkpoint,
     base: Checkpoint,
-    stick: Yardstick,
+    stick: Protocol,
     metrics: dict[str, Any],
     manifest: dict[str, Any],
     run: Run,

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import Progress, fold
+from moe_compress.engine.forward import Progress, forward_layers
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import Observer
 from moe_compress.models import hf
@@ -62,7 +62,7 @@ def measure(
     progress: Progress | None = None,
 ) -> tuple[Measurement, Tensor, list[list[dict[str, Tensor]]]]:
     """Run the text through the model: sums per document, final hidden states [N, S, D], what the observers saw."""
-    seen, hidden_NSD = fold(layers, windows, watch, state=state, progress=progress)
+    seen, hidden_NSD = forward_layers(layers, windows, watch, state=state, progress=progress)
     return score_hidden(layers.model, hidden_NSD, windows, original), hidden_NSD, seen
 
 
@@ -135,7 +135,7 @@ def item_windows(items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> t
 def answers(layers: Layers, items: Sequence[Item], tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Which items the model answers: every token of the answer is its most likely one. Bool [items]."""
     windows, answer_NS = item_windows(items, tokenizer)
-    _, hidden_NSD = fold(layers, windows)
+    _, hidden_NSD = forward_layers(layers, windows)
     where = answer_NS[:, 1:].nonzero()
     wrong = torch.zeros(len(items), dtype=torch.bool)
     rows = max(1, LOGITS_PER_CHUNK // int(layers.model.config.vocab_size))

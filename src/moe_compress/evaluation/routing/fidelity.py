@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moe_compress.calibration.router_choices import Choices
+from moe_compress.calibration.router_choices import RouterChoices
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import Windows
 from moe_compress.edits.ancestry import Ancestry
-from moe_compress.engine.forward import Progress, begin, run_batches
+from moe_compress.engine.forward import Progress, embed_windows, run_batches
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import evenly_T
 from moe_compress.evaluation import statistics
@@ -38,7 +38,7 @@ Samples = Mapping[int, Sample]
 SUMMED = ("overlap", "flips", "kl")
 
 
-class RoutingSample(Choices):
+class RoutingSample(RouterChoices):
     """What a router did: `used` bool [T, E] and `probability` [T, E] of a sample; `count` [E] and `tokens` of all."""
 
     def __init__(self, family: Family, windows: Windows) -> None:
@@ -180,8 +180,8 @@ def teacher_forced(
     original: Layers, other: Layers, ancestry: Ancestry, windows: Windows, progress: Progress | None = None
 ) -> tuple[dict[int, Sample], dict[int, Sample]]:
     """Samples by layer of the original and of the other, each layer of which runs on what enters its ancestor."""
-    batches, hidden_NSD = begin(original, windows)
-    theirs, _ = begin(other, windows)
+    batches, hidden_NSD = embed_windows(original, windows)
+    theirs, _ = embed_windows(other, windows)
     before: dict[int, Sample] = {}
     after: dict[int, Sample] = {}
     descendants = {source: index for index, source in enumerate(ancestry.source)}

@@ -10,11 +10,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from moe_compress.checkpoints.folder import manifest_of
+from moe_compress.checkpoints.folder import read_manifest
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.edits.ancestry import Ancestry
 from moe_compress.edits.plan_file import PLAN, read_plan
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.evaluation.routing.fidelity import Fidelity, RoutingSample, fidelity, free_running, teacher_forced
 from moe_compress.evaluation.saved_report import Identified
@@ -80,7 +80,7 @@ def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
 
     Raises ValueError if that was made from another model, or what it has now does not come from what is said there.
     """
-    plan, manifest = checkpoint.folder / PLAN, manifest_of(checkpoint.folder) or {}
+    plan, manifest = checkpoint.folder / PLAN, read_manifest(checkpoint.folder) or {}
     if manifest and manifest["base"]["fingerprint"] != base.fingerprint:
         raise ValueError(f"{checkpoint.name} was not made from {base.name}: whose experts are whose is not known.")
     stages = read_plan(plan)[0] if manifest and plan.is_file() else []
@@ -124,7 +124,7 @@ def routing_report(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Routin
     forced = fidelity(before, after, ancestry, windows)
     watch = RoutingSample(family_of(checkpoint.config), windows)
     with progress_bar("free-running") as progress:
-        seen, _ = fold(other, windows, [watch], progress=progress)
+        seen, _ = forward_layers(other, windows, [watch], progress=progress)
     free = fidelity(before, free_running(seen), ancestry, windows)
     text = {**windows.description, "fingerprint": windows.fingerprint}
     arithmetic = (dtype_name(run.dtype), run.device.type, run.options.attn)

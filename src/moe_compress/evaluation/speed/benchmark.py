@@ -19,15 +19,15 @@ from typing import Any
 import psutil
 
 from moe_compress.evaluation.speed import gpu_energy
-from moe_compress.evaluation.speed.paired_timing import STARTS, Effort, Paired, paired, summary
-from moe_compress.evaluation.speed.worker import How, Point, Worker
+from moe_compress.evaluation.speed.paired_timing import STARTS, PairedTurns, TimingBudget, paired, summary
+from moe_compress.evaluation.speed.worker import RunSetup, Worker, Workload
 from moe_compress.utils.logging import log
 
 # Share of the processor that others may use; the load average would count what this process did a minute ago.
 BUSY = 0.25
 LOOK_SECONDS = 1.0
 SIDES = ("original", "variant")
-QUICK = Effort(runs=20, seconds=3.0)
+QUICK = TimingBudget(runs=20, seconds=3.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Setting:
     prompts: tuple[int, ...] = (128, 1024)
     batches: tuple[int, ...] = (1, 8)
     tokens: int = 32
-    effort: Effort = field(default_factory=Effort)
+    effort: TimingBudget = field(default_factory=TimingBudget)
     starts: int = STARTS
     dtype: str = "float32"
     device: str = "cpu"
     threads: int = 1
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[Workload]:
         """All of them. ValueError for counts below one."""
         if (
             min(*self.prompts, *self.batches, self.tokens, self.threads, self.starts, self.effort.runs) < 1
@@ -55,7 +55,7 @@ class Setting:
             raise ValueError(
                 "prompts=, batches=, tokens=, threads=, starts= and runs= are counts from 1 up, seconds= from 0 up."
             )
-        return [Point(batch, prompt, self.tokens) for batch in self.batches for prompt in self.prompts]
+        return [Workload(batch, prompt, self.tokens) for batch in self.batches for prompt in self.prompts]
 
 
 def compare_speed(
@@ -65,8 +65,8 @@ def compare_speed(
     before = machine(setting.device)
     if before["used"] > BUSY:
         log.warning("BUSY: others use %.0f %% of the processor: do not trust these times.", 100 * before["used"])
-    how = How(setting.dtype, setting.device, setting.threads, copied=not setting.device.startswith("cuda"))
-    starts: list[Started] = []
+    how = RunSetup(setting.dtype, setting.device, setting.threads, copied=not setting.device.startswith("cuda"))
+    starts: list[StartTimings] = []
     with Worker(original, how) as first, Worker(variant, how) as second:
         for number in range(setting.starts):
             starts.append(_started((first, second), setting, memory=not starts))
@@ -86,26 +86,26 @@ def compare_speed(
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class StartTimings:
     """What one start of both processes gave: turns and joules by point and question; of the first, memory by point."""
 
     about: list[dict[str, Any]]
-    turns: dict[tuple[Point, str], Paired]
-    joules: dict[tuple[Point, str], list[float | None]]
-    memory: dict[Point, list[dict[str, int]]]
+    turns: dict[tuple[Workload, str], PairedTurns]
+    joules: dict[tuple[Workload, str], list[float | None]]
+    memory: dict[Workload, list[dict[str, int]]]
     used_by_others: float
     gpu_megahertz: float | None
 
 
-def _started(workers: Sequence[Worker], setting: Setting, memory: bool) -> Started:
+def _started(workers: Sequence[Worker], setting: Setting, memory: bool) -> StartTimings:
     """Start both processes, time them at every point, and ask for their memory, which no start changes; end them."""
     effort = setting.effort.share(setting.starts)
     for worker in workers:
         worker.start()
     about = [worker.loaded() for worker in workers]
     meters = [gpu_energy.Meter((each["gpu"] or {}).get("uuid")) for each in about]
-    others = Others([os.getpid(), *(each.pop("process") for each in about)])
-    found = Started(about, {}, {}, {}, 0.0, None)
+    others = OtherLoad([os.getpid(), *(each.pop("process") for each in about)])
+    found = StartTimings(about, {}, {}, {}, 0.0, None)
     for point in setting.points():
         for what, tokens in (("prefill", 1), ("decode", point.tokens)):
             asked = [functools.partial(worker.ask, what, point) for worker in workers]
@@ -120,7 +120,7 @@ def _started(workers: Sequence[Worker], setting: Setting, memory: bool) -> Start
     return found
 
 
-def _point(starts: Sequence[Started], point: Point) -> dict[str, Any]:
+def _point(starts: Sequence[StartTimings], point: Workload) -> dict[str, Any]:
     """All starts at one point."""
     found: dict[str, Any] = {"batch": point.batch, "prompt": point.prompt, "tokens": point.tokens}
     for what, steps, tokens in (("prefill", 1, point.prompt), ("decode", point.tokens, 1)):
@@ -137,7 +137,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-class Others:
+class OtherLoad:
     """Share of all processors that neither this process nor its workers use, from now on."""
 
     def __init__(self, ours: Sequence[int]) -> None:

@@ -40,7 +40,7 @@ def step_bytes(model: Any, batch: int) -> float:
     if table.weight is not getattr(model.get_output_embeddings(), "weight", None):
         whole[id(table.weight)] = batch / len(table.weight)
     for view in moe_views(model).values():
-        every = hf.gate_on_input(view.experts) and not view.one_by_one  # as stock transformers runs Llama-4's
+        every = hf.gate_on_input(view.experts) and not view.unfused  # as stock transformers runs Llama-4's
         used = view.num_experts if every or not view.active else min(view.active, view.num_experts)
         share = 1 - (1 - used / view.num_experts) ** batch
         whole |= {id(tensor): share for tensor in weight_tensors(view.experts)}

@@ -22,19 +22,19 @@ STARTS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
+class TimingBudget:
     """How long two things are timed: each runs so many times at least, and so many seconds pass in both at least."""
 
     runs: int = 20
     seconds: float = 10.0
 
-    def share(self, starts: int) -> Effort:
+    def share(self, starts: int) -> TimingBudget:
         """What is left for each of several starts."""
-        return Effort(math.ceil(self.runs / starts), self.seconds / starts)
+        return TimingBudget(math.ceil(self.runs / starts), self.seconds / starts)
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTurns:
     """Seconds of every turn of both in one start, in order; two turns of each are a block."""
 
     first: list[float]
@@ -48,7 +48,7 @@ class Paired:
         return [math.exp((a - b) / 2) for a, b in zip(*sides, strict=True)]
 
 
-def summary(starts: Sequence[Paired], per: int = 1) -> dict[str, Any]:
+def summary(starts: Sequence[PairedTurns], per: int = 1) -> dict[str, Any]:
     """Medians, the median ratio of all starts with its interval, how even the turns were, and all turns by start.
 
     per: how many steps a turn has; seconds are those of one.
@@ -69,12 +69,12 @@ def summary(starts: Sequence[Paired], per: int = 1) -> dict[str, Any]:
     }
 
 
-def paired(first: Callable[[], float], second: Callable[[], float], effort: Effort) -> Paired:
+def paired(first: Callable[[], float], second: Callable[[], float], effort: TimingBudget) -> PairedTurns:
     """Time both in turn, by whole blocks; each call runs once and returns its seconds.
 
     Before the first block they run as if one had gone before.
     """
-    found = Paired([], [])
+    found = PairedTurns([], [])
     second()
     first()
     while len(found.first) < effort.runs or sum(found.first) + sum(found.second) < effort.seconds:

@@ -15,7 +15,7 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.evaluation.pair import require_same_tokens
 from moe_compress.evaluation.saved_report import Identified
 from moe_compress.evaluation.speed.benchmark import QUICK, Setting, compare_speed, cores, numbers
-from moe_compress.evaluation.speed.paired_timing import STARTS, Effort
+from moe_compress.evaluation.speed.paired_timing import STARTS, TimingBudget
 from moe_compress.reports import table_formats
 from moe_compress.reports.companions import STARTS_NEEDED
 from moe_compress.reports.record import environment, now
@@ -157,7 +157,7 @@ def setting_of(
     where = resolve_device(device)
     short = coerce(bool, quick, "quick")
     whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if short else Setting()
-    effort = Effort(
+    effort = TimingBudget(
         whole.effort.runs if runs is None else coerce(int, runs, "runs"),
         whole.effort.seconds if seconds is None else coerce(float, seconds, "seconds"),
     )

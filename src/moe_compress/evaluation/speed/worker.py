@@ -35,7 +35,7 @@ START = "from moe_compress.harness.worker import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
-class How:
+class RunSetup:
     """As what, where, and on how many threads a model is run; copied: by a copy of a process that only imported."""
 
     dtype: str
@@ -45,7 +45,7 @@ class How:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class Workload:
     """`batch` sequences of `prompt` tokens, behind which `tokens` more are decoded."""
 
     batch: int
@@ -61,7 +61,7 @@ class Worker:
     once more.
     """
 
-    def __init__(self, folder: Path, how: How) -> None:
+    def __init__(self, folder: Path, how: RunSetup) -> None:
         self.folder, self.how = folder, how
 
     def __enter__(self) -> Worker:
@@ -94,7 +94,7 @@ class Worker:
         """What has been loaded, when it has."""
         return dict(self._answer())
 
-    def ask(self, what: str, point: Point) -> Any:
+    def ask(self, what: str, point: Workload) -> Any:
         """The answer to one question: seconds of `prefill` or `decode` (all tokens), or their `memory`."""
         self._send((what, point))
         return self._answer()
@@ -138,7 +138,7 @@ def main() -> None:
             connection.send(END)
 
 
-def serve(connection: Any, folder: Path, how: How) -> None:
+def serve(connection: Any, folder: Path, how: RunSetup) -> None:
     """Load, say what was loaded, answer until the end."""
     try:
         device = torch.device(how.device)
@@ -147,7 +147,7 @@ def serve(connection: Any, folder: Path, how: How) -> None:
             torch.cuda.set_device(device)
         with threads(how.threads), torch.inference_mode():
             # Libraries that come in with a first model are no part of what this one takes.
-            small = Point(1, 8, 2)
+            small = Workload(1, 8, 2)
             decode(load(zoo.path(zoo.NAMES[0]), DTYPES[how.dtype], device), small)
             held = _start(device)
             model = load(folder, DTYPES[how.dtype], device)
@@ -155,7 +155,7 @@ def serve(connection: Any, folder: Path, how: How) -> None:
             connection.send(
                 {**kernels(model), "process": os.getpid(), "load_peak_bytes": peak_memory_bytes(device) - held}
             )
-            warm: set[tuple[str, Point]] = set()
+            warm: set[tuple[str, Workload]] = set()
             while (question := connection.recv())[0] != END:
                 connection.send(answer(model, question[0], question[1], warm))
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
@@ -179,10 +179,10 @@ def _start(device: torch.device) -> int:
     return peak_memory_bytes(device)
 
 
-RUNS: dict[str, Callable[[Any, Point], float]] = {}
+RUNS: dict[str, Callable[[Any, Workload], float]] = {}
 
 
-def answer(model: Any, what: str, point: Point, warm: set[tuple[str, Point]]) -> Any:
+def answer(model: Any, what: str, point: Workload, warm: set[tuple[str, Workload]]) -> Any:
     """Seconds or memory; what is timed for the first time is warmed up."""
     if what == "memory":
         return memory(model, point)
@@ -202,13 +202,13 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model
 
 
-def prefill(model: Any, point: Point) -> float:
+def prefill(model: Any, point: Workload) -> float:
     """Seconds from the prompt to the first token."""
     ids = _prompt(model, point)
     return _timed(model, lambda: model(ids, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1))
 
 
-def decode(model: Any, point: Point) -> float:
+def decode(model: Any, point: Workload) -> float:
     """Seconds of all steps of greedy decoding with a cache, the prompt not counted."""
     cache, token = _prefilled(model, point)
 
@@ -223,13 +223,13 @@ def decode(model: Any, point: Point) -> float:
 RUNS |= {"prefill": prefill, "decode": decode}
 
 
-def _prompt(model: Any, point: Point) -> Tensor:
+def _prompt(model: Any, point: Workload) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (point.batch, point.prompt)
     return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
 
 
-def _prefilled(model: Any, point: Point) -> tuple[Any, Tensor]:
+def _prefilled(model: Any, point: Workload) -> tuple[Any, Tensor]:
     out = model(_prompt(model, point), use_cache=True, logits_to_keep=1)
     return out.past_key_values, out.logits[:, -1:].argmax(-1)
 
@@ -251,7 +251,7 @@ def _timed(model: Any, run: Callable[[], Any]) -> float:
 # --- memory -------------------------------------------------------------------------------------------------
 
 
-def memory(model: Any, point: Point) -> dict[str, int]:
+def memory(model: Any, point: Workload) -> dict[str, int]:
     """Bytes of the weights, of the cache behind the prompt, and of what prefill and decoding take beside both.
 
     step_bytes: of weights and cache that one step of decoding reads, each expert once if any sequence is expected to

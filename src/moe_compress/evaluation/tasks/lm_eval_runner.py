@@ -25,14 +25,14 @@ from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.engine.forward import Progress
 from moe_compress.evaluation import statistics
 from moe_compress.evaluation.statistics import LEVEL, RESAMPLES, Metric
-from moe_compress.evaluation.tasks.selection import Chosen, prepared, quiet
+from moe_compress.evaluation.tasks.selection import SelectedTask, prepared, quiet
 from moe_compress.utils.logging import log
 
 BATCH = 16
 
 
 @dataclass(frozen=True)
-class Scores:
+class TaskAnswers:
     """How a model answered.
 
     correct: bool [D]; document: int64 [D], which ones; likelihood: of every choice, float64 [D, C], NaN where a
@@ -54,12 +54,12 @@ class Scores:
 def run_tasks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Chosen],
+    tasks: Sequence[SelectedTask],
     *,
     batch: int = BATCH,
     limit: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Scores]:
+) -> dict[str, TaskAnswers]:
     """Let lm_eval ask a model what was chosen: scores by the names of the tasks.
 
     batch: prompts at once; limit: documents of a task (of a group: of each part).
@@ -114,7 +114,7 @@ class _Counter:
             self.progress(self.done, self.total)
 
 
-def _scores(chosen: Chosen, samples: dict[str, list[dict[str, Any]]]) -> Scores:
+def _scores(chosen: SelectedTask, samples: dict[str, list[dict[str, Any]]]) -> TaskAnswers:
     logged = [sample for part in chosen.parts for sample in _first_filter(samples[part.task_name])]
     values = torch.tensor([float(sample[chosen.metric]) for sample in logged], dtype=torch.float64)
     if not bool(((values == 0) | (values == 1)).all()):
@@ -126,7 +126,7 @@ def _scores(chosen: Chosen, samples: dict[str, list[dict[str, Any]]]) -> Scores:
         raise ValueError(f"the model's likelihoods are not finite on the task {chosen.name}: its weights are broken.")
     width = max(map(len, known))
     padded = [[*row, *[float("nan")] * (width - len(row))] for row in known]
-    return Scores(values.bool(), document, torch.tensor(padded, dtype=torch.float64))
+    return TaskAnswers(values.bool(), document, torch.tensor(padded, dtype=torch.float64))
 
 
 def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -137,15 +137,15 @@ def _first_filter(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
-def save_scores(path: Path, scores: Scores, settings: dict[str, Any]) -> None:
+def save_scores(path: Path, scores: TaskAnswers, settings: dict[str, Any]) -> None:
     """Keep the answers, document by document, and what they are answers to."""
     write_shard(path, vars(scores), {"settings": json.dumps(settings)})
 
 
-def load_scores(path: Path) -> Scores:
+def load_scores(path: Path) -> TaskAnswers:
     """Read them back; a broken file is named."""
     try:
-        return Scores(**load_file(path))
+        return TaskAnswers(**load_file(path))
     except (SafetensorError, TypeError) as error:
         raise ValueError(f"{path} holds no whole answers: remove it, and they are asked for anew.") from error
 
@@ -153,12 +153,12 @@ def load_scores(path: Path) -> Scores:
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
-def accuracy(scores: Scores) -> Metric:
+def accuracy(scores: TaskAnswers) -> Metric:
     """Share of right answers, with Wilson's interval."""
     return statistics.accuracy(scores.correct)
 
 
-def paired(before: Scores, after: Scores) -> dict[str, Any]:
+def paired(before: TaskAnswers, after: TaskAnswers) -> dict[str, Any]:
     """Change of accuracy, bootstrapped over documents; right ones lost and wrong ones gained, and McNemar's exact p.
 
     Raises ValueError if the two were not asked the same.
@@ -172,17 +172,17 @@ def paired(before: Scores, after: Scores) -> dict[str, Any]:
     return {"delta": delta, "lost": lost, "gained": gained, "p": float(p)}
 
 
-def _change(before: Scores, after: Scores) -> np.ndarray:
+def _change(before: TaskAnswers, after: TaskAnswers) -> np.ndarray:
     """-1, 0 or 1 for every document, float64 [D]."""
     return (after.correct.double() - before.correct.double()).numpy()
 
 
-def mean_accuracy(scores: Sequence[Scores]) -> Metric:
+def mean_accuracy(scores: Sequence[TaskAnswers]) -> Metric:
     """Plain mean over tasks."""
     return _mean_of_means([each.correct.double().numpy() for each in scores])
 
 
-def mean_change(before: Sequence[Scores], after: Sequence[Scores]) -> Metric:
+def mean_change(before: Sequence[TaskAnswers], after: Sequence[TaskAnswers]) -> Metric:
     """Change of the plain mean over tasks, paired by document."""
     return _mean_of_means([_change(*pair) for pair in zip(before, after, strict=True)])
 

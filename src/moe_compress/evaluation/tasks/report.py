@@ -15,8 +15,8 @@ from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_m
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.evaluation.saved_report import Identified
 from moe_compress.evaluation.tasks import lm_eval_runner, selection
-from moe_compress.evaluation.tasks.lm_eval_runner import Scores
-from moe_compress.evaluation.tasks.selection import Chosen
+from moe_compress.evaluation.tasks.lm_eval_runner import TaskAnswers
+from moe_compress.evaluation.tasks.selection import SelectedTask
 from moe_compress.models import hf
 from moe_compress.reports import table_formats
 from moe_compress.reports.table import SAME
@@ -152,12 +152,12 @@ def questions_of(
 def _answers(
     checkpoint: Checkpoint,
     title: str,
-    chosen: Sequence[Chosen],
+    chosen: Sequence[SelectedTask],
     asked: dict[str, str],
     settings: dict[str, Any],
     run: Run,
     batch: int,
-) -> dict[str, Scores]:
+) -> dict[str, TaskAnswers]:
     """Kept ones, and new ones of tasks that are missing, kept from now on: a folder a model, a file a task."""
     paths = {}
     words = [path.read_bytes() for path in sorted(checkpoint.folder.glob("tokenizer*")) if path.is_file()]
@@ -187,11 +187,11 @@ def _loaded(checkpoint: Checkpoint, run: Run) -> PreTrainedModel:
 def _report(
     checkpoint: Checkpoint,
     base: Checkpoint,
-    chosen: Sequence[Chosen],
+    chosen: Sequence[SelectedTask],
     asked: dict[str, str],
     settings: dict[str, Any],
-    before: dict[str, Scores],
-    after: dict[str, Scores] | None,
+    before: dict[str, TaskAnswers],
+    after: dict[str, TaskAnswers] | None,
 ) -> TaskReport:
     rows: dict[str, dict[str, Any]] = {}
     for each in chosen:

@@ -38,7 +38,7 @@ INSTEAD = "use tasks=local, or the path of a task file (.yaml), or run it where 
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedTask:
     """What one row is about: a task of lm_eval, or the parts of a group that lm_eval reports as one."""
 
     name: str
@@ -53,14 +53,14 @@ def version() -> str:
     return importlib.metadata.version("lm_eval")
 
 
-def choose(words: str | Sequence[str], fewshot: int = 0) -> list[Chosen]:
+def choose(words: str | Sequence[str], fewshot: int = 0) -> list[SelectedTask]:
     """Tasks by name: `local`, `paper`, names and groups of lm_eval, paths of .yaml files or folders of them.
 
     Several are a list, or joined by commas. fewshot: examples in every prompt, but where a task insists on none. Raises
     ValueError for a task that is unknown, in which nothing is right or wrong, or whose data cannot be reached.
     """
     version()
-    found: dict[str, Chosen] = {}
+    found: dict[str, SelectedTask] = {}
     with quiet():
         for word in words.split(",") if isinstance(words, str) else words:
             for chosen in _choose(word.strip(), fewshot):
@@ -73,11 +73,11 @@ def choose(words: str | Sequence[str], fewshot: int = 0) -> list[Chosen]:
     return list(found.values())
 
 
-def _choose(word: str, fewshot: int) -> list[Chosen]:
+def _choose(word: str, fewshot: int) -> list[SelectedTask]:
     if word == "local" and fewshot > SHOTS:
         raise ValueError(f"fewshot={fewshot}: the local tasks have {SHOTS} examples.")
     if word == "local":
-        return [Chosen(name, _metric(task), (task,)) for name, task in _local(fewshot > 0).items()]
+        return [SelectedTask(name, _metric(task), (task,)) for name, task in _local(fewshot > 0).items()]
     if word == "paper":
         manager = _manager([_stock() / folder for folder in PAPER.values()])
         return [chosen for name in PAPER for chosen in _named(manager, name)]
@@ -104,7 +104,7 @@ def _manager(folders: Sequence[Path]) -> Any:
     return TaskManager(include_path=list(folders), include_defaults=False)
 
 
-def _at(path: Path) -> list[Chosen]:
+def _at(path: Path) -> list[SelectedTask]:
     """The task in a file, or every task in a folder."""
     if path.is_file():
         return _named(_manager([]), str(path))
@@ -119,7 +119,7 @@ def _at(path: Path) -> list[Chosen]:
     return [chosen for name in manager.all_subtasks for chosen in _named(manager, name)]
 
 
-def _named(manager: Any, name: str) -> list[Chosen]:
+def _named(manager: Any, name: str) -> list[SelectedTask]:
     """A row for each task; one for a whole group if that counts every document alike."""
     try:
         loaded = manager.load([name])
@@ -130,8 +130,8 @@ def _named(manager: Any, name: str) -> list[Chosen]:
     group = next(iter(loaded.get("groups", {}).values()), None)
     if group is not None and group.aggregate_metric_list and group.aggregate_metric_list[0].weight_by_size:
         parts = tuple(group.get_all_tasks())
-        return [Chosen(group.name, _metric(*parts), parts)]
-    return [Chosen(task, _metric(part), (part,)) for task, part in loaded["tasks"].items()]
+        return [SelectedTask(group.name, _metric(*parts), parts)]
+    return [SelectedTask(task, _metric(part), (part,)) for task, part in loaded["tasks"].items()]
 
 
 def _metric(*parts: Any) -> str:
@@ -176,14 +176,14 @@ def _config(name: str, make: Callable[[str, int], tuple[questions.Question, ...]
     }
 
 
-def prepared(chosen: Chosen) -> tuple[Any, ...]:
+def prepared(chosen: SelectedTask) -> tuple[Any, ...]:
     """Its parts, about to draw the same examples for their prompts as any time before."""
     for part in chosen.parts:
         part.set_fewshot_seed(SEED)
     return chosen.parts
 
 
-def identity(chosen: Chosen, limit: int | None) -> str:
+def identity(chosen: SelectedTask, limit: int | None) -> str:
     """Sixteen hex digits of everything that a model would be asked, and of the right answers."""
     asked = []
     with quiet():

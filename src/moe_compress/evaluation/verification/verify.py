@@ -23,9 +23,9 @@ from moe_compress.checkpoints.load import require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import fold
+from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.evaluation.saved_report import Kept
+from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.evaluation.verification.compatibility import Verdict, compatibility
 from moe_compress.models import hf
 from moe_compress.reports import table_formats
@@ -61,7 +61,7 @@ json.dump(found, open(out + ".json", "w"))
 
 
 @dataclass(frozen=True)
-class Verification(Kept):
+class Verification(SavedReport):
     """What a fresh stock process made of a checkpoint; `problems` is empty where all is well."""
 
     model: str
@@ -89,7 +89,7 @@ class Verification(Kept):
 def verify(checkpoint: Checkpoint) -> Verification:
     """Load, compare and generate in one fresh process; the same checkpoint by our own reader, layer by layer."""
     require_memory([checkpoint], torch.float32, torch.device("cpu"), "is loaded whole by stock transformers")
-    form, clients = form_of(checkpoint), compatibility(checkpoint)
+    form, clients = checkpoint_kind(checkpoint), compatibility(checkpoint)
     stock = next(verdict for verdict in clients if verdict.client == "transformers")
     found: dict[str, Any] = {}
     problems, distance = [], None
@@ -108,7 +108,7 @@ def verify(checkpoint: Checkpoint) -> Verification:
     return Verification(name, form, found.get("class"), distance, TOLERANCE[form], problems, clients)
 
 
-def form_of(checkpoint: Checkpoint) -> str:
+def checkpoint_kind(checkpoint: Checkpoint) -> str:
     """plain, edited or packed (edited or not)."""
     if says_packed(checkpoint.values):
         return "packed"
@@ -127,7 +127,7 @@ def _ours(checkpoint: Checkpoint) -> torch.Tensor:
     mask_NS, domain_N = torch.ones_like(ids_NS, dtype=torch.bool), torch.zeros(len(ids_NS), dtype=torch.long)
     windows = Windows(ids_NS, mask_NS, number_NS, domain_N, ("random",), "", {})
     layers = StreamedLayers(checkpoint, cpu, torch.float32)
-    _, hidden_NSD = fold(layers, windows)
+    _, hidden_NSD = forward_layers(layers, windows)
     return hf.head(layers.model, hidden_NSD.flatten(0, 1)).float().unflatten(0, ids_NS.shape)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import Edit, Plan, SkipExperts
 from moe_compress.methods.registry import method
 from moe_compress.models.shape import ModelShape
@@ -41,10 +41,10 @@ def check_skip(shape: ModelShape, *, share: float | None, beta: float | None, **
     paper="NAEE (arXiv 2402.14800)",
     needs="text",
     check=check_skip,
-    rivals=(("share", "beta"),),
-    headline=("share", "beta"),
+    exclusive=(("share", "beta"),),
+    shown_in_names=("share", "beta"),
 )
-def skip(model: Observed, *, share: float | None = 0.5, beta: float | None = None) -> Plan:
+def skip(model: ModelStatistics, *, share: float | None = 0.5, beta: float | None = None) -> Plan:
     """Skip, at run time, a token's experts whose gate is small beside its largest.
 
     share: the fraction of all but each token's first expert that is skipped on the calibration text (the paper:
@@ -82,7 +82,7 @@ def _active(ratio_N: Tensor, tokens: Tensor, threshold: float) -> float:
     return 1 + float(others_N[first:].sum() / tokens)
 
 
-def _renormalised(layer: LayerSums) -> bool:
+def _renormalised(layer: LayerStatistics) -> bool:
     """Whether a token's gates add up to the same number for all tokens."""
     mean = layer.sums["total"] / layer.sums["tokens"]
     variance = layer.sums["total_square"] / layer.sums["tokens"] - mean**2

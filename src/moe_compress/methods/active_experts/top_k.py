@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import torch
 
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import Edit, Plan, SetTopK
 from moe_compress.methods.allocation import cheapest
-from moe_compress.methods.expert_drop.subset_loss import Layer
+from moe_compress.methods.expert_drop.subset_loss import SubsetLoss
 from moe_compress.methods.registry import Need, method
 from moe_compress.models.shape import ModelShape
 
@@ -23,7 +23,7 @@ from moe_compress.models.shape import ModelShape
 def _needs(parameters: Mapping[str, Any]) -> Need:
     if parameters["mean"] is None:
         return "nothing"
-    return "noise" if parameters["on"] == "noise" else "probe"
+    return "noise" if parameters["on"] == "noise" else "outputs"
 
 
 def check_top_k(shape: ModelShape, *, k: int | None, mean: float | None, **_: Any) -> Plan:
@@ -61,11 +61,11 @@ def _total(shape: ModelShape, mean: float | None) -> int:
     paper="LExI (arXiv 2509.02753)",
     needs=_needs,
     check=check_top_k,
-    rivals=(("k", "mean"),),
-    headline=("k", "mean"),
+    exclusive=(("k", "mean"),),
+    shown_in_names=("k", "mean"),
 )
 def top_k(
-    model: Observed, *, k: int | None = 1, mean: float | None = None, on: Literal["text", "noise"] = "text"
+    model: ModelStatistics, *, k: int | None = 1, mean: float | None = None, on: Literal["text", "noise"] = "text"
 ) -> Plan:
     """Let each token use fewer experts.
 
@@ -87,12 +87,12 @@ def top_k(
     return Plan(edits, {i: [*found] for i, found in losses.items()}, {"active": chosen, "measured_on": on})
 
 
-def _losses(layer: LayerSums) -> list[float]:
+def _losses(layer: LayerStatistics) -> list[float]:
     """Relative squared change of the routed output with 1, 2, ... top_k experts active."""
     probe, found = layer.probe(), []
     for active in range(1, layer.shape.top_k + 1):
         rule = None if probe.routing is None else replace(probe.routing, top_k=active)
-        rebuilt = Layer(replace(probe, routing=rule), layer.shape.layer)
+        rebuilt = SubsetLoss(replace(probe, routing=rule), layer.shape.layer)
         everyone = torch.ones(1, rebuilt.experts, dtype=torch.bool)
         found.append(float(rebuilt.relative(rebuilt.losses(everyone)[0])) ** 2)
     return found

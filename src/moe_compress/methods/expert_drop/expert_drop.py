@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import KeepExperts, Plan
-from moe_compress.methods.allocation import Budget, Ladder, Search, Taken, allocate, kept_counts
+from moe_compress.methods.allocation import AllocationSearch, Budget, Ladder, Taken, allocate, kept_counts
 from moe_compress.methods.expert_drop import protection, scores, subset_search
 from moe_compress.methods.expert_drop.scores import PROBE_SCORES, WEIGHT_SCORES, Score
 from moe_compress.methods.registry import Need, method
@@ -28,7 +28,7 @@ Steps = list[tuple[float, list[int]]]
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     if parameters["score"] in PROBE_SCORES:
-        return "probe"
+        return "outputs"
     scored = parameters["score"] not in (*WEIGHT_SCORES, "random")
     if scored or parameters["protect"] == "super" or parameters["novice"] == "mean" or parameters["budget"] == "search":
         return "text"
@@ -89,11 +89,11 @@ def _require_compatible(
         "paper": {"score": "gate_mass", "gate": "paper", "budget": "global", "ratio": 0.25},
         "naee": {"score": "naee"},
     },
-    rivals=(("keep", "ratio"),),
-    headline=("score", "keep", "ratio"),
+    exclusive=(("keep", "ratio"),),
+    shown_in_names=("score", "keep", "ratio"),
 )
 def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
-    model: Observed,
+    model: ModelStatistics,
     *,
     score: Score = "reap",
     keep: int | None = None,
@@ -130,7 +130,7 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     else:
         steps = {shape.layer: _steps(shape, ranked[shape.layer]) for shape in shapes}
     make = functools.partial(_edits, shapes, steps)
-    search = Search(edits=make, evaluate=model.evaluate, evaluations=evaluations, seed=seed)
+    search = AllocationSearch(edits=make, evaluate=model.evaluate, evaluations=evaluations, seed=seed)
     taken, report = allocate(_ladders(shapes, steps), even, budget, search)
     edits = make(taken)
     if score == "naee":
@@ -143,11 +143,11 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     return Plan(list(edits), {index: _reported(score_E) for index, score_E in table.items()}, report)
 
 
-def _edit_of(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts | None:
+def _edit_of(layer: LayerStatistics, edits: Sequence[KeepExperts]) -> KeepExperts | None:
     return next((edit for edit in edits if edit.layer == layer.shape.layer), None)
 
 
-def _with_novices(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts:
+def _with_novices(layer: LayerStatistics, edits: Sequence[KeepExperts]) -> KeepExperts:
     """Dropped experts leave their mean output over the tokens routed to them (MoNE, arXiv 2507.00390)."""
     edit = _edit_of(layer, edits)
     assert edit is not None
@@ -158,7 +158,7 @@ def _with_novices(layer: LayerSums, edits: Sequence[KeepExperts]) -> KeepExperts
     return KeepExperts(edit.layer, edit.experts, novices=True, active=active, arrays=outputs)
 
 
-def _rebuilding_steps(layer: LayerSums, budget: str) -> Steps:
+def _rebuilding_steps(layer: LayerStatistics, budget: str) -> Steps:
     """Greedy elimination: what each step adds to the layer's relative squared error. Not needed for even counts."""
     if budget == "layer":
         return _steps(layer.shape, torch.arange(layer.shape.num_experts, dtype=torch.float64))
@@ -170,7 +170,7 @@ def _rebuilding_steps(layer: LayerSums, budget: str) -> Steps:
 
 
 def _rebuilding(
-    layers: Sequence[LayerSums], edits: Sequence[KeepExperts]
+    layers: Sequence[LayerStatistics], edits: Sequence[KeepExperts]
 ) -> tuple[list[KeepExperts], dict[int, dict[str, float]]]:
     """The best set of as many experts as each edit keeps, and how far it is from the layer's output."""
     found: list[KeepExperts] = []
@@ -191,7 +191,7 @@ def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, sco
     return {s.layer: (s.num_experts - counts[s.layer]) // s.groups for s in shapes}
 
 
-def _score(layer: LayerSums, score: str, gate: str, seed: int) -> Tensor:
+def _score(layer: LayerStatistics, score: str, gate: str, seed: int) -> Tensor:
     if score == "remove_one":
         return subset_search.remove_one(layer.probe(), layer.shape)
     if score == "ranked_choice":
@@ -203,7 +203,7 @@ def _score(layer: LayerSums, score: str, gate: str, seed: int) -> Tensor:
     return scores.FUNCTIONS[score](layer.sums)
 
 
-def _unseen(layer: LayerSums) -> list[int]:
+def _unseen(layer: LayerStatistics) -> list[int]:
     if "count" not in layer.sums:
         return []
     return (layer.sums["count"] == 0).nonzero().flatten().tolist()

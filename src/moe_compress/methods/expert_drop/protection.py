@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums
+from moe_compress.calibration.model_statistics import LayerStatistics
 from moe_compress.edits.edits import KeepExperts
 from moe_compress.methods.expert_drop import scores
 from moe_compress.models.shape import MoEShape
@@ -17,7 +17,7 @@ PROTECTED = re.compile(r"(\d+):(\d+)")
 Protected = Mapping[int, Sequence[int]]
 
 
-def super_experts(layers: Sequence[LayerSums]) -> dict[int, list[int]]:
+def super_experts(layers: Sequence[LayerStatistics]) -> dict[int, list[int]]:
     """Experts with massive activations, by layer."""
     maxima = {layer.shape.layer: layer.sums["max"] for layer in layers}
     return scores.super_experts(maxima, layers[0].total_layers)

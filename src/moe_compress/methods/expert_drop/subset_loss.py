@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.output_sample import Probe
+from moe_compress.calibration.output_sample import OutputSample
 
 # Numbers in a table of (token, kept set) pairs by experts at a time.
 CHUNK = 2**21
@@ -42,7 +42,7 @@ class Sums:
 
 
 @dataclass(frozen=True, slots=True)
-class Choices:
+class ChoiceTable:
     """What tokens would add with each of C choices of experts, and which choice a kept set leads to.
 
     values_3TC: cross, square and total; code_TE: 2^p for the expert that a token ranks at place p, so that the codes of
@@ -70,10 +70,10 @@ def _first_bits(reach: int, places_CK: Tensor) -> Tensor:
     return number_B[(first_BP * powers_P).sum(1)]
 
 
-class Layer:
+class SubsetLoss:
     """A probe made ready: strengths [T, E], each expert's place in a token's list [T, E] (M: not in it)."""
 
-    def __init__(self, probe: Probe, number: int | None = None) -> None:
+    def __init__(self, probe: OutputSample, number: int | None = None) -> None:
         if probe.routing is None:
             where = "this layer" if number is None else f"layer {number}"
             raise ValueError(
@@ -166,7 +166,7 @@ class Layer:
             left_S = left_S[loss_S[left_S] <= bound]
         return int(left_S[loss_S[left_S].argmin()])
 
-    def _choices(self, token_T: Tensor, dropped: int) -> Choices | None:
+    def _choices(self, token_T: Tensor, dropped: int) -> ChoiceTable | None:
         """All that tokens may come to choose once `dropped` experts are gone; None where a list of them is no help.
 
         A token then uses K of the K + dropped experts that it ranks highest. There are fewer such choices than kept
@@ -184,9 +184,9 @@ class Layer:
         alive_TCE.scatter_(2, order_TP[:, places_CK.flatten()].view(len(token_T), *places_CK.shape), True)
         values_3R = self.sums(token_T.repeat_interleave(len(places_CK)), alive_TCE.flatten(0, 1)).values_3R
         code_TE = torch.zeros(strength_TE.shape).scatter_(1, order_TP, 2.0 ** torch.arange(reach).expand_as(order_TP))
-        return Choices(values_3R.view(3, len(token_T), -1), code_TE, _first_bits(reach, places_CK))
+        return ChoiceTable(values_3R.view(3, len(token_T), -1), code_TE, _first_bits(reach, places_CK))
 
-    def _looked_up(self, chosen: Choices, token_T: Tensor, alive_SE: Tensor) -> Tensor:
+    def _looked_up(self, chosen: ChoiceTable, token_T: Tensor, alive_SE: Tensor) -> Tensor:
         """Summed losses of kept sets over the tokens, less their targets, [S]."""
         index_TS = chosen.number_B[(chosen.code_TE @ alive_SE.T.float()).long()]
         values_3TS = torch.stack([table_TC.gather(1, index_TS) for table_TC in chosen.values_3TC])
@@ -208,10 +208,10 @@ class Layer:
         return loss_S, unknown_S
 
 
-class Search:
+class SubsetSearch:
     """A kept set, and for every token what it adds now (last column) and without each single expert (the others)."""
 
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, layer: SubsetLoss) -> None:
         self.layer = layer
         tokens, experts = layer.strength_TE.shape
         self.alive_E = torch.ones(experts, dtype=torch.bool)
@@ -235,7 +235,7 @@ class Search:
         fixed = self.layer.routing.order_is_fixed
         self._refresh(self.read_TE[:, expert].nonzero().flatten() if fixed else self.layer.all_tokens)
 
-    def with_expert(self, expert: int) -> Search:
+    def with_expert(self, expert: int) -> SubsetSearch:
         """A search whose kept set has one expert more."""
         other = copy.copy(self)
         for name in ("alive_E", "values_3TE", "read_TE", "loss_E"):

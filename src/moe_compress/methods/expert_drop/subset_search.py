@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.output_sample import Probe
-from moe_compress.methods.expert_drop.subset_loss import CHUNK, Layer, Search
-from moe_compress.models.router_rule import Routing
+from moe_compress.calibration.output_sample import OutputSample
+from moe_compress.methods.expert_drop.subset_loss import CHUNK, SubsetLoss, SubsetSearch
+from moe_compress.models.router_rule import RouterRule
 from moe_compress.models.shape import MoEShape
 
 SWAP_PASSES = 4
@@ -35,13 +35,13 @@ class Choice:
     exhausted: float
 
 
-def subset_losses(probe: Probe, subsets: Iterable[Sequence[int]]) -> Tensor:
+def subset_losses(probe: OutputSample, subsets: Iterable[Sequence[int]]) -> Tensor:
     """|target - output| / |target| over all tokens for every kept set, [n]: exact where no token is exhausted."""
-    layer = Layer(probe)
+    layer = SubsetLoss(probe)
     return layer.relative(layer.losses(_masks(subsets, layer.experts))[0])
 
 
-def best_subset(probe: Probe, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
+def best_subset(probe: OutputSample, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
     """The set of `keep` experts with the least loss, equally many in every router group.
 
     Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
@@ -52,8 +52,8 @@ def best_subset(probe: Probe, shape: MoEShape, keep: int, *, exact_up_to: int = 
     that the new expert comes into reach.
     """
     shape.require(keep)
-    layer = Layer(probe, shape.layer)
-    search = Search(layer)
+    layer = SubsetLoss(probe, shape.layer)
+    search = SubsetSearch(layer)
     while int(search.alive_E.sum()) > keep:
         _eliminate(search, shape)
     exact = layer.experts <= exact_up_to
@@ -67,9 +67,9 @@ def best_subset(probe: Probe, shape: MoEShape, keep: int, *, exact_up_to: int = 
     return Choice(kept, float(layer.relative(loss)), float(exhausted))
 
 
-def elimination_order(probe: Probe, shape: MoEShape) -> list[tuple[tuple[int, ...], float]]:
+def elimination_order(probe: OutputSample, shape: MoEShape) -> list[tuple[tuple[int, ...], float]]:
     """Greedy elimination down to `shape.floor`: the experts that go together, one of each group, and the loss then."""
-    search = Search(Layer(probe, shape.layer))
+    search = SubsetSearch(SubsetLoss(probe, shape.layer))
     path = []
     while int(search.alive_E.sum()) > shape.floor:
         gone = _eliminate(search, shape)
@@ -77,12 +77,12 @@ def elimination_order(probe: Probe, shape: MoEShape) -> list[tuple[tuple[int, ..
     return path
 
 
-def remove_one(probe: Probe, shape: MoEShape) -> Tensor:
+def remove_one(probe: OutputSample, shape: MoEShape) -> Tensor:
     """How much the layer's output changes when an expert alone is removed and its slots are filled anew, [E].
 
     Mean squared change over the tokens that use it, times their share of all (ModelOpt's Puzzletron).
     """
-    layer = Layer(probe, shape.layer)
+    layer = SubsetLoss(probe, shape.layer)
     changed_E = torch.zeros(layer.experts, dtype=torch.float64)
     top_k, most = layer.routing.top_k, probe.ids_TM.shape[1]
     for token_R in layer.all_tokens.split(max(1, CHUNK // (top_k * layer.experts))):
@@ -104,13 +104,13 @@ def remove_one(probe: Probe, shape: MoEShape) -> Tensor:
     return changed_E / len(layer.all_tokens)
 
 
-def ranked_choice(probe: Probe) -> Tensor:
+def ranked_choice(probe: OutputSample) -> Tensor:
     """Place in which experts are voted out, [E], the last survivor's the highest (ModelOpt's ranked-choice voting).
 
     The expert with the fewest tokens that choose it goes first, of equals the one of lowest number; each of its
     tokens then votes for the next expert it would choose.
     """
-    routing = probe.routing or Routing(top_k=probe.index_TK.shape[1], scores="softmax", renormalised=True)
+    routing = probe.routing or RouterRule(top_k=probe.index_TK.shape[1], scores="softmax", renormalised=True)
     alive_E = torch.ones(probe.logits_TE.shape[1], dtype=torch.bool)
     score_TE = routing.score(probe.logits_TE.double(), alive_E)
 
@@ -149,7 +149,7 @@ def _balanced(shape: MoEShape, keep: int) -> Iterator[tuple[int, ...]]:
     return (tuple(itertools.chain(*parts)) for parts in itertools.product(*of_each))
 
 
-def _eliminate(search: Search, shape: MoEShape) -> tuple[int, ...]:
+def _eliminate(search: SubsetSearch, shape: MoEShape) -> tuple[int, ...]:
     """Drop the expert of each group that is missed least, one group after the other."""
     gone = []
     for members in _members(shape):
@@ -160,7 +160,7 @@ def _eliminate(search: Search, shape: MoEShape) -> tuple[int, ...]:
     return tuple(gone)
 
 
-def _swap(search: Search, shape: MoEShape) -> Search:
+def _swap(search: SubsetSearch, shape: MoEShape) -> SubsetSearch:
     """Take dropped experts in, each for the kept one of its group that is then missed least, while that helps."""
     loss = float(search.losses()[-1])
     for _ in range(SWAP_PASSES):

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import MergeExperts, Plan
-from moe_compress.methods.allocation import Budget, Ladder, Search, Taken, allocate, kept_counts
+from moe_compress.methods.allocation import AllocationSearch, Budget, Ladder, Taken, allocate, kept_counts
 from moe_compress.methods.expert_drop import scores
 from moe_compress.methods.expert_merge import grouping as grouped
 from moe_compress.methods.expert_merge import similarity
@@ -30,7 +30,7 @@ PAPERS = "HC-SMoE (arXiv 2410.08589), M-SMoE (2310.01334), REAM (2604.04356)"
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     if parameters["by"] == "outputs" or parameters["align"] in ("activations", "both"):
-        return "probe"
+        return "outputs"
     counted = parameters["average"] != "uniform" or parameters["grouping"] != "hc_smoe"
     if counted or parameters["by"] != "weights" or parameters["budget"] != "layer":
         return "text"
@@ -102,11 +102,11 @@ def _arbitrary(shape: MoEShape, count: int, router: Router) -> MergeExperts | No
         "ream": {"grouping": "ream", "by": "outputs+logits", "average": "saliency", "align": "both", "cap": 16}
         | {"router": "centroid", "propagate": "compressed"},
     },
-    rivals=(("keep", "ratio"),),
-    headline=("grouping", "router", "keep", "ratio"),
+    exclusive=(("keep", "ratio"),),
+    shown_in_names=("grouping", "router", "keep", "ratio"),
 )
 def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
-    model: Observed,
+    model: ModelStatistics,
     *,
     grouping: Grouping = "hc_smoe",
     keep: int | None = None,
@@ -159,7 +159,7 @@ def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
 
 
 def _allocated(
-    model: Observed,
+    model: ModelStatistics,
     even: Mapping[int, int],
     floor: Mapping[int, int],
     budget: Budget,
@@ -188,7 +188,9 @@ def _allocated(
     def kept(taken: Taken) -> dict[int, int]:
         return {index: shapes[index].num_experts - n * sizes[index] for index, n in taken.items()}
 
-    search = Search(edits=lambda taken: edits(kept(taken)), evaluate=model.evaluate, evaluations=evaluations, seed=seed)
+    search = AllocationSearch(
+        edits=lambda taken: edits(kept(taken)), evaluate=model.evaluate, evaluations=evaluations, seed=seed
+    )
     taken, report = allocate(ladders, steps(even), "search", search, steps(counts))
     return kept(taken), report
 
@@ -196,7 +198,7 @@ def _allocated(
 # --- one layer ----------------------------------------------------------------------------------------------
 
 
-def _distance(layer: LayerSums, by: By) -> Tensor:
+def _distance(layer: LayerStatistics, by: By) -> Tensor:
     """How unlike two experts are, [E, E]."""
     if "logits" in by and layer.shape.aliased:
         raise ValueError(
@@ -216,7 +218,7 @@ def _distance(layer: LayerSums, by: By) -> Tensor:
     return 1 - (outputs_EE + similarity.gaussian_logit_similarity(layer.sums["logit_gram"])) / 2
 
 
-def _weight(layer: LayerSums, average: Average) -> Tensor:
+def _weight(layer: LayerStatistics, average: Average) -> Tensor:
     """The share of each expert in the mean of its group, [E]; an expert without tokens has none."""
     if average == "uniform":
         return torch.ones(layer.shape.num_experts, dtype=torch.float64)
@@ -224,7 +226,7 @@ def _weight(layer: LayerSums, average: Average) -> Tensor:
     return weight_E.nan_to_num(0.0)
 
 
-def _rank(layer: LayerSums, grouping: Grouping, weight_E: Tensor) -> Tensor:
+def _rank(layer: LayerStatistics, grouping: Grouping, weight_E: Tensor) -> Tensor:
     """Who represents a group: the most used expert, or for REAM the most salient."""
     if grouping == "ream":
         return scores.reap(layer.sums)
@@ -232,7 +234,7 @@ def _rank(layer: LayerSums, grouping: Grouping, weight_E: Tensor) -> Tensor:
 
 
 def _groups(
-    layer: LayerSums,
+    layer: LayerStatistics,
     distance_EE: Tensor,
     rank_E: Tensor,
     count: int,
@@ -271,7 +273,7 @@ def _edit(index: int, groups: Groups, weight_E: Tensor, router: Router) -> Merge
     return MergeExperts(index, groups, tuple(shares), router)
 
 
-def _aligned(layer: LayerSums, edit: MergeExperts | None, align: Align) -> MergeExperts | None:
+def _aligned(layer: LayerStatistics, edit: MergeExperts | None, align: Align) -> MergeExperts | None:
     """The merge with the order of neurons that brings each expert closest to its group's representative."""
     if edit is None or align == "none":
         return edit

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from moe_compress.calibration.model_statistics import LayerSums, Observed
+from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import KeepChannels, Plan
 from moe_compress.methods.allocation import Ladder, Taken, allocate, by_threshold
 from moe_compress.methods.registry import Need, method
@@ -109,11 +109,11 @@ def _edit(layer: int, widths_E: list[int], ranked_EF: Tensor | None = None) -> K
     paper="CAMERA (arXiv 2508.02322), HEAPr (2509.22299)",
     needs=_needs,
     check=check,
-    rivals=(("keep", "ratio"),),
-    headline=("score", "keep", "ratio"),
+    exclusive=(("keep", "ratio"),),
+    shown_in_names=("score", "keep", "ratio"),
 )
 def channels(
-    model: Observed,
+    model: ModelStatistics,
     *,
     score: Score = "camera",
     keep: int | None = None,
@@ -139,14 +139,14 @@ def channels(
     return Plan(edits, {}, {"widths": {edit.layer: edit.widths or edit.width for edit in edits}, "unseen": unseen})
 
 
-def _comparable(score_EF: Tensor, score: Score, layer: LayerSums) -> Tensor:
+def _comparable(score_EF: Tensor, score: Score, layer: LayerStatistics) -> Tensor:
     """Scores on one scale for all layers: squares over the stream's energy, or shares of the layer's weights."""
     if score == "magnitude":
         return score_EF / score_EF.mean()
     return (score_EF.square() if score == "wanda" else score_EF) / float(layer.sums.get("energy", 1.0))
 
 
-def channel_scores(layer: LayerSums, score: Score, alpha: float) -> Tensor:
+def channel_scores(layer: LayerStatistics, score: Score, alpha: float) -> Tensor:
     """What each neuron is worth, float64 [E, F].
 
     camera: |w|^2 ((1 - alpha) sum (g a)^2 + alpha max (g a)^2), w its column of the down projection, a its activation

@@ -17,18 +17,18 @@ from moe_compress.methods.pruning.masks import lowest, lowest_in_groups, lowest_
 from moe_compress.methods.pruning.sparsegpt import sparsegpt
 from moe_compress.methods.pruning.sparsity_allocation import Allocation, require_allocatable
 from moe_compress.methods.registry import Need, method
-from moe_compress.methods.weight_method import Changed, Group
+from moe_compress.methods.weight_method import MatrixGroup, NewMatrices
 from moe_compress.models.matrices import Matrix, kinds_of
 
 Way = Literal["magnitude", "wanda", "sparsegpt"]
 Unseen = Literal["pooled", "magnitude", "dense", "error"]
-NEEDS: dict[str, Need] = {"magnitude": "nothing", "wanda": "squares", "sparsegpt": "grams"}
+NEEDS: dict[str, Need] = {"magnitude": "nothing", "wanda": "input_squares", "sparsegpt": "input_grams"}
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     need = NEEDS[parameters["method"]]
     text = parameters["allocate"] != "uniform" or "router" in kinds_of(parameters["where"], parameters["spare"])
-    return "squares" if need == "nothing" and text else need
+    return "input_squares" if need == "nothing" and text else need
 
 
 def check_prune(
@@ -61,9 +61,9 @@ def check_prune(
                 )
 
 
-def try_prune(group: Group, *, share_B: Tensor, method: Way, **_: Any) -> list[Tensor]:
+def try_prune(group: MatrixGroup, *, sparsity_B: Tensor, method: Way, **_: Any) -> list[Tensor]:
     """Pruned matrices without making up for anything: by |w| alone for magnitude, else as Wanda does."""
-    return _masked(group, share_B, None, method != "magnitude")
+    return _masked(group, sparsity_B, None, method != "magnitude")
 
 
 @method(
@@ -73,11 +73,11 @@ def try_prune(group: Group, *, share_B: Tensor, method: Way, **_: Any) -> list[T
     needs=_needs,
     check=check_prune,
     trial=try_prune,
-    rivals=(("sparsity", "pattern"),),
-    headline=("method", "sparsity", "pattern"),
+    exclusive=(("sparsity", "pattern"),),
+    shown_in_names=("method", "sparsity", "pattern"),
 )
 def prune(  # noqa: PLR0913 - these are the recipe's parameters
-    group: Group,
+    group: MatrixGroup,
     *,
     method: Way = "wanda",
     sparsity: float | None = 0.5,
@@ -91,33 +91,33 @@ def prune(  # noqa: PLR0913 - these are the recipe's parameters
     allocate: Allocation = "uniform",
     spread: float = 0.1,
     experts_at_once: int = 0,
-) -> Changed:
+) -> NewMatrices:
     """Set weights to zero: a fraction (sparsity=0.5), or all but n of every m inputs (pattern=2:4)."""
     kept = pattern_of(pattern or "")
-    share_B = torch.full((len(group.names),), sparsity or 0.0) if group.share_B is None else group.share_B
-    share_B = share_B.to(group.weights[0].device)
+    sparsity_B = torch.full((len(group.names),), sparsity or 0.0) if group.sparsity_B is None else group.sparsity_B
+    sparsity_B = sparsity_B.to(group.weights[0].device)
     if method == "sparsegpt":
         assert group.moment is not None
-        weights, damped = sparsegpt(group.weights, group.moment, share_B, kept, group.names)
-        return Changed(weights, {"damped": damped})
-    return Changed(_masked(group, share_B, kept, method == "wanda"))
+        weights, damped = sparsegpt(group.weights, group.moment, sparsity_B, kept, group.names)
+        return NewMatrices(weights, {"damped": damped})
+    return NewMatrices(_masked(group, sparsity_B, kept, method == "wanda"))
 
 
-def _masked(group: Group, share_B: Tensor, kept: tuple[int, int] | None, by_input: bool) -> list[Tensor]:
+def _masked(group: MatrixGroup, sparsity_B: Tensor, kept: tuple[int, int] | None, by_input: bool) -> list[Tensor]:
     """Matrices without the weights of lowest score: of each row where the inputs count, else of the whole matrix."""
     found = []
     for weight_BOI in group.weights:
         score_BOI = weight_BOI.abs().float()
         if by_input and group.moment is not None:
             score_BOI *= group.moment.sqrt().unsqueeze(1)
-        found.append(weight_BOI.masked_fill(_gone(score_BOI, share_B, kept, by_input), 0))
+        found.append(weight_BOI.masked_fill(_gone(score_BOI, sparsity_B, kept, by_input), 0))
     return found
 
 
-def _gone(score_BOI: Tensor, share_B: Tensor, kept: tuple[int, int] | None, in_rows: bool) -> Tensor:
+def _gone(score_BOI: Tensor, sparsity_B: Tensor, kept: tuple[int, int] | None, in_rows: bool) -> Tensor:
     if kept is not None:
         return lowest_in_groups(score_BOI, *kept)
-    count_B = (share_B.to(score_BOI.device).double() * score_BOI[0].numel() + 0.5).long()
+    count_B = (sparsity_B.to(score_BOI.device).double() * score_BOI[0].numel() + 0.5).long()
     if in_rows:
         return lowest_in_rows(score_BOI, count_B)
     return lowest(score_BOI.flatten(1), count_B).view_as(score_BOI)

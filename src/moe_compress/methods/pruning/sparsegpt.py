@@ -17,13 +17,13 @@ from moe_compress.methods.pruning.masks import lowest, lowest_in_groups
 def sparsegpt(
     weights: Sequence[Tensor],
     gram_BII: Tensor,
-    share_B: Tensor,
+    sparsity_B: Tensor,
     pattern: tuple[int, int] | None,
     names: Sequence[str],
 ) -> tuple[list[Tensor], list[int]]:
     """Pruned matrices [B, O, I] in fp32, and the experts for which the damping was raised.
 
-    gram_BII: second moments of the inputs; share_B: of the weights of each matrix that go, spread evenly over blocks
+    gram_BII: second moments of the inputs; sparsity_B: of the weights of each matrix that go, spread evenly over blocks
     of inputs, unless `pattern` (n of m) says which; names: of the experts, for errors. Weights of inputs that are
     always zero cost nothing and go first; those that are left keep their value. Raises ValueError for a Gram matrix
     that no damping makes definite.
@@ -34,7 +34,7 @@ def sparsegpt(
     scale_BI = factor_BII.diagonal(dim1=1, dim2=2).masked_fill(dead_BI, torch.inf)
     sizes = [weight.shape[1] for weight in weights]
     weight_BIR = inputs_first(weights)
-    compensate(weight_BIR, factor_BII, _Zeros(scale_BI, sizes, share_B, pattern), pattern[1] if pattern else 1)
+    compensate(weight_BIR, factor_BII, _Zeros(scale_BI, sizes, sparsity_B, pattern), pattern[1] if pattern else 1)
     return list(weight_BIR.transpose(1, 2).split(sizes, 1)), raised
 
 
@@ -42,9 +42,9 @@ class _Zeros:
     """Which weights become zero: block by block or, for a pattern, group by group."""
 
     def __init__(
-        self, scale_BI: Tensor, sizes: Sequence[int], share_B: Tensor, pattern: tuple[int, int] | None
+        self, scale_BI: Tensor, sizes: Sequence[int], sparsity_B: Tensor, pattern: tuple[int, int] | None
     ) -> None:
-        self.scale_BI, self.sizes, self.share_B, self.pattern = scale_BI, sizes, share_B, pattern
+        self.scale_BI, self.sizes, self.sparsity_B, self.pattern = scale_BI, sizes, sparsity_B, pattern
         self.start = 0
 
     def block(self, weight_BIR: Tensor, start: int, stop: int) -> None:
@@ -54,7 +54,7 @@ class _Zeros:
         self.start, parts = start, []
         root_BIR = (weight_BIR[:, start:stop] / self.scale_BI[:, start:stop, None]).abs()
         for part_BIO in root_BIR.split(self.sizes, 2):
-            until_B, before_B = ((self.share_B.double() * part_BIO.shape[2] * n + 0.5).long() for n in (stop, start))
+            until_B, before_B = ((self.sparsity_B.double() * part_BIO.shape[2] * n + 0.5).long() for n in (stop, start))
             parts.append(lowest(part_BIO.flatten(1), until_B - before_B).view_as(part_BIO))
         self.gone_BIR = torch.cat(parts, 2)
 

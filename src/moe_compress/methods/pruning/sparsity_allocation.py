@@ -55,7 +55,7 @@ def choose(cost_EN: Mapping[int, Tensor], choices: list[float]) -> dict[int, Ten
     }
 
 
-def by_use(share_E: Tensor, choices: list[float]) -> Tensor:
+def sparsity_cost_by_use(share_E: Tensor, choices: list[float]) -> Tensor:
     """Costs [E, N] that grow with an expert's share of the tokens: the less used lose more."""
     return share_E.double().unsqueeze(1) * torch.tensor(choices, dtype=torch.float64).square()
 

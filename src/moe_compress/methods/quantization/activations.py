@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from moe_compress.calibration.model_statistics import Observed
+from moe_compress.calibration.model_statistics import ModelStatistics
 from moe_compress.edits.edits import Edit, Plan, RoundActivations
 from moe_compress.methods.registry import method
 from moe_compress.models.shape import ModelShape
@@ -41,9 +41,9 @@ def sent_bytes(shape: ModelShape) -> dict[str, float]:
     group="slimming",
     paper="arXiv 2206.01861 (one scale a token)",
     check=check_activations,
-    headline=("where",),
+    shown_in_names=("where",),
 )
-def activations(model: Observed, *, where: Where = "experts") -> Plan:
+def activations(model: ModelStatistics, *, where: Where = "experts") -> Plan:
     """Round activations to 8 bits, each token with a scale of its own, measured as it passes.
 
     where: what experts are `sent` (on the way to experts elsewhere; router and shared experts see all of it), all that

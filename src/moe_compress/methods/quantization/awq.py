@@ -22,7 +22,7 @@ def awq_scale(
     stacks: Sequence[tuple[Tensor, Tensor]],
     moment_XI: Tensor,
     bits: int,
-    span: int,
+    group_size: int,
     stored: torch.dtype,
     *,
     pow2: bool,
@@ -38,7 +38,7 @@ def awq_scale(
     best_XI, least_X = torch.ones_like(root_XI), root_XI.new_full((len(root_XI),), torch.inf)
     for step in range(STEPS):
         scale_XI = _even(root_XI ** (step / STEPS), pow2)
-        error_X = sum(_error(weight, gram, scale_XI, bits, span, stored) for weight, gram in stacks)
+        error_X = sum(_error(weight, gram, scale_XI, bits, group_size, stored) for weight, gram in stacks)
         better_X = torch.as_tensor(error_X) < least_X
         least_X = torch.where(better_X, error_X, least_X)
         best_XI = torch.where(better_X.unsqueeze(1), scale_XI, best_XI)
@@ -51,10 +51,12 @@ def _even(scale_XI: Tensor, pow2: bool) -> Tensor:
     return scale_XI.log2().round().exp2() if pow2 else scale_XI
 
 
-def _error(weight_BOI: Tensor, gram_BII: Tensor, scale_XI: Tensor, bits: int, span: int, stored: torch.dtype) -> Tensor:
+def _error(
+    weight_BOI: Tensor, gram_BII: Tensor, scale_XI: Tensor, bits: int, group_size: int, stored: torch.dtype
+) -> Tensor:
     """Mean squared change of what the matrices return, [X]: the sum over all of them where they share a scale."""
     scale_XOI = scale_XI.unsqueeze(1)
-    codes, scale = rtn(weight_BOI.float() * scale_XOI, bits, span, stored, "max")
+    codes, scale = rtn(weight_BOI.float() * scale_XOI, bits, group_size, stored, "max")
     off_BOI = dequantized(codes, scale.float()) / scale_XOI - weight_BOI.float()
     error_B = ((off_BOI @ gram_BII) * off_BOI).sum((1, 2))
     return error_B if len(scale_XI) == len(weight_BOI) else error_B.sum(0, keepdim=True)

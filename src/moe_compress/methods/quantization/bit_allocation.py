@@ -38,7 +38,7 @@ def cheapest_widths(cost_NK: Tensor, sizes: Sequence[int], budget: float) -> lis
     return [BITS[k] for k in found.x.reshape(count, widths).argmax(1)]
 
 
-def by_use(share_E: Tensor, rare_first: bool) -> Tensor:
+def bit_cost_by_use(share_E: Tensor, rare_first: bool) -> Tensor:
     """Costs [E, K] by utilisation alone: rounding errors fall by four with every bit, and count by an expert's share of
     the tokens, or by its inverse (`rare_first`: the article's guess that much used experts tolerate fewer bits).
     """

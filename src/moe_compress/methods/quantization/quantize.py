@@ -18,13 +18,13 @@ from torch import Tensor
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import BITS, Clip, rtn
 from moe_compress.methods.registry import Need, method
-from moe_compress.methods.weight_method import Changed, Group, Quantized
+from moe_compress.methods.weight_method import MatrixGroup, NewMatrices, QuantizedMatrices
 from moe_compress.models.matrices import Matrix, kinds_of
 
 Way = Literal["rtn", "gptq", "awq"]
 Bits = Literal["2", "3", "4", "8", "auto"]
 Format = Literal["auto", "compressed-tensors", "gptq", "packed", "dense"]
-NEEDS: dict[str, Need] = {"rtn": "squares", "gptq": "grams", "awq": "grams"}
+NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
 NARROWEST = 8
 
 
@@ -34,7 +34,7 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
     return "nothing" if blind else NEEDS[parameters["method"]]
 
 
-def span_for(widths: Iterable[int], wanted: int) -> int:
+def group_size_for(widths: Iterable[int], wanted: int) -> int:
     """Inputs that share a scale: at most `wanted`, as many as divide all widths; 0 if fewer than NARROWEST would.
 
     wanted 0: one scale a row, which is said by the width itself where all are alike.
@@ -102,10 +102,10 @@ def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: st
     paper="arXiv 2210.17323 (GPTQ), 2306.00978 (AWQ)",
     needs=_needs,
     check=check_quantize,
-    headline=("method", "bits"),
+    shown_in_names=("method", "bits"),
 )
 def quantize(  # noqa: PLR0913 - these are the recipe's parameters
-    group: Group,
+    group: MatrixGroup,
     *,
     method: Way = "gptq",
     bits: Bits = "4",
@@ -125,19 +125,19 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     min_tokens: int = 32,
     shrink: float = 0.0,
     experts_at_once: int = 0,
-) -> Changed:
+) -> NewMatrices:
     """Store weights in few bits: a code for each, and a scale for every group of inputs."""
-    if not group.span:
-        return Changed(group.weights, {})
+    if not group.group_size:
+        return NewMatrices(group.weights, {})
     widths = group.bits or [[int(bits)] * len(group.names) for _ in group.weights]
     how = _How(method, clip, act_order, damping)
     if method == "gptq" and len({width for each in widths for width in each}) == 1:
         solved, damped = how.gptq(group, group.weights, widths[0][0])
-        found = [Quantized(codes, scale, widths[0]) for codes, scale in solved]
+        found = [QuantizedMatrices(codes, scale, widths[0]) for codes, scale in solved]
     else:
         parts = [how.by_width(group, weight_BOI, each) for weight_BOI, each in zip(group.weights, widths, strict=True)]
         found, damped = [part[0] for part in parts], [b for part in parts for b in part[1]]
-    return Changed([each.dense() for each in found], {"damped": sorted(set(damped))}, found)
+    return NewMatrices([each.dense() for each in found], {"damped": sorted(set(damped))}, found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,18 +149,24 @@ class _How:
     act_order: bool
     damping: float
 
-    def gptq(self, group: Group, weights: Sequence[Tensor], bits: int) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+    def gptq(
+        self, group: MatrixGroup, weights: Sequence[Tensor], bits: int
+    ) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
         """All matrices of the group, which share one factorisation."""
         assert group.moment is not None
         return gptq(
-            weights, group.moment, bits, group.span, group.stored, group.names,
+            weights, group.moment, bits, group.group_size, group.stored, group.names,
             clip=self.clip, act_order=self.act_order, damping=self.damping,
         )  # fmt: skip
 
-    def by_width(self, group: Group, weight_BOI: Tensor, widths: Sequence[int]) -> tuple[Quantized, list[int]]:
+    def by_width(
+        self, group: MatrixGroup, weight_BOI: Tensor, widths: Sequence[int]
+    ) -> tuple[QuantizedMatrices, list[int]]:
         """One matrix of every expert, experts of one width at a time; and for whom the damping was raised."""
         codes_BOI = torch.empty_like(weight_BOI, dtype=torch.int8)
-        scale_BOG = weight_BOI.new_empty(*weight_BOI.shape[:2], weight_BOI.shape[2] // group.span, dtype=group.stored)
+        scale_BOG = weight_BOI.new_empty(
+            *weight_BOI.shape[:2], weight_BOI.shape[2] // group.group_size, dtype=group.stored
+        )
         raised: list[int] = []
         for bits in sorted(set(widths)):
             mine = [b for b, width in enumerate(widths) if width == bits]
@@ -173,6 +179,6 @@ class _How:
             else:
                 weighs = part.moment if self.method == "awq" else None
                 diagonal = weighs if weighs is None else weighs.diagonal(dim1=1, dim2=2)
-                codes, scale = rtn(weight_BOI[mine], bits, group.span, group.stored, self.clip, diagonal)
+                codes, scale = rtn(weight_BOI[mine], bits, group.group_size, group.stored, self.clip, diagonal)
             codes_BOI[mine], scale_BOG[mine] = codes, scale
-        return Quantized(codes_BOI, scale_BOG, list(widths)), raised
+        return QuantizedMatrices(codes_BOI, scale_BOG, list(widths)), raised

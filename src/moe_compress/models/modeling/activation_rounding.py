@@ -31,7 +31,7 @@ def rounded(x_RI: Tensor) -> Tensor:
     return (codes_RI * scale_R1).to(x_RI.dtype)
 
 
-def rounds(module: nn.Module) -> str:
+def rounding_of(module: nn.Module) -> str:
     """What of an experts module's rows is rounded; empty for nothing."""
     return str(module.__dict__.get(ROUNDS, ""))
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activation_rounding import round_inputs, rounds
+from .activation_rounding import round_inputs, rounding_of
 from .expert_forward import round_experts, separate
 from .packed_linear import PackedMatrix, expect_rounded
-from .rerouting import NOVICES, listen, reroute
-from .unfused_experts import CHILDREN, SEPARATE, expert_count, is_separate, model_width, narrow, own_tensor
+from .rerouting import NOVICES, hook_rerouting, rerouting_of
+from .unfused_experts import CHILDREN, UNFUSED, expert_count, is_separate, model_width, narrow, own_tensor
 from .unfused_experts import widths as widths_of
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
@@ -52,8 +52,8 @@ def keep_experts(
     _retarget(layer, names, target, len(experts) + kept_novices + (len(gone) if novices else 0))
     _select(fused, count, experts, dims=(0,))
     if is_separate(fused):
-        fused.register_module(SEPARATE, nn.ModuleList([fused.separate[e] for e in experts]))
-    reroute(fused)["active"] = active if active is not None else reroute(fused)["active"]
+        fused.register_module(UNFUSED, nn.ModuleList([fused.separate[e] for e in experts]))
+    rerouting_of(fused)["active"] = active if active is not None else rerouting_of(fused)["active"]
 
 
 def mask_experts(layer: nn.Module, names: Mapping[str, Any], *, experts: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ def _add_novices(layer: nn.Module, names: Mapping[str, Any], count: int, outputs
 def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, int], ends: int) -> None:
     """Send every router row that led to expert `old` to `target[old]`; rows that lead nowhere go."""
     fused: Any = layer.get_submodule(names["experts"])
-    rerouted = reroute(fused)
+    rerouted = rerouting_of(fused)
     row_count = len(rerouted["alias"] or range(expert_count(fused)))
     led = rerouted["alias"] or list(range(row_count))
     rows = [row for row in range(row_count) if led[row] in target]
@@ -129,7 +129,7 @@ def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, i
         _select(module, row_count, rows, dims=(0, 1))
     plain = alias == list(range(len(alias))) and len(alias) == ends and not _novice_count(layer, names)
     rerouted["alias"] = None if plain else alias
-    listen(layer.get_submodule(names["experts"]))
+    hook_rerouting(layer.get_submodule(names["experts"]))
 
 
 def _select(module: nn.Module, count: int, kept: Sequence[int], dims: tuple[int, ...], flat_only: bool = False) -> None:
@@ -198,12 +198,12 @@ def pack_matrices(
             for expert, width in zip(fused.separate, widths, strict=True):
                 dense = expert[CHILDREN[part]]
                 expert[CHILDREN[part]] = PackedMatrix.empty(dense.weight, width, spans[name], dense.bias)
-            if rounds(fused) == "experts":
+            if rounding_of(fused) == "experts":
                 expect_rounded(fused)
         else:
             linear: Any = layer.get_submodule(name)
             matrix = PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias)
-            if rounds(linear):
+            if rounding_of(linear):
                 round_inputs(matrix)
             layer.set_submodule(name, matrix)
 
@@ -230,7 +230,7 @@ def set_top_k(layer: nn.Module, names: Mapping[str, Any], *, top_k: int) -> None
         module: Any = layer.get_submodule(name)
         if "top_k" in module.__dict__:
             module.top_k = top_k
-    rerouted = reroute(layer.get_submodule(names["experts"]))
+    rerouted = rerouting_of(layer.get_submodule(names["experts"]))
     if rerouted["active"] is not None:
         rerouted["active"] = min(rerouted["active"], top_k)
 
@@ -243,15 +243,15 @@ def skip_experts(
     `renormalise`: the gates that remain are scaled to the former sum, as in models whose gates add up to one;
     `active`: how many experts a token then uses on average.
     """
-    rerouted = reroute(layer.get_submodule(names["experts"]))
+    rerouted = rerouting_of(layer.get_submodule(names["experts"]))
     rerouted |= {"threshold": threshold, "renormalise": renormalise, "active": active}
-    listen(layer.get_submodule(names["experts"]))
+    hook_rerouting(layer.get_submodule(names["experts"]))
 
 
 # --- layers -------------------------------------------------------------------------------------------------
 
 
-class Nothing(nn.Module):
+class ZeroSublayer(nn.Module):
     """In place of a sub-layer that is gone: adds nothing to the stream.
 
     In place of attention it still counts tokens in the cache, whose length the model reads off its first layer.
@@ -275,11 +275,11 @@ def skip_sublayer(layer: nn.Module, names: Mapping[str, Any], *, part: str) -> N
     """Remove the MoE block (with shared experts) or the attention of a layer, always with its norms."""
     if part == "attention":
         attention: Any = layer.get_submodule(names["attention"])
-        layer.set_submodule(names["attention"], Nothing(2, attention.layer_idx))
+        layer.set_submodule(names["attention"], ZeroSublayer(2, attention.layer_idx))
     else:
-        layer.set_submodule(names["block"], Nothing(names["outputs"]))
+        layer.set_submodule(names["block"], ZeroSublayer(names["outputs"]))
         for beside in names["beside"]:
-            layer.set_submodule(beside, Nothing(1))
+            layer.set_submodule(beside, ZeroSublayer(1))
     for norm in names[f"{part}_norms"]:
         layer.set_submodule(norm, nn.Identity())
     for factor in names[f"{part}_factors"]:

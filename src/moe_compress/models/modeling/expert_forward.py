@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
-from .activation_rounding import ROUNDS, rounded, rounds
+from .activation_rounding import ROUNDS, rounded, rounding_of
 from .unfused_experts import (
     CHILDREN,
-    SEPARATE,
+    UNFUSED,
     ExpertMatrix,
     biases,
     expert_count,
@@ -86,7 +86,7 @@ def gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tenso
 
 def sent(experts: nn.Module, hidden_TD: Tensor) -> Tensor:
     """Tokens as experts get them."""
-    return rounded(hidden_TD) if rounds(experts) else hidden_TD
+    return rounded(hidden_TD) if rounding_of(experts) else hidden_TD
 
 
 def run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -183,7 +183,7 @@ def separate(block: nn.Module, fused: Any) -> None:
     ]
     for name in [name for name, tensor in fused._parameters.items() if tensor is not None and "_proj" in name]:
         del fused._parameters[name]
-    fused.register_module(SEPARATE, nn.ModuleList(experts))
+    fused.register_module(UNFUSED, nn.ModuleList(experts))
     _run_here(block, fused)
 
 

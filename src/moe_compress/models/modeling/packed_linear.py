@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from .activation_rounding import ROUNDS, rounds
+from .activation_rounding import ROUNDS, rounding_of
 from .bit_packing import WORD, dequantized, pack, unpack
 from .packed_kernels import KERNEL_STEP, Kernel, integers_multiply, kernel_lacks, kernel_of
 
@@ -99,7 +99,7 @@ class PackedMatrix(nn.Module):
         """Change over to the layout of the kernel for such rows; why there is none, or empty where there is."""
         if self.kernel is not None:
             return ""
-        integers = bool(rounds(self)) and integers_multiply(self)
+        integers = bool(rounding_of(self)) and integers_multiply(self)
         reason = "" if integers else kernel_lacks(self, dtype, device.type)
         if reason:
             return reason

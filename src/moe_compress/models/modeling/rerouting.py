@@ -17,15 +17,15 @@ REROUTE = "_moe_compress_reroute"
 NOVICES = "novices"
 
 
-def reroute(fused: nn.Module) -> dict[str, Any]:
+def rerouting_of(fused: nn.Module) -> dict[str, Any]:
     """What happens between router and experts, kept on the experts module."""
     nothing = {"alias": None, "threshold": None, "renormalise": False, "heard": False, "active": None}
     return fused.__dict__.setdefault(REROUTE, nothing)
 
 
-def listen(fused: Any) -> None:
+def hook_rerouting(fused: Any) -> None:
     """Stand between router and experts, if there is anything to do."""
-    rerouted = reroute(fused)
+    rerouted = rerouting_of(fused)
     if rerouted["alias"] is None and rerouted["threshold"] is None:
         return
     if rerouted["threshold"] is not None or fused._parameters.get(NOVICES) is not None:
@@ -39,18 +39,18 @@ def listen(fused: Any) -> None:
 
 def _before(fused: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     hidden_TD, index_TK, gate_TK = args
-    index_TK, gate_TK, reroute(fused)["added"] = rerouted_choice(fused, index_TK, gate_TK)
+    index_TK, gate_TK, rerouting_of(fused)["added"] = rerouted_choice(fused, index_TK, gate_TK)
     return hidden_TD, index_TK, gate_TK
 
 
 def _after(fused: Any, _args: Any, output_TD: Tensor) -> Tensor:
-    added_TD = reroute(fused).pop("added")
+    added_TD = rerouting_of(fused).pop("added")
     return output_TD if added_TD is None else output_TD + added_TD.to(output_TD.dtype)
 
 
 def rerouted_choice(fused: Any, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Experts, gates and what novices add. The id `num_experts` means nobody: its gate is 0 and it costs nothing."""
-    how, nobody, novices_ND = reroute(fused), expert_count(fused), fused._parameters.get(NOVICES)
+    how, nobody, novices_ND = rerouting_of(fused), expert_count(fused), fused._parameters.get(NOVICES)
     weak_TK = None
     if how["threshold"] is not None:
         weak_TK = gate_TK < how["threshold"] * gate_TK.amax(-1, keepdim=True)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from .activation_rounding import rounded, rounds
+from .activation_rounding import rounded, rounding_of
 
-SEPARATE = "separate"
+UNFUSED = "separate"
 # What an expert's matrices are called. No `gate`: checkpoints of some families are renamed wherever it occurs.
 CHILDREN = {"gate": "w_switch", "up": "w_up", "down": "w_down"}
 
@@ -50,7 +50,7 @@ class ExpertMatrix(nn.Module):
 
 def is_separate(fused: nn.Module) -> bool:
     """Whether an experts module holds its experts one by one."""
-    return SEPARATE in fused._modules
+    return UNFUSED in fused._modules
 
 
 def expert_count(fused: Any) -> int:
@@ -171,7 +171,7 @@ def run_one_token(fused: Any, hidden_1D: Tensor, chosen: Sequence[int], weight_K
 
 def multiplied(fused: nn.Module, inner_RF: Tensor) -> Tensor:
     """Inputs of down projections as these multiply them."""
-    return rounded(inner_RF) if rounds(fused) == "experts" else inner_RF
+    return rounded(inner_RF) if rounding_of(fused) == "experts" else inner_RF
 
 
 def _inner(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
