@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,12 +16,10 @@ import pytest
 import torch
 import transformers
 
-import editing
 import moe_compress
-import readers
-import tiny
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.engine import forward
+from support import editing, quantized, readers, tiny
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -104,6 +103,21 @@ def made(lab: Callable[[str], dict[str, object]]) -> Callable[[str, str], Path |
     return functools.cache(lambda family, sentence: moe_compress.compress(sentence, **lab(family)).folder)
 
 
+@pytest.fixture(scope="session")
+def wide_lab(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, object]]:
+    """family -> options whose results all tests on it share."""
+    place = tmp_path_factory.mktemp("quantized")
+    files = {"data": str(texts / "calibration.txt"), "eval_data": str(texts / "heldout.txt"), "eval": False}
+    model = functools.cache(lambda family: str(quantized.wide(family, place / "models" / family)))
+    return lambda family: {**readers.OPTIONS, **files, "model": model(family), "results": str(place / family)}
+
+
+@pytest.fixture(scope="session")
+def wide_made(wide_lab: Callable[[str], dict[str, object]]) -> Callable[[str, str], Path]:
+    """(family, sentence) -> the checkpoint."""
+    return functools.cache(lambda family, sentence: moe_compress.compress(sentence, **wide_lab(family)).folder)
+
+
 @pytest.fixture
 def options(texts: Path, tmp_path: Path) -> dict[str, object]:
     """What a run on a tiny reader is told, besides its model; its results are the test's own."""
@@ -123,3 +137,40 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(forward.hf, "run_layer", counted)
     return calls
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory, reader_folder: Callable[[str], Path]) -> Path:
+    """A tiny Mixtral in several shards."""
+    out = tmp_path_factory.mktemp("sharded") / "model"
+    moe_compress.compress("identity", model=reader_folder("mixtral"), out=out, eval=False, results=out.parent)
+    return out
+
+
+@pytest.fixture
+def copy(sharded: Path, tmp_path: Path) -> Path:
+    """A copy of the sharded model, to be broken."""
+    return Path(shutil.copytree(sharded, tmp_path / "model"))
+
+
+@pytest.fixture
+def refused(options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a recipe that must fail; returns what is said. Unless `late`, no layer may have run by then."""
+    forwards: list[int] = []
+    real = forward.hf.run_layer
+    monkeypatch.setattr(forward.hf, "run_layer", lambda *args: forwards.append(1) or real(*args))
+
+    def run(sentence: str = "expert_drop", *, late: bool = False, **given: object) -> str:
+        out = Path(str(given.setdefault("out", tmp_path / "out")))
+        before = out.exists()
+        forwards.clear()
+        with pytest.raises(ValueError) as caught:
+            moe_compress.compress(sentence, **{**options, **given})
+        assert out.exists() == before
+        assert late or not forwards
+        assert not (out.with_name(out.name + ".partial") / "config.json").exists()
+        said = " ".join(str(caught.value).split())
+        assert 20 < len(said) < 500
+        return said
+
+    return run

@@ -1,10 +1,9 @@
-"""What one fold records of routed experts equals the naive float64 reference, and does not depend on how it was cut."""
+"""What one pass records of routed experts equals the naive float64 reference, and does not depend on how it was cut."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,42 +12,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import naive
-import tiny
-from moe_compress.calibration.artefact import mix_components, mix_weights
-from moe_compress.calibration.expert_statistics import ExpertStatistics
-from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.calibration.weight_statistics import weight_sums
-from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.data.windows import FOLDS, Windows
+from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.engine import forward as fold_module
-from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.expert_drop import scores
-from moe_compress.methods.expert_drop.expert_drop import expert_drop
 from moe_compress.models import hf
-from moe_compress.models.families import FAMILIES, family_of
+from moe_compress.models.families import FAMILIES
 from moe_compress.models.moe import MoEView
-from moe_compress.models.shape import model_shape
-from test_identity import windows_of
+from support import naive, tiny
+from support.statistics import CPU, IDS, PADDED, Sums, measured
+from support.tiny import windows_of
 
-Sums = dict[int, dict[str, torch.Tensor]]
-CPU = torch.device("cpu")
-IDS = tiny.token_ids(rows=4, length=12)
-PADDED = torch.arange(12)[None] < torch.tensor([12, 7, 3, 10])[:, None]
 # A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.
 NORM_AFTER_EXPERTS = ("flex_olmo", "afmoe")
 MEANS = ("mean_output", "mean_gated_output")
 CANCELLING = (*MEANS, "logit_gram")
-TEXT_SCORES = sorted(set(scores.FUNCTIONS) - set(scores.WEIGHT_SCORES) - {"gate_mass_full"})
-
-
-def measured(checkpoint: Checkpoint, windows: Windows, left_out: int | None = None) -> Sums:
-    """Layer -> [E] sums, as a method is given them."""
-    observer = ExpertStatistics(family_of(checkpoint.config), checkpoint.config, FOLDS)
-    seen, _ = forward_layers(StreamedLayers(checkpoint, CPU, torch.float32), windows, [observer])
-    weights = mix_weights(windows.domains, torch.tensor([windows.tokens]), {}, left_out)
-    return {index: mix_components(parts[0], weights) for index, parts in enumerate(seen) if parts[0]}
 
 
 def assert_scores(sums: Sums, expected: dict[int, naive.LayerReference], names: set[str], rtol: float = 1e-5) -> None:
@@ -196,67 +175,3 @@ def test_experts_that_do_not_report_are_noticed(family_checkpoint, monkeypatch):
     monkeypatch.setattr(fold_module.hf, "use_experts_function", lambda model: None)
     with pytest.raises(AssertionError, match="layer 0: tokens were routed, but no expert reported one"):
         measured(family_checkpoint("mixtral"), windows_of(IDS))
-
-
-# --- from sums to a plan --------------------------------------------------------------------------------------
-
-
-def observed(checkpoint: Checkpoint, sums: Sums) -> ModelStatistics:
-    shape = model_shape(StreamedLayers(checkpoint, CPU, torch.float32).model)
-    layers = [LayerStatistics(moe, sums[moe.layer], checkpoint.num_layers, "full") for moe in shape.moe]
-    return ModelStatistics(shape=shape, layers=layers)
-
-
-@pytest.mark.parametrize("score", ["reap", "frequency", "aimer"])
-def test_expert_drop_keeps_the_best_of_each_real_layer(score, family_checkpoint):
-    """DeepSeek-V2's first layer is dense: layers keep their own numbers."""
-    checkpoint = family_checkpoint("deepseek_v2")
-    expected = naive.reference(tiny.make("deepseek_v2"), "deepseek_v2", IDS)
-    plan = expert_drop(observed(checkpoint, measured(checkpoint, windows_of(IDS))), score=score, keep=5)
-    assert [edit.layer for edit in plan.edits] == [1, 2] == sorted(expected)
-    for edit in plan.edits:
-        values = expected[edit.layer].scores()[score].nan_to_num(-torch.inf)
-        assert set(edit.experts) == set(values.topk(5).indices.tolist())
-
-
-@pytest.fixture(scope="module")
-def unreached(tmp_path_factory) -> SimpleNamespace:
-    """GPT-OSS whose expert 3 of layer 1 is never chosen: its router bias is out of reach."""
-    model = tiny.make("gpt_oss")
-    model.model.layers[1].mlp.router.bias.data[3] = -1e4
-    folder: Path = tiny.save(model, tmp_path_factory.mktemp("unreached"))
-    checkpoint = open_checkpoint(folder)
-    ids = tiny.token_ids(rows=16, length=32, seed=3)
-    return SimpleNamespace(model=observed(checkpoint, measured(checkpoint, windows_of(ids))))
-
-
-def test_only_the_unreachable_expert_is_unseen(unreached):
-    unseen = {
-        layer.shape.layer: (layer.sums["count"] == 0).nonzero().flatten().tolist() for layer in unreached.model.layers
-    }
-    assert unseen == {0: [], 1: [3], 2: []}
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("score", TEXT_SCORES)
-def test_an_expert_without_tokens_obeys_the_policy(score, reverse, unreached):
-    kept = {}
-    for policy in ("drop", "keep"):
-        plan = expert_drop(unreached.model, score=score, keep=6, unseen=policy, reverse=reverse)
-        kept[policy] = {edit.layer: set(edit.experts) for edit in plan.edits}
-        assert plan.report["experts_without_tokens"] == {1: [3]}
-        assert all(len(ids) == 6 for ids in kept[policy].values())
-        measured_scores = [value for values in plan.scores.values() for value in values if value is not None]
-        assert len(measured_scores) >= 23 and torch.tensor(measured_scores).isfinite().all()
-    assert 3 not in kept["drop"][1] and 3 in kept["keep"][1]
-    assert kept["drop"][0] == kept["keep"][0] and kept["drop"][2] == kept["keep"][2]
-    with pytest.raises(ValueError, match=r"layer 1: no calibration token reached experts \[3\]"):
-        expert_drop(unreached.model, score=score, keep=6, unseen="error", reverse=reverse)
-
-
-def test_protecting_an_expert_leaves_the_reported_scores_alone(unreached):
-    plain = expert_drop(unreached.model, keep=6)
-    spared = expert_drop(unreached.model, keep=6, protect="0:2,1:3")
-    assert spared.scores == plain.scores
-    kept = {edit.layer: edit.experts for edit in spared.edits}
-    assert 2 in kept[0] and 3 in kept[1]

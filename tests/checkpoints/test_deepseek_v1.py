@@ -14,14 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import tiny
-from editing import write
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.edits.edits import KeepExperts
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
-from test_identity import windows_of
+from support import tiny
+from support.editing import write
+from support.tiny import windows_of
 
 IDS = tiny.token_ids()
 LAYERS, HEADS, EXPERTS, TOP_K, INNER = 3, 4, 8, 2, 24

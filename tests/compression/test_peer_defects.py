@@ -1,9 +1,4 @@
-"""Mistakes that other compression tools shipped, and how this one would be caught if it made them.
-
-Not here, because the parts do not exist: TIES merging that adds `base - other` to the base, and so moves away from the
-other experts; chat templates that are tokenized a second time with special tokens. Packed windows do let a window's
-documents attend to each other, on purpose and as said; `pack=false` gives each its own.
-"""
+"""Mistakes that other compression tools shipped, and how this one would be caught if it made them."""
 
 from __future__ import annotations
 
@@ -17,9 +12,6 @@ import torch
 from torch import Tensor
 
 import moe_compress
-import readers
-import tiny
-from editing import logits_of
 from moe_compress.calibration.artefact import Calibration, calibrate
 from moe_compress.calibration.collect import observed
 from moe_compress.calibration.model_statistics import ModelStatistics
@@ -37,7 +29,9 @@ from moe_compress.methods.expert_drop.scores import Score
 from moe_compress.methods.expert_merge import grouping, similarity
 from moe_compress.models.moe import moe_views
 from moe_compress.recipes.parser import parse
-from test_identity import CPU, windows_of
+from support import readers, tiny
+from support.editing import logits_of
+from support.tiny import CPU, windows_of
 
 TEXT = tiny.token_ids(8, 16, seed=4)
 

@@ -15,51 +15,17 @@ import pytest
 import torch
 
 import moe_compress
-import tiny
 from moe_compress.calibration import artefact
 from moe_compress.checkpoints import writer
-from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.engine import forward
+from support import killed, tiny
+from support.interrupted import Interrupted, counting, leftovers, outcome
 
 Options = dict[str, object]
 RECIPES = {
     "mixtral": "expert_drop keep=6 + expert_drop score=easy_ep budget=global ratio=0.25",
     "deepseek_v3": "expert_drop score=man keep=4",
 }
-
-
-class Interrupted(Exception):
-    """Stands for whatever stops a run in the middle."""
-
-
-def counting(monkeypatch: pytest.MonkeyPatch, place: object, name: str, stop_at: int | None = None) -> list[int]:
-    """Count the calls of a function, and stop the run at one of them."""
-    calls: list[int] = []
-    real = getattr(place, name)
-
-    def counted(*args: object, **keywords: object) -> object:
-        if len(calls) == stop_at:
-            raise Interrupted
-        calls.append(1)
-        return real(*args, **keywords)
-
-    monkeypatch.setattr(place, name, counted)
-    return calls
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """What must not depend on how often a run was stopped: all but the manifest, which has the seconds, and the card,
-    which has the folder's name.
-    """
-    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (MANIFEST, "README.md")}
-    manifest = json.loads((folder / MANIFEST).read_text())
-    files["manifest"] = json.dumps([manifest["identity"], manifest["stages"], manifest["form"]]).encode()
-    return files
-
-
-def leftovers(results: Path) -> list[str]:
-    found = [path.name for path in results.rglob("*") if path.suffix in (".tmp", ".partial")]
-    return found + [path.name for path in results.rglob("*.stage*")]
 
 
 @pytest.fixture(scope="session")
@@ -258,14 +224,14 @@ def test_kill_9(reader_folder, texts, whole, tmp_path):
     options = [run_options(model, texts, tmp_path / str(n)) for n in range(len(points))]
     jobs = [(*point, RECIPES["mixtral"], given) for point, given in zip(points, options, strict=True)]
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed.py")), json.dumps(jobs)],
+        [sys.executable, str(Path(killed.__file__)), json.dumps(jobs)],
         env={**os.environ, "PYTHONPATH": str(Path(moe_compress.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=180, check=True,
     )  # fmt: skip
     lines = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(lines) == len(jobs), done.stderr
-    for n, (point, (killed, layers)) in enumerate(zip(points, lines, strict=True)):
-        assert point[0] == "time" or killed == signal.SIGKILL, point
+    for n, (point, (ended_by, layers)) in enumerate(zip(points, lines, strict=True)):
+        assert point[0] == "time" or ended_by == signal.SIGKILL, point
         assert point[0] != "layer" or layers == 2 * tiny.LAYERS - point[1]
         assert outcome(tmp_path / str(n) / "out") == whole("mixtral"), (point, seed)
         assert leftovers(tmp_path / str(n)) == [], (point, seed)

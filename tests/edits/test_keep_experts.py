@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_compress
-import tiny
-from editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import KeepExperts, from_json, to_json
 from moe_compress.models import hf
 from moe_compress.models.moe import MoEView, moe_views
 from moe_compress.models.shape import MoEShape, moe_shapes
+from support import tiny
+from support.editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
 
 
 def uniform(source: Checkpoint) -> list[KeepExperts]:
@@ -34,9 +34,6 @@ def uneven(source: Checkpoint) -> list[KeepExperts]:
     """Four in the first MoE layer, six in the last, all others whole."""
     layers = moe_layers(source)
     return [KeepExperts(layers[0], FOUR), KeepExperts(layers[-1], SIX)]
-
-
-# --- in memory ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.EDITABLE)
@@ -89,9 +86,6 @@ def test_expert_view_is_the_expert(family):
             else:
                 expected = view.experts(x, torch.full((5, 1), index), torch.ones(5, 1))
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-# --- through a checkpoint -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.EDITABLE)
@@ -214,8 +208,6 @@ def test_edits_survive_json():
     edit = KeepExperts(3, SIX)
     assert from_json(json.loads(json.dumps(to_json(edit)))) == edit
 
-
-# --- what cannot be -------------------------------------------------------------------------------------------
 
 PLAIN = MoEShape(layer=4, num_experts=8, top_k=2)
 GROUPED = MoEShape(layer=4, num_experts=16, top_k=4, groups=4, groups_used=2, min_per_group=2)

@@ -1,30 +1,16 @@
-"""The engine is exact: fold = full forward, names and bytes written back, on every family."""
+"""The engine is exact: layer by layer is the full forward, on every family."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import tiny
-from moe_compress.checkpoints.reader import open_checkpoint
-from moe_compress.checkpoints.safetensors_file import read_regions, write_shard
-from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.surgery import rewrite
-from moe_compress.data.windows import Windows
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.models import hf
-from moe_compress.utils.hashing import tensor_bytes
-
-CPU = torch.device("cpu")
-
-
-def windows_of(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Windows:
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-    number = torch.arange(len(ids))
-    return Windows(ids, mask, number[:, None].expand_as(ids), torch.zeros_like(number), ("text",), "test", {})
+from support import tiny
+from support.tiny import CPU, windows_of
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -52,54 +38,6 @@ def test_fold_with_padding_equals_full_forward(family, family_folder, family_che
     _, hidden = forward_layers(layers, windows_of(ids, mask))
     logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
     assert torch.equal(logits[mask], expected[mask])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("family", tiny.CONFIGS)
-def test_identity_writes_the_same_names_and_bytes(family, dtype, tmp_path):
-    source = open_checkpoint(tiny.save(tiny.make(family), tmp_path / "source", dtype))
-    for through_model in (True, False):
-        out = tmp_path / f"out{through_model}"
-        writer = CheckpointWriter(out, source, "identity")
-        rewrite(source, [], writer, through_model=through_model)
-        writer.finish(source.values, {})
-        written = open_checkpoint(out)
-        assert written.tensors.keys() == source.tensors.keys()
-        with source.read(source.tensors) as before, written.read(written.tensors) as after:
-            for name in before:
-                a, b = before[name][...], after[name][...]
-                assert a.dtype == b.dtype and torch.equal(a, b), name
-        _, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-        assert not any(info.values()), info
-
-
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.arange(8.0, dtype=torch.float64)[4:5].as_strided((1,), (4,)),
-        torch.arange(6.0).view(3, 2)[1:2, 1],
-        torch.tensor(3.0),
-        torch.arange(6).view(2, 3).t(),
-        torch.empty(0, 3),
-        torch.tensor([True, False]),
-    ],
-    ids=["stride of one element", "column of one row", "scalar", "transposed", "empty", "bool"],
-)
-def test_tensors_lie_in_shards_as_they_are(tensor, tmp_path):
-    write_shard(tmp_path / "x.safetensors", {"x": tensor})
-    assert torch.equal(load_file(tmp_path / "x.safetensors")["x"], tensor)
-    assert tensor_bytes(tensor) == tensor.numpy().tobytes()
-
-
-def test_shards_are_one_layer_each(family_checkpoint, tmp_path):
-    source = family_checkpoint("mixtral")
-    writer = CheckpointWriter(tmp_path / "out", source, "identity")
-    rewrite(source, [], writer)
-    writer.finish(source.values, {})
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert len(files) == tiny.LAYERS + 1
-    for number, file in enumerate(files[1:]):
-        assert {hf.layer_of(key) for key in read_regions(file)} == {number}
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)

@@ -83,7 +83,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_before_anything_is_measured(
         "records": lambda: moe_compress.evaluate(base, **words),
         "routing": lambda: moe_compress.routing(base, **words),
         "speed": lambda: moe_compress.speed(base, results=results),
-        "plots": lambda: moe_compress.report([Path(__file__).parents[1] / "results" / "records"], results),
+        "plots": lambda: moe_compress.report([Path(__file__).parents[2] / "results" / "records"], results),
     }
     with pytest.raises(ValueError, match="nothing can be written to"):
         commands[place]()

@@ -1,4 +1,4 @@
-"""Model cards that come with checkpoints, and the commands that make tables and the page, of broken records too."""
+"""Model cards that come with checkpoints: what they say, of broken records and of the licence too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import yaml
 
 import moe_compress
 from moe_compress.cli.commands import main
+from moe_compress.hub.card import licence_of, model_card
+from moe_compress.reports.record import Metric
+from moe_compress.reports.table import SAME
+from support.records import ORIGINAL, SAME_AS
 
 
 @pytest.fixture
@@ -79,3 +83,62 @@ def test_tables_and_the_page_leave_broken_records_out_and_say_so(made, options, 
         assert code == 1 and path.name in said and "changed after it was written" in said
     code, said = run(["report", str(tmp_path / "nowhere")], monkeypatch, capsys)
     assert code == 2 and "there is no record or folder of records" in said
+
+
+MANIFEST = {
+    "identity": "1d",
+    "base": {"model": "/home/me/secret/Base-8x7B", "commit": None, "fingerprint": "f0"},
+    "form": "plain",
+    "stages": [{"method": "expert_drop", "given": {"keep": 6}, "parameters": {}}],
+    "report": [{"method": "expert_drop", "calibration": {"hash": "ca11"}}, {"method": "x", "calibration": {}}],
+}
+ON_HUB = {**MANIFEST, "base": {"model": "org/Base-8x7B", "commit": "c0", "fingerprint": "f0"}, "form": "edited"}
+QUANTIZED = {**ON_HUB, "stages": [{"method": "quantize", "given": {}, "parameters": {}}]}
+
+
+def head_of(card: str) -> dict:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_card_of_a_plain_checkpoint():
+    card = model_card(MANIFEST, SAME_AS, ORIGINAL, name="mine")
+    assert head_of(card) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "moe-compress", "expert_drop"],
+    }
+    assert "secret" not in card and "`Base-8x7B`" in card and "    expert_drop keep=6" in card
+    assert 'AutoModelForCausalLM.from_pretrained("mine")' in card.replace("'", '"') and "trust_remote_code" not in card
+    assert f"+0.0010 [-0.0090, +0.0110], {SAME}" in card and "| bytes of weights | 2,097,152 | 4,194,304 |" in card
+    for known in ("`1d`", "`f0`", "`ca11`"):
+        assert known in card
+    assert "does not say here what it is" in card
+    change = Metric(value=0.01, unit="nats/token", interval=(-0.01, 0.03))
+    several = SAME_AS.model_copy(update={"metrics": {**SAME_AS.metrics, "delta_nll_b.txt": change}})
+    card = model_card(MANIFEST, several, ORIGINAL, name="mine")
+    assert f"| delta_nll_b.txt | +0.0100 [-0.0100, +0.0300], {SAME} |" in card
+
+
+def test_a_card_of_an_edited_and_packed_one():
+    base_card = "---\nlicense: other\nlicense_name: llama\nlicense_link: LICENSE\ntags: [a]\n---\n# Base\n"
+    card = model_card(QUANTIZED, name="org/mine", packed=True, base_card=base_card)
+    head = head_of(card)
+    assert head["base_model"] == "org/Base-8x7B" and head["base_model_relation"] == "quantized"
+    assert head["license_name"] == "llama" and "custom_code" in head["tags"]
+    assert "trust_remote_code=True" in card and "moe_compress.load" in card and "packed" in card
+    assert "What it cost" not in card and "commit of the original: `c0`" in card and "`org/Base-8x7B`: llama" in card
+    assert "base_model_relation" not in head_of(model_card(ON_HUB, name="x"))
+
+
+@pytest.mark.parametrize(
+    ("card", "text", "known"),
+    [
+        ("", "", {}),
+        ("---\nlicense: mit\n---\n", "Apache License", {"license": "mit"}),
+        ("# no head\n", "\n   Apache License\n  Version 2.0", {"license": "apache-2.0"}),
+        ("---\n: [\n---\n", "something else", {"license": "other"}),
+        ("---\n- a list\n---\n", "", {}),
+    ],
+)
+def test_the_licence_is_that_of_the_base(card, text, known):
+    assert licence_of(card, text) == known

@@ -17,15 +17,15 @@ from compressed_tensors.compressors.pack_quantized import helpers
 from torch import Tensor
 
 import moe_compress
-import naive_quantization as slow
-import readers
-from editing import logits_of
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.models.modeling import packed_kernels
 from moe_compress.models.modeling.bit_packing import dequantized, pack, unpack
 from moe_compress.models.modeling.packed_kernels import KERNEL_ROWS, kernel_lacks
 from moe_compress.models.modeling.packed_linear import PackedMatrix
+from support import naive_quantization as slow
+from support import readers
+from support.editing import logits_of
 
 BITS = (2, 3, 4, 8)
 MOST = KERNEL_ROWS["cpu"]
@@ -79,9 +79,6 @@ def strict() -> Iterator[None]:
         yield
 
 
-# --- codes -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("inputs", [1, 7, 16, 24, 31, 32, 33, 40, 63, 64, 100])
 def test_codes_are_packed_as_compressed_tensors_does(bits, inputs):
@@ -110,9 +107,6 @@ def test_weights_are_codes_times_scales(dtype):
     codes, scale = codes_of(8, 6, 24), random(6, 3).to(dtype)
     found = dequantized(codes, scale)
     assert found.dtype == dtype and torch.equal(found, slow.dequantized(codes.long(), scale.double()).to(dtype))
-
-
-# --- kernels ---------------------------------------------------------------------------------------------------------
 
 
 four_bits = pytest.mark.skipif(
@@ -209,9 +203,6 @@ def test_processors_without_vector_instructions():
     words = [sys.executable, "-c", PLAIN_PROCESSOR, str(Path(packed_kernels.__file__).parent)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-
-
-# --- modules ---------------------------------------------------------------------------------------------------------
 
 
 @four_bits

@@ -12,16 +12,15 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import paper_rows
+import paper_table
 import pytest
 
 from moe_compress.reports.table import SAME
-from test_report import record
+from support.records import record
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "scripts" / "benchmark"
-sys.path.insert(0, str(FOLDER))
-import paper_rows  # noqa: E402
-import paper_table  # noqa: E402
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
 
@@ -29,9 +28,6 @@ MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b
 @functools.cache
 def mixtral_grid() -> dict:
     return paper_table.grid([MIXTRAL], {})
-
-
-# --- the grid -----------------------------------------------------------------------------------------------------
 
 
 def test_the_papers_models_lose_what_they_lost_there():
@@ -102,8 +98,6 @@ def test_the_papers_numbers_add_up():
     assert set(paper["cell"]) == {"original", *paper_table.RECIPES}
     assert {name.lower() for name in paper["model"]} == set(paper_table.PAPER)
 
-
-# --- rows ---------------------------------------------------------------------------------------------------------
 
 MODEL = "Mixtral-8x7B-v0.1"
 TIMES = {"speedup": 1.25, "speedup_interval": [1.2, 1.3]}
@@ -212,8 +206,6 @@ def test_another_protocol_is_no_row(results):
     row = rows_of(results)[12]
     assert row["did not finish"] and row["perplexity"] == ""
 
-
-# --- snakemake ----------------------------------------------------------------------------------------------------
 
 FAKE = """
 import json, shutil, sys

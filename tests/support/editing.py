@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import tiny
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.surgery import rewrite
@@ -24,6 +23,7 @@ from moe_compress.edits.resulting_config import kept_layers, layer_lists, result
 from moe_compress.models import hf
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import moe_shapes
+from support import tiny
 
 # Both keep equally many experts in each half, as DeepSeek-V3's two groups need.
 SIX, FOUR = (0, 2, 3, 5, 6, 7), (1, 2, 4, 7)

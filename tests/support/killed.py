@@ -1,4 +1,4 @@
-"""A program for test_resume.py: runs a recipe in children that are killed, and then once more to the end.
+"""A program for compression/test_resume.py: runs a recipe in children that are killed, and then once more to the end.
 
 argv: a JSON list of [point, number, sentence, options]. Point `layer` kills after that many calls of a layer, `write`
 in the middle of a tensor after that many, `time` after that many milliseconds. For each, a line goes to standard

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import naive
+from support import naive
 
 Share = float | tuple[int, int]
 BLOCK = 128

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moe_compress.data.windows import Windows
+
+CPU = torch.device("cpu")
 VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 96, 32, 24, 8, 2, 3
 
 _BASE: dict[str, Any] = {
@@ -114,3 +117,10 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float3
 def token_ids(rows: int = 3, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random token ids without special tokens."""
     return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def windows_of(ids: torch.Tensor, mask: torch.Tensor | None = None) -> Windows:
+    """Token windows of one text, a document each."""
+    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    number = torch.arange(len(ids))
+    return Windows(ids, mask, number[:, None].expand_as(ids), torch.zeros_like(number), ("text",), "test", {})

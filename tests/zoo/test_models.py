@@ -1,7 +1,4 @@
-"""The shipped models: they load anywhere, know their text, and rank methods as they should on both training seeds.
-
-Only orderings that hold with a wide margin are asserted; results/ has the rest.
-"""
+"""The shipped models: they load anywhere, know their text, and rank methods as they should on both training seeds."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """The default text and the shipped models: the same for everybody, and held out is held out."""
 
+from __future__ import annotations
+
 import hashlib
 import importlib.metadata
 

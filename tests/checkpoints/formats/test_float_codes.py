@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe_compress
-import readers
-from editing import logits_of
 from moe_compress.checkpoints.formats.fp8 import Fp8Weight
 from moe_compress.checkpoints.formats.mxfp4 import Mxfp4Weight
 from moe_compress.checkpoints.load import load_model
@@ -24,7 +22,9 @@ from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.plan_file import PLAN, read_plan
 from moe_compress.models import hf
-from test_pruning import stored
+from support import readers
+from support.editing import logits_of
+from support.pruned import stored
 
 BLOCK = (8, 8)
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}

@@ -10,7 +10,6 @@ import torch
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-import tiny
 from moe_compress import zoo
 from moe_compress.checkpoints.reader import architecture_values
 from moe_compress.checkpoints.resolve import config_folder
@@ -42,6 +41,7 @@ from moe_compress.models.component_map import (
 )
 from moe_compress.models.components import components
 from moe_compress.models.sizes import sizes
+from support import tiny
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
 LENGTH = 24
@@ -64,9 +64,6 @@ def make(family, **overrides):
 
 def by_name(model, tokens=LENGTH, context=LENGTH, batch=1, **keywords):
     return {each.name: each for each in components(model, tokens, context, batch, torch.float32, **keywords)}
-
-
-# --- the published numbers ----------------------------------------------------------------------------------
 
 
 PAPER = [
@@ -97,9 +94,6 @@ def test_torch_agrees_on_a_model_of_full_size():
     assert {each.phase for each in found} == {"prefill", "decode"}
     assert all(each.agrees and each.compared for each in found if each.component != NORMS)
     assert next(model.parameters()).is_meta and not any(buffer.is_meta for buffer in model.buffers())
-
-
-# --- beside counters ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -160,9 +154,6 @@ def test_fvcore_agrees(family):
     assert 2 * multiply_adds == pytest.approx(sum(each.prefill for each in by_name(model).values()), rel=1e-3)
 
 
-# --- what is counted ----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_components_add_up_to_the_sizes(family):
     model = make(family)
@@ -206,9 +197,6 @@ def test_scans_are_flagged_as_estimates():
     convolution, state = 2 * 64 * 4, 7 * 4 * 8 * 8
     assert found[SCANS].decode == 2 * (convolution + state)
     assert by_name(make("mixtral"))[SCANS].prefill == 0
-
-
-# --- edits --------------------------------------------------------------------------------------------------
 
 
 def changed(family, *edits):
@@ -263,9 +251,6 @@ def test_packed_experts_weigh_their_bits_and_compute_the_same():
     assert after[EXPERTS].bytes * 4 == before[EXPERTS].bytes
     with pytest.raises(ValueError, match="without weights"):
         check(model.to("meta"), LENGTH)
-
-
-# --- the report ---------------------------------------------------------------------------------------------
 
 
 def test_report_of_a_known_hub_id(tmp_path):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import moe_compress
-import readers
 from moe_compress.edits.ancestry import Ancestry
 from moe_compress.edits.edits import DropLayer, KeepExperts, MergeExperts
 from moe_compress.evaluation.routing.fidelity import _layer as routing_layer
 from moe_compress.evaluation.routing.fidelity import token_values, utilisation
+from support import readers
 
 
 def sample(sets: list[set[int]], experts: int, seed: int = 0) -> dict[str, Tensor]:
@@ -75,9 +75,6 @@ def test_ancestors_follow_the_edits():
     found = Ancestry.of(edits, 4, {0: 4, 1: 6, 2: 6})
     assert found.source == [0, 2, 3]
     assert found.place == {0: [0, 1, 2, 3], 1: [1, -1, 0, 2, -1, 1]}
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def report(sentence: str, folder: str, options: dict[str, object]) -> dict[str, object]:

@@ -15,8 +15,6 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-pytest.importorskip("lm_eval")
-
 import moe_compress
 from moe_compress import zoo
 from moe_compress.checkpoints.load import load_tokenizer
@@ -29,6 +27,8 @@ from moe_compress.run.context import Run
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
 from moe_compress.zoo import questions
+
+pytest.importorskip("lm_eval")
 
 LIMIT = 60
 
@@ -44,40 +44,6 @@ def _text_is_read_once():
 def scores(correct: list[int], width: int = 4) -> TaskAnswers:
     right = torch.tensor(correct, dtype=torch.bool)
     return TaskAnswers(right, torch.arange(len(right)), torch.zeros(len(right), width, dtype=torch.float64))
-
-
-# --- questions ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", questions.MAKERS)
-def test_questions_are_the_same_every_time_and_fair(name):
-    found = questions.MAKERS[name]("heldout", 60)
-    assert found == questions.MAKERS[name]("heldout", selection.QUESTIONS)[:60]
-    for question in found:
-        assert len(set(question.choices)) == questions.CHOICES and 0 <= question.answer < questions.CHOICES
-        assert question.prompt == question.prompt.rstrip()
-        assert all(choice[0] == " " and choice[-1] != " " for choice in question.choices)
-    even = [len(set(map(len, question.choices))) == 1 for question in found]
-    assert np.mean(even) > 0.8 and len({question.answer for question in found}) == questions.CHOICES
-    assert not {q.prompt for q in found} & {q.prompt for q in questions.MAKERS[name]("calibration", selection.SHOTS)}
-
-
-def test_right_choices_stand_in_their_documents_and_wrong_ones_do_not():
-    texts = {(d.source, d.domain): d.text for d in zoo_documents()}
-    for question in questions.MAKERS["local_cloze"]("heldout", 60):
-        own = [text for (source, _), text in texts.items() if source == question.source]
-        right = question.choices[question.answer]
-        assert any(question.prompt + right in text for text in own)
-        assert not any(question.prompt + wrong in text for text in own for wrong in set(question.choices) - {right})
-
-
-def zoo_documents():
-    from moe_compress.zoo import text
-
-    return [document for document in text.documents("heldout") if document.domain in questions.DOMAINS]
-
-
-# --- scores -------------------------------------------------------------------------------------------------------
 
 
 def plain_likelihoods(model, tokenizer, question: questions.Question) -> list[float]:
@@ -153,9 +119,6 @@ def test_examples_come_before_the_question():
     assert sum(each.prompt + each.choices[each.answer] in prompt for each in shown) == 2
 
 
-# --- pairs --------------------------------------------------------------------------------------------------------
-
-
 def test_pairs_of_answers():
     before, after = scores([1] * 60 + [0] * 40), scores([1] * 50 + [0] * 10 + [1] * 2 + [0] * 38)
     found = lm_eval_runner.paired(before, after)
@@ -186,9 +149,6 @@ def test_chance_counts_the_choices():
     likelihood[1, 2:] = torch.nan
     assert TaskAnswers(torch.zeros(2, dtype=torch.bool), torch.arange(2), likelihood).chance == (1 / 4 + 1 / 2) / 2
     assert scores([1, 0], width=0).chance is None
-
-
-# --- checkpoints --------------------------------------------------------------------------------------------------
 
 
 def report(
@@ -251,8 +211,6 @@ def test_nobody_is_asked_twice(reader_folder, options, monkeypatch, tmp_path):
         report(base, base, options)
 
 
-# --- files of tasks -----------------------------------------------------------------------------------------------
-
 ROWS = [{"q": f"two and {word}", "ends": [" two", " four", " six"], "right": 1} for word in ("one", "two", "three")]
 
 
@@ -303,9 +261,6 @@ def test_a_group_is_one_row(tmp_path):
     (tmp_path / "both.yaml").write_text(yaml.safe_dump(group), encoding="utf-8")
     [chosen] = selection._named(selection._manager([tmp_path]), "both")
     assert (chosen.name, chosen.metric, len(chosen.parts)) == ("both", "acc", 2)
-
-
-# --- bad input ----------------------------------------------------------------------------------------------------
 
 
 def test_the_paper_s_tasks_need_the_hub():

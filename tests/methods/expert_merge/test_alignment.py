@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu, silu
 
-import tiny
 from moe_compress.methods.expert_merge import alignment
 from moe_compress.methods.expert_merge.alignment import Neurons, align_groups, order, permuted
 from moe_compress.models.moe import Expert, moe_views
+from support import tiny
 
 # Gated; gated with biases, interleaved and transposed; without a gate.
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h")
@@ -76,9 +76,6 @@ def total(reference: Neurons, other: Neurons, found_F: Tensor, by: str) -> float
     return float(
         sum((a * b[found_F]).sum() for a, b in zip(reference.parts(by), other.parts(by), strict=True))  # type: ignore
     )
-
-
-# --- one pair -------------------------------------------------------------------------------------------------
 
 
 def test_another_order_of_neurons_is_the_same_function(experts):
@@ -202,9 +199,6 @@ def test_half_precision_weights_are_matched_too():
         assert torch.equal(order(Neurons.of(expert), Neurons.of(other), by="weights"), moved_F.argsort())
 
 
-# --- wide experts ---------------------------------------------------------------------------------------------
-
-
 def test_copies_wider_than_the_exact_limit_are_exact():
     expert = wide(alignment.EXACT + 4)
     moved_F = shuffle(alignment.EXACT + 4)
@@ -250,9 +244,6 @@ def test_wide_experts_of_one_likeness_still_get_an_order(rounds, monkeypatch):
         assert sorted(found_F.tolist()) == list(range(130))
 
 
-# --- what cannot be matched -----------------------------------------------------------------------------------
-
-
 def test_other_widths_are_refused():
     with pytest.raises(ValueError, match="experts of 24 and 20 neurons have no common order"):
         order(Neurons.of(wide(24)), Neurons.of(wide(20)), by="weights")
@@ -280,8 +271,6 @@ def test_weights_that_are_no_numbers_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         order(Neurons.of(wide(24)), Neurons.of(broken), by="weights")
 
-
-# --- all groups of a layer ------------------------------------------------------------------------------------
 
 GROUPS = ((1, 0, 5), (2,), (3, 4), (6,), (7,))
 

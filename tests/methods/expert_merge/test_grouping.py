@@ -14,7 +14,6 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-import tiny
 from moe_compress.methods.expert_drop import scores
 from moe_compress.methods.expert_merge.grouping import (
     Groups,
@@ -33,6 +32,7 @@ from moe_compress.methods.expert_merge.similarity import (
 )
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import MoEShape
+from support import tiny
 
 LINKAGES = ("average", "complete", "single")
 LINKED = {"average": statistics.fmean, "complete": max, "single": min}
@@ -78,9 +78,6 @@ def naive_clusters(distance_EE: Tensor, count: int, linkage: str, cap: int) -> s
             break
         clusters = [c for c in clusters if c not in best[1:]] + [best[1] + best[2]]
     return set(map(frozenset, clusters))
-
-
-# --- hierarchical ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("linkage", LINKAGES)
@@ -217,9 +214,6 @@ def test_groups_do_not_depend_on_how_experts_are_numbered(seed):
         assert tuple(back) == grouping(distance_EE, weight_E)
 
 
-# --- m_smoe and ream ------------------------------------------------------------------------------------------
-
-
 def naive_m_smoe(similarity_EE: Tensor, usage_E: Tensor, count: int) -> set[frozenset[int]]:
     ranked = sorted(range(len(usage_E)), key=lambda e: (-float(usage_E[e]), e))
     groups = {dominant: {dominant} for dominant in ranked[:count]}
@@ -347,9 +341,6 @@ def test_planted_clusters_are_found_by_every_grouping():
     assert ream(output_cosine(mean_ED), usage_E, 4, cap=4) == expected
 
 
-# --- limits ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("grouping", [m_smoe, ream, lambda d, w, n, cap: hierarchical(d, n, cap=cap, weight_E=w)])
 def test_impossible_counts_and_caps_are_refused(grouping):
     with pytest.raises(ValueError, match="10 experts do not fit into 3 groups of at most 3: allow larger groups"):
@@ -382,9 +373,6 @@ def test_groups_stay_inside_router_groups():
         with pytest.raises(ValueError, match="every router group needs equally many"):
             within_router_groups(ream, distance_EE, weight_E, count, router_groups)
     assert within_router_groups(ream, distance_EE, weight_E, 8, 1) == ream(distance_EE, weight_E, 8)
-
-
-# --- distances and similarities -------------------------------------------------------------------------------
 
 
 def gram(seed: int, experts: int = 16) -> Tensor:

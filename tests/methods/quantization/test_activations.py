@@ -13,16 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import editing
 import moe_compress
-import tiny
-from editing import logits_of, moe_layers
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.load import load_model
 from moe_compress.edits.edits import DropLayer, KeepExperts, RoundActivations
 from moe_compress.models.modeling.activation_rounding import integer_product, rounded, row_codes
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import moe_views
+from support import editing, tiny
+from support.editing import logits_of, moe_layers
 
 W8 = "quantize method=rtn bits=8 group_size=0 format=packed"
 
@@ -38,9 +37,6 @@ def naive(x: Tensor) -> Tensor:
         step = max(map(abs, row)) / 127
         out.append([round(value / step) * step if step else 0.0 for value in row])
     return torch.tensor(out, dtype=x.dtype).view(x.shape)
-
-
-# --- rounding --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,9 +58,6 @@ def test_whole_numbers_give_the_product_of_rounded_rows(rows):
     x, scale = random(rows, 40), random(16, seed=2).abs()
     expected = naive(x).double() @ (codes.double() * scale.double()[:, None]).T
     torch.testing.assert_close(integer_product(x, codes, scale).double(), expected, rtol=1e-5, atol=1e-4)
-
-
-# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def _round_first(_module: nn.Module, args: Any) -> Any:
@@ -146,8 +139,6 @@ def test_all_linear_maps_packed_and_rounded(reader_folder, options):
         logits_of(one), logits_of(other), rtol=0, atol=0.02 * float(logits_of(other).abs().max())
     )
 
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
 
 ALONE = """
 import importlib.util, sys, torch

@@ -1,0 +1,83 @@
+"""The command line's answers to mistakes: one sentence, its own exit code, no traceback but of our own mistakes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+import moe_compress
+from moe_compress.cli.commands import main
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compress", "exper_drop", "model=tiny-mixtral"], "unknown method 'exper_drop': did you mean 'expert_drop'?"),
+        (["compress", "expert_drop", "keep=1", "model=MODEL"], "keep=1 is fewer than the 2 experts"),
+        (["compress", "recipe.yaml"], "there is no recipe file recipe.yaml."),
+        (["plan", "expert_drop", "model=nowhere"], "there is no model 'nowhere'."),
+        (["apply", "plan.json"], "there is no file plan.json."),
+        (["apply", "plan.json", "colour=red"], "unknown key 'colour'"),
+        (["evaluate", "MODEL", "eval_data=nope.txt"], "there is no file nope.txt."),
+        (["evaluate", "MODEL", "eval_sample=3"], "unknown key 'eval_sample': did you mean 'eval_samples'?"),
+        (["evaluate", "MODEL", "resident"], "'resident' is not key=value"),
+        (["analyze", "MODEL", "threshold=nan"], "threshold=nan: a cosine from -1 to 1 is needed"),
+        (["analyze", "MODEL", "threshold=-2"], "threshold=-2.0: a cosine from -1 to 1 is needed"),
+        (["analyze", "MODEL", "threshold=5"], "threshold=5.0: a cosine from -1 to 1 is needed"),
+        (["table", "none.json"], "there is no record or folder of records none.json"),
+    ],
+)
+def test_the_command_line_says_one_sentence(words, said, reader_folder, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    words = [word.replace("MODEL", str(reader_folder("mixtral"))) for word in words]
+    monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ") and said in shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["compres"], "No such command 'compres'. Did you mean 'compress'"), (["compress"], "Missing argument 'WORDS'")],
+)
+def test_the_command_line_s_own_mistakes(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from whatever was kept."),
+        (PermissionError(13, "Permission denied", "results"), 2, "error: [Errno 13] Permission denied: 'results'"),
+        (MemoryError("too much"), 2, "error: too much Use fewer or shorter windows, or device=cpu."),
+        (torch.OutOfMemoryError("CUDA out of memory."), 2, "error: CUDA out of memory. Use fewer or shorter windows"),
+    ],
+)
+def test_what_happens_to_the_command_line(error, code, said, monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(moe_compress.api, "compress", fail)
+    monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == code and said in capsys.readouterr().err
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(moe_compress.api, "compress", fail)
+    monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()

@@ -1,0 +1,74 @@
+"""Scripts run from anywhere, and a user's runs stay apart from the shipped ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moe_compress import api
+from moe_compress.run.options import Options
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The scripts in a repository whose Python only says where it is and what it was given."""
+    place = tmp_path / "a clone"
+    shutil.copytree(ROOT / "scripts", place / "scripts")
+    shutil.copy(ROOT / "requirements.txt", place)
+    (place / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(ROOT / "requirements.txt", place / ".venv" / "requirements.installed")
+    python = place / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$PWD|$PYTHONPATH|$*"\n')
+    python.chmod(0o755)
+    return place
+
+
+@pytest.mark.parametrize("script", [str(path.relative_to(ROOT)) for path in SCRIPTS if "environment" not in path.name])
+def test_scripts_run_from_anywhere_in_the_callers_folder(script, clone, tmp_path):
+    elsewhere = tmp_path / "else where"
+    elsewhere.mkdir()
+    for folder, name in ((elsewhere, str(clone / script)), (clone, script)):
+        done = subprocess.run(
+            ["bash", name, "data=mine.txt"],
+            cwd=folder, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        where, sources, given = done.stdout.splitlines()[0].split("|")
+        assert sources == str(clone / "src")
+        assert Path(where) == (clone if script == "scripts/test.sh" else folder)
+        text = (ROOT / script).read_text(encoding="utf-8")
+        if "benchmark" in script and ("run.sh" in text or "-m moe_compress" in text):
+            assert given.startswith("-P -m moe_compress ")
+        elif "benchmark" in script:
+            assert Path(given.removesuffix(" data=mine.txt")).is_file()
+        elif "compress" in script or "evaluate" in script or "run.sh" in script:
+            assert given.startswith("-P -m moe_compress ") and given.endswith("data=mine.txt")
+
+
+def test_a_users_runs_are_apart_from_the_shipped_grid(monkeypatch):
+    assert Options().results == "runs"
+    assert "runs/" in (ROOT / ".gitignore").read_text().splitlines()
+    with pytest.raises(ValueError, match=r"no record or folder of records runs/records"):
+        api.table()
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmark"))
+    import zoo_grid as tables
+
+    assert tables.RESULTS == ROOT / "results"
+    for name, script in (("engine", "engine_speed"), ("gpu", "gpu_checks"), ("trimming", "trimming_speed")):
+        assert f'default=RESULTS / "{name}.json"' in (ROOT / "scripts" / "benchmark" / f"{script}.py").read_text()
+
+
+def test_only_the_shipped_grid_goes_into_the_readme(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmark"))
+    import readme_tables as summary
+
+    shutil.copytree(ROOT / "results" / "records", tmp_path / "records")
+    before = (ROOT / "README.md").read_bytes()
+    summary.write_summary(tmp_path, None)
+    assert (tmp_path / "summary.md").is_file() and (ROOT / "README.md").read_bytes() == before
