@@ -11,6 +11,8 @@ import pytest
 PACKAGE = "moe_compress"
 ROOT = Path(__file__).parents[1] / "src" / PACKAGE
 FILES = sorted(ROOT.rglob("*.py"))
+TESTS, SCRIPTS = Path(__file__).parent, ROOT.parents[1] / "scripts"
+TEST_FILES = {path.stem for path in TESTS.rglob("*.py") if path.name.startswith("test_")} | {"conftest"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
 
 # Package -> all that it may import of ours besides itself; the longest matching entry counts. `api` and `cli` are on
@@ -196,3 +198,27 @@ def test_files_and_functions_stay_small(name):
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+
+
+def targets_of(file: Path) -> set[str]:
+    """Dotted names that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.update({str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def test_no_test_file_imports_another():
+    for file in TESTS.rglob("*.py"):
+        assert not [target for target in targets_of(file) if TEST_FILES & {*target.split(".")}], file
+
+
+def test_no_script_imports_from_the_tests():
+    helpers = {"tests", "support", *TEST_FILES, *(path.stem for path in (TESTS / "support").glob("*.py"))}
+    for file in SCRIPTS.rglob("*.py"):
+        text = file.read_text(encoding="utf-8")
+        assert not [target for target in targets_of(file) if target.split(".")[0] in helpers], file
+        assert not ("sys.path" in text and '"tests"' in text), file

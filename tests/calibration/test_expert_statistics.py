@@ -21,7 +21,7 @@ from moe_compress.models import hf
 from moe_compress.models.families import FAMILIES
 from moe_compress.models.moe import MoEView
 from support import naive, tiny
-from support.statistics import CPU, IDS, PADDED, Sums, measured
+from support.expert_sums import CPU, IDS, PADDED, Sums, measured
 from support.tiny import windows_of
 
 # A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.

@@ -15,7 +15,7 @@ from moe_compress.methods.expert_drop import scores
 from moe_compress.methods.expert_drop.expert_drop import expert_drop
 from moe_compress.models.shape import model_shape
 from support import naive, tiny
-from support.statistics import CPU, IDS, Sums, measured
+from support.expert_sums import CPU, IDS, Sums, measured
 from support.tiny import windows_of
 
 TEXT_SCORES = sorted(set(scores.FUNCTIONS) - set(scores.WEIGHT_SCORES) - {"gate_mass_full"})
