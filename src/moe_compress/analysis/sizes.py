@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from moe_compress.analysis.layer_info import get_moe_layer_info
 from moe_compress.analysis.layer_plan import CompressionPlan
-from moe_compress.models.component_map import ATTENTION_CHILDREN
+from moe_compress.models.families import ATTENTION as MIXERS
 
 PACKED = ("_blocks", "qweight", "weight_packed")
 # What lies beside codes and is no parameter: scales, zero points, orders, shapes.
 BESIDE = ("_scales", "scales", "qzeros", "g_idx", "_scale", "_scale_inv", "_zero_point", "weight_shape")
 CODE_BITS = 4
-ATTENTION = (*ATTENTION_CHILDREN, "linear_attn")
+ATTENTION = (*MIXERS, "linear_attn")
 PARTS = ("total", "expert", "attention", "embeddings", "other")
 
 

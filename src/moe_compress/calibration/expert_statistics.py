@@ -20,8 +20,6 @@ from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, by_expert, moe_view, router_logits
 
-# Config keys of a factor on what the MoE block adds to the stream (Granite, MiniMax).
-RESIDUAL_SCALES = ("residual_multiplier", "mlp_beta_factor")
 ROW_SUMS = ("count", "gate", "norm", "norm_square", "gated_norm")
 RATIO_BINS = 256
 
@@ -40,7 +38,7 @@ class ExpertStatistics:
     def __init__(self, family: Family, config: Any, components: int) -> None:
         self.family = family
         self.components = components
-        self.residual_scale = math.prod(float(getattr(config, key, 1.0)) for key in RESIDUAL_SCALES)
+        self.residual_scale = math.prod(float(getattr(config, key, 1.0)) for key in family.residual_keys)
         self.view: MoEView | None = None
 
     def enter(self, index: int, layer: nn.Module) -> None:

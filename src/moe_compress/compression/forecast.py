@@ -16,7 +16,7 @@ from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
 from moe_compress.models.sizes import Sizes, sizes
 from moe_compress.recipes.recipe import Recipe
-from moe_compress.utils.devices import DTYPES, resolve_device, resolve_dtype
+from moe_compress.utils.devices import resolve_device, resolve_dtype
 from moe_compress.utils.files import gigabytes
 
 LAYERS_AT_PEAK = 2.5
@@ -49,7 +49,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     options = recipe.options
     values = architecture_values(folder)
     config = hf.config_from(values)
-    stored = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    stored = hf.stored_dtype(values)
     model = hf.skeleton(config, stored, options.attn)
     compute = resolve_dtype(options.dtype, resolve_device(options.device))
     itemsize = torch.finfo(compute).bits // 8

@@ -26,6 +26,7 @@ from moe_compress.edits.checks import (
     shape_of,
 )
 from moe_compress.models import hf
+from moe_compress.models.families import family_of
 from moe_compress.models.moe import inner_width, moe_views
 from moe_compress.models.sublayers import attention_layers, block_names, is_whole_layer, require_other_attention
 
@@ -143,7 +144,7 @@ class SkipSublayer(_OnLayer):
             shape_of(model, self.layer)
             require_other_part(model, self.layer)
             require_other_moe(model, self.layer)
-            if is_whole_layer(hf.decoder_layers(model)[self.layer], block_names(model)):
+            if is_whole_layer(hf.decoder_layers(model)[self.layer], family_of(model.config), block_names(model)):
                 raise ValueError(f"layer {self.layer} is nothing but its MoE block: drop the layer (block_drop).")
             return
         with_attention = attention_layers(model)

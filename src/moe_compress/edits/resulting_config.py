@@ -17,22 +17,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
-from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, family_of
+from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_named, family_of
 from moe_compress.models.modeling import edited_model
 from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.moe import inner_width, moe_views
 from moe_compress.models.sublayers import block_names
 
-# Config keys that number layers: one entry a layer; indices of layers without experts, or with them; how many
-# layers come before the first with experts; the first and the last with experts.
-WITHOUT_EXPERTS, WITH_EXPERTS = "mlp_only_layers", "moe_layers"
-LEADING = ("first_k_dense_replace", "num_dense_layers")
-FIRST, LAST = "moe_layer_start_index", "moe_layer_end_index"
-DENSE_WIDTHS = {WITHOUT_EXPERTS: "intermediate_size", WITH_EXPERTS: "intermediate_size_mlp"}
-# The width of an expert, and how many routed experts' widths a shared one has.
-WIDTH_KEYS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
-SHARED_KEYS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
 # The narrowest dense MLP that stands in, all zeros, for a MoE block that is gone: 16-byte rows, TP of 8 in bf16.
 STAND_IN_WIDTH = 64
 
@@ -52,9 +43,10 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
         return ResultingConfig(base, True, {})
-    if base.get("num_nextn_predict_layers"):
+    predicting = family_named(base["model_type"]).prediction_layers_key
+    if base.get(predicting):
         # Their experts are not cut, and engines read one expert count for all layers: they are left out.
-        base["num_nextn_predict_layers"] = 0
+        base[predicting] = 0
     config = hf.config_from(base)
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
@@ -98,13 +90,14 @@ def layer_lists(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]
     count = hf.num_layers(config)
     if len(kept) == count:
         return {}
-    names = {*config.to_dict(), *edited_model.LISTS} - {WITH_EXPERTS, WITHOUT_EXPERTS}
+    family = entry_of(config)
+    names = {*config.to_dict(), *edited_model.LISTS} - {family.moe_list_key, family.dense_list_key}
     found: dict[str, Any] = {}
     for name in sorted(name for name in names if "layer" in name and not name.startswith("mtp")):
         value = getattr(config, name, None)
         if isinstance(value, list | tuple) and len(value) == count:
             found[name] = [value[i] for i in kept]
-    return {**found, "num_hidden_layers": len(kept)}
+    return {**found, family.layers_key: len(kept)}
 
 
 def _settable(config: PreTrainedConfig, key: str) -> bool:
@@ -128,23 +121,23 @@ def plain_form(
     values |= _renamed(base, config, family.count_key, COUNT_KEYS, counts.pop())
     values |= _renamed(base, config, family.top_k_key, TOP_K_KEYS, active.pop())
     if lists or _skipped(model):
-        values |= _which_layers(config, model)
-    narrower = _narrower(config, model)
+        values |= _which_layers(config, family, model)
+    narrower = _narrower(config, family, model)
     return next((form for more in narrower if (form := _if_equal({**values, **more}, model)) is not None), None)
 
 
-def _narrower(config: PreTrainedConfig, model: PreTrainedModel) -> list[dict[str, int]]:
+def _narrower(config: PreTrainedConfig, family: Family, model: PreTrainedModel) -> list[dict[str, int]]:
     """What the config may have to say of the experts' width, likeliest first; nothing if they kept it.
 
     Where shared experts are as wide as a number of routed ones, that number grows as these shrink.
     """
     widths = {inner_width(view) for view in moe_views(model).values()}
     stored = config.to_dict()
-    if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in WIDTH_KEYS):
+    if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in family.width_keys):
         return [{}]
     width, found = widths.pop(), []
-    for key in [key for key in WIDTH_KEYS if isinstance(stored.get(key), int)]:
-        shared = [(name, stored[key] * (stored.get(name) or 0)) for name in SHARED_KEYS]
+    for key in [key for key in family.width_keys if isinstance(stored.get(key), int)]:
+        shared = [(name, stored[key] * (stored.get(name) or 0)) for name in family.shared_count_keys]
         found.append({key: width, **{name: total // width for name, total in shared if total and total % width == 0}})
     return found or [{}]
 
@@ -177,27 +170,27 @@ def _renamed(
     before = getattr(config, key)
     if value is None or value == before:
         return {}
-    return dict.fromkeys([name for name in keys if base.get(name) == before] or [key], value)
+    return dict.fromkeys([name for name in (key, *keys) if base.get(name) == before] or [key], value)
 
 
-def _which_layers(config: PreTrainedConfig, model: PreTrainedModel) -> dict[str, Any]:
+def _which_layers(config: PreTrainedConfig, family: Family, model: PreTrainedModel) -> dict[str, Any]:
     """What the family's own keys say of the layers with experts; dense stand-ins as narrow as they may be."""
     stored, count = config.to_dict(), len(hf.decoder_layers(model))
     with_experts = list(moe_views(model))
     without = [index for index in range(count) if index not in with_experts]
     found: dict[str, Any] = {}
-    if stored.get(WITHOUT_EXPERTS) is not None:
-        found |= {WITHOUT_EXPERTS: without, "decoder_sparse_step": 1}
-    if stored.get(WITH_EXPERTS) is not None:
-        found[WITH_EXPERTS] = with_experts
-    leading = with_experts[0]
-    found |= {key: leading for key in LEADING if stored.get(key) is not None}
-    if stored.get(FIRST) is not None and stored.get(LAST) is not None:
-        found |= {FIRST: leading, LAST: with_experts[-1]}
+    if stored.get(family.dense_list_key) is not None:
+        found |= {family.dense_list_key: without, family.dense_period_key: 1}
+    if stored.get(family.moe_list_key) is not None:
+        found[family.moe_list_key] = with_experts
+    listed = bool(found)
+    leading, ends = with_experts[0], (with_experts[0], with_experts[-1])
+    found |= {key: leading for key in family.leading_dense_keys if stored.get(key) is not None}
+    if all(stored.get(key) is not None for key in family.moe_range_keys):
+        found |= dict(zip(family.moe_range_keys, ends, strict=False))
     skipped = {index for index, _ in _skipped(model)}
-    for key, width in DENSE_WIDTHS.items():
-        if key in found and skipped and set(without) == skipped:
-            found[width] = STAND_IN_WIDTH
+    if listed and skipped and set(without) == skipped:
+        found[family.dense_width_key] = STAND_IN_WIDTH
     return found
 
 

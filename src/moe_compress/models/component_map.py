@@ -11,25 +11,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
-from moe_compress.models.families import family_of
-from moe_compress.models.matrices import DENSE
+from moe_compress.models.families import Family, family_of
 from moe_compress.models.moe import ROUTER_WORDS, MoEView, moe_view
-from moe_compress.models.sublayers import BESIDE, KINDS, LINEAR_MIXERS
+from moe_compress.models.sublayers import KINDS, says_kind, within
 
 EMBEDDING, HEAD, NORMS = "embedding", "head", "norms and other"
 PROJECTIONS, SCORES = "attention projections", "attention scores and values"
 RECURRENT, SCANS = "recurrent projections", "recurrent scans and convolutions"
 ROUTERS, EXPERTS, SHARED, MLPS = "routers", "routed experts", "shared experts", "dense MLPs"
 COMPONENTS = (EMBEDDING, PROJECTIONS, SCORES, RECURRENT, SCANS, ROUTERS, EXPERTS, SHARED, MLPS, NORMS, HEAD)
-ATTENTION_CHILDREN = ("self_attn", "self_attention", "attention", "attn")
-# What a recurrent mixer calls the sides of its state, and what a step costs for each of its elements: it decays (1), is
-# added to (2) and read (2); the delta rule reads it twice, and Mamba's first version makes a decay for each (2 more).
-STATES = (
-    (("num_v_heads", "head_k_dim", "head_v_dim"), 7),
-    (("num_heads", "head_dim", "ssm_state_size"), 5),
-    (("intermediate_size", "ssm_state_size"), 7),
-    (("num_attention_heads", "head_dim", "head_dim"), 5),
-)
 # Linear maps that run inside the scan, and the one by which latent attention expands what it has cached.
 STEP_SIZE, EXPANDING = "dt_proj", "kv_b_proj"
 
@@ -53,41 +43,38 @@ def component_of_modules(model: PreTrainedModel) -> dict[str, str]:
     family, prefix = family_of(model.config), hf.layers_prefix(model)
     for index, layer in enumerate(hf.decoder_layers(model)):
         view = moe_view(layer, family)
-        recurrent = [path for path, mixer in _mixers(layer) if _is_recurrent(layer, mixer)]
-        for name, module in layer.named_modules():
+        recurrent = [path for path, mixer in _mixers(layer, family) if _is_recurrent(layer, family, mixer)]
+        for name, _ in layer.named_modules():
             if name:
-                found[f"{prefix}{index}.{name}"] = _place(layer, view, recurrent, name, module)
+                found[f"{prefix}{index}.{name}"] = _place(layer, family, view, recurrent, name)
     return found
 
 
-def _place(layer: nn.Module, view: MoEView | None, recurrent: list[str], name: str, module: nn.Module) -> str:
+def _place(layer: nn.Module, family: Family, view: MoEView | None, recurrent: list[str], name: str) -> str:
+    module = layer.get_submodule(name)
     if "Norm" in type(module).__name__:
         return NORMS
-    if view is not None and _within(name, view.names["block"]):
+    if view is not None and within(name, view.names["block"]):
         return _place_in_block(view, name, module)
     steps = [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)]
     if any(type(layer.get_submodule(step)).__name__.endswith(ROUTER_WORDS) for step in steps):
         return ROUTERS
     first = name.partition(".")[0]
-    if first in BESIDE:
+    if first in family.beside:
         return SHARED
-    if first in DENSE or "MLP" in type(layer.get_submodule(first)).__name__:
+    if first in family.dense or "MLP" in type(layer.get_submodule(first)).__name__:
         return EXPERTS if _is_stack(module) else MLPS
-    if any(_within(name, path) for path in recurrent):
+    if any(within(name, path) for path in recurrent):
         return RECURRENT if hasattr(module, "in_features") and not name.endswith(STEP_SIZE) else SCANS
     return PROJECTIONS
 
 
 def _place_in_block(view: MoEView, name: str, module: nn.Module) -> str:
     """A map with one output is a gate (Qwen's shared experts)."""
-    if _within(name, view.names["experts"]):
+    if within(name, view.names["experts"]):
         return EXPERTS
     gate = name == view.names["block"] or getattr(module, "out_features", 0) == 1
-    return ROUTERS if gate or _within(name, view.names["router"]) else SHARED
-
-
-def _within(name: str, place: str) -> bool:
-    return name == place or name.startswith(f"{place}.")
+    return ROUTERS if gate or within(name, view.names["router"]) else SHARED
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -95,32 +82,35 @@ def _is_stack(module: nn.Module) -> bool:
     return any(tensor is not None and tensor.dim() == 3 for tensor in module._parameters.values())
 
 
-def _mixers(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _mixers(layer: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
     """Children of a layer, or members of its lists, that may mix tokens; those that an edit removed hold nothing."""
     for name, child in layer.named_children():
         inner = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         for number, each in inner:
-            named = name not in (*DENSE, *BESIDE) and not any(word in type(each).__name__ for word in ("Norm", "MLP"))
+            named = name not in (*family.dense, *family.beside) and not any(
+                word in type(each).__name__ for word in ("Norm", "MLP")
+            )
             if named and next(each.parameters(), None) is not None:
                 yield f"{name}.{number}".rstrip("."), each
 
 
-def _is_attention(path: str, mixer: nn.Module) -> bool:
-    named = path.partition(".")[0] in ATTENTION_CHILDREN or "Attention" in type(mixer).__name__
+def _is_attention(family: Family, path: str, mixer: nn.Module) -> bool:
+    named = path.partition(".")[0] in family.attention or "Attention" in type(mixer).__name__
     return named and (hasattr(mixer, "head_dim") or hasattr(mixer, "qk_head_dim"))
 
 
-def _is_recurrent(layer: nn.Module, mixer: nn.Module) -> bool:
+def _is_recurrent(layer: nn.Module, family: Family, mixer: nn.Module) -> bool:
     """Whether layer or mixer says so, or the mixer has a convolution, as only those do."""
-    if any(getattr(module, key, None) in LINEAR_MIXERS for module in (layer, mixer) for key in KINDS):
+    if says_kind(layer, mixer, family.recurrent_kinds):
         return True
     return any(isinstance(module, nn.Conv1d) for module in mixer.modules())
 
 
 def recurrent_mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
     """Every mixer that keeps a state (or a convolution's window) in place of attention."""
+    family = family_of(model.config)
     for layer in hf.decoder_layers(model):
-        yield from (mixer for _, mixer in _mixers(layer) if _is_recurrent(layer, mixer))
+        yield from (mixer for _, mixer in _mixers(layer, family) if _is_recurrent(layer, family, mixer))
 
 
 # --- attention and scans ------------------------------------------------------------------------------------
@@ -128,9 +118,10 @@ def recurrent_mixers(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 def attentions_of(model: PreTrainedModel) -> Iterator[AttentionCost]:
     """Every attention over all tokens (or a window of them) that the model has left, layer by layer."""
+    family = family_of(model.config)
     for layer in hf.decoder_layers(model):
-        for path, mixer in _mixers(layer):
-            if _is_attention(path, mixer) and not _is_recurrent(layer, mixer):
+        for path, mixer in _mixers(layer, family):
+            if _is_attention(family, path, mixer) and not _is_recurrent(layer, family, mixer):
                 yield _attention(model.config, layer, mixer)
 
 
@@ -159,10 +150,10 @@ def _window(config: Any, layer: nn.Module, mixer: nn.Module) -> int | None:
     return getattr(mixer, "sliding_window", everywhere) or None
 
 
-def step_flops(mixer: nn.Module) -> int:
+def step_flops(mixer: nn.Module, family: Family) -> int:
     """FLOPs that a recurrent mixer spends on its state for one token; 0 for one that is only a convolution."""
-    for sides, each in STATES:
-        sizes = [getattr(mixer, side, None) for side in sides]
+    for state in family.recurrent_states:
+        sizes = [getattr(mixer, side, None) for side in state.sides]
         if all(isinstance(size, int) for size in sizes):
-            return each * int(torch.Size(sizes).numel())  # type: ignore[arg-type]
+            return state.flops * int(torch.Size(sizes).numel())  # type: ignore[arg-type]
     return 0

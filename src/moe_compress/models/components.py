@@ -85,7 +85,8 @@ def components(
     which is every expert on every token where the gate scales the input (Llama-4).
     """
     sums, attentions = _held(model, stored, scale_bytes, executed), list(attentions_of(model))
-    scans = sum(step_flops(mixer) for mixer in recurrent_mixers(model))
+    family = family_of(model.config)
+    scans = sum(step_flops(mixer, family) for mixer in recurrent_mixers(model))
     pairs = sum(each.pair for each in attentions)
     seen = sum(each.pair * min(context, each.window or context) for each in attentions)
     again = 2 * sum(each.expansion for each in attentions) * (context - 1)
@@ -145,7 +146,8 @@ def _multiplies(place: str, name: str, parameter: torch.Tensor) -> bool:
 
 def _text_decides(model: PreTrainedModel) -> bool:
     """Whether how many experts run depends on the text: some are skipped, or replaced by constants or by nothing."""
-    if getattr(model.config, "zero_expert_num", 0):
+    identities = family_of(model.config).identity_experts_key
+    if identities and bool(getattr(model.config, identities, 0)):
         return True
     experts = [view.experts for view in moe_views(model).values()]
     skipping = any(each.__dict__.get(REROUTE, {}).get("threshold") is not None for each in experts)

@@ -1,94 +1,215 @@
 """What differs between families, as data. Most need no entry: they are recognised by structure and config keys.
 
 A new family that keeps its experts, router and shared experts where others keep them works at once; one that
-does not gets one `Family` entry below. Nothing here asks for a model's class.
+does not gets one entry in `FAMILIES` below, and nothing else (docs/extending/family.md). No model's class is asked
+for, and neither torch nor transformers is imported, so that listing families is instant.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedConfig
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 COUNT_KEYS = ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "moe_topk", "moe_k", "num_experts_per_token")
+# Norms around the MoE block, in the order in which they tell: the last is the block's own only in pre-norm layers.
+MOE_NORMS = (
+    ("pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("post_feedforward_layernorm",),
+    ("pre_ff_layernorm",),
+    ("ffn_norm",),
+    ("post_attention_layernorm",),
+)
+ATTENTION = ("self_attn", "self_attention", "attention", "attn")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
+class RecurrentState:
+    """The state of a recurrent mixer: the mixer's attributes whose product is its size, and FLOPs an element a step."""
+
+    sides: tuple[str, ...]
+    flops: int
+
+
+# A step decays an element (1), adds to it (2) and reads it (2); the delta rule reads it twice (2 more), and Mamba's
+# first version makes a decay for each (2 more).
+RECURRENT_STATES = (
+    RecurrentState(("num_v_heads", "head_k_dim", "head_v_dim"), 7),
+    RecurrentState(("num_heads", "head_dim", "ssm_state_size"), 5),
+    RecurrentState(("intermediate_size", "ssm_state_size"), 7),
+    RecurrentState(("num_attention_heads", "head_dim", "head_dim"), 5),
+)
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
-    """One architecture, by its `model_type`.
-
-    count_key, top_k_key: config keys of the routed experts per layer and of those active per token;
-    router: child of the MoE block that routes (None: the one whose class name says so);
-    router_scores: the function the router applies to its logits before it selects;
-    paper_gate: which gate mass the Unified-MoE-Compression code sums for this family;
-    min_per_group: fewest experts a group may keep, where routing is limited to groups (most add up the best two);
-    logits_at: which of the router's outputs of width E are its logits;
-    normed_output: a norm stands between the experts and the stream, so their share of it is not known;
-    block_outputs: how many values the MoE block returns;
-    fixed_top_k: the router is written for its number of experts per token;
-    no_expert_edits: why experts cannot be changed here, if they cannot.
-    """
+    """One architecture, by its `model_type`; every default is what most architectures have."""
 
     model_type: str
+    _: KW_ONLY
+
+    # --- what its config.json calls things; an empty name: it does not say so ---
+
+    # Routed experts a layer, and those active per token; empty: the first of COUNT_KEYS and TOP_K_KEYS that is set.
     count_key: str = ""
     top_k_key: str = ""
+    # Decoder layers.
+    layers_key: str = "num_hidden_layers"
+    # Extra layers behind them that predict further tokens.
+    prediction_layers_key: str = "num_nextn_predict_layers"
+    # Inner width of an expert, likeliest first, and how many routed experts' widths the shared one has.
+    width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
+    shared_count_keys: tuple[str, ...] = (
+        "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
+    )  # fmt: skip
+    # Which layers have experts: how many come before the first; indices of those without (of all others, one in so
+    # many has them), or of those with; the first and the last.
+    leading_dense_keys: tuple[str, ...] = ("first_k_dense_replace", "num_dense_layers")
+    dense_list_key: str = "mlp_only_layers"
+    dense_period_key: str = "decoder_sparse_step"
+    moe_list_key: str = ""
+    moe_range_keys: tuple[str, ...] = ()
+    # Inner width of the MLP in layers without experts, where one of the two lists names them.
+    dense_width_key: str = "intermediate_size"
+    # Groups that routing is limited to, and how many of them a token may use.
+    groups_key: str = "n_group"
+    groups_used_key: str = "topk_group"
+    # Experts that compute nothing, numbered behind the real ones.
+    identity_experts_key: str = ""
+    # Factors on what the MoE block adds to the stream.
+    residual_keys: tuple[str, ...] = ("residual_multiplier",)
+
+    # --- how its router works ---
+
+    # The child of the MoE block that routes; None: the one whose class name says so.
     router: str | None = None
+    # The function that is applied to the router's logits before it selects.
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
-    paper_gate: Literal["full", "topk"] = "full"
-    min_per_group: int = 2
+    # Which of the router's outputs, of those as wide as there are experts, are its logits.
     logits_at: int = 0
-    normed_output: bool = False
-    block_outputs: int = 1
+    # Fewest experts a group may keep, where routing is limited to groups (most add up the best two).
+    min_per_group: int = 2
+    # The router is written for its number of experts per token.
     fixed_top_k: bool = False
+    # Which gate mass the Unified-MoE-Compression code sums for this family.
+    paper_gate: Literal["full", "topk"] = "full"
+
+    # --- what the children of a decoder layer are called ---
+
+    # Norms that leave with the MoE block: the first of these groups that the layer has all of.
+    moe_norms: tuple[tuple[str, ...], ...] = MOE_NORMS
+    # Token mixers that attend to others, and the norms that leave with one.
+    attention: tuple[str, ...] = ATTENTION
+    attention_norms: tuple[str, ...] = ("input_layernorm", "operator_norm", "post_attention_layernorm")
+    # Dense MLPs, and MLPs that run beside the MoE block on the same input.
+    dense: tuple[str, ...] = ("mlp", "mlps", "feed_forward")
+    beside: tuple[str, ...] = ("shared_mlp",)
+    # The layer's own factors of the stream past its MoE block and past its attention.
+    moe_factors: tuple[str, ...] = ()
+    attention_factors: tuple[str, ...] = ()
+    # What a layer or mixer without attention over all tokens calls its kind, and the states of such mixers.
+    recurrent_kinds: tuple[str, ...] = ("linear_attention", "conv", "mamba")
+    recurrent_states: tuple[RecurrentState, ...] = RECURRENT_STATES
+    # How many values the MoE block returns.
+    block_outputs: int = 1
+    # A norm stands between the experts and the stream, so their share of it is not known.
+    normed_output: bool = False
+
+    # --- what can be done with it ---
+
+    # Whether vLLM and llama.cpp's converter know its experts by the names that are written here.
+    vllm: bool = False
+    llama_cpp: bool = False
+    # Whether a tiny model of it is among the tests.
+    tested: bool = False
+    # Why experts cannot be changed; why it cannot even be read; the architecture that expresses it while it is read
+    # (checkpoints/deepseek_v1.py).
     no_expert_edits: str | None = None
+    refused: str | None = None
+    read_as: str | None = None
 
 
 def _sigmoid(model_type: str, **more: Any) -> Family:
-    return Family(model_type=model_type, router_scores="sigmoid", **more)
+    return Family(model_type, router_scores="sigmoid", **more)
 
 
-SIGMOID_ROUTERS = (
-    "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots1", "dots3_note_text", "exaone_moe",
-    "flint", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna",
-    "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "nemotron_h", "solar_open",
+_ALL: dict[str, Any] = {"tested": True, "vllm": True, "llama_cpp": True}
+_SIGMOID = (
+    "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "flint", "glm4_moe_lite",
+    "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna", "mimo_v2_flash", "minimax_m3_vl_text", "solar_open",
 )  # fmt: skip
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        *map(_sigmoid, SIGMOID_ROUTERS),
-        Family(model_type="deepseek", paper_gate="topk"),
-        Family(model_type="deepseek_v2", paper_gate="topk", min_per_group=1),
-        _sigmoid("deepseek_v3", paper_gate="topk"),
-        _sigmoid("llama4_text", logits_at=1, block_outputs=2),
-        Family(model_type="gpt_oss", block_outputs=2),
-        Family(model_type="phimoe", fixed_top_k=True),
-        Family(model_type="flex_olmo", normed_output=True),
-        *(_sigmoid(name, normed_output=True) for name in ("afmoe", "beam", "kolibri1")),
-        Family(
-            model_type="deepseek_v4",
-            no_expert_edits="its first layers look experts up in a table of token ids, which no edit here rewrites yet",
-        ),
-        Family(
-            model_type="jetmoe",
-            no_expert_edits="its attention is routed by the same expert count as its MLP, so neither can be cut alone",
-        ),
-        Family(
-            model_type="longcat_flash",
-            no_expert_edits="its zero-computation experts share the router's numbering with the routed ones",
-        ),
-    )
-}
+_ENTRIES = (
+    *map(_sigmoid, _SIGMOID),
+    _sigmoid("afmoe", normed_output=True, tested=True),
+    _sigmoid("beam", normed_output=True),
+    Family("dbrx", refused="its experts are one flat matrix per projection, which no edit here can cut yet"),
+    # transformers cannot build it.
+    Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
+    Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_ALL),
+    _sigmoid("deepseek_v3", paper_gate="topk", **_ALL),
+    Family(
+        "deepseek_v4",
+        no_expert_edits="its first layers look experts up in a table of token ids, which no edit here rewrites yet",
+    ),
+    _sigmoid("dots1", **_ALL),
+    Family("ernie4_5_moe", moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"), **_ALL),
+    Family("flex_olmo", normed_output=True, tested=True, vllm=True),
+    _sigmoid("glm4_moe", **_ALL),
+    Family("gpt_oss", block_outputs=2, **_ALL),
+    Family("granitemoe", **_ALL),
+    Family("granitemoeshared", tested=True, vllm=True),
+    Family("hunyuan_v1_moe", tested=True),
+    Family("jamba", **_ALL),
+    Family(
+        "jetmoe",
+        tested=True,
+        no_expert_edits="its attention is routed by the same expert count as its MLP, so neither can be cut alone",
+    ),
+    _sigmoid("kolibri1", normed_output=True),
+    _sigmoid("lfm2_moe", tested=True, llama_cpp=True),
+    Family("llama4", refused="it is a multimodal wrapper: extract its language model (model_type llama4_text) first"),
+    _sigmoid(
+        "llama4_text",
+        logits_at=1,
+        block_outputs=2,
+        moe_list_key="moe_layers",
+        dense_width_key="intermediate_size_mlp",
+        tested=True,
+    ),
+    Family(
+        "longcat_flash",
+        layers_key="num_layers",
+        width_keys=("expert_ffn_hidden_size",),
+        identity_experts_key="zero_expert_num",
+        tested=True,
+        no_expert_edits="its zero-computation experts share the router's numbering with the routed ones",
+    ),
+    Family(
+        "minimax",
+        residual_keys=("mlp_beta_factor",),
+        moe_factors=("mlp_alpha_factor",),
+        attention_factors=("attn_alpha_factor",),
+        tested=True,
+    ),
+    _sigmoid("minimax_m2", **_ALL),
+    Family("mixtral", **_ALL),
+    _sigmoid("nemotron_h", tested=True),
+    Family("olmoe", **_ALL),
+    Family("phimoe", fixed_top_k=True, **_ALL),
+    Family("qwen2_moe", **_ALL),
+    Family("qwen3_moe", **_ALL),
+    Family("qwen3_next", **_ALL),
+)
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
+ALIASES = {family.model_type: family.read_as for family in _ENTRIES if family.read_as}
+REFUSED = {family.model_type: family.refused for family in _ENTRIES if family.refused}
 
-# Architectures that transformers 5.23 cannot build, but another one expresses exactly (see checkpoints/reader.py).
-ALIASES = {"deepseek": "qwen2_moe"}
+# Where a model that was re-expressed says what it was.
 ORIGIN_KEY = "reexpressed_from"
-
-REFUSED = {
-    "dbrx": "its experts are one flat matrix per projection, which no edit here can cut yet",
-    "llama4": "it is a multimodal wrapper: extract its language model (model_type llama4_text) first",
-}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -96,25 +217,35 @@ def family_of(config: PreTrainedConfig) -> Family:
 
     Raises ValueError for an architecture that has no experts or is known not to work, with the reason.
     """
-    base_type = getattr(config, "moe_compress", {}).get("base_model_type", config.model_type)
-    if base_type in REFUSED:
-        raise ValueError(f"{base_type} is not supported: {REFUSED[base_type]}.")
-    family = FAMILIES.get(base_type, Family(model_type=base_type))
+    family = entry_of(config)
+    if family.refused:
+        raise ValueError(f"{family.model_type} is not supported: {family.refused}.")
     stored = config.to_dict()
     count_key = family.count_key or next((k for k in COUNT_KEYS if stored.get(k)), "")
     top_k_key = family.top_k_key or next((k for k in TOP_K_KEYS if stored.get(k)), "")
     if not count_key or not top_k_key:
         raise ValueError(
-            f"{base_type} is not a Mixture-of-Experts architecture that is known here: its config has none of "
+            f"{family.model_type} is not a Mixture-of-Experts architecture that is known here: its config has none of "
             f"{', '.join(COUNT_KEYS)} or none of {', '.join(TOP_K_KEYS)}."
         )
     origin = FAMILIES.get(getattr(config, ORIGIN_KEY, ""), family)
     return replace(family, count_key=count_key, top_k_key=top_k_key, paper_gate=origin.paper_gate)
 
 
+def family_named(model_type: str) -> Family:
+    """What is known of an architecture by its name alone."""
+    return FAMILIES.get(model_type, Family(model_type))
+
+
+def entry_of(config: PreTrainedConfig) -> Family:
+    """The same, of a config's architecture; of an edited model's, the one that was edited."""
+    return family_named(getattr(config, "moe_compress", {}).get("base_model_type", config.model_type))
+
+
 def groups_of(config: PreTrainedConfig) -> tuple[int, int]:
     """(number of router groups, groups a token may use); (1, 1) where routing is not limited to groups."""
     if getattr(config, "topk_method", None) == "greedy":
         return 1, 1
-    groups = getattr(config, "n_group", None) or 1
-    return (groups, getattr(config, "topk_group", None) or groups) if groups > 1 else (1, 1)
+    family = entry_of(config)
+    groups = getattr(config, family.groups_key, None) or 1
+    return (groups, getattr(config, family.groups_used_key, None) or groups) if groups > 1 else (1, 1)

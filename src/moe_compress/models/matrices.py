@@ -16,12 +16,11 @@ from transformers import PreTrainedModel
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
 from moe_compress.models.moe import MoEView, moe_view
-from moe_compress.models.sublayers import BESIDE
+from moe_compress.models.sublayers import within
 
 Kind = Literal["experts", "shared", "attention", "dense", "router"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ALL = "all"
-DENSE = ("mlp", "mlps", "feed_forward")
 ROUTED, INNER, ROUTER = "routed", "inner", "router"
 
 
@@ -50,8 +49,8 @@ def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KIN
     found = [*_expert_matrices(view)] if view is not None else []
     names = view.names if view is not None else {"block": "", "router": ""}
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear) and not _within(name, names["router"]):
-            kind = _kind(layer, name, module, names["block"])
+        if isinstance(module, nn.Linear) and not within(name, names["router"]):
+            kind = _kind(layer, family, name, module, names["block"])
             found.append(Matrix(name, kind, name, module.weight.detach().unsqueeze(0)))
     return [matrix for matrix in found if matrix.kind in kinds]
 
@@ -63,14 +62,14 @@ def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
     yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))
 
 
-def _kind(layer: nn.Module, name: str, module: nn.Linear, block: str) -> Kind:
+def _kind(layer: nn.Module, family: Family, name: str, module: nn.Linear, block: str) -> Kind:
     """What a linear map outside the experts is: one output inside a MoE block is a gate (Qwen's shared experts)."""
-    if _within(name, block):
+    if within(name, block):
         return "router" if module.out_features == 1 else "shared"
     first = name.partition(".")[0]
-    if first in BESIDE:
+    if first in family.beside:
         return "shared"
-    dense = first in DENSE or "MLP" in type(layer.get_submodule(first)).__name__
+    dense = first in family.dense or "MLP" in type(layer.get_submodule(first)).__name__
     return "dense" if dense else "attention"
 
 
@@ -103,10 +102,6 @@ def _tags(view: MoEView, first: int) -> dict[str, Tensor]:
     if "gate" not in column:
         return {"up_proj": column["up"], "down_proj": column["down"]}
     return {"gate_up_proj": torch.cat([column["gate"], column["up"]], 1), "down_proj": column["down"]}
-
-
-def _within(name: str, place: str) -> bool:
-    return bool(place) and (name == place or name.startswith(f"{place}."))
 
 
 def kinds_of(where: str, spare: str) -> list[Kind]:

@@ -112,7 +112,7 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     if not shapes:
         raise ValueError(f"{type(model).__name__} has no layer whose experts can be told apart.")
     layers = hf.decoder_layers(model)
-    whole = is_whole_layer(layers[shapes[0].layer], block_names(model))
+    whole = is_whole_layer(layers[shapes[0].layer], family_of(model.config), block_names(model))
     attention, mixing = attention_layers(model), mixing_layers(model)
     halved = [index for index, layer in enumerate(layers) if lost_part(layer)]
     return ModelShape(

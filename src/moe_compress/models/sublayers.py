@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,43 +13,34 @@ from moe_compress.models.families import Family, family_of
 from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.moe import moe_views
 
-# Norms around the MoE block, in the order in which they tell: the last is the block's own only in pre-norm layers.
-MOE_NORMS = (
-    ("pre_mlp_layernorm", "post_mlp_layernorm"),
-    ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    ("post_feedforward_layernorm",),
-    ("pre_ff_layernorm",),
-    ("ffn_norm",),
-    ("post_attention_layernorm",),
-)
-ATTENTION_NORMS = ("input_layernorm", "operator_norm", "post_attention_layernorm")
-ATTENTION = ("self_attn", "self_attention", "attention")
-# MLPs that run beside the block, on the same input (Granite), and factors of the stream past it (MiniMax).
-BESIDE = ("shared_mlp",)
-# What layers and mixers call their kind, and the kinds that are no attention over all tokens.
+# Where layers and mixers say of what kind they are.
 KINDS = ("layer_type", "block_type", "attention_type")
-LINEAR_MIXERS = ("linear_attention", "conv", "mamba")
-FACTORS = {"moe": ("mlp_alpha_factor",), "attention": ("attn_alpha_factor",)}
+
+
+def within(name: str, place: str) -> bool:
+    """Whether a dotted name is that of a module or of something inside it; nothing is inside a place without name."""
+    return bool(place) and (name == place or name.startswith(f"{place}."))
 
 
 def sublayer_names(layer: nn.Module, family: Family, moe: dict[str, str]) -> dict[str, Any]:
     """`moe` (block, experts, router) together with the names of everything that leaves with a sub-layer."""
     children = {name for name, child in layer.named_children() if child is not None}
-    moe_norms = next((norms for norms in MOE_NORMS if children.issuperset(norms)), ())
+    moe_norms = next((norms for norms in family.moe_norms if children.issuperset(norms)), ())
+    factors = {"moe": family.moe_factors, "attention": family.attention_factors}
     return {
         **moe,
         "outputs": family.block_outputs,
-        "beside": [name for name in BESIDE if name in children],
+        "beside": [name for name in family.beside if name in children],
         "moe_norms": list(moe_norms),
-        "attention": next((name for name in ATTENTION if name in children), ATTENTION[0]),
-        "attention_norms": [n for n in ATTENTION_NORMS if n in children and n not in moe_norms],
-        **{f"{part}_factors": [f for f in names if hasattr(layer, f)] for part, names in FACTORS.items()},
+        "attention": next((name for name in family.attention if name in children), family.attention[0]),
+        "attention_norms": [n for n in family.attention_norms if n in children and n not in moe_norms],
+        **{f"{part}_factors": [f for f in names if hasattr(layer, f)] for part, names in factors.items()},
     }
 
 
-def is_whole_layer(layer: nn.Module, names: dict[str, Any]) -> bool:
+def is_whole_layer(layer: nn.Module, family: Family, names: dict[str, Any]) -> bool:
     """Whether the MoE block is all that the layer does (Nemotron-H)."""
-    return not names["moe_norms"] and not any(child in ATTENTION for child, _ in layer.named_children())
+    return not names["moe_norms"] and not any(child in family.attention for child, _ in layer.named_children())
 
 
 def block_names(model: PreTrainedModel) -> dict[str, Any]:
@@ -60,11 +52,12 @@ def block_names(model: PreTrainedModel) -> dict[str, Any]:
 def attention_layers(model: PreTrainedModel) -> list[int]:
     """The layers whose token mixer is attention."""
     name, layers = block_names(model)["attention"], hf.decoder_layers(model)
+    kinds = family_of(model.config).recurrent_kinds
     children = [dict(layer.named_children()).get(name) for layer in layers]
     return [
         index
         for index, (layer, child) in enumerate(zip(layers, children, strict=True))
-        if hasattr(child, "layer_idx") and not isinstance(child, ZeroSublayer) and not _is_linear(layer, child)
+        if hasattr(child, "layer_idx") and not isinstance(child, ZeroSublayer) and not says_kind(layer, child, kinds)
     ]
 
 
@@ -87,6 +80,6 @@ def require_other_attention(model: PreTrainedModel, layer: int) -> None:
         raise ValueError(f"layer {layer} is the only one left with attention, which has to stay.")
 
 
-def _is_linear(layer: nn.Module, mixer: nn.Module | None) -> bool:
-    """Whether layer or mixer says of itself that it is no attention over all tokens."""
-    return any(getattr(module, key, None) in LINEAR_MIXERS for module in (layer, mixer) for key in KINDS)
+def says_kind(layer: nn.Module, mixer: nn.Module | None, kinds: Sequence[str]) -> bool:
+    """Whether layer or mixer says that it is of one of these kinds."""
+    return any(getattr(module, key, None) in kinds for module in (layer, mixer) for key in KINDS)

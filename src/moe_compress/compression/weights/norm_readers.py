@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_compress.engine.observer import BatchInfo
 from moe_compress.models.families import Family
 from moe_compress.models.moe import moe_view
+from moe_compress.models.sublayers import within
 
 
 class NormReaders:
@@ -31,7 +32,9 @@ class NormReaders:
         self.found = {}
         self.hooks: list[Any] = []
         for name, module in layer.named_modules():
-            if id(module) in special or (isinstance(module, nn.Linear) and not _inside(name, special.values())):
+            if id(module) in special or (
+                isinstance(module, nn.Linear) and not any(within(name, place) for place in special.values())
+            ):
                 self.hooks.append(module.register_forward_pre_hook(self._reads(name), with_kwargs=True))
             elif _is_norm(module):
                 self.hooks.append(module.register_forward_hook(self._makes(name)))
@@ -92,7 +95,3 @@ def _is_norm(module: nn.Module) -> bool:
     """One vector of weights and nothing else but perhaps a bias."""
     names = {name for name, parameter in module.named_parameters() if parameter is not None}
     return "Norm" in type(module).__name__ and "weight" in names <= {"weight", "bias"} and not [*module.children()]
-
-
-def _inside(name: str, places: Any) -> bool:
-    return any(name == place or name.startswith(f"{place}.") for place in places)

@@ -24,7 +24,6 @@ from moe_compress.models import hf
 from moe_compress.models.components import Component, components
 from moe_compress.reports import table_formats
 from moe_compress.utils.choices import coerce
-from moe_compress.utils.devices import DTYPES
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -152,7 +151,7 @@ def flops(
     checking = coerce(bool, check, "check")
     folder = config_folder(str(model))
     values = architecture_values(folder)
-    stored = DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    stored = hf.stored_dtype(values)
     skeleton = hf.skeleton(hf.config_from(values), stored)
     agreement = tuple(_checked(skeleton, folder, tokens)) if checking else None
     apply_edits(skeleton, packed_edits(skeleton, values))

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.component_map import (
-    ATTENTION_CHILDREN,
     NORMS,
     PROJECTIONS,
     SCORES,
@@ -27,7 +26,7 @@ from moe_compress.models.component_map import (
 from moe_compress.models.components import components
 from moe_compress.models.sizes import Sizes, sizes
 
-__all__ = ["ATTENTION_CHILDREN", "Agreement", "Sizes", "check", "sizes"]
+__all__ = ["Agreement", "Sizes", "check", "sizes"]
 TOLERANCE = 1e-3
 aten: Any = torch.ops.aten
 

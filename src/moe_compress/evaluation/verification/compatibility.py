@@ -12,14 +12,8 @@ from typing import Any
 
 from moe_compress.checkpoints.formats.quantization_config import QUANTIZATION
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.models.families import family_named
 
-# Families whose experts vLLM and llama.cpp's converter know by the names that this package writes.
-VLLM = frozenset(
-    ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo", "deepseek_v2", "deepseek_v3", "gpt_oss")
-) | frozenset(("glm4_moe", "phimoe", "granitemoe", "granitemoeshared", "jamba", "ernie4_5_moe", "minimax_m2", "dots1"))
-LLAMA_CPP = frozenset(
-    ("mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "glm4_moe")
-) | frozenset(("granitemoe", "jamba", "ernie4_5_moe", "minimax_m2", "dots1", "phimoe", "lfm2_moe"))
 FUSED_BITS = (4, 8)
 
 
@@ -62,7 +56,7 @@ def _transformers(values: Mapping[str, Any]) -> tuple[bool, str]:
 def _vllm(values: Mapping[str, Any]) -> tuple[bool, str]:
     if "moe_compress" in values:
         return False, "its layers differ, and vLLM's models are alike in all layers"
-    if values["model_type"] not in VLLM:
+    if not family_named(values["model_type"]).vllm:
         return False, f"{values['model_type']} is not known to it as far as this package knows"
     bits = _bits(values)
     if bits and not set(bits) <= set(FUSED_BITS):
@@ -73,7 +67,7 @@ def _vllm(values: Mapping[str, Any]) -> tuple[bool, str]:
 def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
     if "moe_compress" in values:
         return False, "GGUF files say one number of experts for all layers"
-    if values["model_type"] not in LLAMA_CPP:
+    if not family_named(values["model_type"]).llama_cpp:
         return False, f"{values['model_type']} is not known to its converter as far as this package knows"
     if _method(values) in ("compressed-tensors", "gptq"):
         return True, "not tried: convert_hf_to_gguf.py makes the weights dense"

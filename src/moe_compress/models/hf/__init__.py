@@ -31,6 +31,7 @@ from moe_compress.models.hf.skeleton import (
     shapes,
     skeleton,
     stack,
+    stored_dtype,
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
@@ -75,6 +76,7 @@ __all__ = [
     "shapes",
     "skeleton",
     "stack",
+    "stored_dtype",
     "stored_names",
     "tap",
     "untap",

@@ -18,6 +18,9 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moe_compress.models.families import entry_of
+from moe_compress.utils.devices import DTYPES
+
 # Without one of these, layers are built that compute nothing.
 COUNTED = ("vocab_size", "hidden_size", "num_attention_heads")
 
@@ -38,6 +41,11 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
             f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
         )
     return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+
+
+def stored_dtype(values: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which config.json values say that weights are stored; bf16 where they do not say."""
+    return DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
 
 
 def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +124,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def num_layers(config: PreTrainedConfig) -> int:
     """How many decoder layers a config stands for (extra prediction layers behind them are not counted)."""
-    return int(getattr(config, "num_layers", None) or config.num_hidden_layers)
+    return int(getattr(config, entry_of(config).layers_key))
 
 
 def layers_prefix(model: PreTrainedModel) -> str:
