@@ -11,14 +11,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, MixtralConfig
 
+from common import RESULTS, add_smoke, fastest, random_windows, save_figures
 from moe_compress.calibration.expert_statistics import ExpertStatistics
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -33,12 +34,30 @@ from moe_compress.models.families import family_of
 from moe_compress.utils.devices import peak_memory_bytes
 from moe_compress.utils.files import atomic_write, gigabytes
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
 CPU = torch.device("cpu")
-WIDTH, INNER, EXPERTS, VOCAB, LENGTH = 768, 2688, 8, 256, 256
+LAYERS, EXPERTS, VOCAB, LENGTH = (8, 32), 8, 256, 256
 
 
-def synthesise(folder: Path, layers: int, width: int = WIDTH, inner: int = INNER) -> None:
+@dataclass(frozen=True)
+class Size:
+    """Widths of the models, windows of both texts, rounds of timing, and runs of the memory's measurement.
+
+    fresh: every measurement in a process of its own.
+    """
+
+    width: int = 768
+    inner: int = 2688
+    memory_windows: int = 16
+    speed_windows: int = 32
+    rounds: int = 3
+    runs: int = 2
+    fresh: bool = True
+
+
+SMOKE = Size(64, 64, 1, 1, 1, 1, fresh=False)
+
+
+def synthesise(folder: Path, layers: int, width: int, inner: int) -> None:
     """A Mixtral-shaped bf16 checkpoint of random numbers, one shard a layer."""
     config = MixtralConfig(
         vocab_size=VOCAB, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
@@ -54,10 +73,10 @@ def synthesise(folder: Path, layers: int, width: int = WIDTH, inner: int = INNER
     shards: dict[int | None, dict[str, torch.Tensor]] = {}
     for name, tensor in names.items():
         shards.setdefault(hf.layer_of(name), {})[name] = tensor
-    index = {}
+    index: dict[str, str] = {}
     for layer, tensors in shards.items():
         file = f"model-{0 if layer is None else layer + 1:05d}-of-{len(shards):05d}.safetensors"
-        made = {k: _random(tuple(t.shape)) for k, t in tensors.items()}
+        made = {k: _random(t.shape) for k, t in tensors.items()}
         save_file(made, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(made, file)
     atomic_write(
@@ -66,32 +85,29 @@ def synthesise(folder: Path, layers: int, width: int = WIDTH, inner: int = INNER
     )
 
 
-def _random(shape: tuple[int, ...]) -> torch.Tensor:
+def _random(shape: Sequence[int]) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.bfloat16)
-    return (torch.randn(shape) * shape[-1] ** -0.5).to(torch.bfloat16)
+    return torch.randn(shape).mul_(shape[-1] ** -0.5).to(torch.bfloat16)
 
 
-def text(tokens: int) -> Windows:
+def text(windows: int) -> Windows:
     """Random token windows."""
-    ids = torch.randint(0, VOCAB, (tokens // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
-    number = torch.arange(len(ids))
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    return Windows(ids, mask, number[:, None].expand_as(ids), torch.zeros_like(number), ("text",), "", {})
+    return random_windows(VOCAB, windows, LENGTH)
 
 
 # --- what a fresh process measures ----------------------------------------------------------------------------
 
 
-def fold_peak(folder: Path, tokens: int) -> dict[str, float]:
+def fold_peak(folder: Path, windows: Windows, _: int) -> dict[str, float]:
     """Peak memory of a measuring pass above the process with everything imported."""
-    checkpoint, windows = open_checkpoint(folder), text(tokens)
+    checkpoint = open_checkpoint(folder)
     _warm_up(checkpoint)
     bare = peak_memory_bytes(CPU)
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
     forward_layers(layers, windows, [_scores(checkpoint)])
     layer = sum(t.numel() for t in hf.decoder_layers(layers.model)[0].state_dict().values()) * 4
-    boundary = windows.ids_NS.numel() * WIDTH * 4
+    boundary = windows.ids_NS.numel() * checkpoint.config.hidden_size * 4
     return {"peak": peak_memory_bytes(CPU) - bare, "layer": layer, "boundary": boundary}
 
 
@@ -100,16 +116,16 @@ def _warm_up(checkpoint: Checkpoint) -> None:
     with tempfile.TemporaryDirectory() as place:
         synthesise(Path(place) / "warm", 1, 64, 64)
         small = open_checkpoint(Path(place) / "warm")
-        forward_layers(StreamedLayers(small, CPU, torch.float32), text(LENGTH), [_scores(small)])
+        forward_layers(StreamedLayers(small, CPU, torch.float32), text(1), [_scores(small)])
 
 
 def _scores(checkpoint: Checkpoint) -> ExpertStatistics:
     return ExpertStatistics(family_of(checkpoint.config), checkpoint.config, FOLDS)
 
 
-def forward_ratios(folder: Path, tokens: int) -> dict[str, float]:
+def forward_ratios(folder: Path, windows: Windows, rounds: int) -> dict[str, float]:
     """Seconds of a plain forward, of the fold, and of the fold with all scores, on the same tokens and batches."""
-    checkpoint, windows = open_checkpoint(folder), text(tokens)
+    checkpoint = open_checkpoint(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     size = TOKENS_PER_BATCH // LENGTH
 
@@ -124,19 +140,22 @@ def forward_ratios(folder: Path, tokens: int) -> dict[str, float]:
         "fold": lambda: forward_layers(streamed, windows),
         "scores": lambda: forward_layers(streamed, windows, [_scores(checkpoint)]),
     }
-    return fastest(runs, 3)
+    return fastest(runs, rounds)
 
 
-def copy_ratios(folder: Path, _: int) -> dict[str, float]:
-    """Seconds of `cp`, of a pass-through, of the identity through the model, and of surgery on every layer."""
+def copy_ratios(folder: Path, _: Windows, rounds: int) -> dict[str, float]:
+    """Seconds of `cp`, of a pass-through, of every layer through the model unchanged, and of surgery on every layer."""
     checkpoint = open_checkpoint(folder)
     place = Path(tempfile.mkdtemp(dir=folder.parent))
-    edits = [KeepExperts(layer, tuple(range(EXPERTS - 2))) for layer in range(checkpoint.num_layers)]
+    everything, fewer = (
+        [KeepExperts(layer, tuple(range(kept))) for layer in range(checkpoint.num_layers)]
+        for kept in (EXPERTS, EXPERTS - 2)
+    )
 
-    def run(edits: list[KeepExperts], through_model: bool) -> None:
+    def run(edits: list[KeepExperts]) -> None:
         out = place / "out"
         writer = CheckpointWriter(out, checkpoint, "benchmark")
-        rewrite(checkpoint, edits, writer, through_model=through_model)
+        rewrite(checkpoint, edits, writer)
         writer.finish(resulting_config(checkpoint.values, edits).values, {})
         shutil.rmtree(out)
 
@@ -147,81 +166,82 @@ def copy_ratios(folder: Path, _: int) -> dict[str, float]:
     seconds = fastest(
         {
             "cp": copy,
-            "pass": lambda: run([], False),
-            "identity": lambda: run([], True),
-            "surgery": lambda: run(edits, False),
+            "pass": lambda: run([]),
+            "identity": lambda: run(everything),
+            "surgery": lambda: run(fewer),
         },
-        3,
+        rounds,
     )
     shutil.rmtree(place)
     return {**seconds, "bytes": checkpoint.bytes}
 
 
-def fastest(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Fewest seconds of each over alternating rounds."""
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best
-
-
 MEASUREMENTS = {"fold_peak": fold_peak, "forward_ratios": forward_ratios, "copy_ratios": copy_ratios}
 
 
-def measured(name: str, folder: Path, tokens: int) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--measure", name, "--folder", str(folder), "--tokens", str(tokens)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def measured(name: str, folder: Path, windows: int, size: Size) -> dict[str, float]:
+    """Run one measurement, in a process of its own if the size says so."""
+    words = ["--measure", name, "--folder", str(folder), "--windows", str(windows), "--rounds", str(size.rounds)]
+    if not size.fresh:
+        return MEASUREMENTS[name](folder, text(windows), size.rounds)
+    done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def report(place: Path) -> dict[str, object]:
-    """Synthesise, measure, print; returns all figures."""
-    for layers in (8, 32):
-        synthesise(place / f"{layers}", layers)
-    figures: dict[str, object] = {}
-    for layers in (8, 32):
-        # Twice, because what the allocator keeps varies by a tenth from process to process.
-        runs = [measured("fold_peak", place / f"{layers}", 16 * LENGTH) for _ in range(2)]
+def peaks(place: Path, size: Size) -> dict[str, dict[str, float]]:
+    """Peak memory of models that differ in depth alone."""
+    figures: dict[str, dict[str, float]] = {}
+    for layers in LAYERS:
+        # Several times, because what the allocator keeps varies by a tenth from process to process.
+        runs = [measured("fold_peak", place / f"{layers}", size.memory_windows, size) for _ in range(size.runs)]
         found = min(runs, key=lambda run: run["peak"])
         above = found["peak"] - found["boundary"]
-        size = gigabytes(open_checkpoint(place / f"{layers}").bytes)
+        on_disk = gigabytes(open_checkpoint(place / f"{layers}").bytes)
         print(
-            f"peak memory, {layers} layers ({size} on disk): {gigabytes(found['peak'])} above the bare process, of "
+            f"peak memory, {layers} layers ({on_disk} on disk): {gigabytes(found['peak'])} above the bare process, of "
             f"which hidden states {gigabytes(found['boundary'])}; the rest is {above / found['layer']:.2f} x one "
             f"layer of {gigabytes(found['layer'])} (at most 2.5)"
         )
         figures[f"peak_{layers}"] = found
-    few, many = (figures[f"peak_{n}"]["peak"] for n in (8, 32))  # type: ignore[index]
-    print(f"peak memory of 32 layers over 8 layers: {many / few:.3f} (at most 1.10)")
-    found = figures["forward"] = measured("forward_ratios", place / "8", 32 * LENGTH)
+    few, many = (found["peak"] for found in figures.values())
+    if few:
+        print(f"peak memory of 32 layers over 8 layers: {many / few:.3f} (at most 1.10)")
+    return figures
+
+
+def report(place: Path, size: Size) -> dict[str, dict[str, float]]:
+    """Synthesise, measure, print; returns all figures."""
+    for layers in LAYERS:
+        synthesise(place / f"{layers}", layers, size.width, size.inner)
+    figures = peaks(place, size)
+    small = place / f"{LAYERS[0]}"
+    found = figures["forward"] = measured("forward_ratios", small, size.speed_windows, size)
     print(f"fold over plain forward: {found['fold'] / found['plain']:.2f} (at most 1.15)")
     print(f"all scores over plain forward: {found['scores'] / found['plain']:.2f} (at most 1.5)")
-    found = figures["copy"] = measured("copy_ratios", place / "8", 0)
+    found = figures["copy"] = measured("copy_ratios", small, 0, size)
     rate = found["bytes"] / found["surgery"]
     print(f"pass-through: {found['cp'] / found['pass']:.2f} x the speed of cp (at least 0.5)")
-    print(f"identity through the model: {found['cp'] / found['identity']:.2f} x the speed of cp (at least 0.1)")
+    print(f"every layer through the model: {found['cp'] / found['identity']:.2f} x the speed of cp (at least 0.1)")
     print(f"surgery on every layer, no forward: {found['surgery']:.2f} s, {gigabytes(rate)}/s")
     return figures
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Without --measure: everything, in a temporary folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", choices=MEASUREMENTS)
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--tokens", type=int, default=0)
+    parser.add_argument("--windows", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "engine.json")
-    given = parser.parse_args()
+    add_smoke(parser)
+    given = parser.parse_args(arguments)
     if given.measure:
-        print(json.dumps(MEASUREMENTS[given.measure](given.folder, given.tokens)))
+        print(json.dumps(MEASUREMENTS[given.measure](given.folder, text(given.windows), given.rounds)))
         return
     with tempfile.TemporaryDirectory() as place:
-        figures = report(Path(place))
-    atomic_write(given.out, (json.dumps(figures, indent=1) + "\n").encode())
+        figures = report(Path(place), SMOKE if given.smoke else Size())
+    save_figures(figures, given.out, given.smoke)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from moe_compress.reports.html_report import make_report
 from moe_compress.reports.reading import read_records
 from moe_compress.reports.record import Failure, Record, now
 from moe_compress.reports.table import SAME
+from moe_compress.reports.table_formats import Cells
 from moe_compress.utils.files import write_json
 
 HERE = Path(__file__).resolve().parent
@@ -147,7 +148,8 @@ def _row(cell: Cell) -> dict[str, str]:
     cells["perplexity"] = f"{metrics['perplexity'].value:.2f}" if "perplexity" in metrics else ""
     if "delta_nll" in metrics:
         same = f" {SAME}" if cell.record and table_formats.detectable([cell.record]) is False else ""
-        cells["change of NLL"] = table_formats.with_interval(metrics["delta_nll"], "+.4f") + same
+        change = metrics["delta_nll"]
+        cells["change of NLL"] = table_formats.with_interval(change.value, change.interval, "+.4f") + same
     return cells
 
 
@@ -185,22 +187,26 @@ def _paper_row(row: Mapping[str, Any]) -> dict[str, str]:
 
 def notes(found: Sequence[Cell]) -> list[str]:
     """How it was timed, on a machine that was busy or not, and what of a finished row is missing, and why."""
-    timed = [cell for cell in found if cell.speed]
+    timed = {cell.title: cell.speed["found"] for cell in found if cell.speed}
     lines = []
     if timed:
-        setting = timed[0].speed["found"]["setting"]
+        setting = next(iter(timed.values()))["setting"]
         threads = setting["threads"]
         lines.append(
             f"Timed in {setting['dtype']} on {setting['device']}, threads: {threads}; a prompt of "
             f"{setting['prompts'][0]}, {setting['batches'][0]} at once."
         )
-    busy = [cell.title for cell in timed if cell.speed["found"]["machine"]["busy"]]
+    busy = [title for title, speed in timed.items() if speed["machine"]["busy"]]
     if busy:
         lines.append(f"**BUSY MACHINE while these were timed: {', '.join(busy)}.**")
     for cell in found:
         if cell.record is not None:
             lines += [f"{cell.title}, {part}: {reason}" for part, reason in cell.reasons.items()]
     return lines
+
+
+def _latex(model: str, table: pd.DataFrame) -> str:
+    return table_formats.latex(model, "trimming x slimming", Cells.of(table.to_dict("records")))
 
 
 def write(folder: Path) -> None:
@@ -216,13 +222,7 @@ def write(folder: Path) -> None:
         parts += [f"## {model}", table.to_markdown(index=False, disable_numparse=True), *notes(tables[model])]
     texts = {
         "csv": pd.concat([table.assign(model=model) for model, table in frames.items()]).fillna("").to_csv(index=False),
-        "tex": "\n\n".join(
-            [
-                table_formats.PACKAGES_NEEDED,
-                *(table_formats.latex(m, "trimming x slimming", t) for m, t in frames.items()),
-            ]
-        )
-        + "\n",
+        "tex": "\n\n".join([table_formats.PACKAGES_NEEDED, *(_latex(m, table) for m, table in frames.items())]) + "\n",
     }
     for kind, text in texts.items():
         (folder / f"{STEM}.{kind}").write_text(text, encoding="utf-8")

@@ -207,9 +207,9 @@ def run(out: Path, values: Mapping[str, Any], flags: Sequence[str], *, dry: bool
     return next((code for code in codes if code), 0)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Words are `key=value`; what begins with a dash, and all behind it, is for snakemake."""
-    arguments = sys.argv[1:]
+    arguments = sys.argv[1:] if arguments is None else arguments
     dash = next((at for at, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     try:
         words = option_pairs(arguments[:dash])

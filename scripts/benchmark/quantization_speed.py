@@ -7,20 +7,22 @@ every matrix, weights as they are stored. Each time is the least of several, the
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
-import json
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_speed import fastest
-from pruning_speed import SHAPES, TOKENS, moments, sample
 from torch import Tensor
 from torch.nn.functional import linear
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_compress
+import pruning_speed
+from common import RESULTS, add_smoke, fastest, save_figures
 from moe_compress import zoo
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.evaluation.speed.benchmark import Setting, compare_speed
@@ -32,10 +34,10 @@ from moe_compress.models.modeling.bit_packing import dequantized
 from moe_compress.models.modeling.expert_forward import experts_forward, separate
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import moe_views
-from moe_compress.utils.files import atomic_write, gigabytes
+from moe_compress.utils.files import gigabytes
+from pruning_speed import SHAPES, moments, sample
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
-BLOCK, BITS, GROUP, LAYERS = 128, 4, 128, 16
+BLOCK, BITS, GROUP = 128, 4, 128
 SETTING = Setting(prompts=(64,), batches=(1,), tokens=16, effort=TimingBudget(20, 0.0), dtype="bfloat16")
 ROWS = (1, 32, 512)
 QUANTIZED = (
@@ -45,6 +47,31 @@ QUANTIZED = (
     "bits=2 group_size=32",
     "bits=8 group_size=0 format=packed + activations",
 )
+
+
+@dataclass(frozen=True)
+class Size:
+    """The solver's shapes and tokens; widths and layers of models; rounds of timing; what is timed of whole models.
+
+    models: how many of the shipped ones; recipes: in how many ways each is quantized.
+    """
+
+    solver: pruning_speed.Size
+    width: int = 2048
+    inner: int = 1024
+    layers: int = 16
+    calls: int = 20
+    rounds: int = 10
+    setting: Setting = SETTING
+    models: int = 2
+    recipes: int = len(QUANTIZED)
+
+
+# Groups of 128 inputs need that many.
+SMOKE = Size(
+    pruning_speed.Size(64, 1, 1, rounds=1), 128, 128, 1, 1, 1,
+    Setting(prompts=(8,), batches=(1,), tokens=2, effort=TimingBudget(2, 0.0), starts=1, dtype="bfloat16"), 1, 1,
+)  # fmt: skip
 
 
 # --- the plain side -----------------------------------------------------------------------------------------
@@ -94,21 +121,22 @@ def plain_gptq(weight_OI: Tensor, x_RI: Tensor, clip: Clip) -> tuple[Tensor, Ten
 # --- what is measured ---------------------------------------------------------------------------------------
 
 
-def solver(experts: int, inner: int, width: int, clip: Clip) -> dict[str, Any]:
+def plain_stack(weight_BOI: Tensor, rows: Sequence[Tensor], clip: Clip) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one matrix of every expert."""
+    solved = [plain_gptq(weight_OI, x_RI, clip) for weight_OI, x_RI in zip(weight_BOI, rows, strict=True)]
+    return torch.stack([codes_OI for codes_OI, _ in solved]), torch.stack([scale_OG for _, scale_OG in solved])
+
+
+def solver(name: str, clip: Clip, size: pruning_speed.Size) -> dict[str, Any]:
     """All matrices of one layer's experts, statistics included."""
-    both, down, seen, inside = sample(experts, inner, width)
+    experts, inner, width = size.shape(name)
+    both, down, seen, inside = sample(experts, inner, width, size.tokens)
     names = [f"expert {e}" for e in range(experts)]
     work = ((both, seen), (down, inside))
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def plain() -> None:
-        found["plain"] = [
-            tuple(
-                map(torch.stack, zip(*(plain_gptq(weight_BOI[e], rows[e], clip) for e in range(experts)), strict=True))
-            )
-            for weights, rows in work
-            for weight_BOI in weights
-        ]  # type: ignore[misc]
+        found["plain"] = [plain_stack(w, rows, clip) for weights, rows in work for w in weights]
 
     def ours() -> None:
         found["ours"] = [
@@ -117,7 +145,7 @@ def solver(experts: int, inner: int, width: int, clip: Clip) -> dict[str, Any]:
             for pair in gptq(weights, moments(rows), BITS, GROUP, torch.float32, names, clip=clip)[0]
         ]
 
-    seconds = fastest({"plain": plain, "ours": ours}, 3)
+    seconds = fastest({"plain": plain, "ours": ours}, size.rounds)
     pairs = list(zip(found["plain"], found["ours"], strict=True))
     same = min(float((a[0] == b[0]).float().mean()) for a, b in pairs)
     whole, inputs = [*both, *down], [seen, seen, inside]
@@ -133,35 +161,35 @@ def _error(weight_BOI: Tensor, new_BOI: Tensor, rows: list[Tensor]) -> float:
     return sum(float(((new_BOI[e] - weight_BOI[e]) @ x_RI.T).double().square().sum()) for e, x_RI in enumerate(rows))
 
 
-def config(layers: int) -> MixtralConfig:
+def config(layers: int, size: Size) -> MixtralConfig:
     """Experts of real proportions: hidden 2048, intermediate 1024."""
     return MixtralConfig(
-        vocab_size=256, hidden_size=2048, intermediate_size=1024, num_hidden_layers=layers, num_attention_heads=16,
-        num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2, max_position_embeddings=256,
+        vocab_size=256, hidden_size=size.width, intermediate_size=size.inner, num_hidden_layers=layers,
+        num_attention_heads=16, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=256,
     )  # fmt: skip
 
 
 @torch.inference_mode()
-def products() -> dict[str, float]:
+def products(size: Size) -> dict[str, float]:
     """Seconds of the experts of one token: dense in bf16 and fp32 as stock transformers runs them, packed in 4 bits."""
-    token_TD, index_TK = torch.randn(1, 2048), torch.tensor([[2, 5]])
+    token_TD, index_TK = torch.randn(1, size.width), torch.tensor([[2, 5]])
     gate_TK = torch.tensor([[0.6, 0.4]])
-    runs = {}
+    runs: dict[str, Callable[[], object]] = {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("packed", torch.bfloat16)):
-        model = MixtralForCausalLM(config(1)).to(dtype).eval()
-        (view,) = moe_views(model).values()
+        model: Any = MixtralForCausalLM(config(1, size))
+        (view,) = moe_views(model.to(dtype).eval()).values()
         if name == "packed":
             pack_experts(view.block, view.experts)
         arguments = token_TD.to(dtype), index_TK, gate_TK.to(dtype)
         forward = view.experts.forward if name != "packed" else lambda *x, m=view.experts: experts_forward(m, *x)
 
         def run(forward: Any = forward, arguments: Any = arguments) -> None:
-            for _ in range(20):
+            for _ in range(size.calls):
                 forward(*arguments)
 
         runs[name] = run
-    found = {name: seconds / 20 for name, seconds in fastest(runs, 5).items()}
-    return found
+    return {name: seconds / size.calls for name, seconds in fastest(runs, min(size.rounds, 5)).items()}
 
 
 def pack_experts(block: Any, experts: Any) -> None:
@@ -174,16 +202,17 @@ def pack_experts(block: Any, experts: Any) -> None:
 
 
 @torch.inference_mode()
-def whole_numbers() -> dict[str, dict[str, float]]:
+def whole_numbers(size: Size) -> dict[str, dict[str, float]]:
     """Seconds of a product of 1024 x 2048, by rows: in fp32, and of 8-bit codes with rows rounded to 8 bits."""
-    weight = torch.randn(1024, 2048)
-    codes, scale = rtn(weight[None], 8, 2048, torch.float32, "max")
+    weight = torch.randn(size.inner, size.width)
+    codes, scale = rtn(weight[None], 8, size.width, torch.float32, "max")
     matrix = PackedMatrix.of(codes[0], scale[0], 8)
     round_inputs(matrix)
     found = {}
     for rows in ROWS:
-        x = torch.randn(rows, 2048)
-        found[str(rows)] = fastest({"fp32": lambda: linear(x, weight), "w8a8": lambda: matrix(x)}, 10)  # noqa: B023
+        x = torch.randn(rows, size.width)
+        runs = {"fp32": functools.partial(linear, x, weight), "w8a8": functools.partial(matrix, x)}
+        found[str(rows)] = fastest(runs, size.rounds)
     return found
 
 
@@ -199,18 +228,18 @@ def one_point(found: dict[str, Any]) -> dict[str, Any]:
     return {"setting": found["setting"], **times, **sides}
 
 
-def loaded() -> dict[str, Any]:
+def loaded(size: Size) -> dict[str, Any]:
     """Memory of experts that are loaded packed, and decoding speed, against the bf16 checkpoint."""
     with tempfile.TemporaryDirectory() as place:
         whole, small = Path(place) / "whole", Path(place) / "small"
         torch.manual_seed(0)
-        MixtralForCausalLM(config(LAYERS)).bfloat16().save_pretrained(whole)
+        MixtralForCausalLM(config(size.layers, size)).bfloat16().save_pretrained(whole)
         moe_compress.compress(
             "quantize method=rtn bits=4 group_size=128 clip=max", model=str(whole), out=str(small), eval=False,
             results=place,
         )  # fmt: skip
-        found = one_point(compare_speed(whole, small, SETTING))
-    experts = LAYERS * 8 * 3 * 2048 * 1024 * 2
+        found = one_point(compare_speed(whole, small, size.setting))
+    experts = size.layers * 8 * 3 * size.width * size.inner * 2
     outside = found["original"]["weight_bytes"] - experts
     for side in ("original", "variant"):
         for kind in ("weight_bytes", "peak_bytes"):
@@ -218,42 +247,41 @@ def loaded() -> dict[str, Any]:
     return {**found, "expert_bytes_in_bf16": experts}
 
 
-def zoo_speed() -> dict[str, Any]:
+def zoo_speed(size: Size) -> dict[str, Any]:
     """The shipped models quantized in several ways, beside their originals: too small for much, but measured."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
-        for name, sentence in itertools.product(zoo.NAMES[:: len(zoo.NAMES) // 2], QUANTIZED):
+        for name, sentence in itertools.product(zoo.NAMES[::2][: size.models], QUANTIZED[: size.recipes]):
             out = Path(place) / f"{name}-{len(found)}"
             moe_compress.compress(
                 f"quantize method=rtn {sentence}", model=name, out=str(out), eval=False, results=place
             )
-            measured = one_point(compare_speed(zoo.path(name), out, SETTING))
+            measured = one_point(compare_speed(zoo.path(name), out, size.setting))
             found[f"{name}, {sentence}"] = {**measured, "file_bytes": open_checkpoint(out).bytes}
     return found
 
 
-def main() -> None:
-    """Measure, print the ratios, keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json")
-    given = parser.parse_args()
+def report(size: Size) -> dict[str, Any]:
+    """Measure, print the ratios; returns all figures."""
     figures: dict[str, Any] = {}
-    for (name, shape), least in zip(SHAPES.items(), (5, 2.5), strict=True):
-        for clip, what in (("max", "scales of the full range"), ("mse", "scales searched")):
-            found = figures[f"{name}, {what}"] = solver(*shape, clip)
+    clips: tuple[tuple[Clip, str], ...] = (("max", "scales of the full range"), ("mse", "scales searched"))
+    for name, least in zip(SHAPES, (5, 2.5), strict=True):
+        for clip, what in clips:
+            found = figures[f"{name}, {what}"] = solver(name, clip, size.solver)
             print(
-                f"GPTQ, {name}, {what}, {TOKENS} tokens: {found['plain'] / found['ours']:.1f} x as fast as column by "
-                f"column and expert by expert (at least {least}); {found['same_codes']:.2%} of the codes agree, error "
-                f"{found['error_ratio']:.4f} of the plain one's"
+                f"GPTQ, {name}, {what}, {size.solver.tokens} tokens: {found['plain'] / found['ours']:.1f} x as fast as "
+                f"column by column and expert by expert (at least {least}); {found['same_codes']:.2%} of the codes "
+                f"agree, error {found['error_ratio']:.4f} of the plain one's"
             )
-    times = figures["experts of one token"] = products()
+    times = figures["experts of one token"] = products(size)
     print(
-        f"experts of one token, 2048 x 1024, 4 bits in groups of 128: {times['bf16'] / times['packed']:.1f} x as fast "
-        f"as dense ones in bf16 and {times['fp32'] / times['packed']:.1f} x in fp32 (at least 3)"
+        f"experts of one token, {size.width} x {size.inner}, 4 bits in groups of 128: "
+        f"{times['bf16'] / times['packed']:.1f} x as fast as dense ones in bf16 and "
+        f"{times['fp32'] / times['packed']:.1f} x in fp32 (at least 3)"
     )
-    for rows, seconds in figures.setdefault("whole numbers", whole_numbers()).items():
+    for rows, seconds in figures.setdefault("whole numbers", whole_numbers(size)).items():
         print(f"{rows} rows rounded to 8 bits times a matrix of 8 bits: {seconds['fp32'] / seconds['w8a8']:.1f} x fp32")
-    memory = figures["loaded"] = loaded()
+    memory = figures["loaded"] = loaded(size)
     share = memory["variant"]["experts_weight_bytes"] / memory["expert_bytes_in_bf16"]
     peak = memory["variant"]["experts_peak_bytes"] / memory["expert_bytes_in_bf16"]
     low, high = memory["speedup_interval"]
@@ -262,9 +290,19 @@ def main() -> None:
         f"{share:.2f} x of bf16, {peak:.2f} x at the peak of loading (at most 0.35); decoding "
         f"{memory['speedup']:.2f} [{low:.2f}, {high:.2f}] x as fast"
     )
-    for name, each in figures.setdefault("speed", zoo_speed()).items():
+    for name, each in figures.setdefault("speed", zoo_speed(size)).items():
         print(f"{name}: decoding {each['speedup']:.2f} x as fast")
-    atomic_write(given.out, (json.dumps(figures, indent=1) + "\n").encode())
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the ratios, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantization.json")
+    add_smoke(parser)
+    given = parser.parse_args(arguments)
+    size = SMOKE if given.smoke else Size(pruning_speed.Size())
+    save_figures(report(size), given.out, given.smoke)
 
 
 if __name__ == "__main__":

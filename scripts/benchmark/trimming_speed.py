@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_speed import fastest
 from torch import Tensor
 from torch.nn.functional import silu
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import moe_compress
+from common import RESULTS, add_smoke, fastest, save_figures
 from moe_compress import zoo
 from moe_compress.calibration.output_sample import PROBE_TOKENS, OutputSample, OutputSampler
 from moe_compress.checkpoints.load import load_tokenizer
@@ -32,26 +33,40 @@ from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import Expert, MoEView, moe_views
 from moe_compress.models.shape import moe_shapes
-from moe_compress.utils.files import atomic_write
+from moe_compress.utils.devices import threads
 
-RESULTS = Path(__file__).resolve().parents[2] / "results"
-WIDTH, INNER = 256, 896
-TEXT = 32768
+WIDTH = 256
 
 
-def block(experts: int, top_k: int, width: int = WIDTH, inner: int = INNER) -> tuple[MixtralForCausalLM, MoEView]:
+@dataclass(frozen=True)
+class Size:
+    """Calibration windows of the search, experts to cluster, neurons to align, and experts and tokens to sample."""
+
+    windows: int = 64
+    length: int = 256
+    clustered: int = 128
+    neurons: int = 2048
+    experts: int = 64
+    tokens: int = 32768
+    rounds: int = 3
+
+
+SMOKE = Size(1, 64, 12, 32, 8, 128, 1)
+
+
+def block(experts: int, top_k: int, inner: int) -> tuple[MixtralForCausalLM, MoEView]:
     """A random Mixtral of one layer, and its MoE block."""
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=64, hidden_size=width, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=64, hidden_size=WIDTH, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=top_k,
     )  # fmt: skip
     model = MixtralForCausalLM(config).eval().requires_grad_(False)
     hf.use_experts_function(model)
     view = moe_views(model)[0]
-    view.router_rows_ED.normal_(0, 3 * width**-0.5)
-    for matrix in view.matrices:
-        matrix.normal_(0, matrix.shape[-1] ** -0.5)
+    view.router_rows_ED.normal_(0, 3 * WIDTH**-0.5)
+    for matrix_EOI in view.stacks().values():
+        matrix_EOI.normal_(0, matrix_EOI.shape[-1] ** -0.5)
     return model, view
 
 
@@ -132,12 +147,12 @@ def block_inputs(model: Any, windows: Windows) -> dict[int, Tensor]:
     return {i: torch.cat(parts) for i, parts in seen.items()}
 
 
-def naee(keep: int) -> dict[str, Any]:
+def naee(keep: int, size: Size) -> dict[str, Any]:
     """Exact search in every layer of tiny-mixtral on its calibration text."""
     model = moe_compress.load("tiny-mixtral", torch.float32).requires_grad_(False)
     hf.use_experts_function(model)
     folder = zoo.path("tiny-mixtral")
-    spec = DataSpec(source="zoo", use="calibration", samples=64, length=256)
+    spec = DataSpec(source="zoo", use="calibration", samples=size.windows, length=size.length)
     inputs = block_inputs(model, make_windows(spec, load_tokenizer(folder, model.config.vocab_size)))
     shapes, views = {shape.layer: shape for shape in moe_shapes(model)}, moe_views(model)
     found: dict[str, dict[int, tuple[int, ...]]] = {"plain": {}, "all": {}, "sample": {}}
@@ -153,64 +168,67 @@ def naee(keep: int) -> dict[str, Any]:
             probe = probe_of(model, views[i], some_TD, len(some_TD), i)
             found[name][i] = best_subset(probe, shapes[i], keep).kept
 
-    runs = {"plain": plain, "all": lambda: probed("all", 10**9), "sample": lambda: probed("sample", PROBE_TOKENS)}
-    seconds = fastest(runs, 3)
+    runs: dict[str, Callable[[], object]] = {
+        "plain": plain,
+        "all": lambda: probed("all", 10**9),
+        "sample": lambda: probed("sample", PROBE_TOKENS),
+    }
+    seconds = fastest(runs, size.rounds)
     same = {f"same_{n}": sum(found[n][i] == found["plain"][i] for i in inputs) for n in ("all", "sample")}
     return {**seconds, **same, "layers": len(inputs), "tokens": len(inputs[0])}
 
 
-def clustering() -> dict[str, Any]:
-    """128 experts into 64 groups."""
-    features_EN = torch.randn(128, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+def clustering(size: Size) -> dict[str, Any]:
+    """Experts into half as many groups."""
+    experts = size.clustered
+    features_EN = torch.randn(experts, 32, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     distance_EE = torch.cdist(features_EN, features_EN)
-    table, weight_E = distance_EE.tolist(), torch.ones(128)
+    table, weight_E = distance_EE.tolist(), torch.ones(experts)
     found: dict[str, Any] = {}
 
     def plain() -> None:
-        found["plain"] = plain_linkage(table, 64)
+        found["plain"] = plain_linkage(table, experts // 2)
 
     def ours() -> None:
-        groups = hierarchical(distance_EE, 64, weight_E=weight_E)
+        groups = hierarchical(distance_EE, experts // 2, weight_E=weight_E)
         found["ours"] = sorted(sorted(group) for group in groups)
 
-    seconds = fastest({"plain": plain, "ours": ours}, 2)
+    seconds = fastest({"plain": plain, "ours": ours}, min(size.rounds, 2))
     return {**seconds, "same": found["plain"] == found["ours"]}
 
 
-def alignment() -> dict[str, float]:
-    """Eight pairs of experts of 2,048 neurons, on one core and on two."""
-    _, view = block(16, 2, inner=2048)
+def alignment(size: Size) -> dict[str, float]:
+    """Eight pairs of experts, on one core and on two."""
+    _, view = block(16, 2, size.neurons)
     groups = tuple((e, e + 8) for e in range(8))
-    one = torch.get_num_threads()
-    torch.set_num_threads(1)
-    runs = {str(n): lambda n=n: align_groups(groups, view.expert, by="weights", workers=n) for n in (1, 2)}
-    seconds = fastest(runs, 2)
-    torch.set_num_threads(one)
-    return seconds
+
+    def align(workers: int) -> Callable[[], object]:
+        return lambda: align_groups(groups, view.expert, by="weights", workers=workers)
+
+    with threads(1):
+        return fastest({str(workers): align(workers) for workers in (1, 2)}, min(size.rounds, 2))
 
 
-def sampled() -> dict[str, float]:
-    """What merging has to know of 64 experts from 32,768 tokens: from a sample, and from all experts on all tokens."""
-    model, view = block(64, 4, inner=128)
-    x_TD = torch.randn(TEXT, WIDTH, generator=torch.Generator().manual_seed(3))
+def sampled(size: Size) -> dict[str, float]:
+    """What merging has to know of experts from a text: from a sample of it, and from all experts on all tokens."""
+    model, view = block(size.experts, 4, 128)
+    x_TD = torch.randn(size.tokens, WIDTH, generator=torch.Generator().manual_seed(3))
 
     def dense() -> None:
         for x_tD in x_TD.split(1024):
-            output_ETD = torch.stack([plain_expert(view.expert(e), x_tD) for e in range(64)])
+            output_ETD = torch.stack([plain_expert(view.expert(e), x_tD) for e in range(size.experts)])
             output_ETD.mean(1)
             torch.nn.functional.normalize(output_ETD, dim=-1).flatten(1).cov()
 
-    return fastest({"dense": dense, "sampled": lambda: probe_of(model, view, x_TD, PROBE_TOKENS)}, 2)
+    runs = {"dense": dense, "sampled": lambda: probe_of(model, view, x_TD, PROBE_TOKENS)}
+    return fastest(runs, min(size.rounds, 2))
 
 
-def main() -> None:
-    """Measure, print the ratios, keep the figures."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS / "trimming.json")
-    given = parser.parse_args()
+def report(size: Size) -> dict[str, Any]:
+    """Measure, print the ratios; returns all figures."""
     figures: dict[str, Any] = {}
     for keep in (6, 4):
-        found = figures[f"naee_{keep}_of_8"] = naee(keep)
+        found = figures[f"naee_{keep}_of_8"] = naee(keep, size)
         print(
             f"NAEE, {keep} of 8 experts, tiny-mixtral, {found['tokens']} tokens, against a forward for every subset:\n"
             f"  {found['plain'] / found['sample']:.1f} x as fast with a probe of {PROBE_TOKENS} tokens, as recipes do "
@@ -218,16 +236,30 @@ def main() -> None:
             f"  {found['plain'] / found['all']:.1f} x as fast with a probe of all tokens; same subset in "
             f"{found['same_all']} of {found['layers']} layers"
         )
-    found = figures["clustering_128"] = clustering()
+    found = figures["clustering_128"] = clustering(size)
     print(
-        f"clustering of 128 experts: {found['plain'] / found['ours']:.0f} x a pure Python linkage (at least 100); "
-        f"same groups: {found['same']}"
+        f"clustering of {size.clustered} experts: {found['plain'] / found['ours']:.0f} x a pure Python linkage (at "
+        f"least 100); same groups: {found['same']}"
     )
-    pair = figures["alignment"] = alignment()
-    print(f"alignment of 8 pairs of 2,048 neurons: {pair['1'] / pair['2']:.2f} x as fast on two cores as on one")
-    pair = figures["statistics"] = sampled()
-    print(f"merging's statistics from {PROBE_TOKENS} of {TEXT} tokens: {pair['dense'] / pair['sampled']:.1f} x as fast")
-    atomic_write(given.out, (json.dumps(figures, indent=1) + "\n").encode())
+    pair = figures["alignment"] = alignment(size)
+    print(
+        f"alignment of 8 pairs of {size.neurons} neurons: {pair['1'] / pair['2']:.2f} x as fast on two cores as on one"
+    )
+    pair = figures["statistics"] = sampled(size)
+    print(
+        f"merging's statistics from {PROBE_TOKENS} of {size.tokens} tokens: {pair['dense'] / pair['sampled']:.1f} x as "
+        "fast"
+    )
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print the ratios, keep the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS / "trimming.json")
+    add_smoke(parser)
+    given = parser.parse_args(arguments)
+    save_figures(report(SMOKE if given.smoke else Size()), given.out, given.smoke)
 
 
 if __name__ == "__main__":

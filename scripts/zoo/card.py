@@ -23,8 +23,18 @@ from moe_compress.zoo import tasks, text
 log = logging.getLogger(__name__)
 
 WINDOW = 256
-WINDOWS = 384  # a domain; 98k tokens
-ITEMS = 500
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many windows of a domain are measured (98k tokens), and items of a kind of task; of every n-th document."""
+
+    windows: int = 384
+    items: int = 500
+    every: int = 1
+
+
+SMOKE = Size(1, 5, 25)
 
 
 @dataclass(frozen=True)
@@ -45,9 +55,9 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, documents: tuple[text.Docum
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, stream: Tensor) -> float:
+def perplexity(model: PreTrainedModel, stream: Tensor, count: int) -> float:
     """Return the perplexity over the first windows of a stream, without context before them."""
-    windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)[:WINDOWS]
+    windows = stream[: len(stream) // WINDOW * WINDOW].view(-1, WINDOW)[:count]
     losses = [model(input_ids=ids, labels=ids).loss for ids in windows.split(8)]
     return torch.stack(losses).mean().exp().item()
 
@@ -66,18 +76,19 @@ def accuracy(
     return {kind: sum(marks) / len(marks) for kind, marks in right.items()}
 
 
-def measure(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
+def measure(folder: Path, size: Size) -> tuple[dict[str, float], dict[str, float]]:
     """Return a saved model's held-out perplexity per domain and accuracy per kind of task."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    documents = text.documents("heldout")
-    perplexities = {domain: perplexity(model, token_stream(tokenizer, documents, domain)) for domain in text.DOMAINS}
-    return perplexities, accuracy(model, tokenizer, tasks.items("heldout", ITEMS))
+    documents = text.documents("heldout")[:: size.every]
+    streams = {domain: token_stream(tokenizer, documents, domain) for domain in text.DOMAINS}
+    perplexities = {domain: perplexity(model, stream, size.windows) for domain, stream in streams.items()}
+    return perplexities, accuracy(model, tokenizer, tasks.items("heldout", size.items))
 
 
-def write(folder: Path, recipe: Recipe) -> None:
+def write(folder: Path, recipe: Recipe, size: Size) -> None:
     """Measure a saved model and write its card, README.md."""
-    perplexities, accuracies = measure(folder)
+    perplexities, accuracies = measure(folder, size)
     log.info("held-out perplexity %s, task accuracy %s", perplexities, accuracies)
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     card = CARD.format(
@@ -89,9 +100,9 @@ def write(folder: Path, recipe: Recipe) -> None:
         fingerprint=text.fingerprint(),
         perplexities=_rows(perplexities, "{:.2f}"),
         accuracies=_rows(accuracies, "{:.1%}"),
-        windows=WINDOWS,
+        windows=size.windows,
         window=WINDOW,
-        items=ITEMS,
+        items=size.items,
         sha256=weights,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -118,10 +129,10 @@ License: Apache-2.0.
 
 ## Training
 
-`python -m moe_compress.zoo.train --model {model} --seed {seed} --steps {steps}`
+`python scripts/zoo/train.py --model {model} --seed {seed} --steps {steps}`
 
 {steps} steps, {tokens} million tokens, in fp32 on one thread; the recipe stands in
-`moe_compress/zoo/train.py`. The text is the training split of `moe_compress.zoo.text`
+`scripts/zoo/train.py`. The text is the training split of `moe_compress.zoo.text`
 (docstrings and sources of {packages}, and generated tasks),
 fingerprint `{fingerprint}`.
 

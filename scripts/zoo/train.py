@@ -1,6 +1,6 @@
 """How the shipped models were trained: the documented recipe, not a step of the benchmark.
 
-    python -m moe_compress.zoo.train --model tiny-mixtral --seed 0 --out DIR
+    python scripts/zoo/train.py --model tiny-mixtral --seed 0 --out DIR
 
 The folder that comes out is an ordinary Hugging Face checkpoint in bf16 with its tokenizer
 and a card. One thread, fixed seeds and fixed text make a run repeatable on one machine; other
@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import card
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import card
 from moe_compress.zoo import tasks, text
 
 log = logging.getLogger(__name__)
@@ -222,23 +222,29 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--smoke", action="store_true", help="a little text and two steps: see that it runs, in seconds"
+    )
     options = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
 
-    documents = text.documents("train")
+    size = card.SMOKE if options.smoke else card.Size()
+    steps = min(options.steps, 2) if options.smoke else options.steps
+    # The held-out text is the smaller one.
+    documents = text.documents("heldout" if options.smoke else "train")[:: size.every]
     tokenizer = build_tokenizer(documents)
     streams = {domain: card.token_stream(tokenizer, documents, domain) for domain in MIX}
     log.info("tokens to train on: %s", {domain: len(ids) for domain, ids in streams.items()})
     torch.manual_seed(options.seed)
     model = build_model(options.model)
     log.info("%s: %d parameters", options.model, model.num_parameters())
-    probes = tasks.items("calibration", 200)
+    probes = tasks.items("calibration", min(size.items, 200))
     train(
         model,
         streams,
-        options.steps,
+        steps,
         options.seed,
         lambda: card.accuracy(model, tokenizer, probes),
     )
@@ -247,10 +253,10 @@ def main(arguments: list[str] | None = None) -> None:
     recipe = card.Recipe(
         model=options.model,
         seed=options.seed,
-        steps=options.steps,
-        tokens=options.steps * BATCH * WINDOW,
+        steps=steps,
+        tokens=steps * BATCH * WINDOW,
     )
-    card.write(options.out, recipe)
+    card.write(options.out, recipe, size)
 
 
 if __name__ == "__main__":
