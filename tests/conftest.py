@@ -26,11 +26,11 @@ transformers.utils.logging.disable_progress_bar()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Slow tests run only where they are asked for (-m slow)."""
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("slow") is not None:
-                item.add_marker(pytest.mark.skip(reason="slow"))
+    """Slow tests run only where they are asked for: by -m, or by their own name."""
+    if not config.getoption("markexpr") and not any("::" in word for word in config.args):
+        slow = [item for item in items if item.get_closest_marker("slow") is not None]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pandas as pd
-import paper_rows
-import paper_table
 import pytest
 
+import paper_rows
+import paper_table
 from moe_compress.reports.table import SAME
 from support.records import record
 

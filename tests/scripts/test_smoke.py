@@ -1,0 +1,305 @@
+"""Every script runs end to end in a tiny setting, and writes what the shipped results hold."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from moe_compress import zoo
+from moe_compress.cli import commands
+from moe_compress.evaluation.speed import benchmark, worker
+from moe_compress.zoo import text
+
+ROOT = Path(__file__).parents[2]
+RESULTS, SCRIPTS = ROOT / "results", ROOT / "scripts"
+sys.path[:0] = [str(SCRIPTS / "benchmark"), str(SCRIPTS / "zoo")]
+import engine_speed  # noqa: E402
+import gpu_checks  # noqa: E402
+import paper_rows  # noqa: E402
+import paper_table  # noqa: E402
+import pruning_speed  # noqa: E402
+import quantization_speed  # noqa: E402
+import readme_tables  # noqa: E402
+import startup_time  # noqa: E402
+import tiny_families  # noqa: E402
+import train  # noqa: E402
+import trimming_speed  # noqa: E402
+import zoo_grid  # noqa: E402
+
+Main = Callable[[list[str]], object]
+SMALL = ("samples=2", "length=64", "eval_samples=2", "eval_length=64")
+
+
+def keys(value: Any) -> Any:
+    """The keys of nested objects, in lists those of the first."""
+    if isinstance(value, dict):
+        return {key: keys(inner) for key, inner in value.items()}
+    return [keys(inner) for inner in value[:1]] if isinstance(value, list) else None
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def shipped() -> Any:
+    """Nothing that is shipped is written to."""
+    files = [path for path in RESULTS.glob("*") if path.is_file()] + [ROOT / "README.md"]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    yield
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole models are timed by threads of this process, which has imported everything."""
+
+    def serve(connection: Any) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                worker.serve(connection, *connection.recv())
+                connection.send(worker.END)
+
+    def launch(self: worker.Worker) -> None:
+        self.connection, theirs = Pipe()
+        thread = threading.Thread(target=serve, args=(theirs,), daemon=True)
+        thread.start()
+        self.process: Any = SimpleNamespace(poll=lambda: None, wait=thread.join, kill=theirs.close)
+
+    monkeypatch.setattr(worker.Worker, "_launch", launch)
+    monkeypatch.setattr(worker, "pin", lambda _: None)
+    monkeypatch.setattr(benchmark, "LOOK_SECONDS", 0.01)
+
+
+@pytest.fixture
+def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]:
+    """Run words of the command line here."""
+
+    def run(words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
+        try:
+            commands.main()
+        except SystemExit as stop:
+            assert not stop.code, words
+
+    return run
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("shipped")
+@pytest.mark.parametrize(
+    ("main", "name"),
+    [(engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")],
+    ids=["engine", "trimming", "pruning"],
+)
+def test_speed_of_parts(main: Main, name: str, tmp_path):
+    main(["--smoke"])
+    main(["--smoke", "--out", str(tmp_path / "made.json")])
+    assert keys(read(tmp_path / "made.json")) == keys(read(RESULTS / f"{name}.json"))
+
+
+def test_what_fresh_processes_of_the_speed_scripts_run(tmp_path, capsys):
+    engine_speed.synthesise(tmp_path / "8", 8, 64, 64)
+    for name in engine_speed.MEASUREMENTS:
+        engine_speed.main(["--measure", name, "--folder", str(tmp_path / "8"), "--windows", "1"])
+    pruning_speed.main(["--peak", "64", "--smoke"])
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    figures = read(RESULTS / "engine.json")
+    assert [set(each) for each in said] == [*(set(figures[n]) for n in ("peak_8", "forward", "copy")), {"bytes"}]
+
+
+@pytest.mark.usefixtures("one_process", "shipped")
+def test_quantization_speed(tmp_path):
+    quantization_speed.main(["--smoke", "--out", str(tmp_path / "made.json")])
+    made, kept = read(tmp_path / "made.json"), read(RESULTS / "quantization.json")
+    ((model, one),) = made.pop("speed").items()
+    whole = kept.pop("speed")
+    assert keys(made) == keys(kept) and keys(one) == keys(whole[model])
+    assert len(whole) == 2 * len(quantization_speed.QUANTIZED)
+
+
+@pytest.mark.usefixtures("one_process", "shipped")
+def test_gpu_checks_where_there_is_no_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu_checks.main(["--out", str(tmp_path / "made.json")])
+    assert capsys.readouterr().out == "no GPU here: the CUDA checks are skipped.\n"
+    gpu_checks.main(["--smoke", "--out", str(tmp_path / "made.json")])
+    made, kept = read(tmp_path / "made.json"), read(RESULTS / "gpu.json")
+    assert set(kept) - {"speed"} == {
+        "device", "pruning", "quantization", "kernels", "packed", *tiny_families.CONFIGS, *gpu_checks.FULL_SIZE
+    }  # fmt: skip
+    assert set(kept["packed"]) == set(gpu_checks.PACKED) > set(made.pop("packed"))
+    assert {"prefill", "decode"} < set(made.pop("speed")["points"][0])
+    assert all(keys(found) == keys(kept[name]) for name, found in made.items())
+
+
+def test_startup(tmp_path):
+    startup_time.main(["--runs", "1", "--only", "zoo", "--out", str(tmp_path / "made.json")])
+    start = read(tmp_path / "made.json")["start"]
+    assert set(start["ratios"]) == {"zoo"} and set(start["costs"]) == {"zoo", "import typer, pydantic, yaml, rich"}
+    (tmp_path / "some").mkdir()
+    assert startup_time.copy_records(tmp_path / "some") == 10
+    startup_time.build_skeleton()
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("shipped")
+def test_the_grid_and_what_is_made_of_it(tmp_path):
+    zoo_grid.main(["--smoke", "--model", "tiny-mixtral", "--results", str(tmp_path)])
+    (made,) = (path for path in (tmp_path / "records").glob("*.json") if "original" not in path.name)
+    record, kept = read(made), read(RESULTS / "records" / made.name)
+    assert record["recipe"] == kept["recipe"] and set(record) == set(kept)
+    assert all(set(record[part]) == set(kept[part]) for part in ("metrics", "sizes", "cost"))
+    zoo_grid.main(["--tables-only", "--results", str(tmp_path)])
+    assert keys(read(tmp_path / "tables.json")[0]["rows"][0]) == keys(read(RESULTS / "tables.json")[2]["rows"][0])
+    for words in (["--smoke"], ["--smoke", "--results", str(RESULTS)]):
+        with pytest.raises(SystemExit):
+            zoo_grid.main(words)
+
+
+@pytest.mark.usefixtures("shipped")
+def test_results_are_rebuilt_byte_for_byte_from_their_records(tmp_path):
+    for name in ("records", "documents", "paper_table", "quantization.json"):
+        (tmp_path / name).symlink_to(RESULTS / name)
+    zoo_grid.main(["--tables-only", "--results", str(tmp_path)])
+    made = [path for path in tmp_path.iterdir() if not path.is_symlink()]
+    assert {path.name for path in made} > {"tables.md", "tables.tex", "tables.json", "summary.md", "README.md"}
+    assert [path.name for path in made if path.read_bytes() != (RESULTS / path.name).read_bytes()] == []
+    page = (tmp_path / "README.md").read_text()
+    targets = {part.partition(")")[0] for part in page.split("](")[1:]}
+    assert len(targets) > 2 and all((tmp_path / name).exists() for name in targets - {"paper_table/report.html"})
+
+
+def test_a_readme_is_filled_between_its_markers(tmp_path, capsys):
+    page, rows = tmp_path / "README.md", "| recipe |\n|---|\n"
+    page.write_text("# A page\n")
+    readme_tables.fill(page, rows)
+    assert page.read_text() == "# A page\n" and "is as before" in capsys.readouterr().out
+    page.write_text(f"# A page\n{readme_tables.BEGIN}\nold\n{readme_tables.END}\nbelow\n")
+    for _ in range(2):
+        readme_tables.fill(page, rows)
+        assert page.read_text() == f"# A page\n{readme_tables.BEGIN}\n\n{rows}\n{readme_tables.END}\nbelow\n"
+
+
+def test_eight_rows_are_for_the_readme():
+    page = (RESULTS / "README.md").read_text().partition("|---|---|---|---|---|---|\n")[2].partition("\n\n")[0]
+    assert len(page.splitlines()) == len(readme_tables.SHOWN) == 8
+
+
+@pytest.mark.usefixtures("shipped")
+def test_rows_of_the_papers_table_are_rebuilt_byte_for_byte(tmp_path):
+    for name in ("records", "speed", "flops", "tasks", "documents"):
+        if (RESULTS / "paper_table" / name).is_dir():
+            shutil.copytree(RESULTS / "paper_table" / name, tmp_path / name)
+    (tmp_path / "grid.json").write_text(json.dumps(paper_table.grid(paper_table.MODELS.split(), {})))
+    paper_rows.write(tmp_path)
+    for kind in ("json", "csv", "tex", "md"):
+        name = f"{paper_rows.STEM}.{kind}"
+        assert (tmp_path / name).read_bytes() == (RESULTS / "paper_table" / name).read_bytes()
+
+
+@pytest.mark.usefixtures("one_process", "shipped")
+def test_jobs_of_the_papers_table(tmp_path, monkeypatch, capfd, command_line):
+    monkeypatch.setenv("MODEL", "tiny-mixtral")
+    words = [*SMALL, "limit=2", "runs=1", "seconds=0", "starts=1", f"out={tmp_path}"]
+    assert paper_table.main([*words, "--dry-run", "--printshellcmds"]) == 0
+    lines = [line for line in capfd.readouterr().out.splitlines() if " -m moe_compress " in line]
+    asked = [
+        shlex.split(part.partition(" -m moe_compress ")[2].partition(" > ")[0].rstrip(") "))
+        for line in lines
+        for part in line.split("&&")
+    ]
+    cell = "tiny-mixtral-layer_drop"
+    jobs = [
+        job for job in asked if "tiny-mixtral" in job or any(cell in word.split("/") or cell in word for word in job)
+    ]
+    jobs = [job for job in jobs if not any(f"{cell}-" in word for word in job)]
+    made = f"checkpoints/{cell}"
+    order = {"compress": 1, "evaluate": 2, "tasks": 3, "flops": 4, "speed": 5}
+    mine = [job for job in jobs if job[0] != "compress" or f"out={made}" in job]
+    monkeypatch.chdir(tmp_path)
+    for job in sorted(mine, key=lambda job: order[job[0]] if made in " ".join(job) else 0):
+        command_line(job)
+    shipped = RESULTS / "paper_table"
+    assert {path.parent.name for path in tmp_path.glob("*/*.json")} >= {"records", "flops", "speed", "tasks"}
+    assert set(read(tmp_path / "flops" / f"{cell}.json")) == set(read(shipped / "flops" / f"{cell}.json"))
+
+
+# --- shell scripts and the zoo ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(tmp_path: Path) -> Callable[..., list[list[str]]]:
+    """What a script of a copied repository asks of its Python, which only answers how many layers are half of them."""
+    place = tmp_path / "clone"
+    shutil.copytree(SCRIPTS, place / "scripts")
+    (place / ".venv" / "bin").mkdir(parents=True)
+    for name in ("requirements.txt", ".venv/requirements.installed"):
+        shutil.copy(ROOT / "requirements.txt", place / name)
+    python = place / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\n(printf "%s\\t" "$@"; echo) >>"$CALLS"\n[ "$2" != -c ] || echo 2 of 5\n')
+    python.chmod(0o755)
+
+    def of(script: str, *words: str) -> list[list[str]]:
+        environment = {"PATH": os.environ["PATH"], "CALLS": str(tmp_path / "calls")}
+        subprocess.run(["bash", place / "scripts" / script, *words], env=environment, check=True, cwd=tmp_path)
+        return [line.split("\t")[:-1] for line in (tmp_path / "calls").read_text().splitlines()]
+
+    return of
+
+
+@pytest.mark.usefixtures("one_process")
+def test_benchmark_speedup(calls, command_line, tmp_path, monkeypatch, capsys):
+    found = calls("benchmark/benchmark_speedup.sh", "runs=1", "seconds=0", "starts=1", "tokens=2", "prompts=8")
+    (_, _, code, model), *jobs = found
+    monkeypatch.setattr(sys, "argv", ["-c", model])
+    exec(code, {})
+    assert capsys.readouterr().out == "2 of 5\n"
+    monkeypatch.chdir(tmp_path)
+    for flag, module, name, *words in jobs:
+        assert (flag, module, name) == ("-P", "-m", "moe_compress")
+        command_line(words)
+    assert "speedup" in capsys.readouterr().out and list((tmp_path / "runs" / "speed").glob("*.json"))
+
+
+def test_measure_flops(calls, command_line, tmp_path, monkeypatch, capsys):
+    ((_, _, _, *words),) = calls("benchmark/measure_flops.sh", "tokens=8", "context=8")
+    monkeypatch.chdir(tmp_path)
+    command_line(words)
+    made = read(tmp_path / "runs" / "flops" / "tiny-mixtral.json")
+    assert set(made) == set(read(RESULTS / "paper_table" / "flops" / "tiny-mixtral.json"))
+
+
+@pytest.mark.parametrize("name", zoo.NAMES[::2])
+def test_training_a_model_of_the_zoo(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "documents", functools.cache(text.documents))
+    try:
+        train.main(["--model", name, "--smoke", "--out", str(tmp_path)])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in zoo.path(name).iterdir()}
+    assert read(tmp_path / "config.json") == read(zoo.path(name) / "config.json")
+    made, kept = ((folder / "README.md").read_text().splitlines() for folder in (tmp_path, zoo.path(name)))
+    starts = ("#", "| ")
+    assert [line.split("|")[:2] for line in made if line.startswith(starts)] == [
+        line.split("|")[:2] for line in kept if line.startswith(starts)
+    ]
