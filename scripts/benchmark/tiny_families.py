@@ -1,4 +1,4 @@
-"""A tiny random model of every family, for checks that run on all of them."""
+"""A tiny random model of every family, for checks that run on all of them; the tests use them too."""
 
 from __future__ import annotations
 
@@ -83,9 +83,9 @@ NO_EXPERT_EDITS = ("jetmoe", "longcat_flash")
 EDITABLE = tuple(name for name in CONFIGS if name not in NO_EXPERT_EDITS)
 
 
-def make(family: str, seed: int = 0) -> PreTrainedModel:
+def make(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model whose routers are not degenerate."""
-    values = {**_BASE, **CONFIGS[family]}
+    values = {**_BASE, **CONFIGS[family], **overrides}
     if family == "longcat_flash":
         values.pop("num_hidden_layers")
     torch.manual_seed(seed)
@@ -104,9 +104,10 @@ def make(family: str, seed: int = 0) -> PreTrainedModel:
     return model.eval()
 
 
-def save(model: PreTrainedModel, folder: Path) -> Path:
+def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model as an ordinary checkpoint."""
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
+    model.to(torch.float32)
     return folder
 
 
