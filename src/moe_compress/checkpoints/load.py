@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_compress.checkpoints.formats.compressed_tensors import PackedWeight
+from moe_compress.checkpoints.formats.edited_packed import packed_matrix
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
 from moe_compress.models.modeling import edit_layer
-from moe_compress.models.modeling.packed_linear import PackedMatrix
-from moe_compress.models.modeling.unfused_experts import CHILDREN
 from moe_compress.models.sublayers import block_names
 from moe_compress.utils.devices import dtype_name, free_memory, return_memory
 from moe_compress.utils.files import gigabytes
@@ -115,15 +114,6 @@ def _pack(
         module.scales = nn.Parameter(scale_OG.to(device, dtype, copy=True), requires_grad=False)
         # Matrix by matrix, so that the words of one alone are there beside the kernel's layout.
         module.prepare(dtype, device)
-
-
-def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:
-    """One packed matrix of a layer by the name of its stack."""
-    stem, _, part = name.rpartition(".")
-    experts: Any = layer.get_submodule(stem if stem == names["experts"] else name)
-    found = experts.separate[number][CHILDREN[part]] if stem == names["experts"] else experts
-    assert isinstance(found, PackedMatrix)
-    return found
 
 
 def _first_line(error: Exception) -> str:

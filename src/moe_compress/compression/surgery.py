@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.mxfp4 import Mxfp4Weight
-from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.formats.stored_weight import StackedWeight, StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.edits.apply import apply_edit, edits_by_layer
@@ -100,7 +99,7 @@ def _still_packed(
 def _still_stacked(checkpoint: Checkpoint, keys: Sequence[str], edits: Sequence[Edit]) -> dict[str, Any]:
     """The same of experts that are packed in one stack: those that are left of it."""
     cuts = [edit for edit in edits if isinstance(edit, KeepExperts)]
-    stacks = [key for key in keys if isinstance(checkpoint.tensors[key], Mxfp4Weight)]
+    stacks = [key for key in keys if isinstance(checkpoint.tensors[key], StackedWeight)]
     if not cuts or not stacks:
         return {key: checkpoint.tensors[key] for key in stacks}
     left = [_number_before(cuts, number) for number in range(len(cuts[-1].experts))]

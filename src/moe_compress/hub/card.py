@@ -12,6 +12,7 @@ import yaml
 
 from moe_compress.checkpoints.folder import CARD, read_manifest
 from moe_compress.checkpoints.formats.quantization_config import packed_edits, says_packed, scale_bytes
+from moe_compress.checkpoints.formats.registry import Loaders, format_in
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.edits.apply import apply_edits
 from moe_compress.models import hf
@@ -55,7 +56,6 @@ model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)
 ```"""
 PACKED = """Its weights are packed. `moe_compress.load({name!r})` keeps them so in memory; {stock}."""
-STOCK = "stock transformers needs `pip install compressed-tensors` and makes them dense"
 NO_STOCK = "the files of this folder do so as well"
 
 
@@ -66,6 +66,7 @@ def model_card(
     *,
     name: str,
     packed: bool = False,
+    stock: str = Loaders().card,
     base_card: str = "",
     licence_text: str = "",
     licence_files: Sequence[str] = (),
@@ -74,9 +75,9 @@ def model_card(
     """The card as Markdown with a YAML head.
 
     manifest: what moe_compress.json holds; record, original: of the evaluation, if there was one; name: the
-    checkpoint's; packed: whether its weights are of few bits; base_card, licence_text: README.md and LICENSE of the
-    original, '' where it has none; licence_files: those that come with this folder; sizes: this one's and the
-    original's, where there is no record.
+    checkpoint's; packed: whether its weights are of few bits; stock: what stock transformers then makes of them;
+    base_card, licence_text: README.md and LICENSE of the original, '' where it has none; licence_files: those that come
+    with this folder; sizes: this one's and the original's, where there is no record.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
@@ -88,7 +89,7 @@ def model_card(
         f"`{base}`, compressed by moe-compress with the recipe\n\n"
         f"    {_line(sentence_of(manifest['stages'])) or 'of a plan'}",
         "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
-        "## How to load it\n\n" + _loading(name, edited, packed),
+        "## How to load it\n\n" + _loading(name, edited, packed, stock),
         *([_measured(record)] if record is not None else []),
         _sizes([each.sizes for each in (record, original) if each is not None] or sizes),
         _hashes(manifest, record),
@@ -150,9 +151,9 @@ def _head(manifest: Mapping[str, Any], licence: Mapping[str, str], methods: Sequ
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _loading(name: str, edited: bool, packed: bool) -> str:
+def _loading(name: str, edited: bool, packed: bool, stock: str) -> str:
     words = (EDITED if edited else PLAIN).format(name=name)
-    return words + ("\n\n" + PACKED.format(name=name, stock=NO_STOCK if edited else STOCK) if packed else "")
+    return words + ("\n\n" + PACKED.format(name=name, stock=NO_STOCK if edited else stock) if packed else "")
 
 
 def _measured(record: Record) -> str:
@@ -226,7 +227,7 @@ def card_of(
     counted = () if record else [_sizes_from_config(base, each) for each in (values, base.values)]
     licences = [path for pattern in LICENCE_FILES for path in sorted(base.folder.glob(pattern))]
     return model_card(
-        manifest, record, original, name=name, packed=says_packed(values),
+        manifest, record, original, name=name, packed=says_packed(values), stock=format_in(values).loaders.card,
         base_card=_text(base.folder / CARD), licence_text=_text(licences[0]) if licences else "",
         licence_files=[path.name for path in licences], sizes=counted,
     )  # fmt: skip

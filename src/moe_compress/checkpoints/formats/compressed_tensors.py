@@ -1,61 +1,73 @@
-"""compressed-tensors' `pack-quantized`: codes packed into int32 words along the inputs, a scale a group."""
+"""compressed-tensors' `pack-quantized`: codes packed into int32 words along the inputs, a scale a group; symmetric.
+
+Experts have one scheme, all other linear maps another: that is as far as stock loaders tell schemes apart.
+"""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.quantization_config import QUANTIZATION
-from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.models import hf
-from moe_compress.models.families import family_of
-from moe_compress.models.matrices import Kind, layer_matrices
-from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
+from moe_compress.checkpoints.formats.registry import (
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    Packing,
+    Writer,
+    common_bits,
+    storage_format,
+    vllm_integers,
+)
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight
+from moe_compress.models.modeling.bit_packing import WORD, pack
+
+EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 @dataclass(frozen=True, slots=True)
-class PackedWeight(StoredWeight):
-    """A packed matrix; its numbers come in the scales' dtype.
-
-    compressed-tensors: `X.weight_packed`, `X.weight_scale` and `X.weight_shape` for `X.weight`.
-    """
+class CompressedTensorsWeight(PackedWeight):
+    """`X.weight_packed` int32 [O, W], `X.weight_scale` [O, G] and `X.weight_shape` for `X.weight`."""
 
     scale: Any
     words: Any
     shape: Any
-    bits: int | None = field(default=None, kw_only=True)
 
     NAMES: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight_packed", ".weight_shape")
     SIGN: ClassVar[str] = ".weight_packed"
-
-    def __getitem__(self, _everything: Any) -> Tensor:
-        """The weights [O, I]."""
-        codes_OI, scale_OG, _ = self.codes()
-        return dequantized(codes_OI, scale_OG)
-
-    def codes(self) -> tuple[Tensor, Tensor, int]:
-        """Signed codes int8 [O, I], scales [O, G] and bits."""
-        words_OW, scale_OG, bits, inputs = self.packed()
-        return unpack(words_OW, bits, inputs), scale_OG, bits
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """Words int32 [O, W], scales [O, G], bits and inputs."""
         words_OW, inputs = self.words[...], int(self.shape[...][1])
         return words_OW, self.scale[...], self.bits or words_OW.shape[1] * WORD // inputs, inputs
 
+    def disagreement(self, grids: Sequence[Grid]) -> str:
+        """What of its shapes lies on none of these grids; empty if they fit."""
+        scales, words = list(self.scale.shape), list(self.words.shape)
+        return "" if on_a_grid(scales, words, grids) else f"has scales {scales} and codes {words}"
 
-def packed_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> PackedWeight:
-    """compressed-tensors' parts of a matrix."""
-    return PackedWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape), bits=bits)
+
+def on_a_grid(scales: Sequence[int], words: Sequence[int], grids: Sequence[Grid]) -> bool:
+    """Whether scales [O, G] and packed codes [O, W] of these shapes are those of one of the grids."""
+    if len(scales) != 2 or len(words) != 2 or scales[0] != words[0]:
+        return False
+    return any(
+        scales[1] == 1 if not grid.group_size else words[1] == math.ceil(scales[1] * grid.group_size * grid.bits / WORD)
+        for grid in grids
+    )
 
 
-def _packed(config: Mapping[str, Any]) -> str:
+def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> CompressedTensorsWeight:
+    return CompressedTensorsWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape), bits=bits)
+
+
+def _unreadable(config: Config) -> str:
     if config.get("format") != "pack-quantized":
         return "which is not read"
     groups = config.get("config_groups")
@@ -72,41 +84,72 @@ def _packed(config: Mapping[str, Any]) -> str:
     return "" if groups else "whose config_groups are missing"
 
 
-EXPERTS = r"re:.*\.experts\.\d+\..*"
+def _grids(config: Config) -> list[Grid]:
+    pairs = [(group["targets"], group["weights"]) for group in config["config_groups"].values()]
+    return [
+        Grid(bits=weights["num_bits"], group_size=weights.get("group_size") or 0, targets=tuple(targets))
+        for targets, weights in pairs
+    ]
 
 
-def scheme(bits: int, group_size: int, whole_rows: bool) -> dict[str, Any]:
-    """A symmetric integer grid as compressed-tensors says it."""
-    strategy = {"strategy": "channel"} if whole_rows else {"strategy": "group", "group_size": group_size}
-    return {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
-
-
-def packed_values(
-    model: PreTrainedModel, kinds: Sequence[Kind], experts: Mapping[str, Any] | None, others: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """config.json values of a checkpoint whose experts and other chosen linear maps are packed by these schemes."""
+def _config(packing: Packing) -> dict[str, Any]:
+    """One scheme for experts, one for all other linear maps, where there are any."""
+    matrices = [(index, matrix) for index, found in packing.matrices.items() for matrix in found]
+    schemes = {m.kind == "experts": _scheme(packing, packing.group_sizes[index, m.name]) for index, m in matrices}
     groups: dict[str, Any] = {}
-    if experts is not None:
-        groups["experts"] = {"targets": [EXPERTS], "weights": dict(experts)}
-    if others is not None:
-        groups["others"] = {"targets": _patterns(model, kinds), "weights": dict(others)}
+    if True in schemes:
+        groups["experts"] = {"targets": [EXPERTS], "weights": schemes[True]}
+    if False in schemes:
+        names = {matrix.name for _, matrix in matrices if matrix.kind != "experts" and matrix.name}
+        groups["others"] = {"targets": [_target(name) for name in sorted(names)], "weights": schemes[False]}
     for group in groups.values():
         group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
     return {
-        QUANTIZATION: {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": ["lm_head"],
-        }
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ["lm_head"],
     }
 
 
-def _patterns(model: PreTrainedModel, kinds: Sequence[Kind]) -> list[str]:
-    """Targets for the linear maps of these kinds. A target with `experts` in it would be taken for that of experts."""
-    family, names = family_of(model.config), set()
-    for layer in hf.decoder_layers(model):
-        names |= {matrix.name for matrix in layer_matrices(layer, family, [k for k in kinds if k != "experts"])}
-    names = {name for name in names if name}
-    return [r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$" for name in sorted(names)]
+def _scheme(packing: Packing, group_size: int) -> dict[str, Any]:
+    """A symmetric grid of whole numbers as compressed-tensors says it."""
+    strategy = {"strategy": "channel"} if packing.whole_rows else {"strategy": "group", "group_size": group_size}
+    return {"num_bits": packing.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
+
+
+def _target(name: str) -> str:
+    """The linear maps of this name. A target with `experts` in it would be taken for that of experts."""
+    return r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$"
+
+
+def _refuses(kinds: Set[str]) -> str:
+    return "" if "experts" in kinds else "is read by stock transformers only where experts are packed, too"
+
+
+@storage_format("compressed-tensors")
+def compressed_tensors() -> Format:
+    """`pack-quantized` of compressed-tensors, symmetric."""
+    return Format(
+        layouts=(CompressedTensorsWeight,),
+        described="compressed-tensors pack-quantized",
+        unreadable=_unreadable,
+        grids=_grids,
+        settings=lambda config: common_bits(_grids(config)),
+        foreign=("weight_zero_point", "weight_g_idx", "weight_global_scale"),
+        loaders=Loaders(
+            transformers=(True, "with compressed-tensors installed; weights are made dense"),
+            vllm=vllm_integers,
+            llama_cpp=(True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
+        ),
+        writer=Writer(
+            parts=_parts,
+            config=_config,
+            shared={
+                "the experts": lambda kind: kind == "experts",
+                "the other linear maps": lambda kind: kind != "experts",
+            },
+            refuses=_refuses,
+        ),
+    )

@@ -1,28 +1,40 @@
-"""GPTQ's layout: codes packed along the inputs, zero points beside them; symmetric."""
+"""GPTQ's layout: codes packed along the inputs, zero points beside them; symmetric, inputs in their order."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.compressed_tensors import PackedWeight
-from moe_compress.checkpoints.formats.quantization_config import QUANTIZATION
-from moe_compress.models import hf
-from moe_compress.models.families import family_of
-from moe_compress.models.matrices import layer_matrices
+from moe_compress.checkpoints.formats.compressed_tensors import on_a_grid
+from moe_compress.checkpoints.formats.registry import (
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    Packing,
+    Writer,
+    common_bits,
+    storage_format,
+    vllm_integers,
+)
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight
 from moe_compress.models.modeling.bit_packing import WORD, pack
+
+KEPT = "-:"
 
 
 @dataclass(frozen=True, slots=True)
 class GptqWeight(PackedWeight):
-    """GPTQ's own layout: `X.qweight` packed along inputs [W, O], `X.qzeros`, `X.scales` [G, O] and `X.g_idx`."""
+    """`X.qweight` packed along inputs [W, O], `X.qzeros` [G, W'], `X.scales` [G, O] and `X.g_idx` [I]."""
 
+    scale: Any
+    words: Any
+    zeros: Any
     g_idx: Any
 
     NAMES: ClassVar[tuple[str, ...]] = (".scales", ".qweight", ".qzeros", ".g_idx")
@@ -33,52 +45,79 @@ class GptqWeight(PackedWeight):
         words_OW, scale_OG = self.words[...].T.contiguous(), self.scale[...].T.contiguous()
         index_I, inputs = self.g_idx[...], len(self.g_idx[...])
         bits, groups = self.bits or words_OW.shape[1] * WORD // inputs, scale_OG.shape[1]
-        # What lies in the place of compressed-tensors' shape are zero points.
-        middle_GO = torch.full((groups, len(words_OW)), -1, dtype=torch.int8)
         in_order = torch.equal(index_I.long(), torch.arange(inputs) // (inputs // groups))
-        if not in_order or not torch.equal(self.shape[...], pack(middle_GO, bits)):
+        if not in_order or not torch.equal(self.zeros[...], _middle(groups, len(words_OW), bits)):
             raise ValueError("a gptq matrix has zero points, or inputs in an order of their own: it is not read.")
         return words_OW, scale_OG, bits, inputs
 
+    def disagreement(self, grids: Sequence[Grid]) -> str:
+        """What of its shapes lies on none of these grids; empty if they fit."""
+        scales, words = list(self.scale.shape), list(self.words.shape)
+        return "" if on_a_grid(scales[::-1], words[::-1], grids) else f"has scales {scales} and codes {words}"
 
-def gptq_parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
-    """GPTQ's parts of a matrix. Zero points are all half of the range, of which this layout stores one less."""
-    inputs, groups = codes_OI.shape[1], scale_OG.shape[1]
-    zeros_GO = torch.full((groups, len(codes_OI)), -1, dtype=torch.int8)
+
+def _middle(groups: int, outputs: int, bits: int) -> Tensor:
+    """Packed zero points that are all half of the range, of which this layout stores one less."""
+    return pack(torch.full((groups, outputs), -1, dtype=torch.int8), bits)
+
+
+def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
+    (outputs, inputs), groups = codes_OI.shape, scale_OG.shape[1]
     index_I = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
     words_WO = pack(codes_OI, bits).T.contiguous()
-    return GptqWeight(scale_OG.T.contiguous(), words_WO, pack(zeros_GO, bits), index_I, bits=bits)
+    return GptqWeight(scale_OG.T.contiguous(), words_WO, _middle(groups, outputs, bits), index_I, bits=bits)
 
 
-def _gptq(config: Mapping[str, Any]) -> str:
+def _unreadable(config: Config) -> str:
     wanted = {"sym": (True,), "desc_act": (False, None), "checkpoint_format": ("gptq",)}
     for key, allowed in wanted.items():
         if config.get(key) not in allowed:
             return f"which is not read with {key}={config.get(key)}"
     if not isinstance(config.get("bits"), int) or not isinstance(config.get("group_size"), int):
         return "which lacks bits or group_size"
-    others = [pattern for pattern in config.get("dynamic") or () if not pattern.startswith("-:")]
+    others = [pattern for pattern in config.get("dynamic") or () if not pattern.startswith(KEPT)]
     return f"which is not read with settings of their own for {others[0]}" if others else ""
 
 
-def gptq_values(
-    model: PreTrainedModel,
-    options: Mapping[str, Any],
-    packed: Collection[str],
-    group_sizes: Mapping[tuple[int, str], int],
-) -> dict[str, Any]:
-    """config.json values of a checkpoint in GPTQ's layout; linear maps that are not packed are left out by name."""
-    family = family_of(model.config)
-    kept = {m.name for layer in hf.decoder_layers(model) for m in layer_matrices(layer, family)} - set(packed)
-    group_size = next(group_size for (_, name), group_size in group_sizes.items() if name in packed)
-    found = {
+def _grids(config: Config) -> list[Grid]:
+    """Every linear map but those that are left out."""
+    kept = "|".join(name.removeprefix(KEPT) for name in config.get("dynamic") or () if name.startswith(KEPT))
+    target = rf"re:(?!(?:{kept})$).*" if kept else "re:.*"
+    return [Grid(bits=config["bits"], group_size=max(config["group_size"], 0), targets=(target,))]
+
+
+def _config(packing: Packing) -> dict[str, Any]:
+    """Linear maps that are not packed are left out by name."""
+    packed = {matrix.name for found in packing.matrices.values() for matrix in found}
+    group_size = next(size for (_, name), size in packing.group_sizes.items() if name in packed)
+    return {
         "quant_method": "gptq",
-        "bits": int(options["bits"]),
-        "group_size": group_size if options["group_size"] else -1,
+        "bits": packing.bits,
+        "group_size": -1 if packing.whole_rows else group_size,
         "sym": True,
         "desc_act": False,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {rf"-:.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(kept)},
+        "dynamic": {rf"{KEPT}.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(packing.others)},
     }
-    return {QUANTIZATION: found}
+
+
+@storage_format("gptq")
+def gptq() -> Format:
+    """GPTQ's own layout, symmetric and without act-order; scales are fp16, all that it knows."""
+    return Format(
+        layouts=(GptqWeight,),
+        described="gptq (symmetric, without act-order)",
+        unreadable=_unreadable,
+        grids=_grids,
+        settings=lambda config: common_bits(_grids(config)),
+        loaders=Loaders(
+            transformers=(
+                False,
+                "fused experts are not loaded from GPTQ's layout: use moe_compress.load, gptqmodel or vLLM",
+            ),
+            vllm=vllm_integers,
+            llama_cpp=(True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
+        ),
+        writer=Writer(parts=_parts, config=_config, shared={"its matrices": lambda _: True}, scale_dtype=torch.float16),
+    )

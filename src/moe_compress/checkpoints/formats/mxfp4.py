@@ -1,29 +1,27 @@
-"""MXFP4: E2M1 codes, a power of two for 32 of them, as GPT-OSS is published."""
+"""MXFP4: E2M1 codes, a power of two for 32 of them, as GPT-OSS is published.
+
+E experts, O outputs, I inputs, B blocks.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.edits.edits import PackMatrices
-from moe_compress.models import hf
-from moe_compress.models.families import family_of
-from moe_compress.models.matrices import layer_matrices
+from moe_compress.checkpoints.formats.registry import Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.stored_weight import StackedWeight
 
 # Numbers of 4 bits with 2 of exponent, by code.
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E8M0_BIAS = 127
+BITS, BLOCK = 4, 32
 
 
 @dataclass(frozen=True, slots=True)
-class Mxfp4Weight(StoredWeight):
+class Mxfp4Weight(StackedWeight):
     """All experts' matrices [E, O, I]: blocks of 32 inputs with a power of two each, two codes a byte (GPT-OSS).
 
     Its numbers come as the model computes with them, [E, I, O], in bf16, which holds them exactly.
@@ -43,21 +41,14 @@ class Mxfp4Weight(StoredWeight):
         number = torch.stack([value[(octets & 15).int()], value[(octets >> 4).int()]], -1).flatten(-2)
         return torch.ldexp(number, exponent_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
 
-    def experts(self, chosen: Sequence[int]) -> Mxfp4Weight:
-        """The same of some experts, as they are."""
-        return self.each(lambda part: part[...][list(chosen)])
 
-
-MXFP4_BITS, MXFP4_SPAN = 4, 32
-
-
-def _mxfp4_edits(model: PreTrainedModel) -> list[PackMatrices]:
-    """All matrices of experts, which families that publish in MXFP4 keep in one stack a layer."""
-    edits, family = [], family_of(model.config)
-    for index, layer in enumerate(hf.decoder_layers(model)):
-        stacks = {matrix.name: matrix.weight_BOI.shape for matrix in layer_matrices(layer, family, ["experts"])}
-        bits = {name: (MXFP4_BITS,) * count for name, (count, _, _) in stacks.items()}
-        group_sizes = {name: math.gcd(MXFP4_SPAN, inputs) for name, (_, _, inputs) in stacks.items()}
-        if bits:
-            edits.append(PackMatrices(index, bits, group_sizes))
-    return edits
+@storage_format("mxfp4", written=False)
+def mxfp4() -> Format:
+    """Floating-point numbers of 4 bits; families that publish in it keep experts in one stack a layer."""
+    return Format(
+        layouts=(Mxfp4Weight,),
+        described="mxfp4",
+        grids=lambda _: [Grid(bits=BITS, group_size=BLOCK, kinds=("experts",))],
+        scale_bytes=lambda _: 1.0,
+        loaders=Loaders(),
+    )

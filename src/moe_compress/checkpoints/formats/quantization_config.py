@@ -1,23 +1,41 @@
-"""What config.json says of packed weights: written for compressed-tensors, and read back as edits.
-
-Experts have one scheme, all other linear maps another: that is as far as stock loaders tell schemes apart.
-"""
+"""What config.json says of packed weights: whether they can be read, and the room that they take in a model."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.mxfp4 import _mxfp4_edits
+from moe_compress.checkpoints.formats.registry import DENSE, QUANTIZATION, Format, Grid, format_in, formats
 from moe_compress.edits.edits import PackMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices, stored_matrices
 
-QUANTIZATION = "quantization_config"
+
+def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a quantized checkpoint in a layout that is not read, saying why."""
+    config = values.get(QUANTIZATION)
+    if not config:
+        return
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{folder}: the quantization_config of config.json is no object.")
+    kind, known = str(config.get("quant_method", "quantized")), {each.name: each for each in _read()}
+    reason = known[kind].unreadable(config) if kind in known else "which is not read"
+    if reason:
+        stored, read = " ".join([kind, str(config.get("format", ""))]).strip(), [each.described for each in _read()]
+        raise ValueError(
+            f"{folder} is stored in {stored} format, {reason}: use a bf16 or fp32 copy, or {', '.join(read)}."
+        )
+
+
+def _read() -> list[Format]:
+    """The formats that a config can name, those first that are written, too."""
+    found = [each for each in formats().values() if each.layouts]
+    return sorted(found, key=lambda each: (each.writer is None, each.name))
 
 
 def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
@@ -25,57 +43,47 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
 
     Floating-point codes take the room of whole ones of as many bits.
     """
-    config = values.get(QUANTIZATION) or {}
-    if config.get("quant_method") == "mxfp4":
-        return _mxfp4_edits(model)
-    groups = _groups(config)
-    edits, family = [], family_of(model.config)
-    for index, layer in enumerate(hf.decoder_layers(model) if groups else ()):
-        bits: dict[str, list[int]] = {}
-        group_sizes: dict[str, int] = {}
-        widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in layer_matrices(layer, family)}
-        for stored, (name, _number) in stored_matrices(model, index).items():
-            weights = _scheme_of(stored.removesuffix(".weight"), name, groups)
-            if weights is not None and name in widths:
-                bits.setdefault(name, []).append(weights["num_bits"])
-                group_sizes[name] = weights.get("group_size") or widths[name]
-        if bits:
-            edits.append(PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes))
-    return edits
+    config = values.get(QUANTIZATION)
+    grids = format_in(values).grids(config) if config else []
+    edits = (_room(model, index, grids) for index in range(len(hf.decoder_layers(model)) if grids else 0))
+    return [edit for edit in edits if edit is not None]
+
+
+def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatrices | None:
+    """The same for one layer."""
+    matrices = layer_matrices(hf.decoder_layers(model)[index], family_of(model.config))
+    bits: dict[str, list[int]] = {}
+    group_sizes: dict[str, int] = {}
+    for matrix in matrices:
+        count, _, inputs = matrix.weight_BOI.shape
+        for grid in grids:
+            if matrix.kind in grid.kinds:
+                bits[matrix.name], group_sizes[matrix.name] = [grid.bits] * count, math.gcd(grid.group_size, inputs)
+    widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in matrices}
+    alone = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
+    for stored, (name, _number) in alone.items():
+        found = _grid_of(stored.removesuffix(".weight"), name, grids)
+        if found is not None and name in widths:
+            bits.setdefault(name, []).append(found.bits)
+            group_sizes[name] = found.group_size or widths[name]
+    return PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes) if bits else None
+
+
+def _grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:
+    """The grid whose targets name a matrix that is stored alone."""
+    for grid in grids:
+        for target in grid.targets:
+            pattern = target.removeprefix("re:")
+            if target.startswith("re:") and any(re.match(pattern, each) for each in (stored, f".layers.0.{name}")):
+                return grid
+    return None
 
 
 def says_packed(values: Mapping[str, Any]) -> bool:
     """Whether a config says of any weights that they are packed, under stock names or in an edited architecture."""
-    edits = values.get("moe_compress", {}).get("edits", ())
-    return bool(values.get(QUANTIZATION)) or any(edit["edit"] == "pack_matrices" for edit in edits)
+    return format_in(values).name != DENSE
 
 
 def scale_bytes(values: Mapping[str, Any]) -> float | None:
     """What a scale takes of a file, where it is not one number of the model's dtype for a group of inputs."""
-    config = values.get(QUANTIZATION) or {}
-    if config.get("quant_method") == "fp8":  # one in fp32 for a block of outputs as well
-        return 4 / float(config["weight_block_size"][0])
-    return 1.0 if config.get("quant_method") == "mxfp4" else None
-
-
-def _groups(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Targets and their grids; GPTQ and FP8 pack every linear map but those that they leave out."""
-    if config.get("quant_method") == "fp8":
-        kept = "|".join(re.escape(name) for name in config.get("modules_to_not_convert") or ())
-        target = rf"re:(?!.*(?:{kept})).*" if kept else "re:.*"
-        return {"all": {"targets": [target], "weights": {"num_bits": 8, "group_size": config["weight_block_size"][1]}}}
-    if config.get("quant_method") != "gptq":
-        return config.get("config_groups", {})
-    kept = "|".join(pattern.removeprefix("-:") for pattern in config.get("dynamic") or () if pattern.startswith("-:"))
-    targets = [rf"re:(?!(?:{kept})$).*" if kept else "re:.*"]
-    weights = {"num_bits": config["bits"], "group_size": max(config["group_size"], 0)}
-    return {"all": {"targets": targets, "weights": weights}}
-
-
-def _scheme_of(stored: str, name: str, groups: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    for group in groups.values():
-        for target in group["targets"]:
-            pattern = target.removeprefix("re:")
-            if target.startswith("re:") and any(re.match(pattern, each) for each in (stored, f".layers.0.{name}")):
-                return group["weights"]
-    return None
+    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {})

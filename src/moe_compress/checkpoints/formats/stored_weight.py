@@ -1,19 +1,27 @@
-"""A weight that a file holds as several tensors, read as one."""
+"""A weight that a file holds as several tensors, read as one. O outputs, I inputs, G groups of inputs, W words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Self
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from torch import Tensor
+
+from moe_compress.models.modeling.bit_packing import dequantized, unpack
+
+if TYPE_CHECKING:
+    from moe_compress.checkpoints.formats.registry import Grid
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
     """A weight of several tensors, which are read when they are asked for; `[...]` is its numbers.
 
-    NAMES: how its tensors end, that which tells the dtype first; SIGN: the one by which it is known.
+    Its fields are its tensors, in the order of NAMES; keyword-only fields are what config.json alone knows of it.
+
+    NAMES: how the names of its tensors end, that which tells the dtype first; SIGN: the one by which it is known; END:
+    how the name of the weight ends that they stand for.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ()
@@ -27,6 +35,10 @@ class StoredWeight:
     def get_dtype(self) -> str:
         """As a safetensors slice says it."""
         return "F32"
+
+    def disagreement(self, grids: Sequence[Grid]) -> str:
+        """What of its shapes lies on none of these grids ("has scales ..."); empty if they fit, as far as is known."""
+        return ""
 
     @classmethod
     def stem(cls, name: str) -> str:
@@ -44,3 +56,36 @@ class StoredWeight:
     def each(self, change: Callable[[Any], Any]) -> Self:
         """The same with something else in place of each part."""
         return replace(self, **{name: change(getattr(self, name)) for name in self._held})
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight(StoredWeight):
+    """One matrix of whole codes and scales: with `moe_compress.load`, it stays packed in memory.
+
+    Its numbers come in the scales' dtype. bits: of a code, where config.json says one width for all.
+    """
+
+    bits: int | None = field(default=None, kw_only=True)
+
+    def packed(self) -> tuple[Tensor, Tensor, int, int]:
+        """Words int32 [O, W], packed along the inputs, scales [O, G], bits and inputs."""
+        raise NotImplementedError
+
+    def codes(self) -> tuple[Tensor, Tensor, int]:
+        """Signed codes int8 [O, I], scales [O, G] and bits."""
+        words_OW, scale_OG, bits, inputs = self.packed()
+        return unpack(words_OW, bits, inputs), scale_OG, bits
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The weights [O, I]."""
+        codes_OI, scale_OG, _ = self.codes()
+        return dequantized(codes_OI, scale_OG)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedWeight(StoredWeight):
+    """The matrices of all experts of a layer in one stack, experts first."""
+
+    def experts(self, chosen: Sequence[int]) -> Self:
+        """The same of some experts, as they are."""
+        return self.each(lambda part: part[...][list(chosen)])

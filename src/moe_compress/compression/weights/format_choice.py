@@ -7,13 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.compressed_tensors import packed_values, scheme
-from moe_compress.checkpoints.formats.gptq import gptq_values
-from moe_compress.compression.weights.layer_stores import (
-    CompressedTensorsStore,
-    DenseStore,
-    EditedPackedStore,
-    GptqStore,
+from moe_compress.checkpoints.formats.registry import (
+    DENSE,
+    EDITED_PACKED,
+    QUANTIZATION,
+    Packing,
+    Writer,
+    formats,
 )
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import Edit, PackMatrices
@@ -24,51 +24,58 @@ from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Kind, Matrix, kinds_of, layer_matrices, stored_matrices
 from moe_compress.recipes.recipe import Stage
 
-STORES: dict[str, type[DenseStore]] = {
-    "dense": DenseStore,
-    "compressed-tensors": CompressedTensorsStore,
-    "gptq": GptqStore,
-    "packed": EditedPackedStore,
-}
+# What format=auto stands for: the first that can hold the matrices.
+AUTO = ("compressed-tensors", EDITED_PACKED)
 Bits = Mapping[int, Mapping[str, Sequence[int]]]
 
 
 def format_of(stage: Stage, model: PreTrainedModel) -> str:
-    """dense, compressed-tensors, gptq or packed. Raises ValueError for one that the model's experts cannot have."""
-    wanted = str(stage.parameters.get("format", "dense"))
-    chosen = _chosen(stage, model)
-    if wanted == "dense" or not any(chosen.values()):
-        return "dense"
-    if wanted == "packed":
-        return wanted
-    reason = _not_plain(stage, model, chosen, "compressed-tensors" if wanted == "auto" else wanted)
+    """The name of a format that is written. Raises ValueError for one that the model's experts cannot have."""
+    wanted = str(stage.parameters.get("format", DENSE))
+    if wanted == DENSE or not any(_chosen(stage, model).values()):
+        return DENSE
     if wanted == "auto":
-        return "packed" if reason or stage.parameters["bits"] == "auto" else "compressed-tensors"
+        return next(name for name in AUTO if not _one_width(stage, name) and not _refused(stage, model, name))
+    if _one_width(stage, wanted):
+        raise ValueError(f"format={wanted} holds one width for all experts: bits=auto needs format=packed or dense.")
+    reason = _refused(stage, model, wanted)
     if reason:
         raise ValueError(f"format={wanted} {reason}: use format=packed or format=dense.")
     return wanted
 
 
-def _not_plain(stage: Stage, model: PreTrainedModel, chosen: Mapping[int, Sequence[Matrix]], format: str) -> str:
-    """Why a plain format cannot hold these matrices; empty if it can."""
+def _writer(format: str) -> Writer:
+    writer = formats()[format].writer
+    assert writer is not None, format
+    return writer
+
+
+def _one_width(stage: Stage, format: str) -> bool:
+    """Whether bits differ between matrices, of which a plain format holds one width."""
+    return _writer(format).parts is not None and stage.parameters["bits"] == "auto"
+
+
+def _refused(stage: Stage, model: PreTrainedModel, format: str) -> str:
+    """Why a format cannot hold the chosen matrices; empty if it can."""
+    writer, chosen = _writer(format), _chosen(stage, model)
+    if writer.parts is None:
+        return ""
     lacking = _without_names(model, chosen)
     if lacking:
         return f"packs matrices one by one, but {model.config.model_type} stores {lacking} together with others"
-    if format == "compressed-tensors" and not any(m.kind == "experts" for found in chosen.values() for m in found):
-        return "is read by stock transformers only where experts are packed, too"
-    for which, alike in _alike(chosen, format).items():
+    reason = writer.refuses({matrix.kind for found in chosen.values() for matrix in found})
+    if reason:
+        return reason
+    for which, alike in _alike(chosen, writer).items():
         if alike and not group_size_for([m.weight_BOI.shape[2] for _, m in alike], stage.parameters["group_size"]):
             return f"needs one group size for all of {which}, and no group of 8 and more divides all widths"
     return ""
 
 
-def _alike(chosen: Mapping[int, Sequence[Matrix]], format: str) -> dict[str, list[tuple[int, Matrix]]]:
-    """Matrices that one scheme is for: stock loaders know one for experts and one for the rest, GPTQ's one for all."""
+def _alike(chosen: Mapping[int, Sequence[Matrix]], writer: Writer) -> dict[str, list[tuple[int, Matrix]]]:
+    """Matrices that have to share one group size, by what messages call them."""
     packed = [(i, m) for i, matrices in chosen.items() for m in matrices]
-    if format == "gptq":
-        return {"its matrices": packed}
-    experts = [(i, m) for i, m in packed if m.kind == "experts"]
-    return {"the experts": experts, "the other linear maps": [(i, m) for i, m in packed if m.kind != "experts"]}
+    return {which: [(i, m) for i, m in packed if holds(m.kind)] for which, holds in writer.shared.items()}
 
 
 def _without_names(model: PreTrainedModel, chosen: Mapping[int, Sequence[Matrix]]) -> str:
@@ -101,32 +108,40 @@ def group_sizes(stage: Stage, model: PreTrainedModel) -> dict[tuple[int, str], i
         layers = enumerate(hf.decoder_layers(model))
         found += [(i, m) for i, layer in layers for m in layer_matrices(layer, family_of(model.config), ["router"])]
     sizes = {(i, m.name): group_size_for([m.weight_BOI.shape[2]], wanted) for i, m in found}
-    if format in ("dense", "packed") or not wanted:
-        return sizes
-    for alike in _alike(chosen, format).values():
+    writer = _writer(format)
+    for alike in _alike(chosen, writer).values() if wanted else ():
         common = group_size_for([m.weight_BOI.shape[2] for _, m in alike], wanted) if alike else 0
         sizes |= {(i, m.name): common for i, m in alike}
     return sizes
+
+
+def _packing(stage: Stage, model: PreTrainedModel, sizes: Mapping[tuple[int, str], int]) -> Packing:
+    """What is to be packed into a plain format."""
+    chosen, family = _chosen(stage, model), family_of(model.config)
+    packed = {matrix.name for found in chosen.values() for matrix in found}
+    every = {matrix.name for layer in hf.decoder_layers(model) for matrix in layer_matrices(layer, family)}
+    bits, whole_rows = int(stage.parameters["bits"]), not stage.parameters["group_size"]
+    return Packing(
+        bits=bits, whole_rows=whole_rows, matrices=chosen, group_sizes=sizes, others=frozenset(every - packed)
+    )
 
 
 def stored_form(
     format: str, stage: Stage, model: PreTrainedModel, sizes: Mapping[tuple[int, str], int], bits: Bits | None = None
 ) -> tuple[list[Edit], dict[str, Any]]:
     """(edits, config.json values) of a checkpoint that is stored in this format. bits: where they differ."""
-    if format == "dense":
-        return [], {}
-    chosen = _chosen(stage, model)
-    if format == "packed":
-        return [edit for i, found in chosen.items() if (edit := _room(i, found, stage, sizes, bits)) is not None], {}
-    if format == "gptq":
-        return [], gptq_values(model, stage.parameters, {m.name for found in chosen.values() for m in found}, sizes)
-    width, whole = int(stage.parameters["bits"]), not stage.parameters["group_size"]
-    schemes: dict[bool, dict[str, Any]] = {}
-    for index, matrices in chosen.items():
-        for matrix in matrices:
-            schemes[matrix.kind == "experts"] = scheme(width, sizes[index, matrix.name], whole)
-    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
-    return [], packed_values(model, [k for k in kinds if k != "router"], schemes.get(True), schemes.get(False))
+    writer = _writer(format)
+    if writer.layer is not None:
+        return _rooms(stage, model, sizes, bits), {}
+    return [], {} if writer.config is None else {QUANTIZATION: writer.config(_packing(stage, model, sizes))}
+
+
+def _rooms(
+    stage: Stage, model: PreTrainedModel, sizes: Mapping[tuple[int, str], int], bits: Bits | None = None
+) -> list[Edit]:
+    """The edits that make room for codes, layer by layer."""
+    rooms = (_room(i, found, stage, sizes, bits) for i, found in _chosen(stage, model).items())
+    return [edit for edit in rooms if edit is not None]
 
 
 def _room(
@@ -163,8 +178,8 @@ def nearest_bits(options: Mapping[str, Any]) -> int:
 def pack_skeleton(stage: Stage, model: PreTrainedModel) -> list[Edit]:
     """Make room for codes in a skeleton; returns the edits that an edited checkpoint will carry."""
     format = format_of(stage, model)
-    if format == "dense":
+    if format == DENSE:
         return []
-    edits, _ = stored_form("packed", stage, model, group_sizes(stage, model))
+    edits = _rooms(stage, model, group_sizes(stage, model))
     apply_edits(model, edits)
-    return edits if format == "packed" else []
+    return edits if _writer(format).layer is not None else []

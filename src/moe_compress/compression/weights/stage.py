@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from moe_compress.calibration.input_moments import InputMomentCollector, Moments
 from moe_compress.calibration.router_choices import RouterChoices, routing_change
+from moe_compress.checkpoints.formats.registry import formats
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.bit_sensitivity import expert_bits
 from moe_compress.compression.weights.checks import gram_bytes
 from moe_compress.compression.weights.format_choice import (
-    STORES,
     Bits,
     format_of,
     group_sizes,
     nearest_bits,
     stored_form,
 )
-from moe_compress.compression.weights.layer_stores import MatrixChange, MatrixDraft
+from moe_compress.compression.weights.layer_stores import LayerStore, MatrixChange, MatrixDraft
 from moe_compress.compression.weights.report import warn_of_skipped, weights_report
 from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
 from moe_compress.compression.weights.sparsity_sensitivity import expert_sparsities
@@ -122,10 +122,11 @@ class WeightStage:
         self.format = format_of(stage, layers.model)
         self.group_sizes = group_sizes(stage, layers.model)
         warn_of_skipped(self.group_sizes)
-        self.store = STORES[self.format](source, layers, writer, self.kinds)
+        format = formats()[self.format]
+        assert format.writer is not None
+        self.store = LayerStore(format.writer, source, layers, writer, self.kinds)
         writer.values = {**source.values, **stored_form(self.format, stage, self.model, self.group_sizes)[1]}
-        # GPTQ's layout knows scales of 16 bits alone, of which the wider range is no use to it.
-        self.stored_dtype = torch.float16 if self.format == "gptq" else source.stored_dtype
+        self.stored_dtype = format.writer.scale_dtype or source.stored_dtype
         self.sparsities: dict[int, Tensor] = {}
         self.bits: Bits | None = None
         self.tokens = 0

@@ -1,0 +1,228 @@
+"""One table of storage formats, filled by the modules of this folder. A format is one file that says all of it.
+
+    @storage_format("gptq")
+    def gptq() -> Format:
+        return Format(layouts=(GptqWeight,), unreadable=..., grids=..., writer=Writer(parts=..., config=...))
+
+What reads, writes, counts and describes checkpoints asks the table and names no format. docs/extending/format.md shows
+a complete one. O outputs, I inputs, G groups of inputs, B experts (or one).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe_compress.models.matrices import Kind, Matrix
+
+PACKAGE = __name__.rpartition(".")[0]
+QUANTIZATION = "quantization_config"
+DENSE, EDITED_PACKED = "dense", "packed"
+# Widths of whole codes that vLLM's fused experts take.
+VLLM_FUSED_BITS = (4, 8)
+Config = Mapping[str, Any]
+Verdict = tuple[bool, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Weights of few bits as a quantization_config tells of them.
+
+    group_size: inputs that share a scale, 0 for a whole row; targets: patterns (`re:...`) of the names of modules that
+    are stored one by one; kinds: parts of a layer whose stacks are stored whole.
+    """
+
+    bits: int
+    group_size: int
+    targets: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packing:
+    """What a stage packs into a plain format.
+
+    matrices: by layer; group_sizes: inputs that share a scale, by layer and name of the matrix; whole_rows: one scale a
+    row was asked for; others: names of the matrices that stay plain numbers, routers among them.
+    """
+
+    bits: int
+    whole_rows: bool
+    matrices: Mapping[int, Sequence[Matrix]]
+    group_sizes: Mapping[tuple[int, str], int]
+    others: frozenset[str] = frozenset()
+
+
+class PackedStack(Protocol):
+    """Matrices of equal shape on a grid: codes int8 [B, O, I], scales [B, O, G], bits of each of the B."""
+
+    @property
+    def codes(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def scale(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def bits(self) -> Sequence[int]: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class LayerToStore:
+    """A layer of a model as it will be stored, in plain numbers, and the codes of its packed matrices by name."""
+
+    model: PreTrainedModel
+    index: int
+    layer: nn.Module
+    packed: Mapping[str, PackedStack]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """How matrices on a grid are stored; with no field set, as the plain numbers that their codes stand for.
+
+    A plain format has `parts`: what is stored of one matrix, from codes int8 [O, I], scales [O, G] and bits, under the
+    names that stock checkpoints give to it. Its matrices have one width.
+    config: the quantization_config of config.json; shared: which matrices have to have one group size, by what messages
+    call them: whether a kind of matrix is one of them; refuses: why it does not hold a choice of matrices of just these
+    kinds, as the rest of a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for
+    that of the checkpoint's weights.
+
+    A format of an edited architecture has `layer` alone: the tensors of a layer by name, codes in modules of their own.
+    Edits say what is packed, and each matrix may have a width of its own.
+    """
+
+    parts: Callable[[Tensor, Tensor, int], StoredWeight] | None = None
+    config: Callable[[Packing], dict[str, Any]] | None = None
+    shared: Mapping[str, Callable[[Kind], bool]] = field(default_factory=dict)
+    refuses: Callable[[Set[Kind]], str] = lambda _: ""
+    scale_dtype: torch.dtype | None = None
+    layer: Callable[[LayerToStore], dict[str, Tensor]] | None = None
+
+
+def common_bits(grids: Sequence[Grid]) -> dict[str, Any]:
+    """The width of all packed matrices, for PackedWeight, where there is one: narrow ones do not tell 3 bits from 4."""
+    found = {grid.bits for grid in grids}
+    return {"bits": found.pop()} if len(found) == 1 else {}
+
+
+def _not_tried(_bits: Sequence[int]) -> Verdict:
+    return True, "not tried: by its loaders"
+
+
+def vllm_integers(bits: Sequence[int]) -> Verdict:
+    """What vLLM makes of whole codes of these widths."""
+    if not set(bits) <= set(VLLM_FUSED_BITS):
+        return False, f"its fused experts take 4 and 8 bits, not {', '.join(map(str, bits))}: use format=dense"
+    return True, "not tried: by its loaders and quantized kernels (a GPU)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaders:
+    """Which programs load a plain checkpoint in a format, and how or why not, each as (whether, how or why not).
+
+    vllm: asked with the widths of the grids; vllm and llama_cpp: for families that they know; card: what stock
+    transformers makes of packed weights, in the words of a model card.
+    """
+
+    transformers: Verdict = (True, "as any other model of its family")
+    vllm: Callable[[Sequence[int]], Verdict] = _not_tried
+    llama_cpp: Verdict = (True, "not tried: by convert_hf_to_gguf.py")
+    card: str = "stock transformers needs `pip install compressed-tensors` and makes them dense"
+
+
+OURS_ALONE = Loaders(
+    transformers=(False, "it knows no such format: use moe_compress.load"),
+    vllm=lambda _: (False, "it knows no such format: use format=dense"),
+    llama_cpp=(False, "its converter knows no such format: use format=dense"),
+    card="no other program reads them",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Format:
+    """A storage format of weights.
+
+    name: what `format=` and a quantization_config call it; fallback: it holds whatever other formats do not, first 1,
+    then 2; 0 for the others. Both, and whether it is written, are the decorator's.
+
+    layouts: how the tensors of a stored weight lie and are read, none for a format that no quantization_config names;
+    described: what of it is read, in messages; unreadable: why a quantization_config is not read, as the rest of a
+    sentence, empty if it is; grids: what it says is packed; settings: what it alone knows of a stored weight, as
+    keywords of the layouts; scale_bytes: what a scale takes of a file, where it is not one number of the model's dtype
+    for a group of inputs; foreign: endings of tensors beside the codes of its relatives that are not read.
+
+    loaders: which programs load it, none but moe_compress.load unless it is said; writer: how it is written, None for a
+    format that is only read.
+    """
+
+    name: str = ""
+    fallback: int = 0
+    layouts: tuple[type[StoredWeight], ...] = ()
+    described: str = ""
+    unreadable: Callable[[Config], str] = lambda _: ""
+    grids: Callable[[Config], list[Grid]] = lambda _: []
+    settings: Callable[[Config], dict[str, Any]] = lambda _: {}
+    scale_bytes: Callable[[Config], float | None] = lambda _: None
+    foreign: tuple[str, ...] = ()
+    loaders: Loaders = OURS_ALONE
+    writer: Writer | None = None
+
+    def widths(self, config: Config) -> list[int]:
+        """Bits of the grids of a quantization_config."""
+        return sorted({grid.bits for grid in self.grids(config)})
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def storage_format(
+    name: str, *, written: bool = True, fallback: int = 0
+) -> Callable[[Callable[[], Format]], Callable[[], Format]]:
+    """Register the format that a function describes; see `Format`.
+
+    written: whether `format=` may ask for it, which is read from the source, before torch is imported.
+    """
+
+    def register(describe: Callable[[], Format]) -> Callable[[], Format]:
+        if name in _FORMATS:
+            raise ValueError(f"the storage format {name!r} is registered twice.")
+        found = replace(describe(), name=name, fallback=fallback)
+        if written != (found.writer is not None):
+            raise ValueError(f"the storage format {name!r} needs a writer, or written=False.")
+        _FORMATS[name] = found
+        return describe
+
+    return register
+
+
+def formats() -> Mapping[str, Format]:
+    """All formats by name; the first call imports the modules of this folder."""
+    _import_all()
+    return _FORMATS
+
+
+@functools.cache
+def _import_all() -> None:
+    for module in pkgutil.iter_modules(importlib.import_module(PACKAGE).__path__, f"{PACKAGE}."):
+        importlib.import_module(module.name)
+
+
+def format_in(values: Mapping[str, Any]) -> Format:
+    """The format that config.json says weights are in, under an ordinary or an edited architecture."""
+    config = values.get(QUANTIZATION)
+    if config:
+        return formats()[config["quant_method"]]
+    edits = values.get("moe_compress", {}).get("edits", ())
+    return formats()[EDITED_PACKED if any(edit["edit"] == "pack_matrices" for edit in edits) else DENSE]
