@@ -1,0 +1,139 @@
+"""Writes docs/families.md: what works with which family, asked of the checks that a recipe's dry run makes.
+
+    python scripts/docs/families.py [PAGE]
+
+Every tested family is built small, without weights, from its config's defaults; each recipe is tried on it, and the
+config that it would leave is built and compared.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from moe_compress.compression.dry_run import dry_run
+from moe_compress.edits.resulting_config import resulting_config
+from moe_compress.models import hf
+from moe_compress.models.families import FAMILIES, Family
+from moe_compress.recipes.parser import parse
+
+PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+LAYERS = 4
+# One recipe a column.
+RECIPES = {
+    "expert_drop": "expert_drop keep=4",
+    "expert_merge": "expert_merge keep=4",
+    "layer_drop": "layer_drop drop=1",
+    "layer_drop part=attention": "layer_drop drop=1 part=attention",
+    "block_drop": "block_drop drop=1",
+    "top_k": "top_k k=1",
+    "skip": "skip",
+    "channels": "channels ratio=0.5",
+    "prune": "prune",
+    "activations": "activations where=experts",
+    "quantize format=compressed-tensors": "quantize bits=4 format=compressed-tensors",
+    "quantize format=gptq": "quantize bits=4 format=gptq",
+    "quantize format=packed": "quantize bits=4 format=packed",
+}
+# Small numbers for whatever of these a config has.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers"), LAYERS),
+    **{"vocab_size": 96, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    **{"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 16),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), 8),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "n_shared_experts", "num_shared_experts"), 1),
+    **{"attn_layer_period": 2, "attn_layer_offset": 0, "full_attention_interval": 2},
+    "layers_block_type": ["moe", "attention"] * (LAYERS // 2),
+}
+HEAD = """# Families
+
+What works with which architecture. `python scripts/docs/families.py` makes this page of what the code's own checks
+say; do not edit it. How a family is recognised, and how one is added: [extending/family.md](extending/family.md).
+
+- **plain**: the result is an ordinary checkpoint of the family, which stock tools load.
+- **edited**: its layers differ from what the architecture can say. `AutoModelForCausalLM` loads it behind
+  `import moe_compress`, or with `trust_remote_code=True` ([checkpoints.md](checkpoints.md)).
+- **no**: it is refused before a weight is read, for the reason under the number.
+
+Each recipe is tried in an even form: the same count of experts, experts a token or neurons in every layer. Uneven ones
+(`budget=global`, single layers) leave edited checkpoints. vLLM and llama.cpp: whether they know the family's experts by
+the names in plain checkpoints. Tests run on a tiny model of each of these families.
+"""
+
+
+def small_config(model_type: str) -> PreTrainedConfig:
+    """A config of the architecture with few layers and narrow ones; what is no size stays as it is by default."""
+    default: PreTrainedConfig = AutoConfig.for_model(model_type)
+    stored = default.to_dict()
+    sizes = {key: value for key, value in SIZES.items() if key in stored}
+    if (stored.get("n_group") or 1) > 1:
+        sizes |= {"n_group": 2, "topk_group": 1}
+    config: PreTrainedConfig = AutoConfig.for_model(model_type, **sizes)
+    if "layer_types" in stored:
+        kinds = list(config.layer_types or ["full_attention"])
+        if kinds.count("full_attention") == 1:  # one of each kind in turn, or the only attention could not go
+            config.layer_types = ([*dict.fromkeys(kinds)] * LAYERS)[:LAYERS]
+    return config
+
+
+def verdict(sentence: str, config: PreTrainedConfig, model: PreTrainedModel) -> tuple[str, str]:
+    """(plain, edited or no; why not) for a recipe on a skeleton, which stays as it is."""
+    try:
+        found = dry_run(parse(sentence, (), {"model": config.model_type}), copy.deepcopy(model))
+    except ValueError as error:
+        return "no", str(error)
+    return ("plain" if resulting_config(config.to_dict(), found.edits).plain else "edited"), ""
+
+
+def verdicts(family: Family) -> dict[str, tuple[str, str]]:
+    """What becomes of every recipe."""
+    config = small_config(family.model_type)
+    model = hf.skeleton(config, torch.bfloat16)
+    return {column: verdict(sentence, config, model) for column, sentence in RECIPES.items()}
+
+
+def table(found: Mapping[str, Mapping[str, tuple[str, str]]]) -> str:
+    """A row a family, a column a recipe, and the reasons below."""
+    titles = ["family", *RECIPES, "vLLM", "llama.cpp"]
+    reasons: dict[str, int] = {}
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for name, by_recipe in found.items():
+        cells = [f"`{name}`"]
+        for word, reason in by_recipe.values():
+            number = reasons.setdefault(reason, len(reasons) + 1) if reason else 0
+            cells.append(f"{word} ({number})" if number else word)
+        cells += ["yes" if known else "no" for known in (FAMILIES[name].vllm, FAMILIES[name].llama_cpp)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *(f"{number}. {reason}" for reason, number in reasons.items())])
+
+
+def others() -> str:
+    """Families with an entry, but no test."""
+    untested = [family for _, family in sorted(FAMILIES.items()) if not family.tested]
+    plain = [f"`{f.model_type}`" for f in untested if not (f.refused or f.read_as or f.no_expert_edits)]
+    lines = ["## Others", "", f"With an entry, but without a tiny model among the tests: {', '.join(plain)}.", ""]
+    lines += [f"- `{f.model_type}`: read as `{f.read_as}`." for f in untested if f.read_as]
+    lines += [f"- `{f.model_type}`: experts stay, {f.no_expert_edits}." for f in untested if f.no_expert_edits]
+    lines += [f"- `{f.model_type}`: refused, {f.refused}." for f in untested if f.refused]
+    return "\n".join([*lines, "", "Any other architecture of transformers works without an entry if it is recognised."])
+
+
+def page() -> str:
+    """The whole page."""
+    found = {name: verdicts(family) for name, family in sorted(FAMILIES.items()) if family.tested}
+    return "\n".join([HEAD, table(found), "", others(), ""])
+
+
+if __name__ == "__main__":
+    (Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE).write_text(page(), encoding="utf-8")

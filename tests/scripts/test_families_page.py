@@ -1,0 +1,55 @@
+"""docs/families.md says of every tested family what the code says."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_compress.methods import registry
+from moe_compress.models.families import FAMILIES
+from support import tiny
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "families.md"
+ROWS = [
+    [cell.strip(" `") for cell in line.strip("|").split("|")]
+    for line in PAGE.read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ")
+]
+TITLES, TABLE = ROWS[0], {row[0]: row[1:] for row in ROWS[1:]}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "docs"))
+    import families
+
+    yield families
+    sys.modules.pop("families")
+
+
+def test_the_page_is_about_the_families_that_are_tested():
+    assert sorted(TABLE) == sorted(tiny.CONFIGS) == sorted(f.model_type for f in FAMILIES.values() if f.tested)
+
+
+def test_every_method_and_program_has_its_column():
+    assert {title.split()[0] for title in TITLES[1:-2]} == set(registry.METHODS)
+    for name, cells in TABLE.items():
+        family = FAMILIES[name]
+        assert cells[-2:] == ["yes" if known else "no" for known in (family.vllm, family.llama_cpp)]
+        refused = [cell.startswith("no") for cell in cells[:-2]]
+        assert all(refused) == (name in tiny.NO_EXPERT_EDITS) == bool(family.no_expert_edits), name
+
+
+@pytest.mark.parametrize("family", ["phimoe", "llama4_text", "jetmoe"])
+def test_rows_are_what_the_checks_say(family, script):
+    found = [word for word, _ in script.verdicts(FAMILIES[family]).values()]
+    assert [re.sub(r" \(\d+\)", "", cell) for cell in TABLE[family][:-2]] == found
+
+
+@pytest.mark.slow
+def test_the_page_is_current(script):
+    assert script.page() == PAGE.read_text(encoding="utf-8")
