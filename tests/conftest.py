@@ -20,6 +20,7 @@ import moe_compress
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.engine import forward
 from support import editing, quantized, readers, tiny
+from support.identity import rewritten
 
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -142,9 +143,7 @@ def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.fixture(scope="session")
 def sharded(tmp_path_factory: pytest.TempPathFactory, reader_folder: Callable[[str], Path]) -> Path:
     """A tiny Mixtral in several shards."""
-    out = tmp_path_factory.mktemp("sharded") / "model"
-    moe_compress.compress("identity", model=reader_folder("mixtral"), out=out, eval=False, results=out.parent)
-    return out
+    return rewritten(open_checkpoint(reader_folder("mixtral")), tmp_path_factory.mktemp("sharded") / "model").folder
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from moe_compress.analysis.layer_plan import CompressedMoEConfig, CompressionPla
 from moe_compress.data.prompts import prompt_windows
 from support import tiny
 from support.planted import FAMILIES, LAYER, PROMPTS, plant, reader
+from support.slow import slow_after
 
 
 def weights_of(model) -> dict[str, torch.Tensor]:
@@ -27,7 +28,7 @@ def unchanged(model, before: dict[str, torch.Tensor]) -> bool:
     return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_in_place_or_not(family, tokenizer, fresh):
     compressor = fresh(family)
     plant(compressor.model, LAYER, 1, 2, permuted=True)
@@ -109,7 +110,7 @@ def test_without_a_word_the_blend_that_changes_least_is_taken(tokenizer):
         assert merge.similarity == pytest.approx(min(pairs))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_tokens_of_an_expert_that_goes_get_the_next_best(family, fresh):
     compressor = fresh(family)
     plan = compressor.plan_compression(LAYER, 6)
@@ -126,7 +127,9 @@ def test_tokens_of_an_expert_that_goes_get_the_next_best(family, fresh):
     torch.testing.assert_close(gate_TK.sum(1), after.gate_TK.sum(1), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, "llama4_text", "phimoe", "granitemoeshared", "hunyuan_v1_moe"))
+@pytest.mark.parametrize(
+    "family", slow_after(3, ("mixtral", "llama4_text", *FAMILIES[1:], "phimoe", "granitemoeshared", "hunyuan_v1_moe"))
+)
 def test_layers_with_different_counts_still_generate(family, fresh):
     compressor = fresh(family)
     first, *_, second = MoEHooks(compressor.model).moe_layer_indices

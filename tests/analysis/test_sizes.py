@@ -19,6 +19,7 @@ from moe_compress.models.moe import moe_views
 from moe_compress.models.sizes import sizes
 from support import tiny
 from support.planted import FAMILIES, LAYER, PROMPTS, reader
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize("family", tiny.EDITABLE)
@@ -70,7 +71,7 @@ def test_codes_of_four_bits_are_parameters_and_their_scales_are_none(compressors
     assert estimate_model_size(model)["attention"] == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_what_is_predicted_is_written(family, reader_folder, options, tmp_path):
     compressor = ExpertCompressor(reader_folder(family))
     layers = MoEHooks(compressor.model).moe_layer_indices

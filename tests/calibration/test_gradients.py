@@ -14,6 +14,7 @@ from moe_compress.models.families import family_of
 from support import naive_pruning as slow
 from support import tiny
 from support.editing import IDS
+from support.slow import slow_after
 from support.tiny import windows_of
 
 
@@ -45,7 +46,9 @@ def naive_heapr(family: str, layer: int) -> torch.Tensor:
     return squares * torch.einsum("edf,edc,ecf->ef", down, mean, down)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize(
+    "family", slow_after(3, ["mixtral", "deepseek_v3", "nemotron_h", "gpt_oss", "qwen2_moe", "granitemoe"])
+)
 def test_gradients_that_come_back_layer_by_layer_are_those_of_the_whole_model(family, family_checkpoint, tmp_path):
     layers = StreamedLayers(family_checkpoint(family), torch.device("cpu"), torch.float32)
     seen = backward(layers, windows_of(IDS), ChannelGradients(family_of(layers.model.config)), tmp_path)

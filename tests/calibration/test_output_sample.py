@@ -26,6 +26,7 @@ from moe_compress.models.moe import moe_views
 from support import naive, tiny
 from support.blocks import dense
 from support.probes import CPU, IDS, PADDED, SAMPLE, probed
+from support.slow import slow_families
 from support.tiny import windows_of
 
 
@@ -72,7 +73,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got.double(), expected.double(), rtol=1e-4, atol=5e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("family", [name for name in tiny.EDITABLE if name in naive.ROUTE])
+@pytest.mark.parametrize("family", slow_families(name for name in tiny.EDITABLE if name in naive.ROUTE))
 def test_a_probe_holds_what_the_stock_model_computes(family, family_checkpoint):
     probes, expected = probed(family_checkpoint(family)), naive_probe(family)
     assert probes.keys() == expected.keys()

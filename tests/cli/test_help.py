@@ -68,7 +68,7 @@ def test_every_option_and_parameter_is_documented_with_its_default():
     for name, section in sections.items():
         method = registry.METHODS[name]
         for key, parameter in method.parameters.items():
-            expected = f"| `{key}` | `{catalogue.word(parameter.default)}` | {catalogue.choices(method.hints[key])} |"
+            expected = f"| `{key}` | `{catalogue.word(parameter.default)}` | {catalogue.choices(parameter.hint)} |"
             assert expected in section, f"{name}: {expected}"
         for preset, values in method.presets.items():
             assert f"| `preset={preset}` | `{catalogue.recipe_words(values)}` |" in section

@@ -10,6 +10,7 @@ import pytest
 import moe_compress
 from support import readers
 from support.checkpoints import counts, kept, same_checkpoint
+from support.slow import slow_after
 
 FAMILIES = ("mixtral", "deepseek_v3")
 
@@ -19,7 +20,7 @@ def _said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moe_compress")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 def test_a_plan_edited_by_hand_is_applied_without_calibration(family, reader_folder, options, forwards, tmp_path):
     quiet = {**options, "eval": False}
     made = moe_compress.compress("expert_drop keep=6", model=reader_folder(family), **quiet).folder

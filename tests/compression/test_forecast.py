@@ -23,7 +23,7 @@ from moe_compress.utils.files import gigabytes
     [
         ("mistralai/Mixtral-8x7B-v0.1", 46.70, 86.99),
         ("deepseek-ai/deepseek-moe-16b-base", 16.38, 30.50),
-        ("deepseek-ai/DeepSeek-V3", 671.03, 626.92),
+        pytest.param("deepseek-ai/DeepSeek-V3", 671.03, 626.92, marks=pytest.mark.slow),
         ("openai/gpt-oss-20b", 20.91, None),
     ],
 )

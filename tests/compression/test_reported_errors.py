@@ -18,6 +18,7 @@ from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
 from support import tiny
 from support.editing import cut, logits_of, original
+from support.slow import each_once, slow_unless
 from support.trimmed import batched
 
 Options = dict[str, object]
@@ -48,8 +49,13 @@ def calibration_ids(options: Options) -> Tensor:
     return windows.ids_NS
 
 
-@pytest.mark.parametrize("propagate", ["original", "compressed"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+MODELS, PROPAGATE = ("mixtral", "deepseek_v3", "gpt_oss"), ("original", "compressed")
+
+
+@pytest.mark.parametrize(
+    ("family", "propagate"),
+    slow_unless(each_once(MODELS, PROPAGATE), MODELS, PROPAGATE),
+)
 def test_reconstruction_errors_are_those_of_the_model(family, propagate, lab, made):
     """compressed: what is left of a layer behind all earlier cuts, against the original on the original stream."""
     folder = made(family, f"expert_drop score=naee keep=4 propagate={propagate}")
@@ -81,8 +87,10 @@ def test_fewer_active_experts_cost_what_they_change(family, lab, made):
     assert dropped == set(least)
 
 
-@pytest.mark.parametrize("sentence", ["skip", "skip share=0.25", "skip beta=0.6"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3"])
+SKIPPED, SKIPS = ("mixtral", "deepseek_v2", "deepseek_v3"), ("skip", "skip share=0.25", "skip beta=0.6")
+
+
+@pytest.mark.parametrize(("family", "sentence"), slow_unless(each_once(SKIPPED, SKIPS), SKIPPED, SKIPS))
 def test_as_many_experts_are_skipped_as_asked(family, sentence, lab, made):
     """On the calibration text, to the width of a bin: judged on each layer of the original model."""
     folder = made(family, sentence)

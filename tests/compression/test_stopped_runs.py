@@ -10,6 +10,7 @@ import moe_compress
 from moe_compress.checkpoints import writer
 from moe_compress.compression.search_objective import OriginalAgreement
 from moe_compress.engine import forward
+from support.slow import slow_after
 from support.trimmed import same_checkpoint
 
 
@@ -40,15 +41,18 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("sentence", "place", "name", "number"),
-    [
-        ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 0),
-        ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 3),
-        ("expert_drop keep=4 budget=search evaluations=5", writer, "write_shard", 2),
-        ("expert_drop score=naee keep=4 propagate=compressed", forward.hf, "run_layer", 4),
-        ("expert_drop score=naee keep=4 propagate=compressed", writer, "write_shard", 3),
-        ("expert_merge preset=ream keep=4 + block_drop drop=1", forward.hf, "run_layer", 11),
-        ("expert_merge preset=ream keep=4 + block_drop drop=1", writer, "write_config", 1),
-    ],
+    slow_after(
+        4,
+        [
+            ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 3),
+            ("expert_drop score=naee keep=4 propagate=compressed", forward.hf, "run_layer", 4),
+            ("expert_drop score=naee keep=4 propagate=compressed", writer, "write_shard", 3),
+            ("expert_merge preset=ream keep=4 + block_drop drop=1", writer, "write_config", 1),
+            ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 0),
+            ("expert_drop keep=4 budget=search evaluations=5", writer, "write_shard", 2),
+            ("expert_merge preset=ream keep=4 + block_drop drop=1", forward.hf, "run_layer", 11),
+        ],
+    ),
 )
 def test_a_stopped_run_leaves_nothing_half_written_and_goes_on(
     sentence, place, name, number, lab, made, stopped, tmp_path

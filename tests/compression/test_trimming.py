@@ -16,6 +16,7 @@ from moe_compress.edits.plan_file import read_plan
 from moe_compress.models.shape import model_shape
 from support import readers, tiny
 from support.editing import cut, logits_of
+from support.slow import slow_after
 from support.trimmed import plan_edits, same_checkpoint, skeleton, weights
 
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -29,7 +30,7 @@ ONE_OF_EACH = {
 COMPOSED = "block_drop drop=1 + expert_drop keep=6 + layer_drop drop=1 + expert_merge keep=4"
 
 
-@pytest.mark.parametrize("family", ONE_OF_EACH)
+@pytest.mark.parametrize("family", slow_after(2, list(ONE_OF_EACH)))
 def test_two_runs_write_the_same_bytes(family, lab, tmp_path):
     """The second one measures everything anew, and is told in the YAML that the first one wrote."""
     sentence, options = ONE_OF_EACH[family], {**lab(family), "seed": 3}
@@ -38,7 +39,7 @@ def test_two_runs_write_the_same_bytes(family, lab, tmp_path):
     same_checkpoint(first, moe_compress.compress(str(first / "recipe.yaml"), **again).folder)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "jamba"])
+@pytest.mark.parametrize("family", slow_after(1, ["deepseek_v3", "mixtral", "jamba"]))
 def test_layers_blocks_and_experts_in_one_recipe(family, lab, made, tmp_path):
     options = lab(family)
     layers = {"deepseek_v3": 4, "jamba": 6}.get(family)  # some of them without experts
@@ -65,13 +66,18 @@ def test_layers_blocks_and_experts_in_one_recipe(family, lab, made, tmp_path):
 @pytest.mark.parametrize(
     ("family", "sentence"),
     [
-        ("mixtral", "expert_merge preset=hc_smoe keep=6 + expert_drop score=weight_norm keep=4"),
         ("mixtral", "skip + expert_drop keep=6 novice=mean + expert_drop keep=4"),
-        ("gpt_oss", "expert_drop keep=6 novice=mean + expert_drop keep=4 novice=mean"),
         ("gpt_oss", "expert_merge keep=4 align=both + block_drop drop=1"),
-        ("qwen3_moe", "layer_drop drop=1 + layer_drop drop=1"),
-        ("nemotron_h", "block_drop drop=1 + expert_merge preset=hc_smoe keep=4"),
-        ("minimax", "block_drop layers=0 + top_k k=1"),
+        *slow_after(
+            0,
+            [
+                ("mixtral", "expert_merge preset=hc_smoe keep=6 + expert_drop score=weight_norm keep=4"),
+                ("gpt_oss", "expert_drop keep=6 novice=mean + expert_drop keep=4 novice=mean"),
+                ("qwen3_moe", "layer_drop drop=1 + layer_drop drop=1"),
+                ("nemotron_h", "block_drop drop=1 + expert_merge preset=hc_smoe keep=4"),
+                ("minimax", "block_drop layers=0 + top_k k=1"),
+            ],
+        ),
         pytest.param(
             "qwen3_moe", "layer_drop drop=1 + skip",
             marks=pytest.mark.xfail(strict=True, reason="a plain checkpoint between stages leaves stand-ins behind"),
@@ -88,13 +94,16 @@ def test_a_plan_of_several_stages_rebuilds_the_weights(family, sentence, made, t
 
 @pytest.mark.parametrize(
     ("family", "sentence"),
-    [
-        ("mixtral", "layer_drop drop=1"),
-        ("qwen3_moe", "layer_drop drop=1"),
-        ("mixtral", "block_drop drop=1"),
-        ("minimax", "block_drop drop=1"),
-        ("minimax", "block_drop drop=1 mode=consecutive"),
-    ],
+    slow_after(
+        2,
+        [
+            ("qwen3_moe", "layer_drop drop=1"),
+            ("minimax", "block_drop drop=1"),
+            ("mixtral", "layer_drop drop=1"),
+            ("mixtral", "block_drop drop=1"),
+            ("minimax", "block_drop drop=1 mode=consecutive"),
+        ],
+    ),
 )
 def test_more_goes_from_a_checkpoint_that_lost_something(family, sentence, lab, made, tmp_path):
     once = made(family, sentence)

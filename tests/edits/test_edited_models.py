@@ -16,12 +16,15 @@ from moe_compress.models.moe import moe_views
 from support import tiny
 from support.edit_kinds import KINDS, REFUSED, edits_of
 from support.editing import IDS, cut, logits_of
+from support.slow import each_once, slow_unless
 from support.stock_process import generated
 from support.tiny import CPU, windows_of
 
+WRITTEN = ("mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba")
+once = each_once(WRITTEN, KINDS)
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba"])
+
+@pytest.mark.parametrize(("family", "kind"), slow_unless(once, WRITTEN, KINDS))
 def test_the_engine_runs_edited_checkpoints_exactly(family, kind, written):
     """With everything watched that a calibration records."""
     if (family, kind) in REFUSED:

@@ -24,6 +24,7 @@ from moe_compress.models.moe import MoEView, moe_views
 from moe_compress.models.shape import MoEShape, moe_shapes
 from support import tiny
 from support.editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
+from support.slow import slow_families
 
 
 def uniform(source: Checkpoint) -> list[KeepExperts]:
@@ -113,7 +114,7 @@ def edited(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, Tenso
     return make_edited
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_uneven_cut_is_an_edited_checkpoint(family, edited):
     checkpoint, expected = edited(family)
     stored = json.loads((checkpoint.folder / "config.json").read_text())

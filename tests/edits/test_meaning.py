@@ -28,6 +28,7 @@ from moe_compress.models.sublayers import block_names
 from support import readers, tiny
 from support.edit_kinds import GROUPS, REFUSED, WEIGHTS, constants, edits_of, merge, reroutable
 from support.editing import FOUR, logits_of, masked, moe_layers, original
+from support.slow import DIFFERENT, slow_families, slow_unless
 
 
 def doubled(source: Checkpoint) -> PreTrainedModel:
@@ -90,7 +91,7 @@ def mean_experts(view: MoEView, everyone: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", REROUTABLE)
+@pytest.mark.parametrize("family", slow_families(REROUTABLE))
 def test_merging_with_summed_gates_is_every_member_replaced_by_the_mean(family, sources):
     source = sources(family)
     layer = moe_layers(source)[0]
@@ -102,7 +103,7 @@ def test_merging_with_summed_gates_is_every_member_replaced_by_the_mean(family, 
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_merging_into_a_centroid_is_dropping_the_others(family, sources):
     source = sources(family)
     layer = moe_layers(source)[0]
@@ -114,7 +115,7 @@ def test_merging_into_a_centroid_is_dropping_the_others(family, sources):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", REROUTABLE)
+@pytest.mark.parametrize("family", slow_families(REROUTABLE))
 def test_dropped_experts_leave_their_constants(family, sources):
     source = sources(family)
     layer = moe_layers(source)[0]
@@ -135,8 +136,9 @@ def test_dropped_experts_leave_their_constants(family, sources):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize("family", REROUTABLE)
+@pytest.mark.parametrize(
+    ("family", "renormalise"), slow_unless(lambda family, _: family in DIFFERENT, REROUTABLE, [True, False])
+)
 def test_weak_experts_are_skipped(family, renormalise, sources, tmp_path):
     source = sources(family)
     if family == "phimoe":  # else both of its gates are one
@@ -180,8 +182,9 @@ def passing(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", ["moe", "attention"])
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize(
+    ("family", "part"), slow_unless(lambda family, _: family in DIFFERENT, tiny.EDITABLE, ["moe", "attention"])
+)
 def test_a_sublayer_that_is_gone_adds_nothing(family, part, sources):
     source = sources(family)
     kind = f"skip {part}"
@@ -202,8 +205,10 @@ def test_a_sublayer_that_is_gone_adds_nothing(family, part, sources):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("place", [0, 1, -1])
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize(
+    ("family", "place"),
+    slow_unless(lambda family, place: place == 0 or family in DIFFERENT, tiny.EDITABLE, [0, 1, -1]),
+)
 def test_a_layer_that_is_gone_is_passed_by(family, place, sources):
     source = sources(family)
     model = doubled(source)

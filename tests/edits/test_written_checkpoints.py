@@ -16,11 +16,16 @@ from moe_compress.models import hf
 from support import readers, tiny
 from support.edit_kinds import EXPERTS_ONLY, KINDS, REFUSED, SHIPPED, edits_of, is_edited
 from support.editing import IDS, cut, greedy, logits_of, make, write
+from support.slow import each_once, slow_unless
 from support.stock_process import STRANGER, generated, stranger
 
+once = each_once(tiny.EDITABLE, KINDS)
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    slow_unless(lambda family, kind: family in ("mixtral", "deepseek_v3") or once(family, kind), tiny.EDITABLE, KINDS),
+)
 def test_a_written_checkpoint_is_the_model_edited_in_memory(family, kind, sources, written):
     source = sources(family)
     edits = edits_of(kind, source)
@@ -96,9 +101,12 @@ def test_lm_eval_runs_an_edited_checkpoint(reader_folder, tmp_path):
     assert found == pytest.approx(bits / count, rel=1e-4)
 
 
+PADDED = ("mixtral", "gpt_oss", "deepseek_v2", "afmoe", "granitemoeshared")
+LOST = ("skip attention", "skip moe", "drop first")
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v2", "afmoe", "granitemoeshared"])
-@pytest.mark.parametrize("kind", ["skip attention", "skip moe", "drop first"])
+@pytest.mark.parametrize(("family", "kind"), slow_unless(each_once(PADDED, LOST), PADDED, LOST))
 def test_padded_rows_generate_what_they_generate_alone(family, kind, sources):
     source = sources(family)
     model = cut(source, edits_of(kind, source))

@@ -10,6 +10,7 @@ import torch
 
 from moe_compress.evaluation import statistics
 from moe_compress.evaluation.quality.perplexity import Measurement
+from support.slow import slow_after
 
 
 def measurement(nll: list[float], tokens: list[float]) -> Measurement:
@@ -34,7 +35,7 @@ def test_one_document_has_no_interval():
     assert statistics.metrics(measurement([30.0], [10.0]), None)["perplexity"]["interval"] is None
 
 
-@pytest.mark.parametrize("documents", [20, 60])
+@pytest.mark.parametrize("documents", slow_after(1, [20, 60]))
 def test_intervals_cover_what_they_are_of(documents):
     """Many texts drawn from one source whose numbers are known: losses, changes, KL and agreement by document."""
     rng = np.random.default_rng(4)

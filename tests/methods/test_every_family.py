@@ -19,6 +19,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.models import hf
 from support import tiny
+from support.slow import slow_families
 from support.tiny import CPU, windows_of
 from support.trimmed import planned, planning_report
 
@@ -60,7 +61,7 @@ NO_PLAN: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_every_method_plans_for_every_family(family, seen):
     checkpoint, model = seen(family)
     for sentence in PLANS:

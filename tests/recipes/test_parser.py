@@ -8,7 +8,7 @@ from moe_compress.methods import registry
 from moe_compress.methods.registry import method
 from moe_compress.recipes.parser import parse, split_words
 
-KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, identity, layer_drop, prune, quantize, skip"
+KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, layer_drop, prune, quantize, skip"
 
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:
@@ -61,8 +61,8 @@ def test_words_are_typed():
 
 
 def test_stages_are_joined_by_plus():
-    recipe = parse("expert_drop keep=6 score=ean + identity + expert_drop keep=4")
-    assert [stage.method for stage in recipe.stages] == ["expert_drop", "identity", "expert_drop"]
+    recipe = parse("expert_drop keep=6 score=ean + activations + expert_drop keep=4")
+    assert [stage.method for stage in recipe.stages] == ["expert_drop", "activations", "expert_drop"]
     assert [stage.parameters.get("keep") for stage in recipe.stages] == [6, None, 4]
 
 
@@ -87,8 +87,8 @@ def test_several_stages_without_quotes_take_all_words():
     recipe = parse(sentence, overrides)
     assert [stage.parameters["keep"] for stage in recipe.stages] == [6, 4]
     assert recipe.options.out == "my folder"
-    sentence, overrides = split_words(["expert_drop keep=6", "+", "identity"])
-    assert [stage.method for stage in parse(sentence, overrides).stages] == ["expert_drop", "identity"]
+    sentence, overrides = split_words(["expert_drop keep=6", "+", "activations"])
+    assert [stage.method for stage in parse(sentence, overrides).stages] == ["expert_drop", "activations"]
 
 
 def test_trailing_words_override():
@@ -134,7 +134,7 @@ def test_a_trailing_preset_overrides_the_script_s_own_words():
 
 
 def test_one_seed_for_text_and_methods_unless_a_stage_has_its_own():
-    recipe = parse("expert_drop + identity + expert_drop", ["seed=5", "1.seed=9"])
+    recipe = parse("expert_drop + activations + expert_drop", ["seed=5", "1.seed=9"])
     assert recipe.options.seed == 5
     assert [stage.parameters.get("seed") for stage in recipe.stages] == [9, None, 5]
 
@@ -165,7 +165,7 @@ def test_two_stages_of_one_method_go_by_number():
         ("expert_drop score=reep", [], r"expert_drop\.score=reep: did you mean 'reap'\? allowed: random, "),
         ("expert_drop budget=loyer", [], r"expert_drop\.budget=loyer: did you mean 'layer'\?"),
         ("expert_drop preset=papre", [], r"expert_drop has no preset 'papre'; presets: naee, paper"),
-        ("identity preset=paper", [], "unknown key 'preset'"),
+        ("activations preset=paper", [], "unknown key 'preset'"),
         ("expert_drop keep=six", [], r"expert_drop\.keep=six: a whole number is needed"),
         ("expert_drop keep=6.5", [], r"expert_drop\.keep=6\.5: a whole number is needed"),
         ("expert_drop keep=", [], r"expert_drop\.keep=: a whole number is needed"),

@@ -15,7 +15,7 @@ from moe_compress.run.options import Options, make_options
         "expert_drop score=ean keep=6 samples=3 seed=4",
         "expert_drop preset=paper",
         "expert_drop ratio=0.1 protect=1:3,2:4 unseen=keep reverse=true",
-        "expert_drop keep=6 + identity + expert_drop ratio=0.5 mix=prose:2,code:1 pack=false",
+        "expert_drop keep=6 + activations + expert_drop ratio=0.5 mix=prose:2,code:1 pack=false",
     ],
 )
 def test_a_recipe_survives_its_yaml(sentence, tmp_path):
@@ -36,7 +36,7 @@ def test_words_override_yaml_too(tmp_path):
 
 def test_yaml_may_be_short(tmp_path):
     path = tmp_path / "recipe.yaml"
-    path.write_text("stages: [identity, {expert_drop: {keep: 6, reverse: true}}]\nsamples: 5\n", encoding="utf-8")
+    path.write_text("stages: [activations, {expert_drop: {keep: 6, reverse: true}}]\nsamples: 5\n", encoding="utf-8")
     recipe = parse(str(path))
     assert recipe.stages[1].explicit_parameters == {"score": "reap", "keep": 6, "reverse": True}
     assert recipe.options.samples == 5
@@ -52,7 +52,7 @@ def test_yaml_may_be_short(tmp_path):
         ("stages: [3]", "a stage is one method with its parameters, not 3"),
         ("stages: [{3: {}}]", "a stage is one method"),
         ("stages: [{expert_drop: 6}]", "a stage is one method"),
-        ("stages: [{expert_drop: {}, identity: {}}]", "a stage is one method"),
+        ("stages: [{expert_drop: {}, activations: {}}]", "a stage is one method"),
         ("stages: [exper_drop]", "did you mean 'expert_drop'"),
         ("stages: [{expert_drop: {kep: 6}}]", "Did you mean 'keep'"),
         ("stages: [{expert_drop: {6: keep}}]", "has no parameter '6'"),
@@ -62,8 +62,8 @@ def test_yaml_may_be_short(tmp_path):
         ("stages: [{expert_drop: {score: 3}}]", "allowed: random"),
         ("stages: [{expert_drop: {score: null}}]", "one word or number is needed"),
         ("stages: [{expert_drop: {keep: 6, ratio: 0.5}}]", "not both"),
-        ("stages: [identity]\nsampels: 3", "did you mean 'samples'"),
-        ("stages: [identity]\nsamples: {a: 1}", "one word or number is needed"),
+        ("stages: [activations]\nsampels: 3", "did you mean 'samples'"),
+        ("stages: [activations]\nsamples: {a: 1}", "one word or number is needed"),
     ],
 )
 def test_broken_yaml_is_answered(text, said, tmp_path):

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.reports import charts, html_report
 from moe_compress.reports.record import Failure
 from moe_compress.reports.table import SAME
@@ -66,7 +67,7 @@ def results(tmp_path: Path) -> Path:
 def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_path, caplog):
     caplog.set_level(logging.WARNING, "moe_compress")
     logging.getLogger("moe_compress").propagate = True
-    made = html_report.make_report([results / "records"], tmp_path / "out")
+    made = html_report.make_report([results / "records"], tmp_path / "out", report_columns())
     assert len(made.skipped) == 2 and all("broken.json" in sentence for sentence in made.skipped)
     assert "broken.json" in caplog.text
     names = {path.name for path in made.files}

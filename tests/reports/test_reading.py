@@ -9,6 +9,7 @@ import pytest
 
 import moe_compress
 from moe_compress import api
+from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.reports import html_report
 from moe_compress.reports.reading import gather, load_records, read_records
 from moe_compress.reports.record import digest_of
@@ -89,6 +90,6 @@ def test_a_malformed_record_among_good_ones_is_named_and_left_out(harm, said, tm
     harm(values)
     path.write_text(json.dumps({**values, "digest": digest_of(values)}))
     assert re.search(said, read_records([path])[1][0])
-    made = html_report.make_report([tmp_path / "records"], tmp_path / "out")
+    made = html_report.make_report([tmp_path / "records"], tmp_path / "out", report_columns())
     assert len(made.skipped) == 1 and "worse.json" in made.skipped[0]
     assert len(api.table([tmp_path / "records"])[0].rows) == 1

@@ -9,6 +9,8 @@ import re
 import pytest
 
 from moe_compress import api
+from moe_compress.evaluation.harnesses import report_columns
+from moe_compress.evaluation.speed.columns import timed
 from moe_compress.reports import companions, html_report
 from moe_compress.reports.reading import failures_beside
 from moe_compress.reports.record import Failure, Metric
@@ -102,7 +104,7 @@ def test_a_wrecked_model_has_a_row_and_no_point(tmp_path):
     wrecked = WORSE.model_copy(update={"metrics": {"perplexity": perplexity}})
     for each in (ORIGINAL, SAME_AS, wrecked):
         each.save(tmp_path / "records")
-    made = html_report.make_report([tmp_path / "records"], tmp_path / "out")
+    made = html_report.make_report([tmp_path / "records"], tmp_path / "out", report_columns())
     assert made.skipped == [] and "inf" in made.files[0].read_text()
 
 
@@ -122,7 +124,7 @@ def test_a_broken_speed_file_is_named_and_left_out(harm, tmp_path):
     harm(found)
     path = tmp_path / "speed.json"
     path.write_text(json.dumps(found))
-    good, wrong = companions.read_json([path], companions.timed, "speed")
+    good, wrong = companions.read_json([path], timed, "speed")
     assert good == [] and "speed.json is no speed file of moe-compress" in wrong[0]
 
 

@@ -243,7 +243,9 @@ def run_grid(folder: Path, recipes: dict[str, str]) -> tuple[int, list[str], str
     )
 
 
-def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(tmp_path, monkeypatch):
+@pytest.fixture
+def planned(tmp_path, monkeypatch) -> Path:
+    """A grid whose commands only say that they were called."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
     keep(tmp_path, "grid.json", mixtral_grid())
     (tmp_path / "fake.py").write_text(FAKE)
@@ -252,8 +254,21 @@ def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(
     make("original").save(tmp_path / "records")
     keep(tmp_path, "made/speed.json", speed(busy=False))
     keep(tmp_path, "made/flops.json", {"total": {"prefill": 1e12}})
+    return tmp_path
+
+
+def test_only_what_depends_on_what_failed_is_left_out(planned):
+    code, calls, text = run_grid(planned, {"block_drop": "block_drop fail"})
+    assert code != 0 and "compress: it cannot be" in text
+    assert calls == sorted(
+        [f"compress {MODEL}-block_drop", *(f"{job} {MODEL}" for job in ("evaluate", "flops", "tasks"))]
+    )
+
+
+@pytest.mark.slow
+def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(planned):
     recipes = {"layer_drop": "layer_drop drop=8", "block_drop": "block_drop fail"}
-    code, calls, text = run_grid(tmp_path, recipes)
+    code, calls, text = run_grid(planned, recipes)
     layer, block = (f"{MODEL}-{name}" for name in recipes)
     each = [f"{job} {layer}" for job in ("compress", "evaluate", "flops", "speed", "tasks")]
     of_original = [f"{job} {MODEL}" for job in ("evaluate", "flops", "tasks")]
@@ -261,11 +276,11 @@ def test_a_second_run_does_nothing_and_a_changed_recipe_only_what_depends_on_it(
     assert (
         re.search(r"\| did not finish +\|$", text, re.M)
         and "compress: it cannot be" in text
-        and not (tmp_path / "checkpoints" / layer).exists()
+        and not (planned / "checkpoints" / layer).exists()
     )
-    code, calls, text = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
+    code, calls, text = run_grid(planned, {**recipes, "block_drop": "block_drop drop=5"})
     assert code == 0 and calls == [call.replace(layer, block) for call in each] and "did not finish" not in text
-    code, calls, _ = run_grid(tmp_path, {**recipes, "block_drop": "block_drop drop=5"})
+    code, calls, _ = run_grid(planned, {**recipes, "block_drop": "block_drop drop=5"})
     assert code == 0 and calls == []
 
 

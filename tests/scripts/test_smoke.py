@@ -28,6 +28,7 @@ from moe_compress.zoo import text
 ROOT = Path(__file__).parents[2]
 RESULTS, SCRIPTS = ROOT / "results", ROOT / "scripts"
 sys.path[:0] = [str(SCRIPTS / "benchmark"), str(SCRIPTS / "zoo")]
+import common  # noqa: E402
 import engine_speed  # noqa: E402
 import gpu_checks  # noqa: E402
 import paper_rows  # noqa: E402
@@ -41,6 +42,7 @@ import train  # noqa: E402
 import trimming_speed  # noqa: E402
 import zoo_grid  # noqa: E402
 
+TABLE = RESULTS / "paper_table"
 Main = Callable[[list[str]], object]
 SMALL = ("samples=2", "length=64", "eval_samples=2", "eval_length=64")
 
@@ -110,9 +112,16 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]
     ids=["engine", "trimming", "pruning"],
 )
 def test_speed_of_parts(main: Main, name: str, tmp_path):
-    main(["--smoke"])
     main(["--smoke", "--out", str(tmp_path / "made.json")])
     assert keys(read(tmp_path / "made.json")) == keys(read(RESULTS / f"{name}.json"))
+
+
+@pytest.mark.usefixtures("shipped")
+def test_a_smoke_run_replaces_no_shipped_figures(tmp_path, capsys):
+    common.save_figures({}, RESULTS / "engine.json", smoke=True)
+    assert "nothing is written" in capsys.readouterr().out
+    common.save_figures({}, tmp_path / "engine.json", smoke=True)
+    assert read(tmp_path / "engine.json") == {}
 
 
 def test_what_fresh_processes_of_the_speed_scripts_run(tmp_path, capsys):
@@ -168,7 +177,9 @@ def test_the_grid_and_what_is_made_of_it(tmp_path):
     (made,) = (path for path in (tmp_path / "records").glob("*.json") if "original" not in path.name)
     record, kept = read(made), read(RESULTS / "records" / made.name)
     assert record["recipe"] == kept["recipe"] and set(record) == set(kept)
-    assert all(set(record[part]) == set(kept[part]) for part in ("metrics", "sizes", "cost"))
+    assert all(set(record[part]) == set(kept[part]) for part in ("sizes", "cost"))
+    # The shipped record is older than some metrics.
+    assert set(kept["metrics"]) <= set(record["metrics"])
     zoo_grid.main(["--tables-only", "--results", str(tmp_path)])
     assert keys(read(tmp_path / "tables.json")[0]["rows"][0]) == keys(read(RESULTS / "tables.json")[2]["rows"][0])
     for words in (["--smoke"], ["--smoke", "--results", str(RESULTS)]):
@@ -208,40 +219,37 @@ def test_eight_rows_are_for_the_readme():
 @pytest.mark.usefixtures("shipped")
 def test_rows_of_the_papers_table_are_rebuilt_byte_for_byte(tmp_path):
     for name in ("records", "speed", "flops", "tasks", "documents"):
-        if (RESULTS / "paper_table" / name).is_dir():
-            shutil.copytree(RESULTS / "paper_table" / name, tmp_path / name)
+        if (TABLE / name).is_dir():
+            shutil.copytree(TABLE / name, tmp_path / name)
     (tmp_path / "grid.json").write_text(json.dumps(paper_table.grid(paper_table.MODELS.split(), {})))
     paper_rows.write(tmp_path)
     for kind in ("json", "csv", "tex", "md"):
         name = f"{paper_rows.STEM}.{kind}"
-        assert (tmp_path / name).read_bytes() == (RESULTS / "paper_table" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (TABLE / name).read_bytes()
 
 
 @pytest.mark.usefixtures("one_process", "shipped")
 def test_jobs_of_the_papers_table(tmp_path, monkeypatch, capfd, command_line):
     monkeypatch.setenv("MODEL", "tiny-mixtral")
     words = [*SMALL, "limit=2", "runs=1", "seconds=0", "starts=1", f"out={tmp_path}"]
-    assert paper_table.main([*words, "--dry-run", "--printshellcmds"]) == 0
-    lines = [line for line in capfd.readouterr().out.splitlines() if " -m moe_compress " in line]
+    assert paper_table.main([*words, "--dry-run", "--printshellcmds", "--quiet", "host"]) == 0
+    lines = [line for line in "\n".join(capfd.readouterr()).splitlines() if " -m moe_compress " in line]
     asked = [
         shlex.split(part.partition(" -m moe_compress ")[2].partition(" > ")[0].rstrip(") "))
         for line in lines
         for part in line.split("&&")
     ]
     cell = "tiny-mixtral-layer_drop"
-    jobs = [
-        job for job in asked if "tiny-mixtral" in job or any(cell in word.split("/") or cell in word for word in job)
-    ]
-    jobs = [job for job in jobs if not any(f"{cell}-" in word for word in job)]
     made = f"checkpoints/{cell}"
-    order = {"compress": 1, "evaluate": 2, "tasks": 3, "flops": 4, "speed": 5}
-    mine = [job for job in jobs if job[0] != "compress" or f"out={made}" in job]
+    of_original = [job for job in asked if job[1] == "tiny-mixtral"]
+    of_cell = sorted((job for job in asked if {made, f"out={made}"} & set(job)), key=lambda job: job[0] != "compress")
+    assert len(of_original) == 3 and len(of_cell) == 5
     monkeypatch.chdir(tmp_path)
-    for job in sorted(mine, key=lambda job: order[job[0]] if made in " ".join(job) else 0):
+    for job in (*of_original, *of_cell):
         command_line(job)
-    shipped = RESULTS / "paper_table"
-    assert {path.parent.name for path in tmp_path.glob("*/*.json")} >= {"records", "flops", "speed", "tasks"}
-    assert set(read(tmp_path / "flops" / f"{cell}.json")) == set(read(shipped / "flops" / f"{cell}.json"))
+    for kind in ("records", "flops", "speed", "tasks"):
+        (found,), (kept, *_) = (sorted((place / kind).glob(f"{cell}[.-]*json")) for place in (tmp_path, TABLE))
+        assert set(read(found)) == set(read(kept))
 
 
 # --- shell scripts and the zoo ------------------------------------------------------------------------------------
@@ -286,11 +294,11 @@ def test_measure_flops(calls, command_line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command_line(words)
     made = read(tmp_path / "runs" / "flops" / "tiny-mixtral.json")
-    assert set(made) == set(read(RESULTS / "paper_table" / "flops" / "tiny-mixtral.json"))
+    assert set(made) == set(read(TABLE / "flops" / "tiny-mixtral.json"))
 
 
-@pytest.mark.parametrize("name", zoo.NAMES[::2])
-def test_training_a_model_of_the_zoo(name, tmp_path, monkeypatch):
+def test_training_a_model_of_the_zoo(tmp_path, monkeypatch):
+    name = "tiny-mixtral"
     monkeypatch.setattr(text, "documents", functools.cache(text.documents))
     try:
         train.main(["--model", name, "--smoke", "--out", str(tmp_path)])

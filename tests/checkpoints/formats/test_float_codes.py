@@ -25,6 +25,7 @@ from moe_compress.models import hf
 from support import readers
 from support.editing import logits_of
 from support.pruned import stored
+from support.slow import each_once, slow_unless
 
 BLOCK = (8, 8)
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
@@ -128,10 +129,9 @@ RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("sentence", RECIPES)
 @pytest.mark.parametrize(
-    "family",
-    ["deepseek_v3", "gpt_oss", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen3_moe", "glm4_moe"))],
+    ("family", "sentence"),
+    slow_unless(each_once(("deepseek_v3", "gpt_oss"), RECIPES), FAMILIES, RECIPES),
 )
 def test_trimming_moves_its_bytes(family, sentence, published, options):
     result = moe_compress.compress(sentence, model=str(published(family)), **options)

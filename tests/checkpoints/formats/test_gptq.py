@@ -15,12 +15,15 @@ from moe_compress.models.moe import moe_views
 from support import naive_quantization as slow
 from support import tiny
 from support.editing import logits_of
+from support.slow import each_once, slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen2_moe", "nemotron_h"])
+GPTQ_FAMILIES = ("mixtral", "deepseek_v3", "qwen2_moe", "nemotron_h")
+
+
+@pytest.mark.parametrize(("family", "bits"), slow_unless(each_once(GPTQ_FAMILIES, BITS), GPTQ_FAMILIES, BITS))
 def test_gptq_layout_is_what_other_readers_expect(family, bits, made):
     folder = made(family, f"quantize method=rtn group_size=8 clip=max bits={bits} format=gptq")
     config = json.loads((folder / "config.json").read_text())["quantization_config"]

@@ -18,6 +18,7 @@ from moe_compress.engine import forward
 from support import tiny
 from support.interrupted import Interrupted, counting, leftovers, outcome
 from support.pruned import Options, report, stored
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize(
@@ -91,12 +92,20 @@ def stopped_run(
 
 @pytest.mark.parametrize(
     ("name", "call"),
-    [
-        *(("compressed", call) for call in (0, 3, 4)),
-        *(("original", call) for call in (4, 8)),
-        *(("router", call) for call in (6, 11)),
-        *(("allocated", call) for call in (1, 3, 6)),
-    ],
+    slow_after(
+        4,
+        [
+            *(("compressed", 3), ("original", 4), ("router", 6), ("allocated", 3)),
+            *(
+                ("compressed", 0),
+                ("compressed", 4),
+                ("original", 8),
+                ("router", 11),
+                ("allocated", 1),
+                ("allocated", 6),
+            ),
+        ],
+    ),
 )
 def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}

@@ -17,11 +17,13 @@ import torch
 import moe_compress
 from moe_compress.evaluation.speed import benchmark as harness
 from moe_compress.evaluation.speed import gpu_energy, worker
+from moe_compress.evaluation.speed.columns import timed
 from moe_compress.evaluation.speed.memory import cache_tensors, step_bytes, weight_tensors
 from moe_compress.evaluation.speed.report import as_markdown, setting_of
 from moe_compress.evaluation.speed.worker import Workload, decode, kernels, load, memory, prefill
 from moe_compress.models.moe import moe_views
 from moe_compress.reports import companions
+from support.slow import slow_after
 
 
 @torch.inference_mode()
@@ -97,9 +99,9 @@ def test_two_models_in_processes_of_their_own(reader_folder, options, monkeypatc
     ):
         assert words in text
     (kept,) = (folder.parents[1] / "speed").glob(f"{folder.name}-*.json")
-    assert companions.read_json([kept], companions.timed, "speed")[1] == []
+    assert companions.read_json([kept], timed, "speed")[1] == []
     kept.write_text(kept.read_text().replace('"batch": 2', '"batch": 1'))
-    assert "changed after it was written" in companions.read_json([kept], companions.timed, "speed")[1][0]
+    assert "changed after it was written" in companions.read_json([kept], timed, "speed")[1][0]
 
 
 def test_a_step_of_memory_is_seen(monkeypatch, reader_folder):
@@ -183,7 +185,7 @@ def test_bad_words(words, said, reader_folder, options):
         moe_compress.speed(str(reader_folder("mixtral")), results=options["results"], **words)
 
 
-@pytest.mark.parametrize("when", ["while it waits", "while it is asked"])
+@pytest.mark.parametrize("when", slow_after(1, ["while it is asked", "while it waits"]))
 def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatch):
     killed = worker.Worker(reader_folder("mixtral"), worker.RunSetup("float32", "cpu", 1))
     with pytest.raises(ValueError, match="ended early"), killed:
@@ -198,7 +200,7 @@ def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatc
     assert killed.process.poll() is not None
 
 
-@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("copied", slow_after(1, [True, False]))
 def test_every_start_is_another_process(copied, reader_folder):
     seen = []
     with worker.Worker(reader_folder("mixtral"), worker.RunSetup("float32", "cpu", 1, copied)) as started:

@@ -16,6 +16,7 @@ from moe_compress.cli.commands import main
 from moe_compress.evaluation.verification import verify as verification
 from moe_compress.evaluation.verification.compatibility import compatibility
 from moe_compress.evaluation.verification.verify import verify
+from support.slow import slow_after
 
 RTN = "quantize method=rtn group_size=8 clip=max"
 
@@ -28,7 +29,7 @@ def made(sentence: str, folder: Path, options: dict[str, object]) -> Path:
 
 @pytest.mark.parametrize(
     ("sentence", "form"),
-    [("activations", "edited"), (f"{RTN} bits=4", "packed")],
+    slow_after(1, [(f"{RTN} bits=4", "packed"), ("activations", "edited")]),
 )
 def test_a_good_checkpoint_is_verified(sentence, form, reader_folder, options):
     found = verify(open_checkpoint(made(sentence, reader_folder("mixtral"), options)))

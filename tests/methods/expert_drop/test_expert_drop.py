@@ -11,14 +11,14 @@ import torch
 from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.methods.expert_drop import scores
 from moe_compress.methods.expert_drop.expert_drop import expert_drop
+from moe_compress.methods.score_registry import scores as registered
 from moe_compress.models.shape import model_shape
 from support import naive, tiny
 from support.expert_sums import CPU, IDS, Sums, measured
 from support.tiny import windows_of
 
-TEXT_SCORES = sorted(set(scores.FUNCTIONS) - set(scores.WEIGHT_SCORES) - {"gate_mass_full"})
+TEXT_SCORES = sorted(name for name, score in registered().items() if score.needs == "text")
 
 
 def observed(checkpoint: Checkpoint, sums: Sums) -> ModelStatistics:

@@ -17,13 +17,20 @@ from moe_compress.edits.plan_file import read_plan
 from moe_compress.models.moe import inner_width, moe_views
 from support import readers, tiny
 from support.editing import cut, logits_of, moe_layers, original
+from support.slow import each_once, slow_unless
 
 WIDTH = 16
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
-@pytest.mark.parametrize("score", ["camera", "heapr", "wanda", "magnitude"])
+SCORES = ("camera", "heapr", "wanda", "magnitude")
+once = each_once(tiny.EDITABLE, SCORES)
+
+
+@pytest.mark.parametrize(
+    ("family", "score"),
+    slow_unless(lambda family, score: family == "mixtral" or once(family, score), tiny.EDITABLE, SCORES),
+)
 def test_recipes_keep_the_best_neurons(family, score, reader_folder, options):
     folder = reader_folder(family)
     made = moe_compress.compress(

@@ -33,13 +33,14 @@ from support.pruned import (
     windows,
     zero_counts,
 )
+from support.slow import slow_families
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 KINDS = ("sparsity=0.5", "pattern=2:4")
 # Every method and both ways to say how much on some families; one of these six runs on each of the others.
 SIX = [f"prune method={method} {kind}" for kind in KINDS for method in METHODS]
 RUNS = [
-    (family, sentence)
+    pytest.param(family, sentence, marks=() if (place - number) % 6 == 0 else pytest.mark.slow)
     for number, family in enumerate(FAMILIES)
     for place, sentence in enumerate(SIX)
     if family in ("mixtral", "gpt_oss") or (place - number) % 6 == 0
@@ -103,7 +104,7 @@ def test_wanda_is_that_of_the_paper_on_each_expert_s_own_tokens(family, share, l
     assert whole >= len(moe_layers(folder, family)) * 4 * PER_MATRIX and same >= 0.999 * whole
 
 
-@pytest.mark.parametrize("family", NAIVE)
+@pytest.mark.parametrize("family", slow_families(NAIVE))
 def test_sparsegpt_is_that_of_the_paper_on_each_expert_s_own_tokens(family, lab, made):
     folder, model, seen = made(family, "prune method=sparsegpt propagate=original"), lab(family)["model"], {}
     seen = rows(family, lab(family))

@@ -22,6 +22,7 @@ from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import moe_views
 from support import editing, tiny
 from support.editing import logits_of, moe_layers
+from support.slow import each_once, slow_unless
 
 W8 = "quantize method=rtn bits=8 group_size=0 format=packed"
 
@@ -107,8 +108,11 @@ def test_every_family_computes_with_rounded_rows(family, where, sources):
     assert error < 0.05 * change and change > 1e-4 * float(plain.norm())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h", "deepseek_v2"])
-@pytest.mark.parametrize("order", [f"{W8} + activations", f"activations + {W8}"])
+PACKED = ("mixtral", "gpt_oss", "llama4_text", "nemotron_h", "deepseek_v2")
+ORDERS = (f"{W8} + activations", f"activations + {W8}")
+
+
+@pytest.mark.parametrize(("family", "order"), slow_unless(each_once(PACKED, ORDERS), PACKED, ORDERS))
 def test_packed_experts_multiply_whole_numbers(family, order, reader_folder, options):
     words = {**options, "eval": False, "model": str(reader_folder(family))}
     made = moe_compress.compress(order, **words).folder

@@ -26,6 +26,7 @@ from support import naive_quantization as slow
 from support import tiny
 from support.editing import logits_of
 from support.pruned import report, stock
+from support.slow import slow_families
 from support.tiny import CPU, windows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
@@ -136,7 +137,7 @@ def require_close(folder: Path, whole: Any) -> None:
     assert float(error) < 0.05 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_awq_rescales_what_it_can_and_nothing_else(family, made, lab):
     folder = made(family, f"{AWQ} bits=8 format=dense")
     said, whole = report(folder), stock(str(lab(family)["model"]))

@@ -27,6 +27,7 @@ from support import naive_quantization as slow
 from support import tiny
 from support.editing import logits_of
 from support.pruned import refused, report, stock
+from support.slow import each_once, slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
@@ -67,8 +68,11 @@ def test_utilisation_gives_to_the_used_or_to_the_rare():
     assert used[0] > used[3] and rare[3] > rare[0]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text"])
-@pytest.mark.parametrize("words", ["budget=2.5", "budget=3 by=gradient", "budget=4 per=layer", "budget=3 by=used"])
+SHARED_OUT = ("mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text")
+BUDGETS = ("budget=2.5", "budget=3 by=gradient", "budget=4 per=layer", "budget=3 by=used")
+
+
+@pytest.mark.parametrize(("family", "words"), slow_unless(each_once(SHARED_OUT, BUDGETS), SHARED_OUT, BUDGETS))
 def test_bits_add_up_to_the_budget_on_the_written_file(family, words, made):
     folder = made(family, f"{AUTO} {words}")
     model = moe_compress.load(folder, torch.float32)

@@ -14,6 +14,7 @@ from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.engine import forward
 from moe_compress.models.moe import moe_views
 from support import naive_pruning
+from support.identity import rewritten
 from support.interrupted import counting
 from support.pruned import refused, report, same_bits, stock, stored
 from support.quantized import BLIND, FEW, form, ours, packed_in, require_alike, theirs
@@ -52,13 +53,19 @@ def test_dropping_experts_moves_the_bytes_of_the_others(family, words, wide_made
 
 
 OTHERS: list[Any] = [
-    ("mixtral", BLIND, "identity"),
     ("mixtral", BLIND, "layer_drop layers=1"),
     ("mixtral", BLIND, "block_drop layers=1"),
     ("gpt_oss", BLIND, "block_drop layers=1"),
     ("deepseek_v3", f"{BLIND} where=all", "layer_drop layers=1 part=attention"),
     ("deepseek_v3", f"{BLIND} where=all", "layer_drop layers=1"),
 ]
+
+
+def test_what_is_packed_goes_through_the_model_as_bytes(wide_made, tmp_path):
+    folder = wide_made("mixtral", BLIND)
+    again = rewritten(open_checkpoint(folder), tmp_path / "again")
+    one, other = stored(folder), stored(again.folder)
+    assert one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(("family", "first", "second"), OTHERS)

@@ -38,13 +38,14 @@ from support.quantized import (
     theirs,
     wide,
 )
+from support.slow import slow_families
 from support.stock_process import STRANGER, generated, stranger
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_experts_are_quantized_and_nothing_else(family, wide_lab, wide_made):
     """As this package loads it, as transformers does, and the original with what the codes stand for in its place."""
     model, folder = Path(str(wide_lab(family)["model"])), wide_made(family, f"{FEW} bits=3")
