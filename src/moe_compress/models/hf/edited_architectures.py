@@ -27,7 +27,8 @@ def _classes(base_type: str) -> tuple[Any, Any]:
 
 
 @functools.cache
-def _edited_classes(base_type: str) -> tuple[Any, Any]:
+def edited_classes_of(base_type: str) -> tuple[Any, Any]:
+    """The config and model classes of an architecture's edited checkpoints; registers them."""
     classes = edited_model.edited_classes(*_classes(base_type))
     AutoModelForCausalLM.register(*classes)
     return classes
@@ -37,7 +38,7 @@ def _stand_in_config(base_type: str) -> type:
     """What AutoConfig finds under an edited model_type: it makes the real classes when first used."""
 
     def from_dict(values: Mapping[str, Any], **kwargs: Any) -> Any:
-        return _edited_classes(base_type)[0].from_dict(values, **kwargs)
+        return edited_classes_of(base_type)[0].from_dict(values, **kwargs)
 
     body = {"model_type": edited_model.PREFIX + base_type, "from_dict": staticmethod(from_dict), "__module__": __name__}
     return type("EditedConfig", (), body)
@@ -51,7 +52,7 @@ def register_edited_architectures() -> None:
 
 def edited_config_values(base: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
     """config.json values of an edited checkpoint, which never loads as the original architecture."""
-    config_class, model_class = _edited_classes(base["model_type"])
+    config_class, model_class = edited_classes_of(base["model_type"])
     return {
         **base,
         "model_type": config_class.model_type,

@@ -19,6 +19,8 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.models.families import entry_of
+from moe_compress.models.hf.edited_architectures import edited_classes_of
+from moe_compress.models.modeling import edited_model
 from moe_compress.utils.devices import DTYPES
 
 # Without one of these, layers are built that compute nothing.
@@ -36,6 +38,9 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type is None:
         raise ValueError("config.json names no model_type, so nothing can tell which architecture this is.")
+    base_type = str(model_type).removeprefix(edited_model.PREFIX)
+    if model_type not in CONFIG_MAPPING and base_type in CONFIG_MAPPING:  # registered after this package was imported
+        CONFIG_MAPPING.register(model_type, edited_classes_of(base_type)[0])
     if model_type not in CONFIG_MAPPING:
         raise ValueError(
             f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
