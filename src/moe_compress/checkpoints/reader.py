@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
-from moe_compress.checkpoints.formats.layouts import require_agreement, with_weights
-from moe_compress.checkpoints.formats.quantization_config import require_readable
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
+from moe_compress.checkpoints.quantization_config import require_readable
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
+from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.utils.files import read_json

@@ -25,10 +25,10 @@ from moe_compress.checkpoints.folder import (
     partial_folder,
     remove_scratch,
 )
-from moe_compress.checkpoints.formats.layouts import stored_parts, with_weights
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import INDEX, Checkpoint, DerivedTensor, Entry, regions_of
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_regions, write_shard
+from moe_compress.checkpoints.stored_tensors import stored_parts, with_weights
 from moe_compress.models import hf
 from moe_compress.utils.files import write_json
 

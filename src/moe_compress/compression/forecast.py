@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moe_compress.checkpoints.formats.quantization_config import packed_edits, scale_bytes
+from moe_compress.checkpoints.quantization_config import packed_edits, scale_bytes
 from moe_compress.checkpoints.reader import architecture_values
 from moe_compress.compression.dry_run import DryRun, dry_run
 from moe_compress.edits.apply import apply_edits

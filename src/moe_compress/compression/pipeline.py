@@ -20,8 +20,8 @@ from moe_compress.checkpoints.folder import (
     require_free,
     stage_folder,
 )
-from moe_compress.checkpoints.formats.quantization_config import packed_edits
 from moe_compress.checkpoints.lock import exclusive_output
+from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from moe_compress.checkpoints.folder import CARD, read_manifest
-from moe_compress.checkpoints.formats.quantization_config import packed_edits, says_packed, scale_bytes
 from moe_compress.checkpoints.formats.registry import Loaders, format_in
+from moe_compress.checkpoints.quantization_config import packed_edits, says_packed, scale_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.edits.apply import apply_edits
 from moe_compress.models import hf

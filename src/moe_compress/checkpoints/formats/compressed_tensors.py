@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,6 +20,7 @@ from moe_compress.checkpoints.formats.registry import (
     Grid,
     Loaders,
     Packing,
+    Request,
     Writer,
     common_bits,
     storage_format,
@@ -124,8 +125,8 @@ def _target(name: str) -> str:
     return r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$"
 
 
-def _refuses(kinds: Set[str]) -> str:
-    return "" if "experts" in kinds else "is read by stock transformers only where experts are packed, too"
+def _refuses(request: Request) -> str:
+    return "" if "experts" in request.kinds else "is read by stock transformers only where experts are packed, too"
 
 
 @storage_format("compressed-tensors")

@@ -15,7 +15,6 @@ from moe_compress.checkpoints.formats.registry import (
     Writer,
     storage_format,
 )
-from moe_compress.models.modeling import edit_layer
 from moe_compress.models.modeling.bit_packing import pack
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.modeling.unfused_experts import CHILDREN
@@ -32,8 +31,10 @@ def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number:
 
 def _layer(stored: LayerToStore) -> dict[str, Tensor]:
     """The tensors of the layer as the edit makes it, codes and scales filled in."""
+    # Only here: the table of formats does without transformers.
     from moe_compress.edits.apply import shallow
     from moe_compress.models import hf
+    from moe_compress.models.modeling import edit_layer
     from moe_compress.models.sublayers import block_names
 
     names, packed = block_names(stored.model), shallow(stored.layer)

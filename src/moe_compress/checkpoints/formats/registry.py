@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +48,15 @@ class Grid:
     group_size: int
     targets: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a stage asks a plain format to hold: kinds of matrices, bits, inputs that share a scale (0: a whole row)."""
+
+    kinds: frozenset[Kind]
+    bits: int
+    group_size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,9 +104,9 @@ class Writer:
     A plain format has `parts`: what is stored of one matrix, from codes int8 [O, I], scales [O, G] and bits, under the
     names that stock checkpoints give to it. Its matrices have one width.
     config: the quantization_config of config.json; shared: which matrices have to have one group size, by what messages
-    call them: whether a kind of matrix is one of them; refuses: why it does not hold a choice of matrices of just these
-    kinds, as the rest of a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for
-    that of the checkpoint's weights.
+    call them: whether a kind of matrix is one of them; refuses: why it does not hold what is asked for, as the rest of
+    a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for that of the
+    checkpoint's weights.
 
     A format of an edited architecture has `layer` alone: the tensors of a layer by name, codes in modules of their own.
     Edits say what is packed, and each matrix may have a width of its own.
@@ -106,7 +115,7 @@ class Writer:
     parts: Callable[[Tensor, Tensor, int], StoredWeight] | None = None
     config: Callable[[Packing], dict[str, Any]] | None = None
     shared: Mapping[str, Callable[[Kind], bool]] = field(default_factory=dict)
-    refuses: Callable[[Set[Kind]], str] = lambda _: ""
+    refuses: Callable[[Request], str] = lambda _: ""
     scale_dtype: torch.dtype | None = None
     layer: Callable[[LayerToStore], dict[str, Tensor]] | None = None
 

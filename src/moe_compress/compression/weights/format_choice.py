@@ -12,6 +12,7 @@ from moe_compress.checkpoints.formats.registry import (
     EDITED_PACKED,
     QUANTIZATION,
     Packing,
+    Request,
     Writer,
     formats,
 )
@@ -63,7 +64,9 @@ def _refused(stage: Stage, model: PreTrainedModel, format: str) -> str:
     lacking = _without_names(model, chosen)
     if lacking:
         return f"packs matrices one by one, but {model.config.model_type} stores {lacking} together with others"
-    reason = writer.refuses({matrix.kind for found in chosen.values() for matrix in found})
+    kinds = frozenset(matrix.kind for found in chosen.values() for matrix in found)
+    bits, group_size = int(stage.parameters["bits"]), int(stage.parameters["group_size"])
+    reason = writer.refuses(Request(kinds=kinds, bits=bits, group_size=group_size))
     if reason:
         return reason
     for which, alike in _alike(chosen, writer).items():

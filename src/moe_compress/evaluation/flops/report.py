@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.quantization_config import packed_edits, scale_bytes
 from moe_compress.checkpoints.load import load_as_run, require_memory
+from moe_compress.checkpoints.quantization_config import packed_edits, scale_bytes
 from moe_compress.checkpoints.reader import architecture_values, open_checkpoint
 from moe_compress.checkpoints.resolve import config_folder
 from moe_compress.edits.apply import apply_edits

@@ -18,8 +18,8 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file
 
-from moe_compress.checkpoints.formats.quantization_config import says_packed
 from moe_compress.checkpoints.load import require_memory
+from moe_compress.checkpoints.quantization_config import says_packed
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import Windows
