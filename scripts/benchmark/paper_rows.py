@@ -13,6 +13,7 @@ import pandas as pd
 
 from moe_compress.cli.terminal import set_up_logging
 from moe_compress.evaluation.flops.report import BINARY, UNITS
+from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.evaluation.speed.report import ratio
 from moe_compress.reports import table_formats
 from moe_compress.reports.html_report import make_report
@@ -228,7 +229,7 @@ def write(folder: Path) -> None:
         (folder / f"{STEM}.{kind}").write_text(text, encoding="utf-8")
     write_json(folder / f"{STEM}.json", {"cells": [_numbers(cell) for cell in found]})
     if any(cell.record for cell in found):
-        make_report([folder / "records"], folder)
+        make_report([folder / "records"], folder, report_columns())
     compared = [PAPERS] if any(IN_PAPER in set(table["method"]) for table in frames.values()) else []
     # Last, for it says that all is there.
     (folder / f"{STEM}.md").write_text("\n\n".join([*parts, MEANING, *compared]) + "\n", encoding="utf-8")

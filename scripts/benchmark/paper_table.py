@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import inspect
 import os
 import re
 import shlex
@@ -24,9 +23,9 @@ from moe_compress import zoo
 from moe_compress.checkpoints.resolve import config_folder, layers_of, local_folder
 from moe_compress.cli.arguments import option_pairs
 from moe_compress.compression.forecast import forecast
+from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.evaluation.speed.report import setting_of
 from moe_compress.evaluation.tasks import selection
-from moe_compress.evaluation.tasks.report import questions_of
 from moe_compress.recipes.parser import parse
 from moe_compress.run.options import Options, make_options
 from moe_compress.utils.choices import coerce
@@ -119,11 +118,11 @@ def _source(model: str) -> dict[str, Any]:
 
 def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     """For each command the words that are for it. ValueError for one that is for none, and for wrong values."""
-    settings = tuple(inspect.signature(setting_of).parameters)
+    of_speed, of_tasks = (HARNESSES[name].declaration.parameters for name in ("speed", "tasks"))
     takers = {
         "run": tuple(Options.model_fields),
-        "speed": settings,
-        "tasks": ("tasks", *inspect.signature(questions_of).parameters),
+        "speed": tuple(key for key in of_speed if key not in ("original", "results")),
+        "tasks": tuple(key for key in of_tasks if key != "original"),
         "sizes": tuple(vars(Sizes(1, 1, 1))),
     }
     known = [key for taker in takers.values() for key in taker if key not in DECIDED]
@@ -134,9 +133,9 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     found["speed"] = ({"quick": "true"} if small else {"prompts": f"{TOKENS}", "batches": "1"}) | found["speed"]
     make_options(found["run"])
     setting_of(**found["speed"])
-    _, _, fewshot = questions_of(**{key: value for key, value in found["tasks"].items() if key != "tasks"})
+    asked = HARNESSES["tasks"].typed(found["tasks"])
     if "tasks" in words:
-        selection.choose(words["tasks"], fewshot)
+        selection.choose(words["tasks"], asked.get("fewshot", 0))
     found["run"].pop("threads", None)  # which Snakemake shares out
     found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | found["run"]
     found["flops"] = {"tokens": f"{TOKENS}", "context": f"{TOKENS}"}

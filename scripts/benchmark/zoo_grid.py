@@ -10,22 +10,24 @@ import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import get_args
-
-from readme_tables import write_summary
+from typing import Any
 
 import moe_compress
+from common import RESULTS, add_smoke
 from moe_compress import zoo
 from moe_compress.cli.terminal import set_up_logging
-from moe_compress.methods.expert_drop.scores import Score
+from moe_compress.evaluation.harnesses import report_columns
+from moe_compress.methods.score_registry import scores
 from moe_compress.reports.html_report import make_report
+from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Failure, now
 from moe_compress.reports.table import write_tables
+from readme_tables import write_picture, write_summary
 
-ROOT = Path(__file__).resolve().parents[2]
-# The shipped grid; a user's own runs are elsewhere, in runs/.
-RESULTS = ROOT / "results"
+README = RESULTS.parent / "README.md"
+SMOKE = {"samples": 2, "length": 64, "eval_samples": 4, "eval_length": 64}
 RATIOS = (0.25, 0.5)
 RANDOM_SEEDS = range(5)
 CONTROLS = (
@@ -156,7 +158,7 @@ SHARED = {
 
 def recipes(model: str) -> list[tuple[str, int]]:
     """(sentence, seed) of every run on one model."""
-    grid = itertools.product(get_args(Score), RATIOS)
+    grid = itertools.product(scores(), RATIOS)
     found = [(f"expert_drop score={score} ratio={ratio}", 0) for score, ratio in grid if score != "random"]
     found += [(f"expert_drop score=random ratio={r}", s) for r in RATIOS for s in RANDOM_SEEDS]
     found += [(f"{sentence} ratio={ratio}", 0) for sentence, ratio in itertools.product(EXPERTS, RATIOS)]
@@ -169,10 +171,11 @@ def recipes(model: str) -> list[tuple[str, int]]:
     return found
 
 
-def run_model(model: str, results: Path) -> None:
-    """All recipes on one model; checkpoints are measured and removed."""
+def run_model(model: str, results: Path, smoke: bool) -> None:
+    """All recipes on one model (of a smoke run, the first on a little text); checkpoints are measured and removed."""
     records = results / "records"
-    for sentence, seed in recipes(model):
+    options: Mapping[str, Any] = SMOKE if smoke else {}
+    for sentence, seed in recipes(model)[: 1 if smoke else None]:
         words = (
             sentence.replace("expert_drop ", "")
             .replace(" ", "-")
@@ -186,7 +189,9 @@ def run_model(model: str, results: Path) -> None:
         out = results / "checkpoints" / name
         shutil.rmtree(out, ignore_errors=True)
         try:
-            moe_compress.compress(sentence, model=model, seed=seed, name=name, out=str(out), results=str(results))
+            moe_compress.compress(
+                sentence, model=model, seed=seed, name=name, out=str(out), results=str(results), **options
+            )
         except ValueError as error:
             failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
             failure.save(results / "failures")
@@ -194,29 +199,48 @@ def run_model(model: str, results: Path) -> None:
         shutil.rmtree(out)
 
 
-def main() -> None:
-    """Without --model: each model in a process of its own, two at a time; then the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=zoo.NAMES)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    set_up_logging(verbose=False)
-    if given.model:
-        run_model(given.model, given.results)
-        return
+def run_all(results: Path) -> None:
+    """Each model in a process of its own, two at a time."""
     names = list(zoo.NAMES)
     for pair in (names[0::2], names[1::2]):
-        command = [sys.executable, __file__, "--results", str(given.results), "--model"]
+        command = [sys.executable, __file__, "--results", str(results), "--model"]
         running = [subprocess.Popen([*command, name]) for name in pair]
         failed = [process.args for process in running if process.wait() != 0]
         if failed:
             sys.exit(f"error: {failed} failed; run the same command again to go on.")
-    for path in write_tables(moe_compress.table([given.results / "records"]), given.results):
+
+
+def rebuild(results: Path) -> None:
+    """What follows from the records, and from the sums per document beside them, alone."""
+    for path in write_tables(moe_compress.table([results / "records"]), results):
         print(path)
-    make_report([given.results / "records"], given.results)
-    write_summary(given.results, ROOT / "README.md" if given.results.resolve() == RESULTS else None)
-    for name in ACTIVE:
-        moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)
+    write_summary(results, README if results.resolve() == RESULTS else None)
+    for path in write_picture(load_records(sorted((results / "records").glob("*.json"))), results):
+        print(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is not yet recorded of all models, or of one; without --model, then make what is made from records."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=zoo.NAMES, help="run the recipes on this one only, and make no tables")
+    parser.add_argument(
+        "--tables-only", action="store_true", help="run nothing: only rebuild what is made from records"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_smoke(parser)
+    given = parser.parse_args(arguments)
+    set_up_logging(verbose=False)
+    if given.smoke and given.results.resolve() == RESULTS:
+        parser.error("--smoke needs --results, a folder that is not the shipped one.")
+    if given.model:
+        return run_model(given.model, given.results, given.smoke)
+    if not given.tables_only:
+        run_all(given.results)
+    rebuild(given.results)
+    if not given.tables_only:
+        make_report([given.results / "records"], given.results, report_columns())
+        for name in ACTIVE:
+            moe_compress.analyze(name, results=str(given.results), out=given.results / "analysis" / name)
 
 
 if __name__ == "__main__":

@@ -3,30 +3,69 @@
     import moe_compress
     moe_compress.compress("expert_drop score=reap keep=6", model="tiny-mixtral")
 
-Importing the package also lets `AutoModelForCausalLM` load the checkpoints whose layers differ.
+Importing the package also lets `AutoModelForCausalLM` load the checkpoints whose layers differ. It imports neither
+torch nor transformers: names are fetched when they are first asked for.
 """
 
-import importlib
-from typing import Any
+from __future__ import annotations
 
-from moe_compress.api import analyze, apply, compare, compress, evaluate, export, load, plan, push, table
-from moe_compress.evaluation.harnesses import flops, routing, speed, tasks, verify
-from moe_compress.reports.html_report import report
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moe_compress.models.registration import register_edited_architectures
+
+if TYPE_CHECKING:
+    from moe_compress.analysis.compressor import (
+        CompressedMoEConfig,
+        CompressionPlan,
+        ExpertCompressor,
+        ExpertMergeResult,
+        LayerAnalysis,
+        MoEHooks,
+        MoELayerInfo,
+        estimate_compressed_size,
+        estimate_model_size,
+        get_moe_layer_info,
+        print_compression_summary,
+    )
+    from moe_compress.api import (
+        analyze,
+        apply,
+        compare,
+        compress,
+        evaluate,
+        export,
+        flops,
+        load,
+        plan,
+        push,
+        report,
+        routing,
+        speed,
+        table,
+        tasks,
+        verify,
+    )
 
 __version__ = "0.1.0"
-# Fetched when first asked for.
 COMPRESSOR = (
     "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
     "MoELayerInfo", "estimate_compressed_size", "estimate_model_size", "get_moe_layer_info",
     "print_compression_summary",
 )  # fmt: skip
 __all__ = [
-    "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push", "report",
-    "routing", "speed", "table", "tasks", "verify", *COMPRESSOR,
+    "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
+    "MoELayerInfo", "analyze", "apply", "compare", "compress", "estimate_compressed_size", "estimate_model_size",
+    "evaluate", "export", "flops", "get_moe_layer_info", "load", "plan", "print_compression_summary", "push", "report",
+    "routing", "speed", "table", "tasks", "verify",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name in COMPRESSOR:
-        return getattr(importlib.import_module("moe_compress.analysis.compressor"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "moe_compress.analysis.compressor" if name in COMPRESSOR else "moe_compress.api"
+    return getattr(importlib.import_module(module), name)
+
+
+register_edited_architectures()

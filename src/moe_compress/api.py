@@ -1,36 +1,36 @@
-"""The Python functions behind the command line, one each, with the same names and the same words."""
+"""The Python functions behind the command line, one each, with the same names and the same words.
+
+Harnesses (speed, tasks, routing, flops, verify) are functions of `evaluation`: see evaluation/harnesses.py.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
 
 from moe_compress.analysis.checkpoint_analysis import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.analysis.layer_analysis import SIMILAR, require_cosine
-from moe_compress.checkpoints.load import load_model, load_packed, load_tokenizer, require_memory
+from moe_compress.checkpoints.load import load_model, load_packed
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import config_folder, resolve_model
-from moe_compress.compression import export as padding
 from moe_compress.compression import failures
+from moe_compress.compression.export import pad_experts
 from moe_compress.compression.forecast import Forecast, forecast
 from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
-from moe_compress.data.prompts import prompt_windows, read_prompts
-from moe_compress.evaluation import generations
-from moe_compress.evaluation.generations import Comparison
-from moe_compress.evaluation.harnesses import flops, routing, speed, tasks, verify
-from moe_compress.evaluation.pair import open_pair, require_same_tokens
-from moe_compress.evaluation.quality import evaluate as evaluation
-from moe_compress.evaluation.saved_report import save_sealed
+from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_checkpoints
+from moe_compress.evaluation.harnesses import HARNESSES, report_columns
+from moe_compress.evaluation.pair import open_pair
+from moe_compress.evaluation.quality.evaluate import evaluate_pair
 from moe_compress.hub.card import update_card
 from moe_compress.hub.push import Upload, prepare, send
 from moe_compress.recipes.parser import parse
 from moe_compress.recipes.recipe import Recipe
-from moe_compress.reports.html_report import report
+from moe_compress.reports.html_report import make_report
 from moe_compress.reports.reading import Places
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import Table, read_tables
@@ -41,10 +41,23 @@ from moe_compress.utils.choices import coerce
 from moe_compress.utils.devices import threads
 from moe_compress.utils.logging import log
 
+if TYPE_CHECKING:
+    from moe_compress.evaluation.flops.report import flops
+    from moe_compress.evaluation.routing.report import routing
+    from moe_compress.evaluation.speed.report import speed
+    from moe_compress.evaluation.tasks.report import tasks
+    from moe_compress.evaluation.verification.verify import verify
+
 __all__ = [
     "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push",
     "report", "routing", "run_recipe", "speed", "start", "table", "tasks", "verify",
 ]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HARNESSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return HARNESSES[name].declaration.load()
 
 
 @dataclass(frozen=True)
@@ -59,17 +72,17 @@ class Result:
 def compress(sentence: str, /, *overrides: str, **options: Any) -> Result:
     """Run a recipe (`"expert_drop score=reap keep=6"`, or a .yaml file) and evaluate the result.
 
-    Options are those of `recipe.Options`: model, out, seed, data, samples, length, dtype, device, ...
+    Options are those of `run.options.Options`: model, out, seed, data, samples, length, dtype, device, ...
     """
     return run_recipe(parse(sentence, overrides, options))
 
 
-def run_recipe(parsed: Recipe) -> Result:
+def run_recipe(recipe: Recipe) -> Result:
     """Compress, evaluate, save the records."""
-    run = start(parsed.options)
-    with threads(parsed.options.threads):
-        outcome = compress_checkpoint(parsed, run)
-        with failures.record_failure(parsed, parsed.options.name or outcome.folder.name, run):
+    run = start(recipe.options)
+    with threads(recipe.options.threads):
+        outcome = compress_checkpoint(recipe, run)
+        with failures.record_failure(recipe, recipe.options.name or outcome.folder.name, run):
             return _evaluated(outcome, run)
 
 
@@ -99,7 +112,7 @@ def _evaluated(outcome: Outcome, run: Run) -> Result:
 
 
 def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
-    record, original = evaluation.evaluate_pair(checkpoint, base, run)
+    record, original = evaluate_pair(checkpoint, base, run)
     if not (run.results("records") / f"{original.name}.json").is_file():
         original.save(run.results("records"))
     path = record.save(run.results("records"))
@@ -110,8 +123,8 @@ def _record(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> Result:
 
 def plan(sentence: str, /, *overrides: str, **options: Any) -> Forecast:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
-    parsed = parse(sentence, overrides, options)
-    return forecast(parsed, config_folder(parsed.options.model, parsed.options.revision))
+    recipe = parse(sentence, overrides, options)
+    return forecast(recipe, config_folder(recipe.options.model, recipe.options.revision))
 
 
 def analyze(
@@ -143,35 +156,17 @@ def compare(
     /,
     *,
     prompts: str | Path = "default",
-    max_tokens: int = generations.MAX_TOKENS,
+    max_tokens: int = MAX_TOKENS,
     **options: Any,
 ) -> Comparison:
     """Greedy generations of two models side by side, and how close their predictions are.
 
     prompts: a file, whose text the predictions are compared on; `default`: a few prompts, and the evaluation text.
     """
-    first, second = (resolve_model(str(model)) for model in (before, after))
-    require_same_tokens(second, first)
     count = coerce(int, max_tokens, "max_tokens")
-    positions = getattr(first.config, "max_position_embeddings", None) or count + 1
-    if not 0 < count < positions:
-        raise ValueError(f"max_tokens={count}: a number from 1 to {positions - 1} is needed for {first.name}.")
-    run = start(_options_for(before, {**options, "resident": True}, "compare"))
-    require_memory((first, second), run.dtype, run.device, "have to be whole to generate")
-    if str(prompts) == "default":
-        given, windows = list(generations.DEFAULT_PROMPTS), run.windows("heldout", first)
-        tokenizer = load_tokenizer(first.folder, first.config.vocab_size)
-    else:
-        given, tokenizer = read_prompts(Path(prompts)), load_tokenizer(first.folder, first.config.vocab_size)
-        windows = prompt_windows(given, tokenizer, Path(prompts).name)
-        if windows.ids_NS.shape[1] < 2:
-            raise ValueError(f"{prompts}: every prompt is a single token, which predicts nothing: give longer ones.")
-    with threads(run.options.threads), progress_bar("comparing") as progress:
-        one, other = (evaluation.layers_of(each, run).model for each in (first, second))
-        found = generations.compare(one, other, tokenizer, given, windows, count, progress)
-    names = {"before": Path(first.name).name, "after": Path(second.name).name}
-    save_sealed(run.results("generations") / f"{names['before']}-{names['after']}.json", {**names, **asdict(found)})
-    return found
+    pair = resolve_model(str(before)), resolve_model(str(after))
+    given = _options_for(before, {**options, "resident": True}, "compare")
+    return compare_checkpoints(*pair, given, str(prompts), count)
 
 
 def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Options:
@@ -180,14 +175,16 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
     return make_options({**options, "model": model}).resolved()
 
 
-def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = False) -> Path:
-    """The plain equivalent of an edited checkpoint, where dead experts (`pad`) make one possible; else ValueError."""
+def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool | str = True) -> Path:
+    """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
+
+    pad: accepted for what was written earlier; padding is the one way there is.
+    """
+    coerce(bool, pad, "pad")
     opened = resolve_model(str(checkpoint))
-    if not pad:
-        raise ValueError("export needs --pad: dead experts in uneven layers are the one way it makes a model plain.")
     target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-padded")
     with progress_bar("writing") as progress:
-        return padding.pad(opened, target, progress)
+        return pad_experts(opened, target, progress)
 
 
 def push(
@@ -219,6 +216,11 @@ def table(records: Places = "runs/records") -> list[Table]:
     for sentence in skipped:
         log.warning("skipped: %s.", sentence)
     return found
+
+
+def report(records: Places = "runs/records", out: str | Path = "runs") -> list[Path]:
+    """Write out/report.html and out/plots/ of records, and of what harnesses left beside them; returns their paths."""
+    return make_report(records, out, report_columns()).files
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ from moe_compress.engine import forward
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.expert_drop import scores
-from moe_compress.methods.expert_drop.scores import Score
 from moe_compress.methods.expert_merge import grouping, similarity
+from moe_compress.methods.score_registry import scores as known_scores
 from moe_compress.models.moe import moe_views
 from moe_compress.recipes.parser import parse
 from support import readers, tiny
@@ -140,7 +140,7 @@ def test_7_a_merged_expert_lies_between_its_members():
 # 8. Scores that are offered but no longer recorded, which is noticed after the calibration.
 def test_8_every_score_that_is_offered_can_be_had_from_one_pass(tmp_path):
     _, seen = calibrated(tiny.make("mixtral"), tmp_path)
-    for score in get_args(Score):
+    for score in known_scores():
         plan = planned(seen, f"expert_drop score={score} keep=5")
         assert [len(edit.experts) for edit in plan.edits] == [5, 5, 5], score
         assert score == "naee" or all(len(values) == 8 for values in plan.scores.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_compress.evaluation.speed.columns import speedups, timed
+from moe_compress.evaluation.speed import columns as speed
 from moe_compress.evaluation.tasks.columns import accuracies, asked
 from moe_compress.reports import companions, pareto
 from support.records import ORIGINAL, SAME_AS, WORSE, speed_file, tasks_file
@@ -14,7 +14,7 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     rows = [[ORIGINAL], [WORSE], [SAME_AS]]
     files = [speed_file("worse", 2.0, busy=True), speed_file("same_as", 1.25), speed_file("same_as", 9.0, batch=8)]
     files.append(speed_file("same_as", 5.0, processor="another"))
-    timed = speedups([each for file in files for each in timed(file)], [ORIGINAL, WORSE, SAME_AS])
+    timed = speed.speedups([each for file in files for each in speed.timed(file)], [ORIGINAL, WORSE, SAME_AS])
     values = {name: found[companions.LATENCY].value for name, found in timed.by_record.items()}
     assert values == {"worse": 0.5, "same_as": 0.8}
     for words in ("float32 on cpu (abacus), 1 thread(s)", "BUSY for 1", "in other settings: 2", "2 of too few starts"):
@@ -27,7 +27,7 @@ def test_latency_is_relative_to_the_original_and_of_one_setting():
     ]
     assert front.points[0].cost_interval == pytest.approx((1 / 2.1, 1 / 1.9))
     assert [front.key for front in pareto.make_fronts(["a", "b", "c"], rows)] == ["bytes", "flops_per_token"]
-    (timing, *_) = timed(speed_file("worse", 2.0))
+    (timing, *_) = speed.timed(speed_file("worse", 2.0))
     renamed = {"name": "mine", "fingerprint": "of worse"}
     for changes, same in (({"name": "worse-0a1b2c"}, True), ({"name": "worse-and-more"}, False), (renamed, True)):
         assert companions.made(timing, WORSE.model_copy(update=changes)) == same

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
+from moe_compress import api
 from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.reports import charts, html_report
 from moe_compress.reports.record import Failure
@@ -80,22 +81,22 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
     assert "&#34;unsaid&#34;: 1" in text and "Routing of worse beside tiny" in text and "on front: latency" in text
     assert "quiz right" in text and "0.500 [0.400, 0.600]" in text and "prefill x" in text
     assert SAME in text and "share of zeros" in text and "prefers-color-scheme: dark" in text
-    again = html_report.report([results / "records"], tmp_path / "again")
+    again = api.report([results / "records"], tmp_path / "again")
     for first, second in zip(made.files[1:], again[1:], strict=True):
         assert first.suffix == ".png" or first.read_bytes() == second.read_bytes()
 
 
 def test_bad_input_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="there is no record or folder of records"):
-        html_report.report([tmp_path / "none"], tmp_path)
+        api.report([tmp_path / "none"], tmp_path)
     with pytest.raises(ValueError, match="there are no records"):
-        html_report.report([tmp_path], tmp_path)
+        api.report([tmp_path], tmp_path)
     (tmp_path / "only.json").write_text("[]")
     with pytest.raises(ValueError, match=r"only\.json is not a record"):
-        html_report.report([tmp_path], tmp_path)
+        api.report([tmp_path], tmp_path)
     ORIGINAL.save(tmp_path / "records")
     with pytest.raises(ValueError, match=r"out=.*: nothing can be written"):
-        html_report.report([tmp_path / "records"], tmp_path / "only.json" / "below")
+        api.report([tmp_path / "records"], tmp_path / "only.json" / "below")
 
 
 # What a person would do, and what came of it, written into the page for --dump-dom.
@@ -132,7 +133,7 @@ def test_the_page_in_a_browser(results, tmp_path):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed, so the page's script is not run")
-    (page, *_) = html_report.report([results / "records"], tmp_path / "out")
+    (page, *_) = api.report([results / "records"], tmp_path / "out")
     text = page.read_text().replace("<head>", f"<head>{EARLY}").replace("</body>", f"{CLICKS}</body>")
     page.write_text(text)
     done = subprocess.run(

@@ -147,7 +147,7 @@ def test_a_table_names_only_the_settings_of_its_own_rows(tmp_path):
     (tmp_path / "speed").mkdir()
     timing = {**speed_file("tiny-worse", 2.0), "fingerprint": "of worse"}
     (tmp_path / "speed" / "worse.json").write_text(json.dumps(timing))
-    text = html_report.report([tmp_path / "records"], tmp_path / "out")[0].read_text()
+    text = api.report([tmp_path / "records"], tmp_path / "out")[0].read_text()
     other, tiny = text.split('id="table-1"')
     assert "abacus" in tiny and "prefill x" in tiny and "speed: 1 x 16 tokens" in text
     assert text.count("speed: 1 x 16 tokens") == 1 and "prefill x" not in other
@@ -162,7 +162,8 @@ def test_what_was_measured_on_several_texts_is_below_where_rows_are_columns():
     }
     several = WORSE.model_copy(update={"metrics": {**WORSE.metrics, **extra}})
     (table,) = make_tables([ORIGINAL, several])
-    assert list(table.turned.index[-2:]) == ["change of NLL, b.txt", "change of NLL, c.txt"]
-    assert list(table.turned.loc["change of NLL, b.txt"]) == ["", "+0.2500 [+0.2000, +0.3000]"]
-    assert list(table.turned.loc["change of NLL, c.txt"]) == ["", f"-0.0500 [-0.2000, +0.3000] {SAME}"]
+    assert table.turned.rows[-2:] == [
+        ["change of NLL, b.txt", "", "+0.2500 [+0.2000, +0.3000]"],
+        ["change of NLL, c.txt", "", f"-0.0500 [-0.2000, +0.3000] {SAME}"],
+    ]
     assert "b.txt" in table.markdown(turned=True) and "b.txt" not in table.markdown()

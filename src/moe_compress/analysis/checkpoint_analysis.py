@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from moe_compress.analysis.layer_analysis import SIMILAR, LayerAnalysis, analyse
 from moe_compress.calibration.collect import calibration_for, observed, unobserved
 from moe_compress.checkpoints.load import load_tokenizer
@@ -20,6 +18,8 @@ from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.data.prompts import prompt_windows, read_prompts
 from moe_compress.data.windows import parse_mix
 from moe_compress.edits.apply import refuse_if_uneditable
+from moe_compress.reports import table_formats
+from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run, text_spec
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.files import atomic_write
@@ -30,8 +30,7 @@ Layer = Mapping[str, Any]
 
 def as_markdown(title: str, layers: Sequence[Layer]) -> str:
     """A row a layer, and below what the columns mean and why some are empty."""
-    frame = pd.DataFrame([_row(layer) for layer in layers])
-    table = frame.to_markdown(index=False, disable_numparse=True)
+    table = table_formats.markdown(Cells.of([_row(layer) for layer in layers]))
     first = layers[0]
     how = (
         f"{first['tokens']:,} tokens, domains: {', '.join(first['domains'])}. Utilization: share of tokens that use an "

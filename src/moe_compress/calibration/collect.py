@@ -55,7 +55,7 @@ def calibration_for(checkpoint: Checkpoint, run: Run, probes: bool = False) -> C
         return earlier
     log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
     with progress_bar("measuring") as progress:
-        layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+        layers = run.layers(checkpoint)
         calibration = calibrate(checkpoint, layers, windows, path, identity, progress, probes=probes)
     run.log.event("calibrated", path=str(path), **calibration.description)
     return calibration
@@ -117,7 +117,7 @@ def unobserved(checkpoint: Checkpoint, with_weights: bool) -> ModelStatistics:
 def noise_observed(checkpoint: Checkpoint, run: Run) -> ModelStatistics:
     """The same with probes on standard normal inputs of every MoE block: no text, no stream."""
     base = unobserved(checkpoint, with_weights=False)
-    layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    layers = run.layers(checkpoint)
     found = [
         dataclasses.replace(layer, probe=functools.partial(_noise_probe, layers, layer.shape.layer))
         for layer in base.layers
@@ -133,7 +133,7 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
     log.info("neurons: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
     started = time.perf_counter()
     reset_peak_memory(run.device)
-    layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    layers = run.layers(checkpoint)
     with progress_bar("measuring") as progress:
         family = family_of(checkpoint.config)
         if gradients:

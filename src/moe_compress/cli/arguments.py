@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from moe_compress.recipes.parser import _key_value
+from moe_compress.recipes.parser import key_value
 
 FLAGS = ("", "check", "dry-run", "help", "pad", "verbose")
 
@@ -28,4 +28,12 @@ def normalised(arguments: list[str]) -> list[str]:
 
 def option_pairs(words: Sequence[str]) -> dict[str, str]:
     """Options from `key=value` words."""
-    return dict(_key_value(word) for word in words)
+    return dict(key_value(word) for word in words)
+
+
+def only(options: Mapping[str, str], known: tuple[str, ...], command: str) -> Mapping[str, str]:
+    """The options, if the command has them all."""
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{command} has no option {key!r}; it takes: {', '.join(known)}.")
+    return options

@@ -8,8 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from moe_compress import methods, zoo
-from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress import zoo
 from moe_compress.methods import registry
 from moe_compress.models.families import ALIASES, FAMILIES, REFUSED
 from moe_compress.utils.files import gigabytes
@@ -19,15 +18,13 @@ PAGE = "docs/recipes.md"
 
 def methods_markdown() -> str:
     """Every method: what it does, its parameters with types and defaults, its presets, its paper."""
-    methods.register_all()
     return "\n\n".join(map(_method, sorted(registry.METHODS))) + "\n\n" + _families()
 
 
 def method_markdown(name: str) -> str:
     """One method: the same, a parameter or preset a line, and what each parameter means."""
-    methods.register_all()
     method = registry.find(name)
-    about = (inspect.getdoc(method.run) or "").partition("\n")[2].strip()
+    about = method.declaration.about
     lines = [_method(name), *(["", about] if about else [])]
     for group in method.exclusive:
         lines += ["", f"At most one of {', '.join(f'`{key}=`' for key in group)} is given."]
@@ -40,7 +37,7 @@ def _method(name: str) -> str:
     for key, parameter in method.parameters.items():
         needed = parameter.default is inspect.Parameter.empty
         default = "" if needed else word(parameter.default)
-        lines.append(f"- `{key}={default}`: {choices(method.hints[key])}{', has to be given' * needed}")
+        lines.append(f"- `{key}={default}`: {choices(parameter.hint)}{', has to be given' * needed}")
     lines += [f"- `preset={preset}`: {recipe_words(values)}" for preset, values in method.presets.items()]
     return "\n".join(lines).rstrip()
 
@@ -48,10 +45,13 @@ def _method(name: str) -> str:
 def choices(hint: Any) -> str:
     """What a recipe may write for an annotation."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return " or ".join("none" if arm is type(None) else choices(arm) for arm in typing.get_args(hint))
+        arms = ("none" if arm is type(None) else choices(arm) for arm in typing.get_args(hint))
+        return " or ".join(dict.fromkeys(arms))
+    if typing.get_origin(hint) is typing.Annotated:
+        return str(typing.get_args(hint)[1].shown())
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(typing.get_args(hint))
-    return {bool: "true, false", int: "whole number", float: "number", str: "text"}[hint]
+    return {bool: "true, false", int: "whole number", float: "number"}.get(hint, "text")
 
 
 def word(value: Any) -> str:
@@ -84,8 +84,8 @@ def zoo_markdown() -> str:
     """The shipped models with their sizes, and the hub ids whose shapes are known offline."""
     lines = ["### Shipped models", ""]
     for name in zoo.NAMES:
-        checkpoint = open_checkpoint(zoo.path(name), name)
-        lines.append(f"- `{name}`: {gigabytes(checkpoint.bytes)}, {checkpoint.num_layers} layers, {zoo.path(name)}")
+        count, layers = zoo.size(name)
+        lines.append(f"- `{name}`: {gigabytes(count)}, {layers} layers, {zoo.path(name)}")
     lines += ["", "### Shapes known offline (for `plan`)", ""]
     lines += [f"- `{hub_id}`" for hub_id in zoo.known_configs()]
     return "\n".join(lines)

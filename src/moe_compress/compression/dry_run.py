@@ -16,9 +16,6 @@ from moe_compress.models.modeling.packed_linear import is_packed
 from moe_compress.models.shape import model_shape
 from moe_compress.recipes.recipe import Recipe, Stage
 
-# Stages that put other weights side by side than were counted for a pattern.
-MIXING = ("channels", "expert_merge")
-
 
 @dataclass
 class DryRun:
@@ -36,7 +33,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> Dry
     found, pattern = DryRun(), ""
     for number, stage in enumerate(recipe.stages, 1):
         try:
-            if pattern and stage.method in MIXING:
+            if pattern and registry.find(stage.method).breaks_patterns:
                 raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
             if registry.find(stage.method).scope == "weight":
                 packed = _dry_weights(stage, model, packed, found)
@@ -62,9 +59,10 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(stage, model).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
-    edits = pack_skeleton(stage, model) if "format" in stage.parameters else []
+    quantizes = registry.find(stage.method).quantizes
+    edits = pack_skeleton(stage, model) if quantizes else []
     found.edits += edits
-    return "format" in stage.parameters and not edits and is_packed(model)
+    return quantizes and not edits and is_packed(model)
 
 
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:

@@ -35,7 +35,7 @@ TOKENS = 64
 TOLERANCE = 1e-5
 
 
-def pad(checkpoint: Checkpoint, out: Path, progress: Progress | None = None) -> Path:
+def pad_experts(checkpoint: Checkpoint, out: Path, progress: Progress | None = None) -> Path:
     """Write the plain equivalent of an edited checkpoint whose layers keep different numbers of experts.
 
     Raises ValueError, with the reason, where there is none; then nothing is left behind.

@@ -13,6 +13,7 @@ from moe_compress.compression.dry_run import DryRun, dry_run
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import KeepExperts, SkipExperts
 from moe_compress.edits.resulting_config import resulting_config
+from moe_compress.methods import registry
 from moe_compress.models import hf
 from moe_compress.models.sizes import Sizes, sizes
 from moe_compress.recipes.recipe import Recipe
@@ -76,11 +77,8 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
 
 def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
     """What the sizes leave open."""
-    notes = []
-    if any(stage.method == "prune" for stage in recipe.stages):
-        notes.append(
-            "Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them."
-        )
+    said = (registry.find(stage.method).forecast_note for stage in recipe.stages)
+    notes = [*dict.fromkeys(note for note in said if note)]
     if dry.gram_bytes:
         taken = gigabytes(dry.gram_bytes)
         notes.append(f"Gram matrices of a layer take {taken} on top; experts_at_once= holds fewer of them.")

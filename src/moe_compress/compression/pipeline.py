@@ -105,7 +105,6 @@ class _Job:
     plan: list[StagePlan]
     report: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    through_model: bool = False
     slims: Stage | None = None
 
 
@@ -130,7 +129,6 @@ def _plan_job(
         ],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
-        through_model=scope == "layer",
         slims=stage if scope == "weight" else None,
     )
 
@@ -160,7 +158,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             job.report[-1] |= slimmed.report
             after = resulting_config({**job.source.values, **slimmed.values}, slimmed.edits)
         else:
-            rewrite(job.source, job.edits, writer, fill=after.fill, through_model=job.through_model, progress=progress)
+            rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
         form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}

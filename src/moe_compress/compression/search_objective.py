@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.load import load_as_run
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import FOLDS, Windows
 from moe_compress.edits.apply import apply_edit, shallow
@@ -89,8 +89,7 @@ SEARCH_FOLD = FOLDS - 1
 def agreement_objective(checkpoint: Checkpoint, run: Run) -> OriginalAgreement:
     """Agreement with the original on the fold of the calibration text that a search's sums leave out."""
     windows = run.windows("calibration", checkpoint)
-    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
-    model = load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords)
+    model = load_as_run(checkpoint, run.dtype, run.device, run.options.attn)
     return OriginalAgreement(model, search_windows(windows))
 
 

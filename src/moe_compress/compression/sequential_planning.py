@@ -40,7 +40,7 @@ def plan_progressively(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[
     """Decide, carry out and go on, one MoE layer at a time; nothing of it is kept for other recipes."""
     windows = run.windows("calibration", checkpoint)
     log.info("planning layer by layer: %d tokens of %s.", windows.tokens, run.options.data)
-    layers = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    layers = run.layers(checkpoint)
     planner = _Planner(stage, checkpoint, run, layers)
     started = time.perf_counter()
     reset_peak_memory(run.device)

@@ -27,14 +27,12 @@ def rewrite(
     writer: CheckpointWriter,
     *,
     fill: Mapping[str, Tensor] | None = None,
-    through_model: bool = False,
     progress: Progress | None = None,
 ) -> None:
     """Write every layer that is left: edited ones through the model, the others byte for byte.
 
-    `fill`: tensors that the new model has on top, by module name in the new numbering; `through_model` takes every
-    layer through the model's own parameters, as a method that changes weights does. Layers that are already
-    written are left alone.
+    `fill`: tensors that the new model has on top, by module name in the new numbering. Layers that are already written
+    are left alone.
     """
     if not writer.has(None):
         writer.copy(None)
@@ -44,7 +42,7 @@ def rewrite(
     for place, (index, found) in enumerate(by_layer.items()):
         added = {hf.renumbered(n, index): t for n, t in (fill or {}).items() if hf.layer_of(n) == place}
         if not writer.has(index):
-            if not found and not added and not through_model:
+            if not found and not added:
                 writer.copy(index)
             else:
                 if layers is None:

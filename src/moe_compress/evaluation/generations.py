@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.data.prompts import prompt_windows, read_prompts
 from moe_compress.data.windows import Windows
 from moe_compress.engine.forward import Progress
 from moe_compress.engine.layers import ResidentLayers
 from moe_compress.evaluation import statistics
+from moe_compress.evaluation.pair import require_same_tokens
 from moe_compress.evaluation.quality.perplexity import Original, measure
+from moe_compress.evaluation.saved_report import save_sealed
 from moe_compress.models import hf
+from moe_compress.reports.table_formats import with_interval
+from moe_compress.run.context import Run, start
+from moe_compress.run.options import Options
+from moe_compress.run.progress import progress_bar
+from moe_compress.utils.devices import threads
 
 MAX_TOKENS = 30
 DEFAULT_PROMPTS = (
@@ -62,18 +73,14 @@ class Comparison:
         ]
         mean = sum(found.overlap for found in self.generations) / len(self.generations)
         parts.append(f"Token overlap: {mean:.1%}, mean over {len(self.generations)} prompts.")
-        lines = [f"- {name}: {_with_interval(self.metrics[key])}" for name, key in NAMES.items()]
+        named = {name: self.metrics[key] for name, key in NAMES.items()}
+        lines = [f"- {name}: {with_interval(each['value'], each['interval'], '.4f')}" for name, each in named.items()]
         ends = self.metrics["delta_nll"]["interval"]
         lines[-1] += ", no detectable difference" if ends and ends[0] <= 0 <= ends[1] else ""
         return "\n\n".join([*parts, f"On {self.tokens:,} tokens of {self.text}:", "\n".join(lines)]) + "\n"
 
 
 NAMES = {"KL (nats)": "kl", "same top token": "top1_agreement", "change of NLL (nats)": "delta_nll"}
-
-
-def _with_interval(found: dict[str, Any]) -> str:
-    ends = found["interval"]
-    return f"{found['value']:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
 
 
 def compare(
@@ -101,6 +108,43 @@ def compare(
         int(second.tokens.sum()),
         str(windows.description["source"]),
     )
+
+
+def compare_checkpoints(
+    first: Checkpoint, second: Checkpoint, options: Options, prompts: str, max_tokens: int
+) -> Comparison:
+    """The same of two checkpoints, kept under generations/. prompts: a file, or `default`.
+
+    ValueError for other vocabularies, for more tokens than the first one was made for, and for models that do not fit
+    into memory together.
+    """
+    require_same_tokens(second, first)
+    positions = getattr(first.config, "max_position_embeddings", None) or max_tokens + 1
+    if not 0 < max_tokens < positions:
+        raise ValueError(f"max_tokens={max_tokens}: a number from 1 to {positions - 1} is needed for {first.name}.")
+    run = start(options)
+    require_memory((first, second), run.dtype, run.device, "have to be whole to generate")
+    tokenizer = load_tokenizer(first.folder, first.config.vocab_size)
+    given, windows = _prompts(prompts, first, tokenizer, run)
+    with threads(options.threads), progress_bar("comparing") as progress:
+        one, other = (load_as_run(each, run.dtype, run.device, options.attn) for each in (first, second))
+        found = compare(one, other, tokenizer, given, windows, max_tokens, progress)
+    names = {"before": Path(first.name).name, "after": Path(second.name).name}
+    save_sealed(run.results("generations") / f"{names['before']}-{names['after']}.json", {**names, **asdict(found)})
+    return found
+
+
+def _prompts(
+    prompts: str, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, run: Run
+) -> tuple[list[str], Windows]:
+    """What is generated from, and the text on which predictions are compared."""
+    if prompts == "default":
+        return list(DEFAULT_PROMPTS), run.windows("heldout", checkpoint)
+    given = read_prompts(Path(prompts))
+    windows = prompt_windows(given, tokenizer, Path(prompts).name)
+    if windows.ids_NS.shape[1] < 2:
+        raise ValueError(f"{prompts}: every prompt is a single token, which predicts nothing: give longer ones.")
+    return given, windows
 
 
 @torch.no_grad()

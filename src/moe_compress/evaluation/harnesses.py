@@ -1,100 +1,99 @@
-"""The harnesses as Python functions: each measures a checkpoint and keeps what it found."""
+"""One table of harnesses: each is one function, from which its command, its Python function and its help come.
+
+    @harness("speed", columns="moe_compress.evaluation.speed.columns")
+    def speed(checkpoint, /, original=None, *, quick: bool = False, results: str = "runs") -> SpeedReport: ...
+
+makes `moe-compress speed FOLDER quick=true` and `moe_compress.speed(folder, quick=True)`, keeps what the function
+returns under results/speed/, and lets the page join columns from there. Signatures are read from the source
+(utils/declarations.py), so that a mistyped word is answered before torch is imported.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_compress.checkpoints.resolve import resolve_model
-from moe_compress.evaluation.flops import report as flops_report
-from moe_compress.evaluation.flops.report import FlopsReport
-from moe_compress.evaluation.pair import open_pair, original_for
-from moe_compress.evaluation.routing.report import RoutingReport, routing_report
-from moe_compress.evaluation.speed.report import SpeedReport, setting_of, speed_report
-from moe_compress.evaluation.tasks import lm_eval_runner
-from moe_compress.evaluation.tasks.report import TaskReport, questions_of, task_report
-from moe_compress.evaluation.verification import verify as verification
-from moe_compress.evaluation.verification.verify import Verification
-from moe_compress.utils.devices import threads
+from moe_compress.run.options import typed_words
+from moe_compress.utils.declarations import Declaration, declarations
 from moe_compress.utils.files import require_writable
 
+if TYPE_CHECKING:
+    from moe_compress.evaluation.saved_report import SavedReport
+    from moe_compress.reports.companions import Columns
 
-def routing(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> RoutingReport:
-    """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
-    opened, base, run = open_pair(checkpoint, original, options, "routing")
-    with threads(run.options.threads):
-        report = routing_report(opened, base, run)
-    report.save(run.results("routing"))
-    return report
+PACKAGE = __name__.rpartition(".")[0]
 
 
-def speed(checkpoint: str | Path, /, original: str | Path | None = None, **setting: Any) -> SpeedReport:
-    """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harness:
+    """A registered harness.
 
-    prompts, batches: numbers separated by commas; tokens: decoded behind a prompt; runs, seconds: how long each is
-    timed, at least; starts: of both processes; quick: one short point; dtype, device, threads, results: as everywhere.
+    results: the folder under results= that keeps its reports; columns: module with the columns that tables join from
+    them (`reports.companions.Columns`), "" for none.
     """
-    results = Path(setting.pop("results", "runs"))
-    opened = resolve_model(str(checkpoint))
-    base, asked = original_for(opened, original), setting_of(**_known(setting, setting_of, "speed", "original"))
-    require_writable(results / "speed", f"results={results}")
-    report = speed_report(opened, base, asked)
-    report.save(results / "speed")
-    return report
+
+    name: str
+    declaration: Declaration
+    results: str
+    columns: str
+
+    def typed(self, words: Mapping[str, Any]) -> dict[str, Any]:
+        """Its own words in the types of their annotations, and options of a run as they are.
+
+        Raises ValueError, with what would have worked, for words that it does not know or that are of another type.
+        """
+        return typed_words(self.name, self.declaration, words)
+
+    def run(self, checkpoint: str | Path, **words: Any) -> SavedReport:
+        """Measure, and keep what was found."""
+        return self.declaration.load()(checkpoint, **words)
+
+    def read_columns(self) -> Columns:
+        """How tables read and join its reports."""
+        return importlib.import_module(self.columns).COLUMNS
 
 
-def _known(given: dict[str, Any], function: Callable[..., Any], command: str, *others: str) -> dict[str, Any]:
-    """The words, if the function takes them all. others: what the command takes besides results=."""
-    every = inspect.signature(function).parameters.values()
-    known = [each.name for each in every if each.kind is not each.POSITIONAL_ONLY]
-    for key in given:
-        if key not in known:
-            raise ValueError(f"{command} has no option {key!r}; it takes: {', '.join([*known, *others, 'results'])}.")
-    return given
+def harness(name: str, *, results: str = "", columns: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that measures a checkpoint and returns a `SavedReport`; see `Harness`.
 
-
-def tasks(
-    checkpoint: str | Path,
-    /,
-    tasks: str | Sequence[str] = "local",
-    original: str | Path | None = None,
-    *,
-    limit: int | str | None = None,
-    batch: int | str = lm_eval_runner.BATCH,
-    fewshot: int | str = 0,
-    **options: Any,
-) -> TaskReport:
-    """Accuracy of a checkpoint on tasks of lm_eval beside its original's, paired document by document.
-
-    tasks: `local` (no network), `paper` (its eight), names of lm_eval, paths of .yaml files, joined by commas; limit:
-    documents of a task; batch: prompts at once; fewshot: examples in a prompt.
+    The function is given typed words; the one that is registered checks them, and keeps the report.
     """
-    questions_of(limit, batch, fewshot)
-    opened, base, run = open_pair(checkpoint, original, options, "tasks")
-    with threads(run.options.threads):
-        report = task_report(opened, base, run, tasks, limit=limit, batch=batch, fewshot=fewshot)
-    report.save(run.results("tasks"))
-    return report
+
+    def register(measure: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(measure)
+        def measured(checkpoint: str | Path, /, *positional: Any, **words: Any) -> Any:
+            one = HARNESSES[name]
+            given = one.typed({**dict(zip(one.declaration.parameters, positional, strict=False)), **words})
+            folder = Path(given.get("results") or "runs") / (results or name)
+            require_writable(folder, f"results={folder.parent}")
+            report = measure(checkpoint, **given)
+            report.save(folder)
+            return report
+
+        return measured
+
+    return register
 
 
-def flops(model: str | Path, /, results: str | Path = "runs", **words: Any) -> FlopsReport:
-    """Count a model's FLOPs, parameters and bytes by component, from its config alone: see flops_report.flops."""
-    known = _known(words, flops_report.flops, "flops")
-    require_writable(Path(results) / "flops", f"results={results}")
-    report = flops_report.flops(model, **known)
-    report.save(Path(results) / "flops")
-    return report
+def _harness(declaration: Declaration) -> Harness:
+    name = declaration.positional[0]
+    given = declaration.keywords
+    return Harness(
+        name=name,
+        declaration=declaration,
+        results=given.get("results") or name,
+        columns=given.get("columns", ""),
+    )
 
 
-def verify(checkpoint: str | Path, /, results: str | Path = "runs") -> Verification:
-    """Load a checkpoint by stock transformers in a fresh process, compare logits, generate; who can load it, and why.
+# Every harness of the package, as its source declares it.
+HARNESSES: dict[str, Harness] = {each.positional[0]: _harness(each) for each in declarations(PACKAGE, "harness")}
 
-    Its `problems` are empty where all is well.
-    """
-    opened = resolve_model(str(checkpoint))
-    require_writable(Path(results) / "verification", f"results={results}")
-    found = verification.verify(opened)
-    found.save(Path(results) / "verification")
-    return found
+
+def report_columns() -> dict[str, Columns]:
+    """What tables join, by the folder of reports that it comes from."""
+    return {each.results: each.read_columns() for each in HARNESSES.values() if each.columns}

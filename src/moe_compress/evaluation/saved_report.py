@@ -20,14 +20,24 @@ def save_sealed(path: Path, values: dict[str, Any]) -> Path:
 
 
 class SavedReport:
-    """A dataclass that is kept in a folder, named by its model unless it says otherwise."""
+    """A dataclass that is kept in a folder, named by its model and, where its numbers depend on more, by its `id`."""
 
     model: str
+    id: str = ""
 
     @property
     def file_name(self) -> str:
         """Without its ending."""
-        return Path(self.model).name
+        return f"{self.model}-{self.id[:6]}" if self.id else Path(self.model).name
+
+    @property
+    def exit_code(self) -> int:
+        """What a command ends with that made it."""
+        return 0
+
+    def markdown(self) -> str:
+        """What a command prints."""
+        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -36,14 +46,3 @@ class SavedReport:
     def save(self, folder: Path) -> Path:
         """Write it, and say where."""
         return save_sealed(folder / f"{self.file_name}.json", self.to_json())
-
-
-class Identified(SavedReport):
-    """One whose numbers depend on more than its model; id: of all that, and part of its name."""
-
-    id: str
-
-    @property
-    def file_name(self) -> str:
-        """The model, and what it was asked."""
-        return f"{self.model}-{self.id[:6]}"

@@ -1,48 +1,90 @@
 """One table of methods. A method's recipe parameters are its keyword-only arguments.
 
     @method("model", group="trimming", paper="...", needs="text")
-    def expert_drop(model, *, score: Score = "reap", keep: int | None = None) -> Plan: ...
+    def expert_drop(model, *, keep: int | None = None, ratio: float | None = 0.25) -> Plan: ...
 
-makes `expert_drop score=reap keep=6` a valid recipe: types, defaults and allowed values are read from the
-signature, so there is nothing to keep in step. This module knows nothing of the rest of the package.
+makes `expert_drop keep=6` a valid recipe: types, defaults and allowed values are read from the signature, so there is
+nothing to keep in step. They are read from the source (utils/declarations.py): that a word means nothing is said before
+torch is imported, which happens once a method has to run, check or say what it needs.
 """
 
 from __future__ import annotations
 
-import inspect
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from moe_compress.utils.choices import coerce, nearest, one_of
+from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, declarations, of_function
 
-Scope = Literal["layer", "model", "weight"]
+Scope = Literal["model", "weight"]
 Need = Literal[
     "text", "outputs", "noise", "weights", "input_squares", "input_grams", "channels", "gradients", "nothing"
-]
+]  # fmt: skip
 # What cannot be had without running the calibration text.
 FROM_TEXT: tuple[Need, ...] = ("text", "outputs", "input_squares", "input_grams", "channels", "gradients")
+PACKAGE = __name__.rpartition(".")[0]
+Needs = Callable[[Mapping[str, Any]], Need]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Implementation:
+    """The functions behind a method: known once its module is imported."""
+
+    run: Callable[..., Any]
+    needs: Needs
+    check: Callable[..., Any] | None = None
+    trial: Callable[..., Any] | None = None
+    rescales_inputs: Callable[[Mapping[str, Any]], str] | None = None
+    allocates_bits: Callable[[Mapping[str, Any]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A registered method: what it is called, what it is given, which parameters a recipe may set."""
+    """A registered method: what it is called, what it is given, which parameters a recipe may set.
+
+    breaks_patterns: puts other weights side by side than were counted for an n:m pattern; quantizes: leaves codes and
+    scales; forecast_note: what sizes do not say of it, in a sentence.
+    """
 
     name: str
     scope: Scope
     group: str
     paper: str
-    summary: str
-    run: Callable[..., Any]
-    check: Callable[..., Any] | None
-    trial: Callable[..., Any] | None
-    needs: Callable[[Mapping[str, Any]], Need]
-    parameters: Mapping[str, inspect.Parameter]
-    hints: Mapping[str, Any]
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    exclusive: tuple[tuple[str, ...], ...] = ()
-    shown_in_names: tuple[str, ...] = ()
+    declaration: Declaration
+    parameters: Mapping[str, Parameter]
+    presets: Mapping[str, Mapping[str, Any]]
+    exclusive: tuple[tuple[str, ...], ...]
+    shown_in_names: tuple[str, ...]
+    breaks_patterns: bool = False
+    quantizes: bool = False
+    forecast_note: str = ""
+
+    @property
+    def summary(self) -> str:
+        """What it does, in a sentence."""
+        return self.declaration.summary
+
+    @property
+    def implementation(self) -> Implementation:
+        """The functions behind it; imports its module, and torch with it."""
+        if self.name not in IMPLEMENTATIONS:
+            self.declaration.load()
+        return IMPLEMENTATIONS[self.name]
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """The function itself."""
+        return self.implementation.run
+
+    @property
+    def check(self) -> Callable[..., Any] | None:
+        """Its check on shapes alone."""
+        return self.implementation.check
+
+    def needs(self, parameters: Mapping[str, Any]) -> Need:
+        """What it must see with these parameters."""
+        return self.implementation.needs(parameters)
 
     def bind(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Typed and complete parameters: unknown names and bad values are errors, defaults are filled in."""
@@ -56,22 +98,23 @@ class Method:
             bound |= dict.fromkeys(group if named else ())
         bound |= typed
         for name, value in bound.items():
-            if value is inspect.Parameter.empty:
+            if value is REQUIRED:
                 raise ValueError(f"{self.name} needs {name}=.")
         return bound
 
     def displaced_by(self, given: Mapping[str, Any]) -> set[str]:
-        """Parameters that give way to later words: whatever a preset sets, and the exclusive of all that is set."""
+        """Parameters that give way to later words: whatever a preset sets, and what excludes all that is set."""
         preset = self._preset(given.get("preset"))
         named = {name for name, value in {**preset, **self._typed(given)}.items() if value is not None}
-        exclusive = {other for group in self.exclusive if named & set(group) for other in group}
-        return (exclusive | set(preset)) - set(given)
+        excluded = {other for group in self.exclusive if named & set(group) for other in group}
+        return (excluded | set(preset)) - set(given)
 
     def _typed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         for name in given:
             if name not in self.parameters and name != "preset":
                 raise ValueError(self.unknown(name))
-        return {k: coerce(self.hints[k], v, f"{self.name}.{k}") for k, v in given.items() if k != "preset"}
+        hints = {name: parameter.hint for name, parameter in self.parameters.items()}
+        return {k: coerce(hints[k], v, f"{self.name}.{k}") for k, v in given.items() if k != "preset"}
 
     def _preset(self, name: str | None) -> Mapping[str, Any]:
         if name is None:
@@ -89,56 +132,151 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-
-
-def method(
-    scope: Scope,
-    *,
-    group: str,
-    paper: str,
-    needs: Callable[[Mapping[str, Any]], Need] | Need = "nothing",
-    check: Callable[..., Any] | None = None,
-    trial: Callable[..., Any] | None = None,
-    presets: Mapping[str, Mapping[str, Any]] | None = None,
-    exclusive: tuple[tuple[str, ...], ...] = (),
-    shown_in_names: tuple[str, ...] = (),
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function under its own name.
-
-    scope: "model" is handed what was observed and returns a plan; "weight" is handed matrices that share their inputs
-    and returns new ones; "layer" takes every layer through the model and back unchanged; needs: calibration text (its
-    sums, or probes, or the inputs' squares or Gram matrices), the weights, or nothing (may depend on the parameters);
-    check: same parameters, run on shapes alone before any weight is read; trial: same parameters, a cheap stand-in for
-    the run that says what a fraction would do; presets: named sets of parameters (`preset=paper`); exclusive: groups of
-    parameters of which a recipe sets at most one; shown_in_names: parameters that names and tables show.
-    """
-
-    def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        name = run.__name__
-        if name in METHODS:
-            raise ValueError(f"the method {name!r} is registered twice.")
-        signature = inspect.signature(run).parameters
-        METHODS[name] = Method(
-            name=name,
-            scope=scope,
-            group=group,
-            paper=paper,
-            summary=(inspect.getdoc(run) or "").split("\n")[0],
-            run=run,
-            check=check,
-            trial=trial,
-            needs=needs if callable(needs) else lambda _: needs,
-            parameters={k: p for k, p in signature.items() if p.kind is p.KEYWORD_ONLY},
-            hints=typing.get_type_hints(run),
-            presets=presets or {},
-            exclusive=exclusive,
-            shown_in_names=shown_in_names,
-        )
-        return run
-
-    return register
+IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
 def find(name: str) -> Method:
     """The method of that name, or an error with the nearest known one."""
     return METHODS[one_of(name, METHODS, "method")]
+
+
+def _method(declaration: Declaration) -> Method:
+    """What a declaration says, with the engine's parameters where it is a weight method's."""
+    given = declaration.keywords
+    weight = declaration.decorator == "weight_method"
+    scope: Scope = "weight" if weight else declaration.positional[0]
+    return Method(
+        name=declaration.name,
+        scope=scope,
+        group=given["group"],
+        paper=given["paper"],
+        declaration=declaration,
+        parameters=_with_engine_parameters(declaration) if weight else declaration.parameters,
+        presets=given.get("presets") or {},
+        exclusive=given.get("exclusive", ()),
+        shown_in_names=given.get("shown_in_names", ()),
+        breaks_patterns=given.get("breaks_patterns", False),
+        quantizes=given.get("quantizes", False),
+        forecast_note=given.get("forecast_note", ""),
+    )
+
+
+def _enter(declaration: Declaration, implementation: Implementation) -> None:
+    """Enter a function that is being defined; what its source declared earlier stays."""
+    name, module = declaration.name, declaration.module
+    if name in METHODS and (name in IMPLEMENTATIONS or METHODS[name].declaration.module != module):
+        raise ValueError(f"the method {name!r} is registered twice.")
+    METHODS.setdefault(name, _method(declaration))
+    IMPLEMENTATIONS[name] = implementation
+
+
+def method(
+    scope: Literal["model"],
+    *,
+    needs: Needs | Need = "nothing",
+    check: Callable[..., Any] | None = None,
+    **said: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that is handed what was observed of the model and returns a plan, under its own name.
+
+    needs: calibration text (its sums, or a sample of outputs), the weights, or nothing (may depend on the parameters);
+    check: same parameters, run on shapes alone before any weight is read; said, as values that the source alone tells:
+    group and paper; presets: named sets of parameters (`preset=paper`); exclusive: groups of parameters of which a
+    recipe sets at most one; shown_in_names: parameters that names and tables show; breaks_patterns: see `Method`.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        asked: Needs = needs if callable(needs) else lambda _: needs
+        _enter(of_function(run, "method", scope, **said), Implementation(run=run, needs=asked, check=check))
+        return run
+
+    return register
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightStageOptions:
+    """What the engine of weight stages does for every method, as recipes say it.
+
+    where, spare: parts of a layer that change, and that do not; propagate: what later layers see; unseen: what becomes
+    of experts with fewer than `min_tokens` tokens; shrink: tokens of the mean over all experts that are mixed into an
+    expert's statistics; allocate, spread: how a budget is shared out among experts, and how far from even it may be (of
+    methods with a trial); experts_at_once: whose statistics are held at the same time (0: all).
+    """
+
+    where: str = "experts"
+    spare: str = ""
+    propagate: Literal["compressed", "original"] = "compressed"
+    unseen: str = "pooled"
+    min_tokens: int = 1
+    shrink: float = 0.0
+    allocate: Literal["uniform", "sensitivity", "utilisation", "both", "owl"] = "uniform"
+    spread: float = 0.1
+    experts_at_once: int = 0
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> WeightStageOptions:
+        """Those among a stage's parameters."""
+        return cls(**{name: parameters[name] for name in cls.__dataclass_fields__ if name in parameters})
+
+
+ALLOCATION, SELECTION = ("allocate", "spread"), ("where", "spare")
+
+
+def _with_engine_parameters(declaration: Declaration) -> dict[str, Parameter]:
+    """A weight method's own parameters and the engine's, in the order in which names and lists show them."""
+    given = declaration.keywords
+    engine = of_function(WeightStageOptions, "").parameters
+    unseen = given["unseen"]
+    engine = {**engine, "unseen": Parameter(Literal[tuple(unseen)], unseen[0])}
+    if "min_tokens" in given:
+        engine["min_tokens"] = replace(engine["min_tokens"], default=given["min_tokens"])
+    if not given.get("allocates", False):
+        engine = {name: parameter for name, parameter in engine.items() if name not in ALLOCATION}
+    found: dict[str, Parameter] = {}
+    for name, parameter in declaration.parameters.items():
+        found[name] = parameter
+        if name == given["selection_after"]:
+            found |= {each: engine[each] for each in SELECTION}
+    return found | {name: parameter for name, parameter in engine.items() if name not in SELECTION}
+
+
+def weight_method(
+    *,
+    needs: Needs | Need,
+    check: Callable[..., Any] | None = None,
+    trial: Callable[..., Any] | None = None,
+    rescales_inputs: Callable[[Mapping[str, Any]], str] | None = None,
+    allocates_bits: Callable[[Mapping[str, Any]], bool] | None = None,
+    **said: Any,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that is handed matrices that share their inputs and returns new ones, under its own name.
+
+    The recipe's parameters are its keyword-only arguments and those of `WeightStageOptions`. needs: the inputs' squares
+    or Gram matrices, or nothing; check: same parameters, and the matrices of every layer on a skeleton; trial: same
+    parameters, a cheap stand-in for the run that says what a fraction would do; rescales_inputs: which scales make
+    inputs larger first ("" for none, "pow2", "free"); allocates_bits: whether bits are shared out. said, as values that
+    the source alone tells: group, paper, exclusive, shown_in_names as for `method`; quantizes, forecast_note: see
+    `Method`; unseen: choices of unseen=, the first one its default; min_tokens: its default; allocates: whether
+    allocate= and spread= are parameters; selection_after: the parameter behind which where= and spare= are named.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        asked: Needs = needs if callable(needs) else lambda _: needs
+        _enter(
+            of_function(run, "weight_method", **said),
+            Implementation(
+                run=run, needs=asked, check=check, trial=trial,
+                rescales_inputs=rescales_inputs, allocates_bits=allocates_bits,
+            ),
+        )  # fmt: skip
+        return run
+
+    return register
+
+
+# Every method of the package, as its source declares it.
+METHODS |= {
+    declaration.name: _method(declaration)
+    for decorator in ("method", "weight_method")
+    for declaration in declarations(PACKAGE, decorator)
+}

@@ -85,7 +85,7 @@ def _sentence(words: Sequence[str], options: dict[str, Any]) -> list[_Draft]:
             stages.append(_Draft(len(stages) + 1, word))
             expect_method = False
         else:
-            key, value = _key_value(word)
+            key, value = key_value(word)
             target = _target(key, stages[-1:], options)
             if key in target:
                 raise ValueError(f"{key}= is given twice.")
@@ -99,7 +99,7 @@ def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str,
     """Let trailing words replace what the recipe says, and what cannot stand beside them."""
     trailing = [_Draft(stage.number, stage.method) for stage in stages]
     for word in words:
-        key, value = _key_value(word)
+        key, value = key_value(word)
         label, dot, parameter = key.rpartition(".")
         if dot:
             named = [draft for draft in trailing if label in (draft.method, str(draft.number))]
@@ -117,7 +117,8 @@ def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str,
         stage.given |= later.given
 
 
-def _key_value(word: str) -> tuple[str, str]:
+def key_value(word: str) -> tuple[str, str]:
+    """A word in two. ValueError if it is no `key=value`."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise ValueError(f"{word!r} is not key=value; stages are joined by +.")

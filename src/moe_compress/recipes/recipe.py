@@ -15,11 +15,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from moe_compress import methods
 from moe_compress.methods import registry
 from moe_compress.run.options import Options, make_options
-
-methods.register_all()
 
 
 class Stage(BaseModel):

@@ -40,6 +40,19 @@ class CompanionResult:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """What the reports of a harness add to tables.
+
+    read: a report's JSON -> what it found out of checkpoints; join: what belongs to the rows of a table; cost: the
+    column that counts as a cost on fronts, "" for none.
+    """
+
+    read: Callable[[Any], list[CompanionResult]]
+    join: Callable[[Sequence[CompanionResult], Sequence[Record]], JoinedColumns]
+    cost: str = ""
+
+
+@dataclass(frozen=True)
 class JoinedColumns:
     """Values of one kind by record, and in words what they depend on ('' without any)."""
 
@@ -61,54 +74,6 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
     return found, problems
 
 
-def timed(speed: Mapping[str, Any]) -> list[CompanionResult]:
-    """Every point of a speed file: how many times as fast, and decoding time over the original's."""
-    found = speed["found"]
-    gpu, setting = found["original"]["gpu"], found["setting"]
-    where = gpu["name"] if gpu else speed["environment"]["processor"]
-    what = (setting["tokens"], setting["dtype"], setting["device"], where, found["original"]["threads"])
-    return [
-        CompanionResult(
-            speed["model"], speed["fingerprint"], speed["original"], (point["batch"], point["prompt"], *what),
-            _speedups(point), bool(found["machine"]["busy"]), point["prefill"].get("starts", 1) < STARTS_NEEDED,
-        )
-        for point in found["points"]
-    ]  # fmt: skip
-
-
-def _speedups(point: Mapping[str, Any]) -> dict[str, ValidMetric]:
-    prefill, decode = (
-        ValidMetric(value=point[what]["speedup"], unit="ratio", interval=tuple(point[what]["speedup_interval"]))
-        for what in ("prefill", "decode")
-    )
-    low, high = decode.interval or (decode.value, decode.value)
-    if min(low, prefill.value) <= 0:
-        raise ValueError("a speedup is a number above zero")
-    latency = ValidMetric(value=1 / decode.value, unit="ratio", interval=(1 / high, 1 / low))
-    return {"prefill x": prefill, "decoding x": decode, LATENCY: latency}
-
-
-def asked(report: Mapping[str, Any]) -> list[CompanionResult]:
-    """The accuracies of a tasks file, and their average: the checkpoint's, and its original's."""
-    side = "before" if report["model"] == report["original"] else "after"
-
-    def values(side: str) -> dict[str, ValidMetric]:
-        tasks = {f"{name} right": task[side] for name, task in report["tasks"].items()}
-        if report["average"]:
-            tasks["average of tasks"] = report["average"][side]
-        return {name: ValidMetric(**found) for name, found in tasks.items()}
-
-    what = (*report["tasks"], *(f"{key}={value}" for key, value in sorted(report["settings"].items())))
-    found = [CompanionResult(report["model"], report["fingerprint"], report["original"], what, values(side))]
-    if side == "after" and "original_fingerprint" in report:
-        found.append(
-            CompanionResult(
-                report["original"], report["original_fingerprint"], report["original"], what, values("before")
-            )
-        )
-    return found
-
-
 def join(
     found: Sequence[CompanionResult], records: Sequence[Record]
 ) -> tuple[dict[str, CompanionResult], tuple[Any, ...], str]:
@@ -120,26 +85,6 @@ def join(
     others = len({(each.what, name) for each, name in pairs if each.what != most})
     left = f"; not shown, as measured in other settings: {others}" if others else ""
     return {name: each for each, name in pairs if each.what == most}, most, left
-
-
-def speedups(found: Sequence[CompanionResult], records: Sequence[Record]) -> JoinedColumns:
-    """Times at the point and in the setting which most were timed at."""
-    kept, most, left = join(found, records)
-    if not kept:
-        return JoinedColumns({}, "")
-    batch, prompt, tokens, dtype, device, where, threads = most
-    how = f"{batch} x {tokens} tokens behind prompts of {prompt}, {dtype} on {device} ({where}), {threads} thread(s)"
-    busy = sum(each.busy for each in kept.values())
-    how += f"; the machine was BUSY for {busy} of them" if busy else ""
-    narrow = sum(each.narrow for each in kept.values())
-    how += f"; {narrow} of too few starts, so that their intervals are too narrow" if narrow else ""
-    return JoinedColumns({name: each.values for name, each in kept.items()}, how + left)
-
-
-def accuracies(found: Sequence[CompanionResult], records: Sequence[Record]) -> JoinedColumns:
-    """Answers to the tasks, in the arithmetic, which most were asked."""
-    kept, most, left = join(found, records)
-    return JoinedColumns({name: each.values for name, each in kept.items()}, ", ".join(map(str, most)) + left)
 
 
 def made(found: CompanionResult, record: Record) -> bool:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_compress.reports import charts, companions, pareto, plots
+from moe_compress.reports import charts, companions
+from moe_compress.reports.companions import LATENCY, Columns, CompanionResult, JoinedColumns
 from moe_compress.reports.page import Contents, Gallery, Section, render
 from moe_compress.reports.reading import Places, failures_beside, gather
 from moe_compress.reports.reading import sibling_folders as places_beside
 from moe_compress.reports.record import write_whole
-from moe_compress.reports.table import make_tables, stems
+from moe_compress.reports.table import Table, make_tables, stems
 from moe_compress.utils.files import require_writable
 from moe_compress.utils.logging import log
 
@@ -26,35 +27,24 @@ class Report:
     skipped: list[str]
 
 
-def report(records: Places = "runs/records", out: str | Path = "runs") -> list[Path]:
-    """Write out/report.html and out/plots/; returns their paths. See `make_report`."""
-    return make_report(records, out).files
-
-
-def make_report(records: Places = "runs/records", out: str | Path = "runs") -> Report:
+def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns]) -> Report:
     """Write the page and the plots of records (files, or folders of them) and of what other commands left beside them.
 
-    Files that are none of ours, or were changed, are named in a warning and skipped. ValueError without any record.
+    columns: by the folder beside the records whose files add them. Files that are none of ours, or were changed, are
+    named in a warning and skipped. ValueError without any record.
     """
     require_writable(Path(out) / "plots", f"out={out}")
     good, skipped = gather(records)
     places = places_beside(records)
     failures, wrong = failures_beside(records)
     tables, skipped = make_tables(good, failures), skipped + wrong
-    speeds, wrong = companions.read_json(_files(places, "speed/*.json"), companions.timed, "speed")
-    skipped = skipped + wrong
+    found: dict[str, list[CompanionResult]] = {}
+    for folder, each in columns.items():
+        read, wrong = companions.read_json(_files(places, f"{folder}/*.json"), each.read, folder)
+        found[folder], skipped = [result for results in read for result in results], skipped + wrong
     galleries, wrong = _galleries(places)
     skipped += wrong
-    answers, wrong = companions.read_json(_files(places, "tasks/*.json"), companions.asked, "tasks")
-    skipped += wrong
-    timings, answered = ([each for found in files for each in found] for files in (speeds, answers))
-    folders = [place / "documents" for place in places]
-    sections = []
-    for table in tables:
-        of_table = [record for row in table.rows for record in row]
-        timed, right = companions.speedups(timings, of_table), companions.accuracies(answered, of_table)
-        fronts = pareto.make_fronts(list(table.frame["recipe"]), table.rows, folders, timed)
-        sections.append(Section(table, fronts, table.failures, {"speed": timed, "tasks": right}))
+    sections = [_section(table, places, columns, found) for table in tables]
     models = {table.title for table in tables}
     homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:
@@ -62,6 +52,20 @@ def make_report(records: Places = "runs/records", out: str | Path = "runs") -> R
     files = _plots(sections, Path(out) / "plots")
     page = write_whole(Path(out) / PAGE, render(Contents(sections, homeless, galleries, skipped)))
     return Report([page, *files], skipped)
+
+
+def _section(
+    table: Table, places: Sequence[Path], columns: Mapping[str, Columns], found: Mapping[str, Sequence[CompanionResult]]
+) -> Section:
+    """A table, the columns that belong to its rows, and its fronts."""
+    from moe_compress.reports import pareto
+
+    records = [record for row in table.rows for record in row]
+    joined = {folder: each.join(found[folder], records) for folder, each in columns.items()}
+    timed = next((joined[folder] for folder, each in columns.items() if each.cost == LATENCY), JoinedColumns({}, ""))
+    folders = [place / "documents" for place in places]
+    fronts = pareto.make_fronts(table.cells.column("recipe"), table.rows, folders, timed)
+    return Section(table, fronts, table.failures, joined)
 
 
 def _files(places: Sequence[Path], pattern: str) -> Iterator[Path]:
@@ -84,6 +88,8 @@ def _galleries(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
 
 
 def _plots(sections: Sequence[Section], folder: Path) -> list[Path]:
+    from moe_compress.reports import plots  # matplotlib: a second that an error need not wait for
+
     files: list[Path] = []
     for stem, section in zip(stems([section.table for section in sections]), sections, strict=True):
         for front in section.fronts:

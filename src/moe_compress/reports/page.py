@@ -10,15 +10,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from moe_compress.reports import charts, svg, table_formats
 from moe_compress.reports.companions import LATENCY, JoinedColumns
-from moe_compress.reports.pareto import Front
 from moe_compress.reports.record import Failure, Metric, Record, now
 from moe_compress.reports.table import SAME, Table, row_numbers, sentence_of
+
+if TYPE_CHECKING:
+    from moe_compress.reports.pareto import Front
 
 TEMPLATE = "page.html.j2"
 ON_FRONT = {"bytes": "on front: bytes", "flops_per_token": "on front: FLOPs", "latency": "on front: latency"}
@@ -40,7 +42,7 @@ class Gallery:
     """A heading, and pictures of layers below it."""
 
     title: str
-    charts: Sequence[Mapping[str, Any]]
+    pictures: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ def render(contents: Contents) -> str:
 
 def _section(number: int, section: Section) -> Context:
     table = section.table
-    shown = table.frame.loc[:, (table.frame != "").any()]
+    shown = table.cells.filled()
     shares = {front.key: {point.name: point.share for point in front.points} for front in section.fronts}
     extra = [ON_FRONT[key] for key in shares]
     others = _others(table, list(section.joined.values()))
     added = list(dict.fromkeys(column for found in others.values() for column in found))
-    names = list(table.frame["recipe"])
+    names = table.cells.column("recipe")
     ids = {name: _id(table, name) for name in names}
     rows = []
-    for name, records, cells in zip(names, table.rows, shown.to_dict("records"), strict=True):
+    for name, records, cells in zip(names, table.rows, shown.records(), strict=True):
         of_row = {ON_FRONT[key]: found[name] for key, found in shares.items() if name in found}
         rows.append(_row(ids[name], records, {**cells, **dict.fromkeys(added, "")}, of_row, extra, others[name]))
     return {
@@ -87,7 +89,7 @@ def _section(number: int, section: Section) -> Context:
         "how": table.how(),
         "protocol": table.protocol,
         "base": records[0].base,
-        "columns": [*shown.columns, *added, *extra],
+        "columns": [*shown.titles, *added, *extra],
         "notes": [f"{what}: {joined.how}" for what, joined in section.joined.items() if joined.how],
         "rows": rows,
         "failures": section.failures,
@@ -99,7 +101,7 @@ def _section(number: int, section: Section) -> Context:
 def _others(table: Table, joined: Sequence[JoinedColumns]) -> dict[str, dict[str, Metric]]:
     """By row: what other commands measured of it."""
     found: dict[str, dict[str, Metric]] = {}
-    for name, records in zip(table.frame["recipe"], table.rows, strict=True):
+    for name, records in zip(table.cells.column("recipe"), table.rows, strict=True):
         values = [each.by_record[record.name] for each in joined for record in records if record.name in each.by_record]
         found[name] = {key: metric for each in values for key, metric in each.items() if key != LATENCY}
     return found
@@ -131,7 +133,7 @@ def _measured(metric: Metric) -> str:
     """With its interval; a ratio to the original whose interval holds 1 is no detectable difference."""
     low, high = metric.interval or (metric.value, metric.value)
     same = f" {SAME}" if metric.unit == "ratio" and low <= 1 <= high else ""
-    return table_formats.with_interval(metric, ".3f") + same
+    return table_formats.with_interval(metric.value, metric.interval, ".3f") + same
 
 
 def _run(record: Record) -> Context:
@@ -140,7 +142,10 @@ def _run(record: Record) -> Context:
         found, left = charts.of_report(entry)
         drawn += [{**picture, "title": f"{entry.get('method', '')}: {picture['title']}"} for picture in found]
         rest.append(left)
-    metrics = [(name, table_formats.with_interval(metric), metric.unit) for name, metric in record.metrics.items()]
+    metrics = [
+        (name, table_formats.with_interval(metric.value, metric.interval), metric.unit)
+        for name, metric in record.metrics.items()
+    ]
     return {
         "name": record.name,
         "sentence": sentence_of(record.recipe) or record.form,

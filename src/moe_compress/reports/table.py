@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from moe_compress.reports import table_formats
 from moe_compress.reports.reading import Places, failures_beside, gather
 from moe_compress.reports.record import Failure, Record, write_whole
+from moe_compress.reports.table_formats import Cells
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 BYTES = 2**20
 SAME = "no detectable difference"
@@ -42,46 +43,47 @@ SECONDS, PEAK = "calibration + writing s", "peak MiB"
 class Table:
     """Rows that may be compared: same original model, same protocol.
 
-    frame: their cells as text; rows: the records behind each, one a seed; failures: runs of this model that did not
+    cells: of all rows, as text; rows: the records behind each, one a seed; failures: runs of this model that did not
     finish, which have no protocol.
     """
 
     title: str
     protocol: dict[str, Any]
-    frame: pd.DataFrame
+    cells: Cells
     rows: Sequence[Sequence[Record]]
     failures: Sequence[Failure] = ()
 
     @property
-    def whole(self) -> pd.DataFrame:
+    def frame(self) -> pd.DataFrame:
+        """The cells for pandas."""
+        return self.cells.frame()
+
+    @property
+    def whole(self) -> Cells:
         """The cells, and a row for each run that did not finish."""
         lost = [
             {"recipe": each.recipe, "form": f"did not finish: {' '.join(each.reason.split())}"}
             for each in self.failures
         ]
-        return (
-            pd.concat([self.frame, pd.DataFrame(lost, columns=self.frame.columns)]).fillna("") if lost else self.frame
-        )
+        return Cells.of([*self.cells.records(), *lost])
 
     @property
-    def turned(self) -> pd.DataFrame:
+    def turned(self) -> Cells:
         """Rows as columns, without what none of them has; last what was measured on each of several texts."""
         names = dict.fromkeys(name for row in self.rows for record in row for name in record.metrics)
-        parts = {}
+        found = self.cells.records()
         for column, key in (("perplexity", "perplexity_"), ("change of NLL", "delta_nll_")):
             form = METRICS[column][1]
             for name in (name for name in names if name.startswith(key)):
-                same = [f" {SAME}" if table_formats.detectable(row, name) is False else "" for row in self.rows]
-                cells = [_cell(row, name, form) + end for row, end in zip(self.rows, same, strict=True)]
-                parts[f"{column}, {name.removeprefix(key)}"] = cells
-        found = self.frame.assign(**parts)
-        return found.loc[:, (found != "").any()].set_index("recipe").T
+                for cells, row in zip(found, self.rows, strict=True):
+                    end = f" {SAME}" if table_formats.detectable(row, name) is False else ""
+                    cells[f"{column}, {name.removeprefix(key)}"] = _cell(row, name, form) + end
+        return Cells.of(found).filled().turned()
 
     def markdown(self, turned: bool = False) -> str:
         """Title, protocol in a line, and the table; `turned`: rows as columns, without what none of them has."""
         how = f"{self.how()}, protocol `{self.protocol['id']}`"
-        frame = self.turned if turned else self.whole
-        cells = table_formats.markdown(frame, index=turned)
+        cells = table_formats.markdown(self.turned if turned else self.whole)
         return f"### {table_formats.line(self.title)}\n\n{how}\n\n{cells}\n"
 
     def how(self) -> str:
@@ -98,16 +100,14 @@ class Table:
 
     def to_json(self) -> dict[str, Any]:
         """Model, protocol, and the numbers of every row."""
-        rows = table_formats.numbers(list(self.frame["recipe"]), self.rows)
+        rows = table_formats.numbers(self.cells.column("recipe"), self.rows)
         lost = [failure.model_dump() for failure in self.failures]
         base = self.rows[0][0].base
         return {"model": self.title, "base": base, "protocol": self.protocol, "rows": rows, "failures": lost}
 
     def csv(self) -> str:
         """The same cells as CSV."""
-        out = io.StringIO()
-        self.whole.to_csv(out, index=False)
-        return out.getvalue()
+        return table_formats.as_csv(self.whole)
 
 
 def read_tables(places: Places) -> tuple[list[Table], list[str]]:
@@ -132,17 +132,17 @@ def make_tables(records: Iterable[Record], failures: Iterable[Failure] = ()) -> 
         raise ValueError("there are no records to make a table of: run a recipe first.")
     rows = {key: sorted(one_row_each(group), key=_order) for key, group in sorted(groups.items())}
     return [
-        Table(key[0], found[0][0].protocol, _frame(found), found, [each for each in left if each.model == key[0]])
+        Table(key[0], found[0][0].protocol, _cells(found), found, [each for each in left if each.model == key[0]])
         for key, found in rows.items()
     ]
 
 
-def _frame(rows: Sequence[Sequence[Record]]) -> pd.DataFrame:
+def _cells(rows: Sequence[Sequence[Record]]) -> Cells:
     named = [_row_name(row[0]) for row in rows]
     names = [
         f"{name} [{_text_of(row[0])}]" if named.count(name) > 1 else name for name, row in zip(named, rows, strict=True)
     ]
-    return pd.DataFrame([_row(name, found) for name, found in zip(names, rows, strict=True)]).fillna("")
+    return Cells.of([_row(name, found) for name, found in zip(names, rows, strict=True)])
 
 
 def one_row_each(records: Sequence[Record]) -> list[list[Record]]:
@@ -239,7 +239,7 @@ def _cell(records: Sequence[Record], name: str, form: str) -> str:
     if len(values) > 1:
         return f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})"
     found = [record.metrics[name] for record in records if name in record.metrics]
-    return table_formats.with_interval(found[0], form) if found else ""
+    return table_formats.with_interval(found[0].value, found[0].interval, form) if found else ""
 
 
 def stems(tables: Sequence[Table]) -> list[str]:

@@ -1,14 +1,20 @@
-"""Tables as LaTeX and as JSON: cells for the page, numbers for programs. This module knows nothing of ours."""
+"""Tables as Markdown, CSV, LaTeX and JSON: cells for people, numbers for programs. It knows nothing of ours."""
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
+from tabulate import tabulate
 
 from moe_compress.reports.record import Metric, Record
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PACKAGES_NEEDED = r"% Needs \usepackage{booktabs,longtable}; wide tables fit on landscape pages in \scriptsize."
 SPECIAL = str.maketrans(
@@ -24,6 +30,45 @@ SPECIAL = str.maketrans(
 )
 
 
+@dataclass(frozen=True)
+class Cells:
+    """A table of text: titles of columns, and rows of as many cells."""
+
+    titles: list[str]
+    rows: list[list[str]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> Cells:
+        """Rows by title, in the order in which titles appear; what a row lacks is empty."""
+        titles = list(dict.fromkeys(title for row in rows for title in row))
+        return cls(titles, [[str(row.get(title, "")) for title in titles] for row in rows])
+
+    def column(self, title: str) -> list[str]:
+        """The cells under a title."""
+        place = self.titles.index(title)
+        return [row[place] for row in self.rows]
+
+    def records(self) -> list[dict[str, str]]:
+        """A mapping a row."""
+        return [dict(zip(self.titles, row, strict=True)) for row in self.rows]
+
+    def filled(self) -> Cells:
+        """Without the columns that no row fills."""
+        places = [place for place in range(len(self.titles)) if any(row[place] for row in self.rows)]
+        return Cells([self.titles[p] for p in places], [[row[p] for p in places] for row in self.rows])
+
+    def turned(self) -> Cells:
+        """Rows as columns: the cells of the first column become the titles."""
+        first, *others = [[title, *self.column(title)] for title in self.titles]
+        return Cells(["", *first[1:]], others)
+
+    def frame(self) -> pd.DataFrame:
+        """The same for pandas."""
+        import pandas as pd
+
+        return pd.DataFrame(self.rows, columns=self.titles)
+
+
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is, in one line."""
     return " ".join(text.translate(SPECIAL).split())
@@ -34,19 +79,26 @@ def line(text: str) -> str:
     return " ".join(text.split())
 
 
-def markdown(frame: pd.DataFrame, index: bool = False) -> str:
+def markdown(cells: Cells) -> str:
     """A Markdown table of text cells, each in one line, none with a bar that would end it."""
-    safe = frame.map(lambda cell: line(str(cell)).replace("|", "\\|"))
-    if index:
-        safe.columns = [line(str(name)).replace("|", "\\|") for name in safe.columns]
-    return str(safe.to_markdown(index=index, disable_numparse=True))
+    titles, *rows = [
+        [line(cell).replace("|", "\\|") for cell in row] for row in (cells.titles, *cells.rows)
+    ]  # fmt: skip
+    return tabulate(rows, titles, tablefmt="pipe", disable_numparse=True)
 
 
-def latex(title: str, how: str, frame: pd.DataFrame) -> str:
+def as_csv(cells: Cells) -> str:
+    """Comma-separated values."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows([cells.titles, *cells.rows])
+    return out.getvalue()
+
+
+def latex(title: str, how: str, cells: Cells) -> str:
     """A booktabs longtable of the cells, without the columns that no row fills."""
-    shown = frame.loc[:, (frame != "").any()]
-    columns = r"p{0.3\linewidth}" + "".join("l" if name == "form" else "r" for name in shown.columns[1:])
-    head = " & ".join(map(escaped, shown.columns)) + r" \\"
+    shown = cells.filled()
+    columns = r"p{0.3\linewidth}" + "".join("l" if name == "form" else "r" for name in shown.titles[1:])
+    head = " & ".join(map(escaped, shown.titles)) + r" \\"
     return "\n".join(
         [
             rf"\begin{{longtable}}{{{columns}}}",
@@ -54,7 +106,7 @@ def latex(title: str, how: str, frame: pd.DataFrame) -> str:
             *(r"\toprule", head, r"\midrule", r"\endfirsthead"),
             *(r"\toprule", head, r"\midrule", r"\endhead"),
             *(r"\bottomrule", r"\endfoot"),
-            *(_row(cells) for cells in shown.itertuples(index=False)),
+            *map(_row, shown.rows),
             r"\end{longtable}",
         ]
     )
@@ -113,7 +165,6 @@ def detectable(records: Sequence[Record], name: str = "delta_nll") -> bool | Non
     return not all(low <= 0 <= high for low, high in ends)
 
 
-def with_interval(metric: Metric, form: str = ".5g") -> str:
+def with_interval(value: float, interval: Sequence[float] | None, form: str = ".5g") -> str:
     """value [low, high]."""
-    ends = f" [{metric.interval[0]:{form}}, {metric.interval[1]:{form}}]" if metric.interval else ""
-    return f"{metric.value:{form}}{ends}"
+    return f"{value:{form}}" + (f" [{interval[0]:{form}}, {interval[1]:{form}}]" if interval else "")

@@ -12,6 +12,7 @@ from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.documents import DataSpec, Use
 from moe_compress.data.windows import Windows, make_windows
+from moe_compress.engine.layers import StreamedLayers
 from moe_compress.reports.record import now
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import Options
@@ -39,6 +40,10 @@ class Run:
     def results(self, folder: str) -> Path:
         """A folder under results= (runs/, unless told otherwise)."""
         return Path(self.options.results) / folder
+
+    def layers(self, checkpoint: Checkpoint) -> StreamedLayers:
+        """The layers of a checkpoint, one in memory at a time, in this run's arithmetic."""
+        return StreamedLayers(checkpoint, self.device, self.dtype, self.options.attn)
 
     def windows(self, use: Use, checkpoint: Checkpoint) -> Windows:
         """The calibration or the held-out text of this run in the tokens of the checkpoint, cut once."""

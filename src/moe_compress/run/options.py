@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from moe_compress import zoo
 from moe_compress.utils.choices import coerce, unknown_key
+from moe_compress.utils.declarations import Declaration
 
 COUNTS = ("samples", "length", "eval_samples", "eval_length")
 LIMITS = {**dict.fromkeys((*COUNTS, "seed"), (0, 2**31 - 1)), "threads": (1, 1024)}
@@ -84,3 +85,17 @@ def make_options(given: Mapping[str, Any]) -> Options:
     if "/" in options.name:
         raise ValueError(f"name={options.name}: a record's name has no `/`; the checkpoint's folder is out=.")
     return options
+
+
+def typed_words(command: str, declaration: Declaration, words: Mapping[str, Any]) -> dict[str, Any]:
+    """A command's own words in the types of their annotations, and options of a run, where it takes them, as they are.
+
+    Raises ValueError, with what would have worked, for words that it does not know or that are of another type.
+    """
+    own = declaration.parameters
+    others = {key: value for key, value in words.items() if key not in own}
+    if declaration.takes_others:
+        make_options({key: value for key, value in others.items() if key != "model"})
+    elif others:
+        raise ValueError(f"{command} has no option {next(iter(others))!r}; it takes: {', '.join(own)}.")
+    return {**others, **{key: coerce(own[key].hint, value, key) for key, value in words.items() if key in own}}

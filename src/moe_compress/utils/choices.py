@@ -7,7 +7,8 @@ import os
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Protocol
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
@@ -18,10 +19,12 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, str | int | float | os.PathLike):
         raise ValueError(f"{where}={value}: one word or number is needed.")
     text = str(value)
+    if typing.get_origin(hint) is Annotated:
+        return typing.get_args(hint)[1].read(text, where)
     if typing.get_origin(hint) is Literal:
-        return _choice(typing.get_args(hint), text, where)
+        return choice(typing.get_args(hint), text, where)
     if hint is bool:
-        return _choice(("true", "false"), text.lower(), where) == "true"
+        return choice(("true", "false"), text.lower(), where) == "true"
     try:
         return hint(text)
     except ValueError as error:
@@ -29,7 +32,59 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}={text}: {kind} is needed.") from error
 
 
-def _choice(allowed: tuple[str, ...], value: str, where: str) -> str:
+class Reader(Protocol):
+    """How a word of a parameter is read, as its annotation says: Annotated[int, AtLeast(1)]."""
+
+    def read(self, text: str, where: str) -> Any:
+        """The value. Raises ValueError, with what would have worked, for any other word."""
+
+    def shown(self) -> str:
+        """What may be written, for lists of parameters."""
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Whole numbers from one up. sentence: what is needed, in messages."""
+
+    least: int
+    sentence: str = "a whole number from {least} up is needed."
+
+    def read(self, text: str, where: str) -> int:
+        """The number."""
+        number: int = coerce(int, text, where)
+        if number < self.least:
+            raise ValueError(f"{where}={number}: {self.sentence.format(least=self.least)}")
+        return number
+
+    def shown(self) -> str:
+        """What may be written."""
+        return f"whole number from {self.least}"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Whole numbers separated by commas, as text; empty for a default."""
+
+    def read(self, text: str, where: str) -> str:
+        """The text."""
+        numbers(text, where)
+        return text
+
+    def shown(self) -> str:
+        """What may be written."""
+        return "whole numbers separated by commas"
+
+
+def numbers(words: str, key: str) -> tuple[int, ...]:
+    """`128,1024` as numbers. ValueError if they are none."""
+    try:
+        return tuple(int(word) for word in words.split(",") if words)
+    except ValueError as error:
+        raise ValueError(f"{key}={words}: numbers separated by commas are needed, such as 128,1024.") from error
+
+
+def choice(allowed: tuple[str, ...], value: str, where: str) -> str:
+    """The value if it is allowed, else a ValueError that suggests the nearest one."""
     if value in allowed:
         return value
     raise ValueError(f"{where}={value}: {did_you_mean(value, allowed)}allowed: {', '.join(allowed)}.")

@@ -21,6 +21,17 @@ def path(name: str) -> Path:
     return Path(str(resources.files(__name__) / "models" / name))
 
 
+def size(name: str) -> tuple[int, int]:
+    """Return the bytes of a shipped model's weights, and its layers, from the heads of its files alone."""
+    folder, count = path(name), 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as opened:
+            tensors = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        ends = (entry["data_offsets"] for key, entry in tensors.items() if key != "__metadata__")
+        count += sum(end - start for start, end in ends)
+    return count, json.loads((folder / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+
+
 def descends_from(model: str) -> bool:
     """Return whether `model` is a shipped model, or the folder of a checkpoint that was made from one."""
     manifest = Path(model) / "moe_compress.json"

@@ -17,7 +17,6 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.sparsity_sensitivity import ROWS
 from moe_compress.engine.backward import backward
 from moe_compress.engine.forward import TOKENS_PER_BATCH, LayerPass, Progress, walk_layers
-from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, cheapest_widths
 from moe_compress.methods.quantization.grid import BITS, rtn
 from moe_compress.models import hf
@@ -37,7 +36,7 @@ def expert_bits(
 ) -> dict[int, dict[str, list[int]]]:
     """Bits of every matrix, by layer and name of its stack; on average what the recipe says."""
     windows = run.windows("calibration", source)
-    layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
+    layers = run.layers(source)
     curved: list[dict[str, Tensor]] = []
     if stage.parameters["by"] == "gradient":
         curved = backward(layers, windows, OutputGradients(family_of(source.config)), run.results("calibrations"))

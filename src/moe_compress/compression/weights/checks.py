@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.compression.weights.format_choice import group_sizes
 from moe_compress.methods import registry
+from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
@@ -22,14 +23,14 @@ def check_weights(stage: Stage, model: PreTrainedModel) -> None:
     if check is not None:
         check(matrices, **stage.parameters)
     group_sizes(stage, model)
-    at_once, least = stage.parameters["experts_at_once"], stage.parameters["min_tokens"]
+    options = WeightStageOptions.of(stage.parameters)
+    at_once, least = options.experts_at_once, options.min_tokens
     if at_once < 0 or least < 1:
         raise ValueError(f"experts_at_once={at_once} min_tokens={least}: counts from 0 (all) and from 1 up are needed.")
-    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
-    if stage.parameters["propagate"] == "original" and "router" in kinds:
+    if options.propagate == "original" and "router" in kinds_of(options.where, options.spare):
         raise ValueError("where=router compares the routing on the compressed stream: use propagate=compressed.")
-    if not 0 <= stage.parameters["shrink"] < float("inf"):
-        raise ValueError(f"shrink={stage.parameters['shrink']}: a number of tokens from 0 up is needed.")
+    if not 0 <= options.shrink < float("inf"):
+        raise ValueError(f"shrink={options.shrink}: a number of tokens from 0 up is needed.")
 
 
 def chosen_matrices(stage: Stage, model: PreTrainedModel) -> dict[int, list[Matrix]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from moe_compress.methods import registry
 from moe_compress.models.matrices import Kind
 from moe_compress.recipes.recipe import Stage
 from moe_compress.utils.logging import log
@@ -20,14 +21,15 @@ def weights_report(
 
     notes: of every layer in which something changed; sizes: inputs that share a scale, 0 where none can.
     """
-    quantized = "format" in stage.parameters
+    method = registry.find(stage.method)
+    quantized, rescales = method.quantizes, method.implementation.rescales_inputs
     found = _quantized(kinds, notes) if quantized else _sparsity(kinds, notes)
     if quantized:
         found["skipped"] = _skipped(sizes)
     for key, name in (("unseen", "unseen"), ("tokens", "tokens"), ("routing", "routing_change")):
         found[name] = {i: note[key] for i, note in notes.items() if note.get(key)}
     found["damping_raised"] = _all(notes, "damped")
-    if stage.parameters["method"] == "awq":
+    if rescales is not None and rescales(stage.parameters):
         found["rescaled"] = {i: note["rescaled"] for i, note in notes.items() if note.get("rescaled")}
         found["not_rescaled"] = _all(notes, "not_rescaled")
         found["routing_rescaled"] = {i: n["routing_rescaled"] for i, n in notes.items() if n.get("routing_rescaled")}

@@ -36,7 +36,7 @@ def expert_sparsities(
 ) -> dict[int, Tensor]:
     """The fraction of its weights that every expert loses, by layer [E]; on average what the recipe says."""
     windows = run.windows("calibration", source)
-    layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
+    layers = run.layers(source)
     weights = next(matrix.weight_BOI[0].numel() for matrix in _experts_of(layers))
     choices = sparsity_allocation.levels(stage.parameters["sparsity"], stage.parameters["spread"], weights)
     survey = _Survey(stage, source, choices, -(-ROWS * TOKENS_PER_BATCH // windows.tokens))
@@ -56,9 +56,9 @@ class _Survey:
         self.family, self.each = family_of(source.config), each
         self.options = stage.parameters
         self.choices = choices
-        method = registry.find(stage.method)
-        assert method.trial is not None
-        self.trial: Callable[..., list[Tensor]] = method.trial
+        trial = registry.find(stage.method).implementation.trial
+        assert trial is not None
+        self.trial: Callable[..., list[Tensor]] = trial
         self.kind: sparsity_allocation.Allocation = self.options["allocate"]
         self.tables: dict[int, Tensor] = {}
 

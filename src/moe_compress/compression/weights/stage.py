@@ -38,6 +38,7 @@ from moe_compress.edits.edits import Edit
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
+from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -66,12 +67,12 @@ def run_weight_stage(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
 ) -> WeightStageResult:
     """Carry out a weight stage into `writer`."""
-    layers = StreamedLayers(source, run.device, run.dtype, run.options.attn)
+    layers = run.layers(source)
     stage_run = WeightStage(stage, source, layers, writer)
     stage_run.require_memory()
-    if stage.parameters.get("allocate", "uniform") != "uniform":
+    if stage_run.options.allocate != "uniform":
         stage_run.sparsities = _sparsities(stage, source, run, writer, progress)
-    if stage.parameters.get("bits") == "auto":
+    if stage_run.allocates_bits:
         stage_run.bits = _bits(stage_run, source, run, progress)
     if not writer.has(None):
         writer.copy(None)
@@ -116,9 +117,13 @@ class WeightStage:
     def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
         self.stage, self.layers, self.writer = stage, layers, writer
         self.model, self.family = layers.model, family_of(source.config)
-        self.options = stage.parameters
-        self.kinds = kinds_of(self.options["where"], self.options["spare"])
-        self.change = registry.find(stage.method).run
+        self.options = WeightStageOptions.of(stage.parameters)
+        self.kinds = kinds_of(self.options.where, self.options.spare)
+        self.method = registry.find(stage.method)
+        method = self.method.implementation
+        self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
+        self.rescaling = method.rescales_inputs(stage.parameters) if method.rescales_inputs else ""
+        self.allocates_bits = method.allocates_bits is not None and method.allocates_bits(stage.parameters)
         self.format = format_of(stage, layers.model)
         self.group_sizes = group_sizes(stage, layers.model)
         warn_of_skipped(self.group_sizes)
@@ -150,9 +155,9 @@ class WeightStage:
         drafts = [MatrixDraft(matrix) for matrix in matrices]
         notes: Notes = defaultdict(list)
         parts = list(self._parts(matrices))
-        stays = self.options["propagate"] == "original" or not matrices
+        stays = self.options.propagate == "original" or not matrices
         choices = self._choices(run)
-        rescales = self.options.get("method") == "awq" and run is not None
+        rescales = bool(self.rescaling) and run is not None
         for experts in parts:
             on = stays and experts is parts[-1]
             seen = self._observe(run, experts, on and not rescales) if run is not None else {}
@@ -184,9 +189,10 @@ class WeightStage:
         notes: Notes,
     ) -> Mapping[str, Moments]:
         """Make inputs larger that matter; the moments of what the matrices then see."""
-        free = self.options["scales"] == "free"
+        free = self.rescaling == "free"
         before = self._choices(run, free)
-        rescaler = Rescaler(self.family, nearest_bits(self.options), self.group_sizes, self.stored_dtype, not free)
+        bits = nearest_bits(self.stage.parameters)
+        rescaler = Rescaler(self.family, bits, self.group_sizes, self.stored_dtype, not free)
         done, refused = rescaler.layer(index, layer, matrices, seen, run)
         self.store.rescale(done)
         notes["rescaled"] += [rescale.maker for rescale in done]
@@ -212,7 +218,7 @@ class WeightStage:
     def _parts(self, matrices: Sequence[Matrix]) -> Iterator[range | None]:
         """Experts whose statistics are held at the same time; None: all of them."""
         count = next((len(matrix.weight_BOI) for matrix in matrices if matrix.kind == "experts"), 0)
-        at_once = self.options["experts_at_once"]
+        at_once = self.options.experts_at_once
         if not 0 < at_once < count or self.stage.needs == "nothing":
             yield None
             return
@@ -238,7 +244,7 @@ class WeightStage:
             numbers = range(len(group[0].matrix.weight_BOI))[part]
             names = [f"expert {e} of layer {index}" if routed else f"{source} of layer {index}" for e in numbers]
             moment, rare_B = self._moment(seen.get(source), routed, names)
-            changed = self.change(
+            changed = self.method.run(
                 MatrixGroup(
                     names,
                     [draft.matrix.weight_BOI[part] for draft in group],
@@ -248,9 +254,9 @@ class WeightStage:
                     group_size=self.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                 ),
-                **self.options,
+                **self.own,
             )
-            stay_B = rare_B if self.options["unseen"] == "dense" else torch.zeros_like(rare_B)
+            stay_B = rare_B if self.options.unseen == "dense" else torch.zeros_like(rare_B)
             for n, draft in enumerate(group):
                 draft.take(part, stay_B, changed, n)
             if source == ROUTED:
@@ -263,17 +269,17 @@ class WeightStage:
         """The mean moments of a source, and which of its experts saw too few tokens, bool [B]."""
         if moments is None:
             return None, torch.zeros(len(names), dtype=torch.bool, device=self.layers.device)
-        least = self.options["min_tokens"] if routed else 1
+        least = self.options.min_tokens if routed else 1
         rare_B = moments.count_B < least
-        unseen = self.options["unseen"]
+        unseen = self.options.unseen
         if unseen == "error" and bool(rare_B.any()):
             few = [names[b] for b in rare_B.nonzero().flatten().tolist()]
-            others = [each for each in get_args(registry.find(self.stage.method).hints["unseen"]) if each != "error"]
+            others = [each for each in get_args(self.method.parameters["unseen"].hint) if each != "error"]
             raise ValueError(
                 f"{', '.join(few[:3])}: fewer than {least} tokens of the calibration text. Calibrate on more "
                 f"(samples=), or say unseen= with one of {', '.join(others)}."
             )
-        return moments.mean(self.options["shrink"] if routed else 0.0, rare_B, unseen == "pooled"), rare_B
+        return moments.mean(self.options.shrink if routed else 0.0, rare_B, unseen == "pooled"), rare_B
 
     def _count(self, changes: Sequence[MatrixChange], notes: Notes) -> None:
         """Zeros and weights, packed weights and their bits, by kind."""

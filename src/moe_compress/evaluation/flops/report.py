@@ -1,4 +1,4 @@
-"""FLOPs and sizes by component as Markdown, from their JSON. This module knows nothing of ours."""
+"""The FLOPs harness: FLOPs and sizes by component from a config, and the report as Markdown."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import pandas as pd
 import torch
 from transformers import PreTrainedModel
 
@@ -19,11 +18,13 @@ from moe_compress.checkpoints.resolve import config_folder
 from moe_compress.edits.apply import apply_edits
 from moe_compress.evaluation.flops.torch_check import Agreement
 from moe_compress.evaluation.flops.torch_check import check as check_flops
+from moe_compress.evaluation.harnesses import harness
 from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.models import hf
 from moe_compress.models.components import Component, components
 from moe_compress.reports import table_formats
-from moe_compress.utils.choices import coerce
+from moe_compress.reports.table_formats import Cells
+from moe_compress.utils.choices import AtLeast
 
 UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 BINARY = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
@@ -45,8 +46,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     title = f"### {report['model']}\n\nPrefill of {batch} x {tokens:,} tokens, a step at {context:,} of context."
     total = report["total"]
     shown = [each for each in report["components"] if any(each[key] for key in ("parameters", "bytes", "prefill"))]
-    frame = pd.DataFrame([_row(each, total["prefill"]) for each in [*shown, {"name": "all", **total}]])
-    parts = [title, table_formats.markdown(frame), MEANING]
+    cells = Cells.of([_row(each, total["prefill"]) for each in [*shown, {"name": "all", **total}]])
+    parts = [title, table_formats.markdown(cells), MEANING]
     if any(each["estimate"] for each in shown):
         parts.append(ESTIMATE)
     if report["check"] is not None:
@@ -89,7 +90,7 @@ def _agreement(found: Sequence[Mapping[str, Any]]) -> str:
     apart = [f"{each['component']} ({each['phase']})" for each in found if not each["agrees"]]
     verdict = f"differs from ours: {', '.join(apart)}." if apart else "agrees to 0.1 % wherever it is comparable."
     verdict = f"Torch's own counter {verdict} Its decode step comes right behind the prefill."
-    return f"{verdict}\n\n" + table_formats.markdown(pd.DataFrame(rows))
+    return f"{verdict}\n\n" + table_formats.markdown(Cells.of(rows))
 
 
 # Tokens for which a model whose experts need their weights really runs.
@@ -122,6 +123,11 @@ class FlopsReport(SavedReport):
         """Whether torch's counter says the same wherever the two are comparable; None if it was not asked."""
         return None if self.check is None else all(each.agrees for each in self.check)
 
+    @property
+    def exit_code(self) -> int:
+        """1 where torch's counter differs."""
+        return int(self.agrees is False)
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         checked = None
@@ -134,36 +140,29 @@ class FlopsReport(SavedReport):
         return as_markdown(self.to_json())
 
 
+@harness("flops")
 def flops(
     model: str | Path,
     /,
-    tokens: int | str = 2048,
-    context: int | str = 2048,
-    batch: int | str = 1,
-    check: bool | str = False,
+    tokens: Annotated[int, AtLeast(1)] = 2048,
+    context: Annotated[int, AtLeast(1)] = 2048,
+    batch: Annotated[int, AtLeast(1)] = 1,
+    check: bool = False,
+    results: str = "runs",
 ) -> FlopsReport:
-    """Count a zoo model, folder or hub id, plain, edited or packed, from its config.json; nothing is read but that.
+    """Count a model's FLOPs, parameters and bytes by component, from its config alone: plain, edited or packed.
 
     tokens: of each of `batch` sequences in the prefill; context: of a decode step; check: count with torch's counter as
-    well. Raises ValueError for a model that is not there or not known, and for numbers below 1.
+    well. Raises ValueError for a model that is not there or not known.
     """
-    tokens, context, batch = _positive("tokens", tokens), _positive("context", context), _positive("batch", batch)
-    checking = coerce(bool, check, "check")
     folder = config_folder(str(model))
     values = architecture_values(folder)
     stored = hf.stored_dtype(values)
     skeleton = hf.skeleton(hf.config_from(values), stored)
-    agreement = tuple(_checked(skeleton, folder, tokens)) if checking else None
+    agreement = tuple(_checked(skeleton, folder, tokens)) if check else None
     apply_edits(skeleton, packed_edits(skeleton, values))
     found = components(skeleton, tokens, context, batch, stored, scale_bytes=scale_bytes(values))
     return FlopsReport(str(model), tokens, context, batch, tuple(found), agreement)
-
-
-def _positive(name: str, value: int | str) -> int:
-    number: int = coerce(int, value, name)
-    if number < 1:
-        raise ValueError(f"{name}={number}: a whole number from 1 up is needed.")
-    return number
 
 
 def _checked(skeleton: PreTrainedModel, folder: Path, tokens: int) -> list[Agreement]:

@@ -11,10 +11,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moe_compress.checkpoints.folder import read_manifest
-from moe_compress.checkpoints.load import load_model, load_tokenizer, require_memory
+from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import Windows
-from moe_compress.engine.layers import Layers, ResidentLayers, StreamedLayers
+from moe_compress.engine.layers import Layers, ResidentLayers
 from moe_compress.evaluation import statistics
 from moe_compress.evaluation.pair import require_same_tokens
 from moe_compress.evaluation.quality import perplexity
@@ -76,7 +76,7 @@ def measured_original(checkpoint: Checkpoint, stick: Protocol, run: Run) -> tupl
             measurement, hidden_NSD, samples = _measure(layers, checkpoint, stick, None, run)
             routing.save(routed, samples)
             perplexity.save_original(path, measurement, hidden_NSD)
-    outer = StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+    outer = run.layers(checkpoint)
     try:
         return perplexity.load_original(path, outer.model, stick.windows), routing.load(routed)
     except (SafetensorError, KeyError) as error:
@@ -93,10 +93,9 @@ def _pair(checkpoint: Checkpoint, stick: Protocol) -> str:
 def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
     """Streamed layers, or the whole model in memory with `resident=true`; the numbers are the same."""
     if not run.options.resident:
-        return StreamedLayers(checkpoint, run.device, run.dtype, run.options.attn)
+        return run.layers(checkpoint)
     require_memory([checkpoint], run.dtype, run.device, "has to be whole here")
-    keywords = {"attn_implementation": run.options.attn} if run.options.attn else {}
-    return ResidentLayers(load_model(checkpoint.folder, run.dtype, device_map=str(run.device), **keywords))
+    return ResidentLayers(load_as_run(checkpoint, run.dtype, run.device, run.options.attn))
 
 
 def _measure(

@@ -1,4 +1,4 @@
-"""Routing fidelity as Markdown, from its JSON. This module knows nothing of ours."""
+"""The routing harness: both models on the same text, and the report as Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from moe_compress.checkpoints.folder import read_manifest
@@ -15,16 +14,18 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.edits.ancestry import Ancestry
 from moe_compress.edits.plan_file import PLAN, read_plan
 from moe_compress.engine.forward import forward_layers
-from moe_compress.engine.layers import StreamedLayers
+from moe_compress.evaluation.harnesses import harness
+from moe_compress.evaluation.pair import open_pair
 from moe_compress.evaluation.routing.fidelity import Fidelity, RoutingSample, fidelity, free_running, teacher_forced
-from moe_compress.evaluation.saved_report import Identified
+from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import moe_views
 from moe_compress.reports import table_formats
+from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.devices import dtype_name
+from moe_compress.utils.devices import dtype_name, threads
 from moe_compress.utils.hashing import fingerprint
 
 HOW = {
@@ -47,10 +48,10 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     parts = [title]
     for key, how in HOW.items():
         found = report[key]
-        frame = pd.DataFrame([_row(layer, values) for layer, values in found["layers"].items()])
+        cells = Cells.of([_row(layer, values) for layer, values in found["layers"].items()])
         together = ", ".join(f"{name} {_metric(value)}" for name, value in found["together"].items())
         parts.append(f"{how}. In all layers: {together}.")
-        parts.append(table_formats.markdown(frame))
+        parts.append(table_formats.markdown(cells))
     return "\n\n".join([*parts, MEANING]) + "\n"
 
 
@@ -71,8 +72,7 @@ def _bound(found: Mapping[str, Any]) -> str:
 
 
 def _metric(found: Mapping[str, Any]) -> str:
-    ends = found["interval"]
-    return f"{found['value']:.4f}" + (f" [{ends[0]:.4f}, {ends[1]:.4f}]" if ends else "")
+    return table_formats.with_interval(found["value"], found["interval"], ".4f")
 
 
 def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
@@ -100,7 +100,7 @@ def ancestry_of(checkpoint: Checkpoint, base: Checkpoint) -> Ancestry:
 
 
 @dataclass(frozen=True)
-class RoutingReport(Identified):
+class RoutingReport(SavedReport):
     """Both ways of asking, on one text; `text`: which."""
 
     model: str
@@ -115,10 +115,18 @@ class RoutingReport(Identified):
         return as_markdown(self.to_json())
 
 
+@harness("routing")
+def routing(checkpoint: str | Path, /, original: str | None = None, **options: Any) -> RoutingReport:
+    """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
+    opened, base, run = open_pair(checkpoint, original, options, "routing")
+    with threads(run.options.threads):
+        return routing_report(opened, base, run)
+
+
 def routing_report(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> RoutingReport:
     """Run the evaluation text through both models, and through the compressed one's layers on the original's inputs."""
     ancestry, windows = ancestry_of(checkpoint, base), run.windows("heldout", base)
-    original, other = (StreamedLayers(each, run.device, run.dtype, run.options.attn) for each in (base, checkpoint))
+    original, other = (run.layers(each) for each in (base, checkpoint))
     with progress_bar("teacher-forced") as progress:
         before, after = teacher_forced(original, other, ancestry, windows, progress)
     forced = fidelity(before, after, ancestry, windows)

@@ -186,13 +186,3 @@ def cores() -> int:
     """Processors that this process may use; of two that share a core, one."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(allowed, psutil.cpu_count(logical=False) or allowed)
-
-
-def numbers(words: str | Sequence[int], key: str) -> tuple[int, ...]:
-    """`128,1024` as numbers. ValueError if they are none."""
-    if not isinstance(words, str):
-        return tuple(words)
-    try:
-        return tuple(int(word) for word in words.split(","))
-    except ValueError as error:
-        raise ValueError(f"{key}={words}: numbers separated by commas are needed, such as 128,1024.") from error

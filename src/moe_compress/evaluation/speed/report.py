@@ -1,27 +1,29 @@
-"""Speed as Markdown, from its JSON. This module knows nothing of ours."""
+"""The speed harness: what is timed, and its report as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import pandas as pd
 import torch
 
 from moe_compress.checkpoints.load import require_memory
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.evaluation.pair import require_same_tokens
-from moe_compress.evaluation.saved_report import Identified
-from moe_compress.evaluation.speed.benchmark import QUICK, Setting, compare_speed, cores, numbers
+from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.evaluation.harnesses import HARNESSES, harness
+from moe_compress.evaluation.pair import original_for, require_same_tokens
+from moe_compress.evaluation.saved_report import SavedReport
+from moe_compress.evaluation.speed.benchmark import QUICK, Setting, compare_speed, cores
 from moe_compress.evaluation.speed.paired_timing import STARTS, TimingBudget
 from moe_compress.reports import table_formats
 from moe_compress.reports.companions import STARTS_NEEDED
 from moe_compress.reports.record import environment, now
 from moe_compress.reports.table import SAME
+from moe_compress.reports.table_formats import Cells
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import coerce
+from moe_compress.utils.choices import Numbers, numbers
 from moe_compress.utils.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
 from moe_compress.utils.hashing import fingerprint
 
@@ -60,7 +62,7 @@ MEANING = (
 
 
 def _table(rows: list[dict[str, str]]) -> str:
-    return table_formats.markdown(pd.DataFrame(rows))
+    return table_formats.markdown(Cells.of(rows))
 
 
 def _times(point: Mapping[str, Any], what: str) -> dict[str, str]:
@@ -119,7 +121,7 @@ def _kernels(about: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class SpeedReport(Identified):
+class SpeedReport(SavedReport):
     """Prefill and decoding of two models in turn: `found` holds settings, machine, kernels, times, memory."""
 
     model: str
@@ -135,41 +137,55 @@ class SpeedReport(Identified):
         return as_markdown(self.to_json())
 
 
-def setting_of(
+@harness("speed", columns="moe_compress.evaluation.speed.columns")
+def speed(  # noqa: PLR0913 - these are the command's words
+    checkpoint: str | Path,
+    /,
+    original: str | None = None,
     *,
-    prompts: str = "",
-    batches: str = "",
-    tokens: int | str | None = None,
-    runs: int | str | None = None,
-    seconds: float | str | None = None,
-    starts: int | str = STARTS,
-    quick: bool | str = False,
+    prompts: Annotated[str, Numbers()] = "",
+    batches: Annotated[str, Numbers()] = "",
+    tokens: int | None = None,
+    runs: int | None = None,
+    seconds: float | None = None,
+    starts: int = STARTS,
+    quick: bool = False,
     dtype: str = "auto",
     device: str = "auto",
-    threads: int | str | None = None,
-) -> Setting:
-    """What to measure, in words. quick: one prompt, one sequence and short turns, for tiny models.
+    threads: int | None = None,
+    results: str = "runs",
+) -> SpeedReport:
+    """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.
 
-    starts: how often the processes are started; of one, an interval says nothing of what another would give.
-
-    On a CPU, models run in fp32 unless told otherwise: bf16 products are slow there, and would flatter what is packed.
+    prompts, batches: numbers separated by commas; tokens: decoded behind a prompt; runs, seconds: how long each is
+    timed, at least; starts: how often the processes are started (of one, an interval says nothing of what another would
+    give); quick: one prompt, one sequence and short turns, for tiny models. On a CPU, models run in fp32 unless told
+    otherwise: bf16 products are slow there, and would flatter what is packed.
     """
-    where = resolve_device(device)
-    short = coerce(bool, quick, "quick")
-    whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if short else Setting()
-    effort = TimingBudget(
-        whole.effort.runs if runs is None else coerce(int, runs, "runs"),
-        whole.effort.seconds if seconds is None else coerce(float, seconds, "seconds"),
-    )
+    setting = setting_of(
+        prompts=prompts, batches=batches, tokens=tokens, runs=runs, seconds=seconds, starts=starts, quick=quick,
+        dtype=dtype, device=device, threads=threads,
+    )  # fmt: skip
+    opened = resolve_model(str(checkpoint))
+    return speed_report(opened, original_for(opened, original), setting)
+
+
+def setting_of(**words: Any) -> Setting:
+    """What to measure, in words of `speed`. ValueError for what cannot be measured."""
+    one = HARNESSES["speed"]
+    given = {key: each.default for key, each in one.declaration.parameters.items()} | one.typed(words)
+    where = resolve_device(given["device"])
+    whole = Setting(prompts=(128,), batches=(1,), tokens=16, effort=QUICK) if given["quick"] else Setting()
+    runs, seconds, tokens, threads = (given[key] for key in ("runs", "seconds", "tokens", "threads"))
     found = Setting(
-        numbers(prompts, "prompts") if prompts else whole.prompts,
-        numbers(batches, "batches") if batches else whole.batches,
-        whole.tokens if tokens is None else coerce(int, tokens, "tokens"),
-        effort,
-        coerce(int, starts, "starts"),
-        dtype_name(resolve_dtype(dtype, where)),
+        numbers(given["prompts"], "prompts") or whole.prompts,
+        numbers(given["batches"], "batches") or whole.batches,
+        whole.tokens if tokens is None else tokens,
+        TimingBudget(whole.effort.runs if runs is None else runs, whole.effort.seconds if seconds is None else seconds),
+        given["starts"],
+        dtype_name(resolve_dtype(given["dtype"], where)),
         str(where),
-        cores() if threads is None else coerce(int, threads, "threads"),
+        cores() if threads is None else threads,
     )
     found.points()
     return found

@@ -1,4 +1,4 @@
-"""Task accuracy as Markdown, from its JSON. This module knows nothing of ours."""
+"""The tasks harness: both models asked the same, and the report as Markdown."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import pandas as pd
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.evaluation.saved_report import Identified
+from moe_compress.evaluation.harnesses import harness
+from moe_compress.evaluation.pair import open_pair
+from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.evaluation.tasks import lm_eval_runner, selection
-from moe_compress.evaluation.tasks.lm_eval_runner import TaskAnswers
+from moe_compress.evaluation.tasks.lm_eval_runner import BATCH, TaskAnswers
 from moe_compress.evaluation.tasks.selection import SelectedTask
 from moe_compress.models import hf
 from moe_compress.reports import table_formats
 from moe_compress.reports.table import SAME
+from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import coerce
-from moe_compress.utils.devices import dtype_name
+from moe_compress.utils.choices import AtLeast
+from moe_compress.utils.devices import dtype_name, threads
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
 
@@ -40,9 +42,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     rows = [_row(name, found) for name, found in report["tasks"].items()]
     if report["average"]:
         rows.append(_row("average", report["average"]))
-    frame = pd.DataFrame(rows).fillna("")
     beside = f" beside {report['original']}" if "model" in rows[0] else ""
-    table = table_formats.markdown(frame)
+    table = table_formats.markdown(Cells.of(rows))
     return "\n\n".join([f"### {report['model']}{beside}", _settings(report["settings"]), table, MEANING]) + "\n"
 
 
@@ -66,8 +67,7 @@ def _row(name: str, found: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _metric(found: Mapping[str, Any], sign: str = "") -> str:
-    ends = found["interval"]
-    return f"{found['value']:{sign}.3f}" + (f" [{ends[0]:{sign}.3f}, {ends[1]:{sign}.3f}]" if ends else "")
+    return table_formats.with_interval(found["value"], found["interval"], f"{sign}.3f")
 
 
 def _change(found: Mapping[str, Any], p: float) -> str:
@@ -78,7 +78,7 @@ def _change(found: Mapping[str, Any], p: float) -> str:
 
 
 @dataclass(frozen=True)
-class TaskReport(Identified):
+class TaskReport(SavedReport):
     """Accuracy of the original (`before`) and of a model (`after`, unless it is the original), and the change.
 
     tasks: by name; average: of several tasks; settings: what else the numbers depend on; id: of all of it.
@@ -98,55 +98,63 @@ class TaskReport(Identified):
         return as_markdown(self.to_json())
 
 
+AT_LEAST = "a number from {least} is needed."
+
+
+@harness("tasks", columns="moe_compress.evaluation.tasks.columns")
+def tasks(
+    checkpoint: str | Path,
+    /,
+    tasks: str | Sequence[str] = "local",
+    original: str | None = None,
+    *,
+    limit: Annotated[int, AtLeast(1, AT_LEAST)] | None = None,
+    batch: Annotated[int, AtLeast(1, AT_LEAST)] = BATCH,
+    fewshot: Annotated[int, AtLeast(0, AT_LEAST)] = 0,
+    **options: Any,
+) -> TaskReport:
+    """Accuracy of a checkpoint on tasks of lm_eval beside its original's, paired document by document.
+
+    tasks: `local` (no network), `paper` (its eight), names of lm_eval, paths of .yaml files, joined by commas; limit:
+    documents of a task (of a group: of each part); batch: prompts at once; fewshot: examples in a prompt.
+    """
+    opened, base, run = open_pair(checkpoint, original, options, "tasks")
+    with threads(run.options.threads):
+        return task_report(opened, base, run, tasks, limit=limit, batch=batch, fewshot=fewshot)
+
+
 def task_report(
     checkpoint: Checkpoint,
     base: Checkpoint,
     run: Run,
     tasks: str | Sequence[str] = "local",
     *,
-    limit: int | str | None = None,
-    batch: int | str = lm_eval_runner.BATCH,
-    fewshot: int | str = 0,
+    limit: int | None = None,
+    batch: int = BATCH,
+    fewshot: int = 0,
 ) -> TaskReport:
     """Ask both models the same; what either was asked before, in the same arithmetic, is read back.
 
-    tasks: `local`, `paper`, names of lm_eval, paths of .yaml files, joined by commas; limit: documents of a task (of a
-    group: of each part); batch: prompts at once; fewshot: examples in a prompt. Raises ValueError, before weights are
-    read, for tasks that cannot be run here, and for models that do not fit into memory.
+    Raises ValueError, before weights are read, for tasks that cannot be run here, and for models that do not fit into
+    memory.
     """
-    documents, size, shots = questions_of(limit, batch, fewshot)
-    chosen = selection.choose(tasks, shots)
+    chosen = selection.choose(tasks, fewshot)
     for each in (base, checkpoint):
         load_tokenizer(each.folder, each.config.vocab_size)
     settings = {
-        "limit": documents,
-        "fewshot": shots,
+        "limit": limit,
+        "fewshot": fewshot,
         "dtype": dtype_name(run.dtype),
         "device": run.device.type,
         "attn": run.options.attn or hf.skeleton(base.config, run.dtype).config._attn_implementation,
         "lm_eval": selection.version(),
     }
-    asked = {each.name: selection.identity(each, documents) for each in chosen}
-    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, size)
+    asked = {each.name: selection.identity(each, limit) for each in chosen}
+    before = _answers(base, Path(base.name).name, chosen, asked, settings, run, batch)
     if checkpoint.folder == base.folder:
         return _report(checkpoint, base, chosen, asked, settings, before, None)
-    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, size)
+    after = _answers(checkpoint, checkpoint.folder.name, chosen, asked, settings, run, batch)
     return _report(checkpoint, base, chosen, asked, settings, before, after)
-
-
-def questions_of(
-    limit: int | str | None = None, batch: int | str = lm_eval_runner.BATCH, fewshot: int | str = 0
-) -> tuple[int | None, int, int]:
-    """Documents of a task, prompts at once, examples in a prompt, in words or numbers, or ValueError."""
-    documents, size, shots = (
-        coerce(int | None, limit, "limit"),
-        coerce(int, batch, "batch"),
-        coerce(int, fewshot, "fewshot"),
-    )
-    for name, value, least in (("limit", documents, 1), ("batch", size, 1), ("fewshot", shots, 0)):
-        if value is not None and value < least:
-            raise ValueError(f"{name}={value}: a number from {least} is needed.")
-    return documents, size, shots
 
 
 def _answers(

@@ -14,27 +14,30 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from safetensors.torch import load_file
 
 from moe_compress.checkpoints.load import require_memory
 from moe_compress.checkpoints.quantization_config import says_packed
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.windows import Windows
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
+from moe_compress.evaluation.harnesses import harness
 from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.evaluation.verification.compatibility import Verdict, compatibility
 from moe_compress.models import hf
 from moe_compress.reports import table_formats
+from moe_compress.reports.table_formats import Cells
 from moe_compress.utils.files import read_json
 
 # Relative error of the logits that a format's own arithmetic may make: stock transformers makes packed weights dense in
 # the 16 bits of their scales, our reader in fp32.
 TOLERANCE = {"plain": 1e-4, "edited": 1e-4, "packed": 2e-2}
 ROWS, LENGTH, NEW_TOKENS = 4, 64, 4
+NOT_ASKED = 3
 STOCK = """
 import json, sys
 sys.modules["moe_compress"] = None
@@ -77,6 +80,11 @@ class Verification(SavedReport):
         """Whether stock transformers loaded it, and nothing is wrong."""
         return not self.problems and self.stock_class is not None
 
+    @property
+    def exit_code(self) -> int:
+        """0 if it passed, 1 if something is wrong, 3 if stock transformers could not be asked."""
+        return 0 if self.passed else 1 if self.problems else NOT_ASKED
+
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
         return {**asdict(self), "passed": self.passed}
@@ -86,7 +94,16 @@ class Verification(SavedReport):
         return as_markdown(self.to_json())
 
 
-def verify(checkpoint: Checkpoint) -> Verification:
+@harness("verify", results="verification")
+def verify(checkpoint: str | Path, /, results: str = "runs") -> Verification:
+    """Load a checkpoint by stock transformers in a fresh process, compare logits, generate; who can load it, and why.
+
+    Its `problems` are empty where all is well.
+    """
+    return verification(resolve_model(str(checkpoint)))
+
+
+def verification(checkpoint: Checkpoint) -> Verification:
     """Load, compare and generate in one fresh process; the same checkpoint by our own reader, layer by layer."""
     require_memory([checkpoint], torch.float32, torch.device("cpu"), "is loaded whole by stock transformers")
     form, clients = checkpoint_kind(checkpoint), compatibility(checkpoint)
@@ -160,4 +177,4 @@ def as_markdown(found: Mapping[str, Any]) -> str:
             f"differ by {found['error']:.1e} of their size (at most {found['tolerance']:.0e})."
         )
     rows = [{"program": c["client"], "loads it": "yes" if c["loads"] else "no", "": c["why"]} for c in found["clients"]]
-    return "\n\n".join([*parts, table_formats.markdown(pd.DataFrame(rows))]) + "\n"
+    return "\n\n".join([*parts, table_formats.markdown(Cells.of(rows))]) + "\n"

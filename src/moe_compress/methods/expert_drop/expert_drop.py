@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,10 @@ from torch import Tensor
 from moe_compress.calibration.model_statistics import LayerStatistics, ModelStatistics
 from moe_compress.edits.edits import KeepExperts, Plan
 from moe_compress.methods.allocation import AllocationSearch, Budget, Ladder, Taken, allocate, kept_counts
-from moe_compress.methods.expert_drop import protection, scores, subset_search
-from moe_compress.methods.expert_drop.scores import PROBE_SCORES, WEIGHT_SCORES, Score
+from moe_compress.methods.expert_drop import protection, subset_search
+from moe_compress.methods.expert_drop.scores import gate_mass_full
 from moe_compress.methods.registry import Need, method
+from moe_compress.methods.score_registry import NAMES, scores
 from moe_compress.models.shape import ModelShape, MoEShape
 
 # Where experts that no token reached rank: beyond every score, but short of the infinity of protected experts.
@@ -27,12 +28,11 @@ Steps = list[tuple[float, list[int]]]
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
-    if parameters["score"] in PROBE_SCORES:
-        return "outputs"
-    scored = parameters["score"] not in (*WEIGHT_SCORES, "random")
-    if scored or parameters["protect"] == "super" or parameters["novice"] == "mean" or parameters["budget"] == "search":
-        return "text"
-    return "weights" if parameters["score"] in WEIGHT_SCORES else "nothing"
+    need = scores()[parameters["score"]].needs
+    if need == "outputs":
+        return need
+    observed = parameters["protect"] == "super" or parameters["novice"] == "mean" or parameters["budget"] == "search"
+    return "text" if observed else need
 
 
 def check(  # noqa: PLR0913 - the recipe's parameters
@@ -75,7 +75,7 @@ def _require_compatible(
         raise ValueError(f"budget=search needs at least 1 evaluation, not evaluations={evaluations}.")
     if propagate == "compressed" and (budget != "layer" or protect != "none"):
         raise ValueError("propagate=compressed decides layer by layer: it goes with budget=layer and without protect=.")
-    if score == "naee" and (protect != "none" or reverse or unseen != "drop"):
+    if scores()[score].chooses_sets and (protect != "none" or reverse or unseen != "drop"):
         raise ValueError("score=naee weighs whole sets of experts: leave out protect=, reverse= and unseen=.")
 
 
@@ -95,7 +95,7 @@ def _require_compatible(
 def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     model: ModelStatistics,
     *,
-    score: Score = "reap",
+    score: Annotated[str, NAMES] = "reap",
     keep: int | None = None,
     ratio: float | None = 0.25,
     budget: Budget = "layer",
@@ -118,14 +118,14 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     tokens still go as `unseen` says); protect: `layer:expert,...`, or `super` for super experts; unseen: experts
     that no token reached go first, stay, or are an error.
     """
-    shapes = [layer.shape for layer in model.layers]
+    shapes, sets = [layer.shape for layer in model.layers], scores()[score].chooses_sets
     even = _even(shapes, keep, ratio, score, novice)
-    table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in model.layers if score != "naee"}
+    table = {layer.shape.layer: _score(layer, score, gate, seed) for layer in model.layers if not sets}
     missed = {layer.shape.layer: _unseen(layer) for layer in model.layers}
     ranked = {i: _with_unseen(i, -s if reverse else s, missed[i], unseen) for i, s in table.items()}
     protected = protection.super_experts(model.layers) if protect == "super" else protection.parsed(protect, shapes)
     protection.put_last(ranked, protected)
-    if score == "naee":
+    if sets:
         steps = {layer.shape.layer: _rebuilding_steps(layer, budget) for layer in model.layers}
     else:
         steps = {shape.layer: _steps(shape, ranked[shape.layer]) for shape in shapes}
@@ -133,7 +133,7 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     search = AllocationSearch(edits=make, evaluate=model.evaluate, evaluations=evaluations, seed=seed)
     taken, report = allocate(_ladders(shapes, steps), even, budget, search)
     edits = make(taken)
-    if score == "naee":
+    if sets:
         edits, losses = _rebuilding(model.layers, edits)
         report |= {"reconstruction": losses}
     protection.require(edits, protected)
@@ -186,21 +186,15 @@ def _rebuilding(
 
 def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, score: str, novice: str) -> Taken:
     """Steps that every layer takes alike; naee weighs sets of experts as the router would do with them alone."""
-    whole = novice == "mean" and score != "naee"
+    whole = novice == "mean" and not scores()[score].chooses_sets
     counts = kept_counts(shapes, keep, ratio, "expert_drop", router_whole=whole)
     return {s.layer: (s.num_experts - counts[s.layer]) // s.groups for s in shapes}
 
 
 def _score(layer: LayerStatistics, score: str, gate: str, seed: int) -> Tensor:
-    if score == "remove_one":
-        return subset_search.remove_one(layer.probe(), layer.shape)
-    if score == "ranked_choice":
-        return subset_search.ranked_choice(layer.probe())
-    if score == "random":
-        return scores.random_score(layer.shape.num_experts, layer.shape.layer, seed)
     if score == "gate_mass" and (layer.paper_gate if gate == "paper" else gate) == "full":
-        score = "gate_mass_full"
-    return scores.FUNCTIONS[score](layer.sums)
+        return gate_mass_full(layer.sums)
+    return scores()[score].of(layer, seed)
 
 
 def _unseen(layer: LayerStatistics) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_compress.calibration.output_sample import OutputSample
 from moe_compress.methods.expert_drop.subset_loss import CHUNK, SubsetLoss, SubsetSearch
+from moe_compress.methods.score_registry import score
 from moe_compress.models.router_rule import RouterRule
 from moe_compress.models.shape import MoEShape
 
@@ -41,32 +42,6 @@ def subset_losses(probe: OutputSample, subsets: Iterable[Sequence[int]]) -> Tens
     return layer.relative(layer.losses(_masks(subsets, layer.experts))[0])
 
 
-def best_subset(probe: OutputSample, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
-    """The set of `keep` experts with the least loss, equally many in every router group.
-
-    Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
-    experts, instead of swaps, all sets that may be better are tried, so that none is. The loss of every set that is
-    reached is exact, and no swap is taken that does not lower it. The comparison of steps not taken is exact as well,
-    with two exceptions. Under a softmax with a selection bias, all of them neglect that the rank of an expert may
-    change for tokens that do not use the one removed. Under groups, swaps neglect that a token's groups may change so
-    that the new expert comes into reach.
-    """
-    shape.require(keep)
-    layer = SubsetLoss(probe, shape.layer)
-    search = SubsetSearch(layer)
-    while int(search.alive_E.sum()) > keep:
-        _eliminate(search, shape)
-    exact = layer.experts <= exact_up_to
-    alive_E = search.alive_E if exact else _swap(search, shape).alive_E
-    loss, exhausted = layer.losses(alive_E[None])
-    if exact:
-        alive_SE = _masks(_balanced(shape, keep), layer.experts)
-        alive_E = alive_SE[layer.best_of(alive_SE, float(loss) + LEAST_GAIN * float(layer.target))]
-        loss, exhausted = layer.losses(alive_E[None])
-    kept = tuple(alive_E.nonzero().flatten().tolist())
-    return Choice(kept, float(layer.relative(loss)), float(exhausted))
-
-
 def elimination_order(probe: OutputSample, shape: MoEShape) -> list[tuple[tuple[int, ...], float]]:
     """Greedy elimination down to `shape.floor`: the experts that go together, one of each group, and the loss then."""
     search = SubsetSearch(SubsetLoss(probe, shape.layer))
@@ -77,6 +52,7 @@ def elimination_order(probe: OutputSample, shape: MoEShape) -> list[tuple[tuple[
     return path
 
 
+@score("remove_one", needs="outputs")
 def remove_one(probe: OutputSample, shape: MoEShape) -> Tensor:
     """How much the layer's output changes when an expert alone is removed and its slots are filled anew, [E].
 
@@ -104,7 +80,8 @@ def remove_one(probe: OutputSample, shape: MoEShape) -> Tensor:
     return changed_E / len(layer.all_tokens)
 
 
-def ranked_choice(probe: OutputSample) -> Tensor:
+@score("ranked_choice", needs="outputs")
+def ranked_choice(probe: OutputSample, _shape: MoEShape | None = None) -> Tensor:
     """Place in which experts are voted out, [E], the last survivor's the highest (ModelOpt's ranked-choice voting).
 
     The expert with the fewest tokens that choose it goes first, of equals the one of lowest number; each of its
@@ -127,6 +104,33 @@ def ranked_choice(probe: OutputSample) -> Tensor:
         token_R = vote_TE[:, out].nonzero().flatten()
         vote_TE[token_R] = votes(score_TE[token_R])
     return place_E
+
+
+@score("naee", needs="outputs", paper="NAEE, arXiv 2402.14800", chooses_sets=True)
+def best_subset(probe: OutputSample, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
+    """The set of `keep` experts with the least loss, equally many in every router group.
+
+    Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
+    experts, instead of swaps, all sets that may be better are tried, so that none is. The loss of every set that is
+    reached is exact, and no swap is taken that does not lower it. The comparison of steps not taken is exact as well,
+    with two exceptions. Under a softmax with a selection bias, all of them neglect that the rank of an expert may
+    change for tokens that do not use the one removed. Under groups, swaps neglect that a token's groups may change so
+    that the new expert comes into reach.
+    """
+    shape.require(keep)
+    layer = SubsetLoss(probe, shape.layer)
+    search = SubsetSearch(layer)
+    while int(search.alive_E.sum()) > keep:
+        _eliminate(search, shape)
+    exact = layer.experts <= exact_up_to
+    alive_E = search.alive_E if exact else _swap(search, shape).alive_E
+    loss, exhausted = layer.losses(alive_E[None])
+    if exact:
+        alive_SE = _masks(_balanced(shape, keep), layer.experts)
+        alive_E = alive_SE[layer.best_of(alive_SE, float(loss) + LEAST_GAIN * float(layer.target))]
+        loss, exhausted = layer.losses(alive_E[None])
+    kept = tuple(alive_E.nonzero().flatten().tolist())
+    return Choice(kept, float(layer.relative(loss)), float(exhausted))
 
 
 def _masks(subsets: Iterable[Sequence[int]], experts: int) -> Tensor:

@@ -102,6 +102,7 @@ def _arbitrary(shape: MoEShape, count: int, router: Router) -> MergeExperts | No
         "ream": {"grouping": "ream", "by": "outputs+logits", "average": "saliency", "align": "both", "cap": 16}
         | {"router": "centroid", "propagate": "compressed"},
     },
+    breaks_patterns=True,
     exclusive=(("keep", "ratio"),),
     shown_in_names=("grouping", "router", "keep", "ratio"),
 )

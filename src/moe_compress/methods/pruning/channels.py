@@ -109,6 +109,7 @@ def _edit(layer: int, widths_E: list[int], ranked_EF: Tensor | None = None) -> K
     paper="CAMERA (arXiv 2508.02322), HEAPr (2509.22299)",
     needs=_needs,
     check=check,
+    breaks_patterns=True,
     exclusive=(("keep", "ratio"),),
     shown_in_names=("score", "keep", "ratio"),
 )

@@ -16,12 +16,11 @@ from torch import Tensor
 from moe_compress.methods.pruning.masks import lowest, lowest_in_groups, lowest_in_rows, pattern_of
 from moe_compress.methods.pruning.sparsegpt import sparsegpt
 from moe_compress.methods.pruning.sparsity_allocation import Allocation, require_allocatable
-from moe_compress.methods.registry import Need, method
+from moe_compress.methods.registry import Need, weight_method
 from moe_compress.methods.weight_method import MatrixGroup, NewMatrices
 from moe_compress.models.matrices import Matrix, kinds_of
 
 Way = Literal["magnitude", "wanda", "sparsegpt"]
-Unseen = Literal["pooled", "magnitude", "dense", "error"]
 NEEDS: dict[str, Need] = {"magnitude": "nothing", "wanda": "input_squares", "sparsegpt": "input_grams"}
 
 
@@ -38,7 +37,7 @@ def check_prune(
     pattern: str | None,
     allocate: Allocation,
     spread: float,
-    unseen: Unseen,
+    unseen: str,
     **_: Any,
 ) -> None:
     """Raise ValueError for a sparsity, a pattern or an allocation that these matrices cannot have."""
@@ -66,8 +65,7 @@ def try_prune(group: MatrixGroup, *, sparsity_B: Tensor, method: Way, **_: Any) 
     return _masked(group, sparsity_B, None, method != "magnitude")
 
 
-@method(
-    "weight",
+@weight_method(
     group="slimming",
     paper="arXiv 2301.00774 (SparseGPT), 2306.11695 (Wanda)",
     needs=_needs,
@@ -75,22 +73,13 @@ def try_prune(group: MatrixGroup, *, sparsity_B: Tensor, method: Way, **_: Any) 
     trial=try_prune,
     exclusive=(("sparsity", "pattern"),),
     shown_in_names=("method", "sparsity", "pattern"),
+    selection_after="pattern",
+    unseen=("pooled", "magnitude", "dense", "error"),
+    allocates=True,
+    forecast_note="Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them.",
 )
-def prune(  # noqa: PLR0913 - these are the recipe's parameters
-    group: MatrixGroup,
-    *,
-    method: Way = "wanda",
-    sparsity: float | None = 0.5,
-    pattern: str | None = None,
-    where: str = "experts",
-    spare: str = "",
-    propagate: Literal["compressed", "original"] = "compressed",
-    unseen: Unseen = "pooled",
-    min_tokens: int = 1,
-    shrink: float = 0.0,
-    allocate: Allocation = "uniform",
-    spread: float = 0.1,
-    experts_at_once: int = 0,
+def prune(
+    group: MatrixGroup, *, method: Way = "wanda", sparsity: float | None = 0.5, pattern: str | None = None
 ) -> NewMatrices:
     """Set weights to zero: a fraction (sparsity=0.5), or all but n of every m inputs (pattern=2:4)."""
     kept = pattern_of(pattern or "")

@@ -10,20 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import BITS, Clip, rtn
-from moe_compress.methods.registry import Need, method
+from moe_compress.methods.registry import Need, weight_method
 from moe_compress.methods.weight_method import MatrixGroup, NewMatrices, QuantizedMatrices
 from moe_compress.models.matrices import Matrix, kinds_of
+from moe_compress.utils.declarations import Registered
 
 Way = Literal["rtn", "gptq", "awq"]
 Bits = Literal["2", "3", "4", "8", "auto"]
-Format = Literal["auto", "compressed-tensors", "gptq", "packed", "dense"]
+FORMATS = Registered(
+    "moe_compress.checkpoints.formats", "storage_format", first=("auto",), unless="written", last_by="fallback"
+)
 NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
 NARROWEST = 8
 
@@ -54,7 +57,6 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
     method: Way,
     act_order: bool,
     damping: float,
-    format: Format,
     experts_at_once: int,
     where: str,
     spare: str,
@@ -82,8 +84,6 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
         raise ValueError(
             f"bits=auto shares out bits among experts: where={where} spare={spare} has to leave just those."
         )
-    if format in ("compressed-tensors", "gptq") and bits == "auto":
-        raise ValueError(f"format={format} holds one width for all experts: bits=auto needs format=packed or dense.")
 
 
 def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: str) -> None:
@@ -96,13 +96,22 @@ def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: st
         raise ValueError(f"scales={scales} is AWQ's, and method={method} makes no inputs larger.")
 
 
-@method(
-    "weight",
+def _rescaling(parameters: Mapping[str, Any]) -> str:
+    return parameters["scales"] if parameters["method"] == "awq" else ""
+
+
+@weight_method(
     group="slimming",
     paper="arXiv 2210.17323 (GPTQ), 2306.00978 (AWQ)",
     needs=_needs,
     check=check_quantize,
     shown_in_names=("method", "bits"),
+    selection_after="group_size",
+    unseen=("rtn", "pooled", "error"),
+    min_tokens=32,
+    quantizes=True,
+    rescales_inputs=_rescaling,
+    allocates_bits=lambda parameters: parameters["bits"] == "auto",
 )
 def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     group: MatrixGroup,
@@ -113,18 +122,11 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     by: Literal["error", "gradient", "used", "rare"] = "error",
     per: Literal["matrix", "expert", "layer"] = "matrix",
     group_size: int = 128,
-    where: str = "experts",
-    spare: str = "",
-    format: Format = "auto",
+    format: Annotated[str, FORMATS] = "auto",
     clip: Clip = "mse",
     act_order: bool = False,
     damping: float = 0.01,
     scales: Literal["pow2", "free"] = "pow2",
-    propagate: Literal["compressed", "original"] = "compressed",
-    unseen: Literal["rtn", "pooled", "error"] = "rtn",
-    min_tokens: int = 32,
-    shrink: float = 0.0,
-    experts_at_once: int = 0,
 ) -> NewMatrices:
     """Store weights in few bits: a code for each, and a scale for every group of inputs."""
     if not group.group_size:

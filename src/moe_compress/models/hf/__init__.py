@@ -7,7 +7,6 @@ calls: how each layer is called; experts: what was routed where.
 from moe_compress.models.hf.edited_architectures import (
     edited_config_values,
     modelling_files,
-    register_edited_architectures,
 )
 from moe_compress.models.hf.expert_taps import (
     EXPERTS_FUNCTION,
@@ -82,5 +81,3 @@ __all__ = [
     "untap",
     "use_experts_function",
 ]
-
-register_edited_architectures()

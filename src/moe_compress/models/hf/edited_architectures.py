@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moe_compress.models import modeling
 from moe_compress.models.modeling import edited_model
@@ -32,22 +32,6 @@ def edited_classes_of(base_type: str) -> tuple[Any, Any]:
     classes = edited_model.edited_classes(*_classes(base_type))
     AutoModelForCausalLM.register(*classes)
     return classes
-
-
-def _stand_in_config(base_type: str) -> type:
-    """What AutoConfig finds under an edited model_type: it makes the real classes when first used."""
-
-    def from_dict(values: Mapping[str, Any], **kwargs: Any) -> Any:
-        return edited_classes_of(base_type)[0].from_dict(values, **kwargs)
-
-    body = {"model_type": edited_model.PREFIX + base_type, "from_dict": staticmethod(from_dict), "__module__": __name__}
-    return type("EditedConfig", (), body)
-
-
-def register_edited_architectures() -> None:
-    """Let `AutoModelForCausalLM` load edited checkpoints of every architecture; imports none of them."""
-    for base_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        CONFIG_MAPPING.register(edited_model.PREFIX + base_type, _stand_in_config(base_type), exist_ok=True)
 
 
 def edited_config_values(base: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
