@@ -45,7 +45,8 @@ PACKED = ("mixtral", "deepseek_v3", "gpt_oss", "qwen2_moe")
 class Size:
     """What is checked: families, matrices [outputs, inputs], how often a product is repeated, full-size layers.
 
-    agreeing: of the matrices that are solved on both devices; shrunk: values of a full-size config that are replaced.
+    agreeing: of the matrices that are solved on both devices; shrunk: values of a full-size config that are replaced;
+    timing: words for the speed harness.
     """
 
     device: torch.device
@@ -58,11 +59,13 @@ class Size:
     tokens: int = 16_384
     length: int = 2048
     shrunk: tuple[tuple[str, int], ...] = ()
+    timing: tuple[tuple[str, Any], ...] = (("quick", True),)
 
 
 SMOKE = Size(
     CPU, ("mixtral", "jetmoe"), PACKED[:1], (128, 128), (128, 256), 1, FULL_SIZE[:1], 16, 8,
     (("hidden_size", 64), ("intermediate_size", 64), ("vocab_size", 96), ("head_dim", 16)),
+    (("prompts", "8"), ("batches", "1"), ("tokens", 2), ("runs", 2), ("seconds", 0), ("starts", 1)),
 )  # fmt: skip
 
 
@@ -244,7 +247,7 @@ def half_as_deep(place: Path, size: Size) -> dict[str, Any]:
     folder = moe_compress.compress(
         "block_drop drop=2", model="tiny-mixtral", results=str(place), eval=False, out=str(place / "half")
     ).folder
-    report = moe_compress.speed(str(folder), quick=True, device=size.device.type, results=place)
+    report = moe_compress.speed(str(folder), device=size.device.type, results=place, **dict(size.timing))
     print(report.markdown())
     return dict(report.found)
 

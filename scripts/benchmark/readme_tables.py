@@ -1,4 +1,4 @@
-"""Summaries of the grid, from the records alone: results/summary.md, and the same tables in the README."""
+"""Summaries of the grid, from the records alone: results/summary.md, results/README.md, and what the README shows."""
 
 from __future__ import annotations
 
@@ -11,14 +11,33 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from moe_compress import methods
 from moe_compress.evaluation.statistics import per_token
 from moe_compress.methods import registry
+from moe_compress.reports import pareto, plots
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
-from moe_compress.reports.table import one_row_each
+from moe_compress.reports.table import make_tables, one_row_each
 
-BEGIN, END = "<!-- summary: made by scripts/benchmark/tables.sh -->", "<!-- end of summary -->"
+BEGIN, END = "<!-- results: made by scripts/benchmark/tables.sh -->", "<!-- end of results -->"
+HEADING = """# Results
+
+Every method on the models that ship with the package, beside the original on the same held-out text: change of the mean
+NLL per token in nats with its 95 % interval over documents (of several calibration texts: mean, smallest to largest).
+All of it is made from the records in `records/` by `bash scripts/benchmark/tables.sh --tables-only`; every column is in
+[tables.md](tables.md).
+"""
+# What the README shows of one model: one recipe of each kind.
+SHOWN_MODEL = "tiny-mixtral"
+SHOWN = (
+    "original",
+    "expert_drop score=reap ratio=0.25",
+    "expert_drop score=naee ratio=0.25",
+    "expert_merge preset=ream ratio=0.25",
+    "block_drop drop=1 mode=discrete",
+    "prune method=sparsegpt sparsity=0.5",
+    "quantize method=gptq bits=4 group_size=32",
+    "expert_drop score=reap ratio=0.25 + quantize method=gptq bits=4 group_size=32",
+)
 METRIC = "delta_nll"
 OTHERS = {"budget", "reverse", "protect", "unseen", "keep", "propagate", "novice"}
 SCORE = "expert_drop"
@@ -28,7 +47,6 @@ SIZES = (
     ("About half of the experts (25 % to 50 % of all parameters)", 0.25, 0.5),
 )
 BESIDE = ("score=reap", "score=naee", "score=random", "score=gate_mass", "score=aimer")
-methods.register_all()
 PRESETS = ("hc_smoe", "m_smoe", "ream")
 PAIRS = (
     ("prune method=sparsegpt sparsity=0.5", "prune method=wanda sparsity=0.5"),
@@ -219,9 +237,9 @@ def orderings(records: Sequence[Record], documents: Path, pairs: Sequence[tuple[
     for better, worse in pairs:
         cells = []
         for model in sorted(_originals(records)):
-            sides = [rows.get((name, model), []) for name in (better, worse)]
-            kept = all(_sums(record, documents).is_file() for side in sides for record in side)
-            cells.append(_difference(*sides, documents) if all(sides) and kept else "")
+            first, second = (rows.get((name, model), []) for name in (better, worse))
+            kept = all(_sums(record, documents).is_file() for record in (*first, *second))
+            cells.append(_difference(first, second, documents) if first and second and kept else "")
         lines.append(f"| {better} - {worse.partition(' ')[2]} | " + " | ".join(cells) + " |")
     models = sorted(_originals(records))
     return "\n".join([f"| difference | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|", *lines]) + "\n"
@@ -271,8 +289,8 @@ def _name(given: dict[str, Any], whole: bool = False) -> str:
     return " ".join([given["stage"], *words])
 
 
-def _mean(records: Row) -> float:
-    return sum(record.metrics[METRIC].value for record in records) / len(records)
+def _mean(records: Row, metric: str = METRIC) -> float:
+    return sum(record.metrics[metric].value for record in records) / len(records)
 
 
 def summary(records: Sequence[Record], documents: Path) -> str:
@@ -300,12 +318,54 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
 
 
+def shown(records: Sequence[Record]) -> str:
+    """One recipe of each kind on one model: size, what it costs in quality, and what a token costs."""
+    rows = {_sentence(found[0]): found for found in one_row_each(records) if found[0].model == SHOWN_MODEL}
+    lines = ["| recipe | size | perplexity | change of NLL | same top token | FLOPs per token |", "|---" * 6 + "|"]
+    for name in SHOWN:
+        found = rows.get(name, [])
+        if found:
+            size, flops = (found[0].sizes[key] for key in ("bytes", "flops_per_token"))
+            changed = [cell(found), f"{_mean(found, 'top1_agreement'):.3f}"] if name != "original" else ["", ""]
+            cells = [f"{size / 2**20:.2f} MiB", f"{_mean(found, 'perplexity'):.2f}", *changed, f"{flops / 1e6:.2f} M"]
+            lines.append(f"| {name if name == 'original' else f'`{name}`'} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _sentence(record: Record) -> str:
+    """A record's recipe as the summaries name it."""
+    if record.form == "original":
+        return "original"
+    return _name(_given(record), True) if len(record.recipe) == 1 else _stages(record)
+
+
+def write_picture(records: Sequence[Record], results: Path) -> list[Path]:
+    """Write pareto.png and pareto.svg: perplexity against size on disk of all that was made of one model."""
+    table = next((each for each in make_tables(records) if each.title == SHOWN_MODEL), None)
+    if table is None:
+        return []
+    fronts = pareto.make_fronts(table.cells.column("recipe"), table.rows, [results / "documents"])
+    files = [plots.front(results / "pareto", SHOWN_MODEL, front) for front in fronts if front.key == "bytes"]
+    return [path for made in files for path in made]
+
+
 def write_summary(results: Path, readme: Path | None) -> None:
-    """Write summary.md beside the records and put the same tables between the README's markers, if one is given."""
-    text = summary(load_records(sorted((results / "records").glob("*.json"))), results / "documents")
+    """Write summary.md and README.md beside the records, and a few rows between the markers of `readme`, if given."""
+    records = load_records(sorted((results / "records").glob("*.json")))
+    text, few = summary(records, results / "documents"), shown(records)
     (results / "summary.md").write_text(text, encoding="utf-8")
-    if readme is None:
+    # Links of the page lead from its own folder.
+    page = f"{HEADING}\nOn {SHOWN_MODEL}, in short:\n\n{few}\n{text.replace('results/', '')}"
+    (results / "README.md").write_text(page, encoding="utf-8")
+    if readme is not None:
+        fill(readme, few)
+
+
+def fill(readme: Path, rows: str) -> None:
+    """Put rows between the markers of a page; one without markers stays as it is."""
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"{readme} is as before, because it has no line {BEGIN!r} with {END!r} behind it.")
         return
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n\n{rows}\n{END}{after}", encoding="utf-8")
