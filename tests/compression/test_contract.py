@@ -18,6 +18,7 @@ from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import ModelShape, model_shape
 from support import readers, tiny
 from support.editing import cut, logits_of
+from support.slow import slow_after
 from support.trimmed import plan_edits, skeleton
 
 Options = dict[str, object]
@@ -115,7 +116,8 @@ def require_left(left: Left, before: ModelShape, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sentence", "left", "family"), [(s, left, family) for s, left, families in CONTRACT for family in families]
+    ("sentence", "left", "family"),
+    [each for sentence, left, families in CONTRACT for each in slow_after(1, [(sentence, left, f) for f in families])],
 )
 def test_every_recipe_keeps_to_the_contract(sentence, left, family, lab, made):
     """As asked, loadable, the very model that its plan gives in memory, finite, and as forecast."""

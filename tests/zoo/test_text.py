@@ -80,6 +80,7 @@ def test_documents_are_enough(small_splits: dict[str, tuple[text.Document, ...]]
             assert characters > 250_000
 
 
+@pytest.mark.slow  # the fingerprint, below, is that of the exact text
 def test_documents_are_deterministic(small_splits: dict[str, tuple[text.Document, ...]]) -> None:
     assert text.documents("heldout") == small_splits["heldout"]
 

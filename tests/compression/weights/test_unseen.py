@@ -13,6 +13,7 @@ from moe_compress.calibration.input_moments import Moments
 from support import naive_pruning as slow
 from support import readers, tiny
 from support.pruned import PER_MATRIX, Options, agreement, random, report, rows, stock
+from support.slow import each_once, slow_unless
 
 LONELY = 3
 
@@ -28,8 +29,10 @@ def pooled(experts: list[slow.Rows]) -> slow.Rows:
     return slow.Rows([x for e in experts for x in e.inputs], [x for e in experts for x in e.inner])
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-@pytest.mark.parametrize("policy", ["pooled", "magnitude", "dense"])
+SOLVERS, POLICIES = ("wanda", "sparsegpt"), ("pooled", "magnitude", "dense")
+
+
+@pytest.mark.parametrize(("method", "policy"), slow_unless(each_once(SOLVERS, POLICIES), SOLVERS, POLICIES))
 def test_an_expert_without_tokens(method, policy, lonely, tmp_path):
     options = {**lonely, "out": str(tmp_path / "out")}
     folder = moe_compress.compress(f"prune method={method} propagate=original unseen={policy}", **options).folder

@@ -15,7 +15,7 @@ from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.cli.commands import main
 from moe_compress.evaluation.verification import verify as verification
 from moe_compress.evaluation.verification.compatibility import compatibility
-from moe_compress.evaluation.verification.verify import verify
+from moe_compress.evaluation.verification.verify import verification as verified
 from support.slow import slow_after
 
 RTN = "quantize method=rtn group_size=8 clip=max"
@@ -32,7 +32,7 @@ def made(sentence: str, folder: Path, options: dict[str, object]) -> Path:
     slow_after(1, [(f"{RTN} bits=4", "packed"), ("activations", "edited")]),
 )
 def test_a_good_checkpoint_is_verified(sentence, form, reader_folder, options):
-    found = verify(open_checkpoint(made(sentence, reader_folder("mixtral"), options)))
+    found = verified(open_checkpoint(made(sentence, reader_folder("mixtral"), options)))
     assert found.passed and found.form == form and found.error is not None and found.error <= found.tolerance
     assert found.stock_class is not None and "MixtralForCausalLM" in found.stock_class
     assert f"{form} checkpoint: verified." in found.markdown() and "| vLLM" in found.markdown()
@@ -45,7 +45,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_not(reader_folder, tmp_path)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.0.strange.weight"] = tensors.pop("model.norm.weight")
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    found = verify(open_checkpoint(folder))
+    found = verified(open_checkpoint(folder))
     assert not found.passed and "missing keys: model.norm.weight" in found.problems
     assert any(problem.startswith("unexpected keys: ") for problem in found.problems)
     assert "NOT VERIFIED: " in found.markdown() and "| vLLM" in found.markdown()
@@ -53,7 +53,7 @@ def test_a_checkpoint_without_one_of_its_tensors_is_not(reader_folder, tmp_path)
 
 def test_a_layout_that_stock_transformers_does_not_load_is_not_called_verified(reader_folder, options, monkeypatch):
     folder = made(f"{RTN} bits=4 format=gptq", reader_folder("mixtral"), options)
-    found = verify(open_checkpoint(folder))
+    found = verified(open_checkpoint(folder))
     assert not found.passed and found.problems == [] and found.stock_class is None
     assert "NOT VERIFIED: stock transformers reads no such layout" in found.markdown()
     monkeypatch.setattr("sys.argv", ["moe-compress", "verify", str(folder), f"results={options['results']}"])
@@ -86,10 +86,10 @@ def test_different_logits_are_a_problem(reader_folder, options, monkeypatch):
     monkeypatch.setattr(verification, "_ours", lambda _: right * 1.01)
     stock = {"wrong": {}, "class": "It", "logits": right, "made": 4, "behind": 0.0}
     monkeypatch.setattr(verification, "_in_fresh_process", lambda *_: stock)
-    found = verify(checkpoint)
+    found = verified(checkpoint)
     assert not found.passed and "logits differ by 9.9e-03" in found.problems[0]
     monkeypatch.setattr(verification, "_ours", lambda _: right)
     for wrong in ({"made": 0}, {"behind": 0.5}):
         monkeypatch.setattr(verification, "_in_fresh_process", lambda *_, wrong=wrong: stock | wrong)
-        assert "are not the likeliest ones" in verify(checkpoint).problems[0]
+        assert "are not the likeliest ones" in verified(checkpoint).problems[0]
     assert json.loads(json.dumps(found.to_json()))["passed"] is False and "NOT VERIFIED" in found.markdown()

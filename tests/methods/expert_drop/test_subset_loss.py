@@ -11,6 +11,7 @@ from moe_compress.models.shape import moe_shapes
 from support import tiny
 from support.blocks import block_of
 from support.probes import PADDED, Real, given, outputs_of, probed, real, sets_of
+from support.slow import slow_after
 
 ROUTERS = [
     "mixtral", "qwen3_moe", "olmoe", "deepseek_v2", "deepseek_v3", "gpt_oss", "minimax_m2", "ernie4_5_moe", "jamba",
@@ -29,7 +30,7 @@ def test_losses_are_those_of_really_cut_blocks(name):
         torch.testing.assert_close(subset_losses(found.probe, sets), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", slow_after(5, ROUTERS))
 def test_the_best_set_is_the_best_of_all_cut_blocks(name):
     found = real(name)
     losses = {kept: found.loss(kept) for kept in sets_of(found.shape, 4)}

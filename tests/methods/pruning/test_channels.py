@@ -17,29 +17,26 @@ from moe_compress.edits.plan_file import read_plan
 from moe_compress.models.moe import inner_width, moe_views
 from support import readers, tiny
 from support.editing import cut, logits_of, moe_layers, original
-from support.slow import each_once, slow_unless
+from support.slow import DIFFERENT, each_once, slow_unless
 
 WIDTH = 16
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 
 
 SCORES = ("camera", "heapr", "wanda", "magnitude")
-once = each_once(tiny.EDITABLE, SCORES)
+once = each_once(DIFFERENT, SCORES)
 
 
 @pytest.mark.parametrize(
     ("family", "score"),
-    slow_unless(lambda family, score: family == "mixtral" or once(family, score), tiny.EDITABLE, SCORES),
+    slow_unless(lambda family, score: family in DIFFERENT and once(family, score), tiny.EDITABLE, SCORES),
 )
-def test_recipes_keep_the_best_neurons(family, score, reader_folder, options):
-    folder = reader_folder(family)
-    made = moe_compress.compress(
-        f"channels score={score} keep={WIDTH}", model=str(folder), eval=False, **options
-    ).folder
-    source, narrow = open_checkpoint(folder), load_model(made, torch.float32)
+def test_recipes_keep_the_best_neurons(family, score, reader_folder, made):
+    folder = made(family, f"channels score={score} keep={WIDTH}")
+    source, narrow = open_checkpoint(reader_folder(family)), load_model(folder, torch.float32)
     assert {inner_width(view) for view in moe_views(narrow).values()} == {WIDTH}
     assert bool(logits_of(narrow, WORDS).isfinite().all())
-    plan = read_plan(made / "plan.json")[0][0].plan
+    plan = read_plan(folder / "plan.json")[0][0].plan
     torch.testing.assert_close(logits_of(narrow, WORDS), logits_of(cut(source, plan.edits), WORDS))
     assert plan.report["widths"] == {str(layer): WIDTH for layer in moe_layers(source)}
 

@@ -18,6 +18,7 @@ from moe_compress.methods.pruning import sparsity_allocation
 from support import naive_pruning as slow
 from support import readers, tiny
 from support.pruned import PER_MATRIX, moe_layers, reference, report, rows, run_of, windows, zero_counts
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -50,11 +51,11 @@ def test_levels_are_whole_weights_apart(sparsity, spread):
     assert len({round(b - a) for a, b in itertools.pairwise(counts)}) == 1
 
 
-ALLOCATED = [("mixtral", allocate) for allocate in ("utilisation", "sensitivity", "both", "owl")]
-ALLOCATED += [("deepseek_v3", "utilisation"), ("gpt_oss", "sensitivity"), ("nemotron_h", "both")]
+ALLOCATED = [("deepseek_v3", "utilisation"), ("gpt_oss", "sensitivity"), ("nemotron_h", "both"), ("mixtral", "owl")]
+ALLOCATED += [("mixtral", allocate) for allocate in ("utilisation", "sensitivity", "both")]
 
 
-@pytest.mark.parametrize(("family", "allocate"), ALLOCATED)
+@pytest.mark.parametrize(("family", "allocate"), slow_after(4, ALLOCATED))
 def test_as_many_zeros_as_if_all_were_alike(family, allocate, lab, made):
     method = "sparsegpt" if family in ("mixtral", "gpt_oss") else "wanda"
     words = f"prune method={method} sparsity=0.43 spread=0.3"
@@ -99,7 +100,7 @@ def test_what_matters_more_loses_less(allocate, lab, tmp_path):
     assert said["1"][5] == min(everyone) < 0.5 < max(everyone) <= 0.7
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "llama4_text"])
+@pytest.mark.parametrize("family", slow_after(2, ["deepseek_v3", "llama4_text", "mixtral", "gpt_oss", "nemotron_h"]))
 def test_sensitivity_is_what_the_experts_would_add_differently(family, lab, monkeypatch):
     """Squared change of an expert's contributions, a token, over the energy of the stream."""
     tables: dict[int, Tensor] = {}

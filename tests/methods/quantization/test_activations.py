@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import subprocess
 import sys
@@ -86,13 +85,9 @@ def reference(model: Any, where: str) -> Any:
 
 
 def places() -> list[Any]:
-    """Every family and place; in the default run, what all experts multiply, and every place of four families."""
+    """Every family and place; in the default run, every place of a few families."""
     quick = ("mixtral", "deepseek_v2", "gpt_oss", "llama4_text")
-    found = itertools.product(tiny.EDITABLE, ("sent", "experts", "all"))
-    return [
-        pytest.param(*each, marks=() if each[0] in quick or each[1] == "experts" else pytest.mark.slow)
-        for each in found
-    ]
+    return slow_unless(lambda family, _: family in quick, tiny.EDITABLE, ("sent", "experts", "all"))
 
 
 @pytest.mark.parametrize(("family", "where"), places())

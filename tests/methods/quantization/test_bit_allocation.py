@@ -27,7 +27,7 @@ from support import naive_quantization as slow
 from support import tiny
 from support.editing import logits_of
 from support.pruned import refused, report, stock
-from support.slow import each_once, slow_unless
+from support.slow import each_once, slow_after, slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
@@ -130,7 +130,7 @@ def naive_costs(model: Any, windows: Any, layer: int, by: str) -> dict[str, Tens
     return costs
 
 
-@pytest.mark.parametrize("by", ["error", "gradient"])
+@pytest.mark.parametrize("by", slow_after(1, ["gradient", "error"]))
 def test_sharing_out_is_measured_as_a_naive_loop_would(by, lab, monkeypatch):
     """What rounding a matrix alone changes of what its expert adds, gates and shares of the tokens included.
 

@@ -18,6 +18,7 @@ from support.identity import rewritten
 from support.interrupted import counting
 from support.pruned import refused, report, same_bits, stock, stored
 from support.quantized import BLIND, FEW, form, ours, packed_in, require_alike, theirs
+from support.slow import slow_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
@@ -35,10 +36,10 @@ def same_parts(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in one.items())
 
 
-DROPS = [("mixtral", "keep=6"), ("mixtral", "keep=4 budget=global"), ("gpt_oss", "keep=4 novice=mean")]
+DROPS = [("gpt_oss", "keep=4 novice=mean"), ("mixtral", "keep=4 budget=global"), ("mixtral", "keep=6")]
 
 
-@pytest.mark.parametrize(("family", "words"), DROPS)
+@pytest.mark.parametrize(("family", "words"), slow_after(2, DROPS))
 def test_dropping_experts_moves_the_bytes_of_the_others(family, words, wide_made):
     score = "reap" if "novice" in words else "weight_norm"
     folder = wide_made(family, f"{BLIND} + expert_drop score={score} {words}")

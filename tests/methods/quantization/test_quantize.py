@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 from pathlib import Path
@@ -38,7 +37,7 @@ from support.quantized import (
     theirs,
     wide,
 )
-from support.slow import slow_families
+from support.slow import each_once, slow_after, slow_families, slow_unless
 from support.stock_process import STRANGER, generated, stranger
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
@@ -75,10 +74,9 @@ def test_experts_are_quantized_and_nothing_else(family, wide_lab, wide_made):
 
 
 def grid() -> list[Any]:
-    """Every method, width and family; one in the default run, the others when asked."""
-    found = itertools.product(tiny.EDITABLE, ("rtn", "gptq", "awq"), BITS)
-    quick = ("mixtral",)
-    return [pytest.param(*each, marks=() if each[0] in quick else pytest.mark.slow) for each in found]
+    """Every method, width and family; of one family every method and every width in the default run."""
+    axes = ("mixtral",), ("rtn", "gptq", "awq"), BITS
+    return slow_unless(each_once(*axes), tiny.EDITABLE, *axes[1:])
 
 
 @pytest.mark.parametrize(("family", "method", "bits"), grid())
@@ -172,7 +170,7 @@ PARTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), PARTS)
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(4, PARTS))
 def test_where_says_what_is_quantized(family, words, pattern, wide_lab, wide_made):
     """Which tensors are packed, that all others are what they were, and that stock loads the checkpoint."""
     folder, before = wide_made(family, f"{BLIND} {words}"), stored(wide_lab(family)["model"])
@@ -200,7 +198,7 @@ ROUTERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), ROUTERS)
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(2, ROUTERS))
 def test_routers_are_rounded_and_stored_as_plain_numbers(family, words, pattern, wide_lab, wide_made):
     folder, before = wide_made(family, f"{BLIND} {words}"), stored(wide_lab(family)["model"])
     after, names = stored(folder), [name for name in before if re.search(pattern, name)]
