@@ -160,21 +160,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all commands, or those that hold a word, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--only", default="", help="a word: of the commands, those that hold it, and no planning")
+    parser.add_argument("--only", default="", help="a word: measure the commands that hold it, such as zoo or plan")
     parser.add_argument("--out", type=Path, help="keep the figures as JSON, for example in results/startup.json")
     parser.add_argument("--skeleton", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.skeleton:
         return build_skeleton()
     chosen = [command for command in COMMANDS if given.only in command.name]
-    if not chosen or given.runs < 1:
+    planning = given.only in PLAN.name
+    if not (chosen or planning) or given.runs < 1:
         parser.error("--only needs a word of a command, and --runs a number from 1 up.")
+    figures: dict[str, Any] = {"runs": given.runs}
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        copy_records(folder)
-        figures: dict[str, Any] = {"runs": given.runs, "start": start_figures(chosen, given.runs, folder)}
-        if not given.only:
-            figures["plan"] = plan_figures(given.runs, folder)
+        copy_records(Path(place))
+        if chosen:
+            figures["start"] = start_figures(chosen, given.runs, Path(place))
+        if planning:
+            figures["plan"] = plan_figures(given.runs, Path(place))
     if given.out is not None:
         given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 96, 32, 24, 8, 2, 3
@@ -106,8 +107,10 @@ def make(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 
 def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Write a model as an ordinary checkpoint."""
-    model.to(dtype).save_pretrained(folder)
-    model.to(torch.float32)
+    module: nn.Module = model  # whose `to` takes a dtype; that of the class above is declared without
+    module.to(dtype)
+    model.save_pretrained(folder)
+    module.to(torch.float32)
     return folder
 
 
