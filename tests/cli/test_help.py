@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
 import pytest
 
 from moe_compress import api
-from moe_compress.cli import catalogue
 from moe_compress.cli.arguments import normalised
 from moe_compress.cli.commands import main
-from moe_compress.methods import registry
-from moe_compress.run.options import Options
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
-# Their sections are still to be written.
-UNWRITTEN: set[str] = set()
 
 
 def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
@@ -56,21 +49,3 @@ def test_list_shows_one_method(monkeypatch, capsys):
     assert "- `cap=none`: whole number or none\n" in shown and "by=outputs+logits" in shown
     assert "REAM (2604.04356)" in shown and "expert_drop" not in shown
     assert "did you mean 'top_k'" in said(capsys, monkeypatch, "list", "topk")
-
-
-def test_every_option_and_parameter_is_documented_with_its_default():
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", page, re.M | re.S))
-    options = page.partition("## Options of a run")[2].partition("## Methods")[0]
-    for name, field in Options.model_fields.items():
-        assert f"| `{name}` | `{catalogue.word(field.default)}` | {catalogue.choices(field.annotation)} |" in options
-    assert set(sections) == set(registry.METHODS) - UNWRITTEN
-    for name, section in sections.items():
-        method = registry.METHODS[name]
-        for key, parameter in method.parameters.items():
-            expected = f"| `{key}` | `{catalogue.word(parameter.default)}` | {catalogue.choices(parameter.hint)} |"
-            assert expected in section, f"{name}: {expected}"
-        for preset, values in method.presets.items():
-            assert f"| `preset={preset}` | `{catalogue.recipe_words(values)}` |" in section
-        assert len(re.findall(r"^\| `\w+` \| `", section, re.M)) >= len(method.parameters)
-    assert "docs/recipes.md" in (ROOT / "README.md").read_text(encoding="utf-8")
