@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress import zoo
-from moe_compress.checkpoints.resolve import config_folder, layers_of, local_folder
+from moe_compress.checkpoints.model_names import local_folder
+from moe_compress.checkpoints.resolve import config_folder, layers_of
 from moe_compress.cli.arguments import option_pairs
 from moe_compress.compression.forecast import forecast
 from moe_compress.evaluation.harnesses import HARNESSES

@@ -34,8 +34,9 @@ from moe_compress.analysis.layer_plan import (
 from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model_size, print_compression_summary
 from moe_compress.analysis.strategies import impact_of, make_plan, strategy_target
 from moe_compress.checkpoints.load import load_model, load_tokenizer
+from moe_compress.checkpoints.model_names import local_folder
 from moe_compress.checkpoints.reader import Checkpoint, architecture_values
-from moe_compress.checkpoints.resolve import local_folder, resolve_model
+from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.data.documents import DataSpec
 from moe_compress.data.prompts import prompt_windows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from moe_compress import zoo
+from moe_compress.checkpoints.model_names import local_folder, require_model_name
 from moe_compress.checkpoints.reader import Checkpoint, architecture_values, open_checkpoint
 from moe_compress.models import hf
 from moe_compress.utils.choices import nearest
@@ -35,7 +35,7 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
         if revision is not None:
             raise ValueError(f"revision={revision} belongs to a hub model, but {model} is a local folder.")
         return open_checkpoint(folder, model if model in zoo.NAMES else str(folder))
-    _require_hub_id(model)
+    require_model_name(model)
     cached_only = not hub_answers()
     with _hub_errors(model, revision):
         config = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
@@ -57,7 +57,7 @@ def config_folder(model: str, revision: str | None = None) -> Path:
     shipped = zoo.config_path(model)
     if shipped is not None and revision is None:
         return shipped.parent
-    _require_hub_id(model)
+    require_model_name(model)
     cached_only = not hub_answers()
     with _hub_errors(model, revision):
         path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
@@ -67,24 +67,6 @@ def config_folder(model: str, revision: str | None = None) -> Path:
 def layers_of(model: str) -> int:
     """How many decoder layers a model has, from its config alone."""
     return hf.num_layers(hf.config_from(architecture_values(config_folder(model))))
-
-
-def local_folder(model: str) -> Path | None:
-    """The folder of a zoo model or a local path; None for what can only be a hub id."""
-    if model in zoo.NAMES:
-        return zoo.path(model)
-    return Path(os.path.abspath(model)) if model and Path(model).exists() else None
-
-
-def _require_hub_id(model: str) -> None:
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        return
-    near = nearest(model, zoo.NAMES)
-    hint = f"Did you mean {near!r}? " if near else ""
-    raise ValueError(
-        f"there is no model {model!r}. {hint}Use a zoo name ({', '.join(zoo.NAMES)}), a local folder, or a hub id "
-        "such as mistralai/Mixtral-8x7B-v0.1."
-    )
 
 
 def hub_answers() -> bool:

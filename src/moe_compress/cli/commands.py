@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
@@ -41,11 +42,12 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say 
     set_up_logging(verbose)
 
 
-def _called(name: str, positional: list[str], words: list[str], **flags: Any) -> Any:
-    """What a function of the API returns; its words are checked before it is imported."""
+def _called(name: str, positional: list[str], words: list[str], models: int = 1, **flags: Any) -> Any:
+    """What a function of the API returns; its words are checked before it is imported. models: among the positional."""
     given = option_pairs(words)
-    declaration = function_of(API, name)
-    typed_words(name, declaration, given)
+    typed_words(name, function_of(API, name), given)
+    for model in positional[:models]:
+        require_model_name(model)
     from moe_compress import api
 
     return getattr(api, name)(*positional, **{**flags, **given})
@@ -62,6 +64,7 @@ def compress(words: Words) -> None:
     """Run a recipe and evaluate the result: compress "expert_drop score=reap ratio=0.25" model=tiny-mixtral."""
     sentence, overrides = split_words(words)
     recipe = parse(sentence, overrides)
+    require_model_name(recipe.options.model)
     from moe_compress import api
     from moe_compress.cli.terminal import show_result
 
@@ -73,7 +76,7 @@ def apply(words: Words) -> None:
     """Apply a saved plan, edited by hand or not, without calibration: apply plan.json [model=...] [out=...]."""
     from moe_compress.cli.terminal import show_result
 
-    show_result(_called("apply", words[:1], words[1:]))
+    show_result(_called("apply", words[:1], words[1:], models=0))
 
 
 @app.command(cls=WithWords)
@@ -88,7 +91,7 @@ def evaluate(words: Words) -> None:
 def plan(words: Words) -> None:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
     sentence, overrides = split_words(words)
-    parse(sentence, overrides)
+    require_model_name(parse(sentence, overrides).options.model)
     from moe_compress import api
 
     _show(api.plan(sentence, *overrides))
@@ -116,7 +119,7 @@ def compare(words: Words) -> None:
     """Two models side by side, generations and predictions: compare A B [prompts=FILE] [max_tokens=30]."""
     if len(words) < 2 or "=" in words[1]:
         raise ValueError("compare takes two models: compare A B.")
-    _show(_called("compare", words[:2], words[2:]))
+    _show(_called("compare", words[:2], words[2:], models=2))
 
 
 @app.command(cls=WithWords)
@@ -133,6 +136,7 @@ def push(
 
 def _measure(harness: Harness, words: list[str], **flags: bool) -> None:
     given = harness.typed({**flags, **option_pairs(words[1:])})
+    require_model_name(words[0])
     found = harness.run(words[0], **given)
     _show(found)
     if found.exit_code:

@@ -55,6 +55,7 @@ def score(
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if name in _SCORES:
             raise ValueError(f"the score {name!r} is registered twice.")
+        NAMES.add(name)
         summary = (function.__doc__ or "").partition("\n")[0]
         _SCORES[name] = Score(
             name=name, needs=needs, paper=paper, summary=summary, function=function, chooses_sets=chooses_sets

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from moe_compress import zoo
-from moe_compress.utils.choices import coerce, unknown_key
+from moe_compress.utils.choices import coerce, one_of, unknown_key
 from moe_compress.utils.declarations import Declaration
 
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
 COUNTS = ("samples", "length", "eval_samples", "eval_length")
 LIMITS = {**dict.fromkeys((*COUNTS, "seed"), (0, 2**31 - 1)), "threads": (1, 1024)}
 MAX_NAME = 200  # bytes; file systems allow 255, and endings such as `.stage1.partial` come behind
@@ -82,9 +84,19 @@ def make_options(given: Mapping[str, Any]) -> Options:
         name = Path(getattr(options, key)).name
         if "\0" in name or len(name.encode(errors="surrogateescape")) > MAX_NAME:
             raise ValueError(f"{key}={name[:40]!r}...: a name of at most {MAX_NAME} bytes, none of them 0, is needed.")
+    require_arithmetic(options.device, options.dtype)
     if "/" in options.name:
         raise ValueError(f"name={options.name}: a record's name has no `/`; the checkpoint's folder is out=.")
     return options
+
+
+def require_arithmetic(device: str, dtype: str) -> None:
+    """Raise ValueError for names that are no devices or dtypes; whether the machine has them is another matter."""
+    if not re.fullmatch(r"auto|cpu(:\d+)?|cuda(:\d+)?", device):
+        known = re.fullmatch(r"(mps|xpu|hpu|meta|xla|mtia)(:\d+)?", device)
+        raise ValueError(f"device={device} is not {'supported' if known else 'a device'}: use auto, cpu or cuda[:N].")
+    if dtype != "auto":
+        one_of(dtype, DTYPE_NAMES, "dtype")
 
 
 def typed_words(command: str, declaration: Declaration, words: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,4 +110,7 @@ def typed_words(command: str, declaration: Declaration, words: Mapping[str, Any]
         make_options({key: value for key, value in others.items() if key != "model"})
     elif others:
         raise ValueError(f"{command} has no option {next(iter(others))!r}; it takes: {', '.join(own)}.")
-    return {**others, **{key: coerce(own[key].hint, value, key) for key, value in words.items() if key in own}}
+    typed = {key: coerce(own[key].hint, value, key) for key, value in words.items() if key in own}
+    if "device" in own:
+        require_arithmetic(typed.get("device", "auto"), typed.get("dtype", "auto"))
+    return {**others, **typed}

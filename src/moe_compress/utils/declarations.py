@@ -65,6 +65,9 @@ class Declaration:
         return getattr(importlib.import_module(self.module), self.name)
 
 
+_REGISTERED: dict[tuple[str, str], list[str]] = {}
+
+
 @dataclass(frozen=True)
 class Registered:
     """The choices of a parameter: the names of all functions of a package with this decorator.
@@ -80,10 +83,15 @@ class Registered:
     last_by: str = ""
 
     def names(self) -> tuple[str, ...]:
-        """In the order of files and of lines."""
+        """In the order of files and of lines; then those that were registered from elsewhere."""
         found = [each for each in declarations(self.package, self.decorator) if each.keywords.get(self.unless, True)]
         found.sort(key=lambda each: each.keywords.get(self.last_by, 0))
-        return (*self.first, *(each.positional[0] for each in found))
+        declared = (each.positional[0] for each in found)
+        return tuple(dict.fromkeys([*self.first, *declared, *_REGISTERED.get((self.package, self.decorator), ())]))
+
+    def add(self, name: str) -> None:
+        """Take in the name of a function that is being defined, here or elsewhere."""
+        _REGISTERED.setdefault((self.package, self.decorator), []).append(name)
 
     def read(self, text: str, where: str) -> str:
         """The word, if it is one of them."""
