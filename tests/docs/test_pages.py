@@ -19,7 +19,7 @@ from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.methods import registry, score_registry
 from moe_compress.run.options import Options
 from moe_compress.utils.declarations import REQUIRED, Parameter, function_of
-from support.pages import DOCS, PAGES, ROOT, SPAN, blocks, prose, shown
+from support.pages import DOCS, PAGES, ROOT, SPAN, blocks, examples, prose, shown
 
 SOURCE = ROOT / "src" / "moe_compress"
 LINK = re.compile(r"\]\(([^()\s]+)\)")
@@ -186,20 +186,15 @@ def is_there(path: str, page: Path) -> bool:
     return any(glob.glob(str(root / path)) for root in (ROOT, SOURCE, page.parent))
 
 
-def examples(page: Path) -> set[str]:
-    """The files that a page of docs/extending adds, which are not there."""
-    return set(re.findall(r"\bAs\s+`(\S+)`", page.read_text(encoding="utf-8")))
-
-
 PACKAGES = {path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file()}
 FOLDERS = {"src", "scripts", "tests", "docs", "results"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=shown)
 def test_no_page_names_a_file_that_is_not_there(page):
-    absent = []
+    absent, skipped = [], ELSEWHERE | examples(page.read_text(encoding="utf-8"))
     for span in spans(page):
-        if not re.fullmatch(r"[\w./*{},-]+", span) or span in ELSEWHERE | examples(page):
+        if not re.fullmatch(r"[\w./*{},-]+", span) or span in skipped:
             continue
         first, slash, _ = span.partition("/")
         ours = slash and first in PACKAGES | FOLDERS and (span.count("/") > 1 or "." in span)

@@ -39,6 +39,11 @@ def prose(text: str) -> str:
     return FENCE.sub("", text)
 
 
+def examples(text: str) -> set[str]:
+    """The files that a page of docs/extending adds: `As src/... this is all`."""
+    return set(re.findall(r"\bAs\s+`(\S+)`", text))
+
+
 def commands(text: str) -> list[list[str]]:
     """Every command of a page, in order, without comments and variables."""
     found = []
