@@ -163,8 +163,7 @@ OURS_ALONE = Loaders(
 class Format:
     """A storage format of weights.
 
-    name: what `format=` and a quantization_config call it; fallback: it holds whatever other formats do not, first 1,
-    then 2; 0 for the others. Both, and whether it is written, are the decorator's.
+    name: what `format=` and a quantization_config call it, as the decorator has it.
 
     layouts: how the tensors of a stored weight lie and are read, none for a format that no quantization_config names;
     described: what of it is read, in messages; unreadable: why a quantization_config is not read, as the rest of a
@@ -177,7 +176,6 @@ class Format:
     """
 
     name: str = ""
-    fallback: int = 0
     layouts: tuple[type[StoredWeight], ...] = ()
     described: str = ""
     unreadable: Callable[[Config], str] = lambda _: ""
@@ -201,13 +199,14 @@ def storage_format(
 ) -> Callable[[Callable[[], Format]], Callable[[], Format]]:
     """Register the format that a function describes; see `Format`.
 
-    written: whether `format=` may ask for it, which is read from the source, before torch is imported.
+    written: whether `format=` may ask for it; fallback: above 0 for one that holds whatever others do not: it is listed
+    behind them. Both are read from the source, before torch is imported.
     """
 
     def register(describe: Callable[[], Format]) -> Callable[[], Format]:
         if name in _FORMATS:
             raise ValueError(f"the storage format {name!r} is registered twice.")
-        found = replace(describe(), name=name, fallback=fallback)
+        found = replace(describe(), name=name)
         if written != (found.writer is not None):
             raise ValueError(f"the storage format {name!r} needs a writer, or written=False.")
         _FORMATS[name] = found
