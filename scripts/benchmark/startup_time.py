@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,13 +76,18 @@ SKELETON = Command((str(Path(__file__).resolve()), "--skeleton"))
 PLAN = ours("plan", RECIPE, f"model={MODEL}")
 
 
+def environment() -> dict[str, str]:
+    """That of a run: this project's sources come first."""
+    sources = os.pathsep.join(filter(None, (str(SOURCES), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": sources}
+
+
 def run(command: Command, folder: Path) -> Cost:
     """One run in a folder. ValueError if it does not end as it should."""
-    sources = os.pathsep.join(filter(None, (str(SOURCES), os.environ.get("PYTHONPATH"))))
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-P", *command.words], cwd=folder, stdout=said, stderr=said, stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": sources},
+            env=environment(),
         )  # fmt: skip
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -123,20 +129,28 @@ def start_figures(commands: Sequence[Command], runs: int, folder: Path) -> dict[
 
 
 def plan_figures(runs: int, folder: Path) -> dict[str, Any]:
-    """Print what planning takes beside one skeleton; returns all figures."""
+    """Print what planning takes beside one skeleton, with the imports of both and without; returns all figures."""
     costs = measured([SKELETON, PLAN], runs, folder)
     one, plan = costs[SKELETON.name], costs[PLAN.name]
-    ratio, peak = plan.seconds / one.seconds, plan.peak_bytes / 2**30
+    said = subprocess.run(
+        [sys.executable, "-P", *SKELETON.words], env=environment(), check=True, capture_output=True, text=True
+    ).stdout
+    building = float(said)
+    ratio, alone = plan.seconds / one.seconds, (plan.seconds - one.seconds + building) / building
+    peak = plan.peak_bytes / 2**30
     print(
         f"{PLAN.name}: {ratio:.1f} x a process that builds the skeleton once ({one.seconds:.1f} s; at most "
-        f"{PLAN_AT_MOST}), {peak:.2f} GiB at its peak (under {MEMORY_AT_MOST})"
+        f"{PLAN_AT_MOST}), {alone:.1f} x building alone without imports ({building:.1f} s); {peak:.2f} GiB at its peak "
+        f"(under {MEMORY_AT_MOST})"
     )
-    return {"ratio": ratio, "peak_gib": peak, "skeleton": asdict(one), "plan": asdict(plan)}
+    figures = {"ratio": ratio, "ratio_without_imports": alone, "peak_gib": peak, "building_seconds": building}
+    return {**figures, "skeleton": asdict(one), "plan": asdict(plan)}
 
 
-def build_skeleton() -> None:
-    """Build the planned model without weights, from the config that ships with the package."""
+def build_skeleton() -> float:
+    """Build the planned model without weights, from the config that ships; its processor time without the imports."""
     import torch
+    from transformers import AutoModelForCausalLM  # noqa: F401  (which it would import)
 
     from moe_compress import zoo
     from moe_compress.checkpoints.reader import architecture_values
@@ -144,7 +158,9 @@ def build_skeleton() -> None:
 
     config = zoo.config_path(MODEL)
     assert config is not None
+    started = time.process_time()
     hf.skeleton(hf.config_from(architecture_values(config.parent)), torch.bfloat16)
+    return time.process_time() - started
 
 
 def copy_records(folder: Path) -> int:
@@ -165,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--skeleton", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.skeleton:
-        return build_skeleton()
+        print(build_skeleton())
+        return
     chosen = [command for command in COMMANDS if given.only in command.name]
     planning = given.only in PLAN.name
     if not (chosen or planning) or given.runs < 1:

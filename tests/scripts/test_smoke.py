@@ -61,7 +61,7 @@ def read(path: Path) -> Any:
 @pytest.fixture
 def shipped() -> Any:
     """Nothing that is shipped is written to."""
-    files = [path for path in RESULTS.glob("*") if path.is_file()] + [ROOT / "README.md"]
+    files = [path for path in RESULTS.glob("*") if path.is_file()]
     before = {path: path.stat().st_mtime_ns for path in files}
     yield
     assert {path: path.stat().st_mtime_ns for path in files} == before
@@ -165,7 +165,7 @@ def test_startup(tmp_path):
     assert set(start["ratios"]) == {"zoo"} and set(start["costs"]) == {"zoo", "import typer, pydantic, yaml, rich"}
     (tmp_path / "some").mkdir()
     assert startup_time.copy_records(tmp_path / "some") == 10
-    startup_time.build_skeleton()
+    assert startup_time.build_skeleton() > 0
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
