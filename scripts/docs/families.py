@@ -22,6 +22,7 @@ from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
 from moe_compress.models.families import FAMILIES, Family
 from moe_compress.recipes.parser import parse
+from moe_compress.utils.files import atomic_write
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 LAYERS = 4
@@ -136,4 +137,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    (Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE).write_text(page(), encoding="utf-8")
+    atomic_write(Path(sys.argv[1]) if len(sys.argv) > 1 else PAGE, page().encode())

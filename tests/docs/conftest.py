@@ -33,43 +33,42 @@ def forget(module: str) -> None:
     declarations.declarations.cache_clear()
 
 
-def example_of(page: str) -> tuple[str, Path]:
-    """The first block of Python of a page under docs/extending, and where it says that the file lies in src."""
+def examples_of(page: str) -> list[tuple[Path, str]]:
+    """Where a page under docs/extending says that files lie, and what is in them."""
     text = (DOCS / "extending" / f"{page}.md").read_text(encoding="utf-8")
-    (path,) = (path for path in examples(text) if path.startswith("src/moe_compress/"))
-    return blocks(text, "python")[0], Path(path)
+    return [(Path(path), code) for path, code in zip(examples(text), blocks(text, "python"), strict=True)]
 
 
 @pytest.fixture
 def in_package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
-    """page -> the name of its example as a module of the package, which is there but not imported."""
+    """page -> the name of its (first) example as a module of the package, which is there but not imported."""
     with contextlib.ExitStack() as stack:
 
         def put(page: str) -> str:
-            code, path = example_of(page)
+            found = examples_of(page)
             folder, package = tmp_path_factory.mktemp("source"), "moe_compress"
-            for part in path.parent.parts[2:]:
+            for part in found[0][0].parent.parts[2:]:
                 folder, package = folder / part, f"{package}.{part}"
                 folder.mkdir()
                 importlib.import_module(package).__path__.append(str(folder))
                 stack.callback(importlib.import_module(package).__path__.remove, str(folder))
-            (folder / path.name).write_text(code, encoding="utf-8")
-            name = f"{package}.{path.stem}"
-            stack.callback(forget, name)
+            for path, code in found:
+                (folder / path.name).write_text(code, encoding="utf-8")
+                stack.callback(forget, f"{package}.{path.stem}")
             importlib.invalidate_caches()
             declarations.declarations.cache_clear()
-            return name
+            return f"{package}.{found[0][0].stem}"
 
         yield put
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], ModuleType]]:
-    """(page, name) -> its example, imported as a module of that name that belongs to no package."""
+    """(page, name) -> its (first) example, imported as a module of that name that belongs to no package."""
     with contextlib.ExitStack() as stack:
 
         def put(page: str, name: str) -> ModuleType:
-            (tmp_path / f"{name}.py").write_text(example_of(page)[0], encoding="utf-8")
+            (tmp_path / f"{name}.py").write_text(examples_of(page)[0][1], encoding="utf-8")
             monkeypatch.syspath_prepend(str(tmp_path))
             stack.callback(forget, name)
             return importlib.import_module(name)

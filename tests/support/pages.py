@@ -39,9 +39,9 @@ def prose(text: str) -> str:
     return FENCE.sub("", text)
 
 
-def examples(text: str) -> set[str]:
-    """The files that a page of docs/extending adds: `As src/... this is all`."""
-    return set(re.findall(r"\bAs\s+`(\S+)`", text))
+def examples(text: str) -> list[str]:
+    """The files that a page of docs/extending adds, in order: `As src/... this is all`."""
+    return re.findall(r"\bAs\s+`(\S+)`", text)
 
 
 def commands(text: str) -> list[list[str]]:
