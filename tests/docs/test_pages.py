@@ -69,7 +69,7 @@ def test_every_page_of_docs_is_linked_from_another():
     for page in PAGES:
         links = LINK.findall(prose(page.read_text(encoding="utf-8")))
         linked |= {(page.parent / link.partition("#")[0]).resolve() for link in links} - {page}
-    assert not {shown(page) for page in DOCS.rglob("*.md") if page not in linked}
+    assert not {shown(page) for page in DOCS.rglob("*.md") if page not in linked} - {"docs/README.md"}
 
 
 # --- generated blocks ------------------------------------------------------------------------------------------
