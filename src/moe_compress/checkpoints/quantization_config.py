@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -45,8 +46,19 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     """
     config = values.get(QUANTIZATION)
     grids = format_in(values).grids(config) if config else []
-    edits = (_room(model, index, grids) for index in range(len(hf.decoder_layers(model)) if grids else 0))
-    return [edit for edit in edits if edit is not None]
+    edits: list[PackMatrices] = []
+    layers = list(hf.decoder_layers(model)) if grids else []
+    # Layers of the same modules have the same room, unless a pattern tells them apart by their numbers.
+    alike = not any(re.search(r"\d", target.replace("\\d", "")) for grid in grids for target in grid.targets)
+    known: dict[Any, PackMatrices | None] = {}
+    for index, layer in enumerate(layers):
+        kind = tuple((name, tuple(each.shape)) for name, each in layer.named_parameters()) if alike else index
+        if kind not in known:
+            known[kind] = _room(model, index, grids)
+        found = known[kind]
+        if found is not None:
+            edits.append(replace(found, layer=index))
+    return edits
 
 
 def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatrices | None:

@@ -10,7 +10,7 @@ import torch
 from moe_compress.checkpoints.quantization_config import packed_edits, scale_bytes
 from moe_compress.checkpoints.reader import architecture_values
 from moe_compress.compression.dry_run import DryRun, dry_run
-from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import KeepExperts, SkipExperts
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.methods import registry
@@ -44,6 +44,10 @@ class Forecast:
         """Above the bare process: layers in the making, embeddings and head, hidden states between layers."""
         return int(LAYERS_AT_PEAK * self.layer_bytes) + self.outer_bytes + self.boundary_bytes
 
+    def markdown(self) -> str:
+        """The numbers as a table, with what they mean below."""
+        return as_markdown(self)
+
 
 def forecast(recipe: Recipe, folder: Path) -> Forecast:
     """Check the recipe against the model's shapes and count what it would leave."""
@@ -57,7 +61,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
     room = packed_edits(model, values)
-    apply_edits(model, room)
+    apply_for_counting(model, room)
     scale = scale_bytes(values)
     before = sizes(model, options.length, stored, scale)
     dry = dry_run(recipe, model, packed=bool(room))

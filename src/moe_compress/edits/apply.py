@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_compress.edits.edits import Edit, to_json
+from moe_compress.edits.edits import Edit, PackMatrices, to_json
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.modeling import edited_model
+from moe_compress.models.modeling.unfused_experts import UNFUSED
 from moe_compress.models.moe import inner_width, moe_view, permute_neurons
 from moe_compress.models.sublayers import block_names
 
@@ -40,6 +42,29 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
     names = block_names(model) if edits else {}
     for edit in edits:
         apply_edit(model, names, edit)
+
+
+def apply_for_counting(model: PreTrainedModel, edits: Sequence[PackMatrices]) -> None:
+    """Make room for packed matrices on a skeleton that is only checked and counted, never filled.
+
+    Experts of a layer that are alike are one module, named many times over: hundreds of experts in each of many layers
+    would take longer to make than all that a plan has to know of them.
+    """
+    names, family = block_names(model) if edits else {}, family_of(model.config)
+    for edit in edits:
+        view = moe_view(hf.decoder_layers(model)[edit.layer], family)
+        if view is None or view.unfused or not edit.alike:
+            apply_edit(model, names, edit)
+            continue
+        count = view.num_experts
+        for name, tensor in view.experts._parameters.items():
+            if tensor is not None and tensor.shape[0] == count:
+                view.experts._parameters[name] = nn.Parameter(tensor[:1], requires_grad=False)
+        apply_edit(model, names, replace(edit, bits={name: widths[:1] for name, widths in edit.bits.items()}))
+        if view.unfused:
+            (one,), shared = view.experts.separate, nn.ModuleList()
+            shared._modules.update({str(number): one for number in range(count)})
+            view.experts.register_module(UNFUSED, shared)
 
 
 def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:

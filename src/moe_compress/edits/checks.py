@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
-from moe_compress.models.moe import inner_width, moe_views
+from moe_compress.models.families import family_of
+from moe_compress.models.moe import MoEView, inner_width, moe_view, moe_views
 from moe_compress.models.shape import MoEShape, moe_shape
 from moe_compress.models.sublayers import lost_part
 
@@ -18,10 +19,16 @@ WIDTH_STEP = 8
 
 def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:
     """The layer's MoE block as numbers; ValueError if it has none."""
-    views = moe_views(model)
-    if layer not in views:
-        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(views)}.")
-    return moe_shape(model, layer, views[layer])
+    return moe_shape(model, layer, view_of(model, layer))
+
+
+def view_of(model: PreTrainedModel, layer: int) -> MoEView:
+    """The layer's MoE block; ValueError if it has none."""
+    layers = hf.decoder_layers(model)
+    view = moe_view(layers[layer], family_of(model.config)) if 0 <= layer < len(layers) else None
+    if view is None:
+        raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(moe_views(model))}.")
+    return view
 
 
 def require_layer(model: PreTrainedModel, layer: int) -> None:
@@ -45,7 +52,7 @@ def require_other_part(model: PreTrainedModel, layer: int) -> None:
 
 def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
     """Raise ValueError if nothing can come between the layer's router and its experts."""
-    if hf.gate_on_input(moe_views(model)[layer].experts):
+    if hf.gate_on_input(view_of(model, layer).experts):
         raise ValueError(
             f"{what} is not possible for {model.config.model_type}: its block runs the experts itself, "
             "so nothing can come between router and experts."
@@ -54,7 +61,7 @@ def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
 
 def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
     """Raise ValueError if the layer's experts are held one by one: they differ in width or are packed."""
-    if moe_views(model)[layer].unfused:
+    if view_of(model, layer).unfused:
         raise ValueError(
             f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
             "put this stage before the one that made them so, or use a bf16 copy of a model that is published so."

@@ -238,6 +238,11 @@ class PackMatrices(_OnLayer):
     spans: dict[str, int]
     edit: Literal["pack_matrices"] = field(default="pack_matrices", kw_only=True)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all matrices of a stack have the same bits."""
+        return all(len(set(widths)) == 1 for widths in self.bits.values())
+
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer has no such matrices."""
         require_layer(model, self.layer)

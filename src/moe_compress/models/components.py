@@ -11,6 +11,7 @@ Latent attention (MLA) caches what it compressed and expands all of it again at 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -114,29 +115,45 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
-    itemsize, kept = stored.itemsize, model.state_dict().keys()
+    itemsize, times = stored.itemsize, _times(model)
     for prefix, module in model.named_modules():
-        held = sums[place[prefix]]
+        held, count = sums[place[prefix]], times.get(id(module), 1)
         for name, parameter in module._parameters.items():
             if parameter is None or (tied and module is head):
                 continue
             each = parameter.element_size() if name in PACKED else itemsize
-            held.bytes += round(parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each))
+            held.bytes += count * round(
+                parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each)
+            )
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]
-            held.parameters += parameter.numel()
+            held.parameters += count * parameter.numel()
             if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 held.touched += parameter.shape[1]
                 continue
-            used = round(parameter.numel() * _share(place[prefix], parameter, *active.get(id(module), (top_k, None))))
+            share = _share(place[prefix], parameter, *active.get(id(module), (top_k, None)))
+            used = count * round(parameter.numel() * share)
             held.touched += used
             held.multiplied += used if _multiplies(place[prefix], name, parameter) else 0
         for name, buffer in module._buffers.items():
-            held.bytes += buffer.numel() * itemsize if buffer is not None and f"{prefix}.{name}" in kept else 0
+            lasts = buffer is not None and name not in module._non_persistent_buffers_set
+            held.bytes += buffer.numel() * itemsize if lasts else 0
     if tied and isinstance(embedding, nn.Embedding):
         sums[HEAD].touched += embedding.weight.numel() - embedding.weight.shape[1]
         sums[HEAD].multiplied += embedding.weight.numel()
     return sums
+
+
+def _times(model: PreTrainedModel) -> dict[int, int]:
+    """By module: how often it stands among the experts of a layer, where it is one of several that are alike."""
+    found: dict[int, int] = {}
+    for view in moe_views(model).values():
+        if view.unfused:
+            experts = view.experts.separate._modules.values()
+            counts = Counter(map(id, experts))
+            unique = {id(each): each for each in experts if counts[id(each)] > 1}
+            found |= {id(part): counts[key] for key, each in unique.items() for part in each.modules()}
+    return found
 
 
 def _multiplies(place: str, name: str, parameter: torch.Tensor) -> bool:
