@@ -14,6 +14,7 @@ from moe_compress.analysis.layer_plan import CompressedMoEConfig, CompressionPla
 from moe_compress.analysis.strategies import STRATEGIES
 from moe_compress.methods.expert_drop import subset_search
 from support.planted import FAMILIES, LAYER, PROMPTS, reader
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -52,7 +53,7 @@ def test_the_target_is_hit_exactly_or_refused(compressors):
         mixtral.plan_compression(LAYER, weight_blend="mean")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_the_predicted_error_is_that_of_the_reconstruction(family, tokenizer):
     compressor = ExpertCompressor(reader(family), tokenizer)
     compressor.analysis(LAYER, PROMPTS)

@@ -71,7 +71,7 @@ def test_codes_of_four_bits_are_parameters_and_their_scales_are_none(compressors
     assert estimate_model_size(model)["attention"] == before
 
 
-@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
+@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 def test_what_is_predicted_is_written(family, reader_folder, options, tmp_path):
     compressor = ExpertCompressor(reader_folder(family))
     layers = MoEHooks(compressor.model).moe_layer_indices

@@ -26,7 +26,7 @@ from moe_compress.models.moe import moe_views
 from support import naive, tiny
 from support.blocks import dense
 from support.probes import CPU, IDS, PADDED, SAMPLE, probed
-from support.slow import slow_families
+from support.slow import slow_after, slow_families
 from support.tiny import windows_of
 
 
@@ -142,7 +142,9 @@ def assert_same(a: dict[int, OutputSample], b: dict[int, OutputSample]) -> None:
                 assert torch.equal(tensor, other), name
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "jamba"])
+@pytest.mark.parametrize(
+    "family", slow_after(4, ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "jamba"])
+)
 def test_a_probe_does_not_depend_on_batches_or_chunks(family, family_checkpoint, monkeypatch):
     whole = probed(family_checkpoint(family))
     monkeypatch.setattr(fold_module, "TOKENS_PER_BATCH", 12)

@@ -38,7 +38,9 @@ ANSWERED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "code"), ANSWERED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("words", "code"), ANSWERED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_words_are_answered_without_heavy_imports(words, code, tmp_path):
     records = Path(__file__).parents[2] / "results" / "records" / "tiny-mixtral-original.json"
     given = [str(next(records.parent.glob("tiny-mixtral-top_k*"))) if word == "RECORDS" else word for word in words]

@@ -50,7 +50,9 @@ def test_a_plan_goes_to_another_model_only_if_told_to(reader_folder, options, tm
     assert result.folder.name.startswith("other-plan-")
 
 
-@pytest.mark.parametrize("sentence", ["expert_drop score=man keep=6", "expert_drop ratio=0.5 + expert_drop keep=2"])
+@pytest.mark.parametrize(
+    "sentence", slow_after(1, ["expert_drop score=man keep=6", "expert_drop ratio=0.5 + expert_drop keep=2"])
+)
 def test_the_recipe_in_the_checkpoint_rebuilds_it(sentence, reader_folder, options, tmp_path):
     folder = readers.save_model("mixtral", tmp_path / "model")
     made = moe_compress.compress(sentence, "seed=3", model=folder, **options).folder

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from moe_compress import api
+from moe_compress.checkpoints.folder import read_manifest
 from support import editing, tiny
 
 
@@ -19,5 +20,8 @@ def test_export_pads_where_a_bias_allows_it(tmp_path):
             with pytest.raises(ValueError, match="has no selection bias"):
                 api.export(made, tmp_path / "plain", pad=True)
         else:
-            assert (api.export(made, tmp_path / "plain", pad=True) / "config.json").is_file()
+            plain = api.export(made, tmp_path / "plain")
+            assert (plain / "config.json").is_file()
+            manifest = read_manifest(plain)  # which every harness reads
+            assert manifest is not None and manifest["base"]["model"] == str(model) and manifest["form"] == "plain"
             shutil.rmtree(tmp_path / "plain")

@@ -51,7 +51,7 @@ def run_options(model: Path, texts: Path, results: Path) -> Options:
     return {"model": str(model), "samples": 8, "length": 16, "eval": False, **files}
 
 
-@pytest.mark.parametrize("layer", range(tiny.LAYERS))
+@pytest.mark.parametrize("layer", slow_after(2, range(tiny.LAYERS)))
 def test_calibration_goes_on_at_the_boundary(layer, reader_folder, texts, whole, monkeypatch, tmp_path):
     options = run_options(reader_folder("deepseek_v3"), texts, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(Interrupted):

@@ -30,7 +30,7 @@ ONE_OF_EACH = {
 COMPOSED = "block_drop drop=1 + expert_drop keep=6 + layer_drop drop=1 + expert_merge keep=4"
 
 
-@pytest.mark.parametrize("family", slow_after(2, list(ONE_OF_EACH)))
+@pytest.mark.parametrize("family", slow_after(1, list(ONE_OF_EACH)))
 def test_two_runs_write_the_same_bytes(family, lab, tmp_path):
     """The second one measures everything anew, and is told in the YAML that the first one wrote."""
     sentence, options = ONE_OF_EACH[family], {**lab(family), "seed": 3}
@@ -95,7 +95,7 @@ def test_a_plan_of_several_stages_rebuilds_the_weights(family, sentence, made, t
 @pytest.mark.parametrize(
     ("family", "sentence"),
     slow_after(
-        2,
+        1,
         [
             ("qwen3_moe", "layer_drop drop=1"),
             ("minimax", "block_drop drop=1"),

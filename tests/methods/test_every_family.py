@@ -19,7 +19,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.models import hf
 from support import tiny
-from support.slow import slow_families
+from support.slow import each_once, slow_families, slow_unless
 from support.tiny import CPU, windows_of
 from support.trimmed import planned, planning_report
 
@@ -89,8 +89,14 @@ GROUPINGS = ("hc_smoe", "m_smoe", "ream")
 SIMILARITIES = ("outputs", "logits", "weights", "coactivation", "outputs+logits")
 
 
-@pytest.mark.parametrize("router", ["centroid", "sum"])
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    ("router", "family"),
+    slow_unless(
+        each_once(("centroid", "sum"), ("mixtral", "deepseek_v3", "gpt_oss")),
+        ("centroid", "sum"),
+        ("mixtral", "deepseek_v3", "gpt_oss"),
+    ),
+)
 def test_every_way_to_merge_shares_out_the_experts(family, router, seen):
     checkpoint, model = seen(family)
     skeleton = hf.skeleton(checkpoint.config, torch.float32)

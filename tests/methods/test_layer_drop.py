@@ -22,6 +22,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods.layer_drop import block_drop, check_blocks
 from moe_compress.models.shape import ModelShape, MoEShape
 from support import tiny
+from support.slow import each_once, slow_unless
 from support.tiny import CPU, windows_of
 from support.trimmed import batched, planned
 
@@ -138,9 +139,15 @@ def test_cosines_are_those_of_the_stock_model_in_float64(family, tmp_path):
         assert got == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("part", ["moe", "attention"])
-@pytest.mark.parametrize("metric", ["with_norm", "without_norm"])
-@pytest.mark.parametrize("family", ["mixtral", "flex_olmo"])
+@pytest.mark.parametrize(
+    ("part", "metric", "family"),
+    slow_unless(
+        each_once(("moe", "attention"), ("with_norm", "without_norm"), ("mixtral", "flex_olmo")),
+        ("moe", "attention"),
+        ("with_norm", "without_norm"),
+        ("mixtral", "flex_olmo"),
+    ),
+)
 def test_layer_drop_takes_the_most_similar(family, metric, part, tmp_path):
     model, model_seen = pass_over(family, tmp_path)
     found = streams_of(model, WHERE[family], TURNED)

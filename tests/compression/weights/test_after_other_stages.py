@@ -35,7 +35,7 @@ BEFORE = [
 @pytest.mark.parametrize(
     ("family", "before", "words"),
     slow_after(
-        7,
+        4,
         [
             *((*one, "method=wanda where=experts,router") for one in BEFORE[1:4]),
             *((*one, "method=magnitude") for one in BEFORE[4:5]),

@@ -23,12 +23,15 @@ from support.slow import slow_after
 
 @pytest.mark.parametrize(
     ("family", "words"),
-    [
-        ("mixtral", "method=sparsegpt"),
-        ("deepseek_v3", "where=experts,shared propagate=original shrink=8 min_tokens=20"),
-        ("gpt_oss", "method=sparsegpt pattern=2:4 min_tokens=20"),
-        ("granitemoe", "allocate=utilisation where=experts,router"),
-    ],
+    slow_after(
+        2,
+        [
+            ("mixtral", "method=sparsegpt"),
+            ("deepseek_v3", "where=experts,shared propagate=original shrink=8 min_tokens=20"),
+            ("gpt_oss", "method=sparsegpt pattern=2:4 min_tokens=20"),
+            ("granitemoe", "allocate=utilisation where=experts,router"),
+        ],
+    ),
 )
 def test_a_few_experts_at_a_time_or_all_at_once(family, words, made):
     folder, other = made(family, f"prune {words}"), made(family, f"prune {words} experts_at_once=3")
@@ -40,7 +43,7 @@ def test_a_few_experts_at_a_time_or_all_at_once(family, words, made):
     assert first.pop("routing_change").keys() == second.pop("routing_change").keys() and first == second
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "deepseek_v3"]))
 def test_two_runs_write_the_same_bytes(family, lab, made, tmp_path):
     """The second is told in the YAML that the first one wrote, and measures everything anew."""
     sentence = "prune method=sparsegpt where=experts,router allocate=both"
@@ -128,7 +131,8 @@ def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("compressed", 0), ("compressed", 2), ("allocated", 0), ("allocated", 2), ("nothing", 1)]
+    ("name", "number"),
+    slow_after(2, [("compressed", 0), ("compressed", 2), ("allocated", 0), ("allocated", 2), ("nothing", 1)]),
 )
 def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
@@ -141,14 +145,14 @@ def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, 
 
 @pytest.mark.parametrize(
     ("place", "function", "number"),
-    [
+    slow_after(3, [
         (writer, "copy_companions", 0),
         (writer, "write_json", 1),
         (writer, "write_json", 2),
         (writer, "write_config", 0),
         (Path, "unlink", 0),
         (Path, "rename", 0),
-    ],
+    ]),
 )  # fmt: skip
 def test_the_last_steps_do_not_begin_anew(place, function, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}

@@ -14,6 +14,7 @@ from moe_compress.edits.edits import DropLayer, KeepExperts, MergeExperts
 from moe_compress.evaluation.routing.fidelity import _layer as routing_layer
 from moe_compress.evaluation.routing.fidelity import token_values, utilisation
 from support import readers
+from support.slow import slow_after
 
 
 def sample(sets: list[set[int]], experts: int, seed: int = 0) -> dict[str, Tensor]:
@@ -102,14 +103,17 @@ def test_changed_weights_of_experts_change_no_routing_on_the_same_inputs(family,
 
 @pytest.mark.parametrize(
     "sentence",
-    [
-        "layer_drop drop=1 + expert_drop keep=6",
-        "block_drop drop=1",
-        "expert_merge keep=4 router=sum",
-        "expert_drop keep=4 novice=mean",
-        "activations where=sent",
-        "quantize method=rtn bits=8 group_size=8 where=experts,router",
-    ],
+    slow_after(
+        4,
+        [
+            "layer_drop drop=1 + expert_drop keep=6",
+            "block_drop drop=1",
+            "expert_merge keep=4 router=sum",
+            "expert_drop keep=4 novice=mean",
+            "activations where=sent",
+            "quantize method=rtn bits=8 group_size=8 where=experts,router",
+        ],
+    ),
 )
 def test_every_kind_of_change_is_followed(sentence, reader_folder, options):
     found = report(sentence, str(reader_folder("mixtral")), options)

@@ -216,6 +216,7 @@ def test_every_start_is_another_process(copied, reader_folder):
     assert seen[0].pid != seen[1].pid
 
 
+@pytest.mark.slow  # the two models above are timed by workers of a program without a guard, too: pytest's
 def test_a_script_without_a_guard_may_time_packed_weights_in_their_kernel(options, tmp_path):
     words = {**options, "eval": False, "model": "tiny-mixtral"}
     folder = moe_compress.compress("quantize method=rtn bits=4 group_size=32", **words).folder

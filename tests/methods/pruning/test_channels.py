@@ -17,7 +17,7 @@ from moe_compress.edits.plan_file import read_plan
 from moe_compress.models.moe import inner_width, moe_views
 from support import readers, tiny
 from support.editing import cut, logits_of, moe_layers, original
-from support.slow import DIFFERENT, each_once, slow_unless
+from support.slow import DIFFERENT, each_once, slow_after, slow_unless
 
 WIDTH = 16
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -82,7 +82,7 @@ def test_bad_widths_are_one_sentence(words, said, reader_folder, options):
     assert not Path(str(options["results"]), "checkpoints").exists()
 
 
-@pytest.mark.parametrize("budget", ["layer", "global"])
+@pytest.mark.parametrize("budget", slow_after(1, ["layer", "global"]))
 def test_ranking_within_layers_gives_experts_widths_of_their_own(budget, reader_folder, options):
     run = functools.partial(moe_compress.compress, model=str(reader_folder("qwen2_moe")), eval=False, **options)
     made = run(f"channels ratio=0.34 within=layer budget={budget} score=wanda").folder

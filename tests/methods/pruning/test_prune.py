@@ -33,7 +33,7 @@ from support.pruned import (
     windows,
     zero_counts,
 )
-from support.slow import slow_families
+from support.slow import slow_after
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 KINDS = ("sparsity=0.5", "pattern=2:4")
@@ -95,7 +95,8 @@ NAIVE = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe", "grani
 
 
 @pytest.mark.parametrize(
-    ("family", "share"), [*((family, 0.5) for family in NAIVE), ("deepseek_v3", (2, 4)), ("gpt_oss", (2, 4))]
+    ("family", "share"),
+    slow_after(4, [*((family, 0.5) for family in NAIVE), ("deepseek_v3", (2, 4)), ("gpt_oss", (2, 4))]),
 )
 def test_wanda_is_that_of_the_paper_on_each_expert_s_own_tokens(family, share, lab, made):
     kind = "sparsity=0.5" if share == 0.5 else "pattern=2:4"
@@ -104,7 +105,7 @@ def test_wanda_is_that_of_the_paper_on_each_expert_s_own_tokens(family, share, l
     assert whole >= len(moe_layers(folder, family)) * 4 * PER_MATRIX and same >= 0.999 * whole
 
 
-@pytest.mark.parametrize("family", slow_families(NAIVE))
+@pytest.mark.parametrize("family", slow_after(3, NAIVE))
 def test_sparsegpt_is_that_of_the_paper_on_each_expert_s_own_tokens(family, lab, made):
     folder, model, seen = made(family, "prune method=sparsegpt propagate=original"), lab(family)["model"], {}
     seen = rows(family, lab(family))
@@ -136,7 +137,7 @@ def test_padding_does_not_count(lab, tmp_path):
     assert report(folder)["calibration"]["tokens"] == int(found.mask_NS.sum())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "deepseek_v3"]))
 def test_compressed_means_what_comes_out_of_the_layers_before(family, lab, made):
     options = lab(family)
     folder = made(family, "prune propagate=compressed sparsity=0.75")
@@ -186,7 +187,9 @@ def test_where_says_what_is_pruned(family, words, pattern, lab, made):
     assert bool(report(folder)["routing_change"]) == ("router" in report(folder)["sparsity"])
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_next", "afmoe", "lfm2_moe", "minimax", "phimoe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family", slow_after(4, ["mixtral", "qwen3_next", "afmoe", "lfm2_moe", "minimax", "phimoe", "ernie4_5_moe"])
+)
 def test_all_is_every_matrix_but_the_routers(family, lab, made):
     model, folder = lab(family)["model"], made(family, "prune method=magnitude where=all sparsity=0.25")
     expected = set()

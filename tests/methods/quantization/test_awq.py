@@ -26,7 +26,7 @@ from support import naive_quantization as slow
 from support import tiny
 from support.editing import logits_of
 from support.pruned import report, stock
-from support.slow import slow_families
+from support.slow import slow_after, slow_families
 from support.tiny import CPU, windows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
@@ -100,7 +100,7 @@ def kept(found: list[Tensor], _module: Any, _args: Any, output: Any) -> None:
     found.append(output[0] if isinstance(output, tuple) else output)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "qwen2_moe", "olmoe"])
+@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "deepseek_v3", "qwen2_moe", "olmoe"]))
 def test_the_scales_that_are_found_for_a_router_are_powers_of_two(family, lab, monkeypatch, tmp_path):
     """And change no token's experts, in bf16, before anything is rounded."""
     found: list[Any] = []

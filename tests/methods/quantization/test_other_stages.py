@@ -39,7 +39,7 @@ def same_parts(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 DROPS = [("gpt_oss", "keep=4 novice=mean"), ("mixtral", "keep=4 budget=global"), ("mixtral", "keep=6")]
 
 
-@pytest.mark.parametrize(("family", "words"), slow_after(2, DROPS))
+@pytest.mark.parametrize(("family", "words"), slow_after(1, DROPS))
 def test_dropping_experts_moves_the_bytes_of_the_others(family, words, wide_made):
     score = "reap" if "novice" in words else "weight_norm"
     folder = wide_made(family, f"{BLIND} + expert_drop score={score} {words}")
@@ -69,7 +69,7 @@ def test_what_is_packed_goes_through_the_model_as_bytes(wide_made, tmp_path):
     assert one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("family", "first", "second"), OTHERS)
+@pytest.mark.parametrize(("family", "first", "second"), slow_after(2, OTHERS))
 def test_what_stays_keeps_its_bytes(family, first, second, wide_made):
     one, folder = stored(wide_made(family, first)), wide_made(family, f"{first} + {second}")
     if "block" in second:
@@ -96,7 +96,7 @@ def test_quantizing_after_other_stages(family, before, kind, wide_made):
     require_alike(fake, ours(folder), theirs(folder))
 
 
-@pytest.mark.parametrize(("family", "words"), [("mixtral", FEW), ("gpt_oss", BLIND)])
+@pytest.mark.parametrize(("family", "words"), slow_after(1, [("mixtral", FEW), ("gpt_oss", BLIND)]))
 def test_zeros_of_pruning_stay(family, words, wide_made):
     first = "prune method=magnitude pattern=2:4"
     pruned, folder = wide_made(family, first), wide_made(family, f"{first} + {words} bits=3")

@@ -103,7 +103,7 @@ def test_dense_is_the_same_in_plain_numbers(family, wide_lab, wide_made):
     require_alike(stock(folder), ours(wide_made(family, f"{FEW} bits=3")))
 
 
-@pytest.mark.parametrize(("family", "bits"), [("mixtral", 2), ("mixtral", 8), ("gpt_oss", 4)])
+@pytest.mark.parametrize(("family", "bits"), slow_after(1, [("mixtral", 2), ("mixtral", 8), ("gpt_oss", 4)]))
 def test_rounded_experts_are_those_of_the_reference(family, bits, wide_lab, wide_made):
     folder = wide_made(family, f"quantize method=rtn group_size=8 bits={bits}")
     here, old = ours(folder), naive_pruning.matrices(stock(wide_lab(family)["model"]), family, 1)[5]
@@ -134,7 +134,9 @@ def test_edited_checkpoints_load_where_the_package_is_unknown(wide_made, tmp_pat
     assert done.stdout.split() == ["2"]
 
 
-@pytest.mark.parametrize(("stored_in", "computed_in"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+@pytest.mark.parametrize(
+    ("stored_in", "computed_in"), slow_after(1, [("bfloat16", "float32"), ("float32", "bfloat16")])
+)
 def test_scales_have_the_dtype_of_the_checkpoint_and_the_rest_its_bits(stored_in, computed_in, wide_lab, tmp_path):
     dtype, model = getattr(torch, stored_in), stored_as("mixtral", tmp_path / "model", getattr(torch, stored_in))
     options = {**wide_lab("mixtral"), "model": str(model), "out": str(tmp_path / "out"), "dtype": computed_in}
@@ -170,7 +172,7 @@ PARTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(4, PARTS))
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(3, PARTS))
 def test_where_says_what_is_quantized(family, words, pattern, wide_lab, wide_made):
     """Which tensors are packed, that all others are what they were, and that stock loads the checkpoint."""
     folder, before = wide_made(family, f"{BLIND} {words}"), stored(wide_lab(family)["model"])
@@ -213,12 +215,15 @@ def test_routers_are_rounded_and_stored_as_plain_numbers(family, words, pattern,
 
 @pytest.mark.parametrize(
     ("words", "groups"),
-    [
-        ("", {"w_switch": 8, "w_down": 8}),
-        ("format=packed", {"w_switch": 32, "w_down": 40}),
-        ("group_size=16 format=packed", {"w_switch": 16, "w_down": 10}),
-        ("group_size=0", {"w_switch": 32, "w_down": 40}),
-    ],
+    slow_after(
+        2,
+        [
+            ("", {"w_switch": 8, "w_down": 8}),
+            ("format=packed", {"w_switch": 32, "w_down": 40}),
+            ("group_size=16 format=packed", {"w_switch": 16, "w_down": 10}),
+            ("group_size=0", {"w_switch": 32, "w_down": 40}),
+        ],
+    ),
 )
 def test_the_largest_group_that_divides_the_widths(words, groups, wide_made):
     folder = wide_made("mixtral", f"quantize method=rtn clip=max {words}")

@@ -13,6 +13,7 @@ from support import naive_pruning, readers, tiny
 from support.interrupted import Interrupted, counting, leftovers, outcome
 from support.pruned import refused, report, stock
 from support.quantized import FEW, Options, ours, packed_in, require_rounded
+from support.slow import slow_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
@@ -40,7 +41,7 @@ def test_a_stopped_run_goes_on(family, place, function, number, left, wide_lab, 
 AT_ONCE = [("mixtral", "propagate=original"), ("deepseek_v3", "where=all act_order=true unseen=pooled shrink=8")]
 
 
-@pytest.mark.parametrize(("family", "words"), AT_ONCE)
+@pytest.mark.parametrize(("family", "words"), slow_after(1, AT_ONCE))
 def test_a_few_experts_at_a_time_or_all_at_once(family, words, wide_made):
     folder, other = wide_made(family, f"{FEW} {words}"), wide_made(family, f"{FEW} {words} experts_at_once=3")
     one, parts = (torch.cat([m.codes().flatten() for m in packed_in(ours(f)).values()]) for f in (folder, other))

@@ -10,6 +10,7 @@ from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import rtn
 from support import naive_quantization as slow
 from support.quantized import BITS, correlated, random
+from support.slow import each_once, slow_unless
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
@@ -48,10 +49,15 @@ def test_rounding_is_that_of_the_reference(bits, inputs, group, dtype, clip):
             require_same((codes[b], scale[b]), expected, weight, gram, clip == "max" or bits == 8)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize(("inputs", "group", "dtype", "clip"), GRIDS)
-@pytest.mark.parametrize("bits", BITS)
-def test_gptq_is_that_of_the_paper(bits, inputs, group, dtype, clip, act_order):
+few = each_once(BITS, GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("bits", "grid", "act_order"),
+    slow_unless(lambda bits, grid, _: few(bits, grid), BITS, GRIDS, [False, True]),
+)
+def test_gptq_is_that_of_the_paper(bits, grid, act_order):
+    inputs, group, dtype, clip = grid
     """Gate and up of two experts, which share their inputs; one input is dead, some weights are zero."""
     x, weights = correlated(2, inputs, 3), [random(2, 9, inputs, seed=4), random(2, 12, inputs, seed=5)]
     x[0, :, 3], weights[0][:, :, ::9] = 0, 0
