@@ -186,7 +186,7 @@ import importlib, sys, torch, types
 package = types.ModuleType("shipped")
 package.__path__ = [sys.argv[1]]
 sys.modules["shipped"] = package
-packed = importlib.import_module("shipped.packed")
+packed = importlib.import_module("shipped.packed_linear")
 assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
 codes = torch.randint(-8, 8, (80, 64), dtype=torch.int8)
 matrix = packed.PackedMatrix.of(codes, torch.ones(80, 2).bfloat16(), 4)

@@ -19,12 +19,13 @@ assert type(model.model.layers[1].self_attn).__name__ == "ZeroSublayer"
 OURS, THEIRS = "import moe_compress", "from transformers import AutoModelForCausalLM"
 # A library that imports transformers itself, when it is first used.
 LATER = f"{OURS}\ndef library():\n    from transformers import AutoModelForCausalLM\n    return AutoModelForCausalLM\n"
+CONFIG = "from transformers import AutoConfig\nAutoConfig.from_pretrained(sys.argv[1])"
 ORDERS = {
     "ours first": f"{OURS}\nassert 'torch' not in sys.modules\n{THEIRS}",
     "theirs first": f"{THEIRS}\n{OURS}",
     "all of transformers first": f"import transformers.models.auto.modeling_auto\n{OURS}\n{THEIRS}",
     "by another library": f"{LATER}AutoModelForCausalLM = library()",
-    "the config alone": f"{OURS}\nfrom transformers import AutoConfig\nAutoConfig.from_pretrained(sys.argv[1])\n{THEIRS}",
+    "the config alone": f"{OURS}\n{CONFIG}\n{THEIRS}",
 }
 
 

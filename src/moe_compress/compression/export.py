@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_compress.checkpoints.folder import require_free
+from moe_compress.checkpoints.folder import read_manifest, require_free
 from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -47,9 +47,20 @@ def pad_experts(checkpoint: Checkpoint, out: Path, progress: Progress | None = N
     with exclusive_output(out, [identity]):
         writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
         count = _write_layers(checkpoint, writer, progress)
-        base = {"model": checkpoint.name, "commit": checkpoint.commit}
-        writer.finish(values, {"identity": identity, "form": "plain", "padded_to": count, "padded_from": base})
+        writer.finish(values, {**_manifest(checkpoint), "identity": identity, "form": "plain", "padded_to": count})
     return out
+
+
+def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the edited checkpoint says of itself, and what was padded."""
+    source = {"model": checkpoint.name, "commit": checkpoint.commit}
+    blank = {
+        "base": {**source, "fingerprint": checkpoint.fingerprint},
+        "stages": [],
+        "report": [],
+        "cost": {"surgery_seconds": 0.0, "peak_bytes": 0},
+    }
+    return {**(read_manifest(checkpoint.folder) or blank), "padded_from": source}
 
 
 def _write_layers(checkpoint: Checkpoint, writer: CheckpointWriter, progress: Progress | None) -> int:

@@ -1,7 +1,7 @@
 """The zoo: tiny trained models that ship with the package, and the text they are measured on.
 
 A folder of the zoo is an ordinary Hugging Face checkpoint with a card. `text` and `tasks` need
-the standard library only; `train` and `card` are how the models came to be.
+the standard library only; `scripts/zoo` holds how the models came to be.
 """
 
 import difflib

@@ -31,7 +31,7 @@ from moe_compress.utils.devices import DTYPES, peak_memory_bytes, reset_peak_mem
 WARM_UP = 3
 LAST_SECONDS = 5.0
 END = "end"
-START = "from moe_compress.harness.worker import main; main()"
+START = "from moe_compress.evaluation.speed.worker import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
