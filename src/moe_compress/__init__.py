@@ -62,7 +62,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__ and name not in importlib.import_module("moe_compress.evaluation.harnesses").HARNESSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = "moe_compress.analysis.compressor" if name in COMPRESSOR else "moe_compress.api"
     return getattr(importlib.import_module(module), name)

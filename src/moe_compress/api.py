@@ -86,7 +86,7 @@ def run_recipe(recipe: Recipe) -> Result:
             return _evaluated(outcome, run)
 
 
-def apply(plan_file: str | Path, /, *, any_model: bool | str = False, **options: Any) -> Result:
+def apply(plan_file: str | Path, /, *, any_model: bool = False, **options: Any) -> Result:
     """Apply a saved plan, edited by hand or not, without calibration; then evaluate the result.
 
     any_model: also to a model that it was not made for.
@@ -175,7 +175,7 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
     return make_options({**options, "model": model}).resolved()
 
 
-def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool | str = True) -> Path:
+def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
 
     pad: accepted for what was written earlier; padding is the one way there is.
@@ -192,8 +192,8 @@ def push(
     repo: str,
     /,
     *,
-    private: bool | str = False,
-    dry_run: bool | str = False,
+    private: bool = False,
+    dry_run: bool = False,
     message: str = "",
     revision: str | None = None,
 ) -> Upload:

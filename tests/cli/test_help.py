@@ -33,6 +33,7 @@ def test_dashes_are_as_good_as_words():
 @pytest.mark.parametrize("out", [["out=X"], ["--out", "X"], ["--out=X"]])
 def test_export_and_table_take_out_either_way(out, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
+    Path("F").mkdir()
     monkeypatch.setattr(api, "export", lambda folder, out="": f"{folder} {out}")
     assert "checkpoint: F X" in said(capsys, monkeypatch, "export", "F", "--pad", *out)
     assert "written: X/tables.md" in said(capsys, monkeypatch, "table", str(ROOT / "results" / "records"), *out)

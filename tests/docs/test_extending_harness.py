@@ -106,14 +106,14 @@ def test_the_command_is_there_once_the_file_is(tmp_path):
     shutil.rmtree(source)
 
 
-def test_outside_the_package_it_works_without_its_decorator(elsewhere, pruned, tmp_path):
+def test_outside_the_package_it_is_registered_by_its_import(elsewhere, pruned, tmp_path, monkeypatch):
     folder, _ = pruned
+    monkeypatch.setattr(harnesses, "HARNESSES", dict(harnesses.HARNESSES))
     module = elsewhere("harness", "my_harness")
-    with pytest.raises(KeyError):
-        module.zeros(folder)
-    report = inspect.unwrap(module.zeros)(folder)
-    saved = report.save(tmp_path / "zeros")
-    assert saved.is_file() and torch.tensor(report.after).gt(0).all()
+    report = module.zeros(folder, results=tmp_path)
+    assert [*(tmp_path / "zeros").glob("*.json")] and torch.tensor(report.after).gt(0).all()
+    with pytest.raises(ValueError, match="zeros has no option 'nope'"):
+        module.zeros(folder, nope=1)
 
 
 def test_the_tables_name_every_argument():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compress.run.options import typed_words
-from moe_compress.utils.declarations import Declaration, declarations
+from moe_compress.utils.declarations import Declaration, declarations, of_function
 from moe_compress.utils.files import require_writable
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def harness(name: str, *, results: str = "", columns: str = "") -> Callable[[Cal
             report.save(folder)
             return report
 
+        HARNESSES.setdefault(name, _harness(of_function(measure, "harness", name, results=results, columns=columns)))
         return measured
 
     return register

@@ -233,6 +233,8 @@ def _with_engine_parameters(declaration: Declaration) -> dict[str, Parameter]:
     if not given.get("allocates", False):
         engine = {name: parameter for name, parameter in engine.items() if name not in ALLOCATION}
     found: dict[str, Parameter] = {}
+    if given["selection_after"] not in declaration.parameters:
+        raise ValueError(f"selection_after={given['selection_after']!r} is no parameter of {declaration.name}.")
     for name, parameter in declaration.parameters.items():
         found[name] = parameter
         if name == given["selection_after"]:
