@@ -66,7 +66,7 @@ def test_what_happens_to_the_command_line(error, code, said, monkeypatch, capsys
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(moe_compress.api, "compress", fail)
+    monkeypatch.setattr(moe_compress.api, "run_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
     with pytest.raises(SystemExit) as stopped:
         main()
@@ -77,7 +77,7 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     def fail(*_: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(moe_compress.api, "compress", fail)
+    monkeypatch.setattr(moe_compress.api, "run_recipe", fail)
     monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop"])
     with pytest.raises(RuntimeError, match="a bug"):
         main()

@@ -88,7 +88,7 @@ def _listed(values: Any) -> str:
 
 
 JSON = "analysis.json"
-# What StreamTurns calls a curve -> what a reader does.
+# What BlockInfluence calls a curve -> what a reader does.
 CURVES = {
     "block": "whole layer",
     "moe": "MoE block, with its residual",

@@ -1,4 +1,4 @@
-"""Observers watch a layer while it runs. `ExpertSums` records in one pass what every expert score needs.
+"""Observers watch a layer while it runs. `ExpertStatistics` records in one pass what every expert score needs.
 
 Sums, not means, in float64, per component (domain and fold of the calibration text): they add up over batches
 and processes, and can be mixed afterwards. T tokens, R routed (token, expert) pairs, C components, E experts.

@@ -105,7 +105,7 @@ class _Job:
     plan: list[StagePlan]
     report: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    slims: Stage | None = None
+    weight_stage: Stage | None = None
 
 
 def _plan_job(
@@ -129,7 +129,7 @@ def _plan_job(
         ],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
-        slims=stage if scope == "weight" else None,
+        weight_stage=stage if scope == "weight" else None,
     )
 
 
@@ -153,10 +153,10 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         writer = CheckpointWriter(
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
-        if job.slims is not None:
-            slimmed = run_weight_stage(job.slims, job.source, run, writer, progress)
-            job.report[-1] |= slimmed.report
-            after = resulting_config({**job.source.values, **slimmed.values}, slimmed.edits)
+        if job.weight_stage is not None:
+            done_stage = run_weight_stage(job.weight_stage, job.source, run, writer, progress)
+            job.report[-1] |= done_stage.report
+            after = resulting_config({**job.source.values, **done_stage.values}, done_stage.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}

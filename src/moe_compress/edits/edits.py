@@ -1,7 +1,7 @@
 """Edits: everything a method changes about the structure, as values that can be read, saved and replayed.
 
-Edits are carried out in order, by `model/edited.py`, on real and meta tensors alike; each names layers and experts
-as they are numbered when its turn comes. E experts, F neurons of an expert, D model width.
+Edits are carried out in order, by `models/modeling/edited_model.py`, on real and meta tensors alike; each names layers
+and experts as they are numbered when its turn comes. E experts, F neurons of an expert, D model width.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def walk_layers(
 ) -> None:
     """Visit every layer with one or more streams of hidden states, which are the same until a visit parts them.
 
-    `visit(index, layer, *runs)` may change the layer; a run, of type Pass, runs the layer over its stream.
+    `visit(index, layer, *runs)` may change the layer; a run, of type LayerPass, runs the layer over its stream.
     Each has to go on once.
     With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
     """

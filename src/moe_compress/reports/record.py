@@ -16,6 +16,8 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
+from moe_compress.utils.files import atomic_write
+
 VERSION = 2
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "moe-compress")
 
@@ -87,11 +89,8 @@ class Failure(SealedModel):
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a file, whole or not at all, and say where."""
+    atomic_write(path, text.encode())
     return path
 
 

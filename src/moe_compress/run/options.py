@@ -109,7 +109,8 @@ def typed_words(command: str, declaration: Declaration, words: Mapping[str, Any]
     if declaration.takes_others:
         make_options({key: value for key, value in others.items() if key != "model"})
     elif others:
-        raise ValueError(f"{command} has no option {next(iter(others))!r}; it takes: {', '.join(own)}.")
+        known = sorted(own, key=lambda key: key in ("original", "results"))
+        raise ValueError(f"{command} has no option {next(iter(others))!r}; it takes: {', '.join(known)}.")
     typed = {key: coerce(own[key].hint, value, key) for key, value in words.items() if key in own}
     if "device" in own:
         require_arithmetic(typed.get("device", "auto"), typed.get("dtype", "auto"))

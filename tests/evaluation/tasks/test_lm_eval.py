@@ -310,7 +310,7 @@ def test_bad_numbers_and_models(reader_folder, family_folder, options, monkeypat
     base = reader_folder("mixtral")
     for name, value in (("limit", 0), ("batch", 0), ("fewshot", -1)):
         with pytest.raises(ValueError, match=f"{name}={value}: a number from"):
-            report(base, base, options, **{name: value})
+            moe_compress.tasks(base, original=base, results=options["results"], **{name: value})
     with pytest.raises(ValueError, match="holds no tokenizer"):
         report(family_folder("mixtral"), base, options)
     monkeypatch.setattr("moe_compress.checkpoints.load.free_memory", lambda _: 1000)

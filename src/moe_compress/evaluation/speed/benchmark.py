@@ -1,7 +1,7 @@
 """How fast two checkpoints run beside each other, and what memory they take, at several prompts and batches.
 
-Each is loaded in a process of its own, where nothing else runs; they are timed in turn (timing.py), so that what slows
-the machine for a while slows both, and started anew several times. The numbers are medians of paired ratios with
+Each is loaded in a process of its own, where nothing else runs; they are timed in turn (paired_timing.py), so that what
+slows the machine for a while slows both, and started anew several times. The numbers are medians of paired ratios with
 bootstrap intervals.
 """
 
