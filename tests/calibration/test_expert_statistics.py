@@ -23,6 +23,7 @@ from moe_compress.models.families import FAMILIES
 from moe_compress.models.moe import MoEView
 from support import naive, tiny
 from support.expert_sums import CPU, IDS, PADDED, Sums, measured
+from support.slow import slow_families
 from support.tiny import windows_of
 
 # A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.
@@ -138,7 +139,7 @@ def test_every_sigmoid_router_of_transformers_is_known():
     assert found & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) <= known | unusual
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_sums_do_not_depend_on_the_batch_size(family, family_checkpoint, monkeypatch):
     checkpoint = family_checkpoint(family)
     whole = measured(checkpoint, windows_of(IDS))

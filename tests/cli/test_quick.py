@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from support.slow import slow_after
+
 HEAVY = ("torch", "transformers", "numpy", "pandas", "matplotlib", "scipy", "datasets")
 CODE = f"""
 import sys
@@ -39,7 +41,7 @@ ANSWERED = [
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), ANSWERED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("words", "code"), slow_after(12, ANSWERED), ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_words_are_answered_without_heavy_imports(words, code, tmp_path):
     records = Path(__file__).parents[2] / "results" / "records" / "tiny-mixtral-original.json"

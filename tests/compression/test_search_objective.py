@@ -21,11 +21,21 @@ from moe_compress.run.options import make_options
 from support import tiny
 from support.edit_kinds import KINDS, REFUSED, edits_of
 from support.editing import FOUR, SIX, cut, logits_of, moe_layers, original
+from support.slow import each_once, slow_unless
 from support.trimmed import plan_edits
 
+CANDIDATES = ("mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba", "llama4_text")
+few = each_once(CANDIDATES, KINDS)
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba", "llama4_text"])
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    slow_unless(
+        lambda family, kind: family in ("mixtral", "jamba") or few(family, kind),
+        CANDIDATES,
+        KINDS,
+    ),
+)
 def test_a_candidate_is_the_edited_model_and_leaves_no_trace(family, kind, sources, request):
     if (family, kind) in REFUSED:
         pytest.skip("refused")

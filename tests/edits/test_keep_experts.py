@@ -168,6 +168,7 @@ for family, folder in folders.items():
 """
 
 
+@pytest.mark.slow  # every kind of edit does, in test_written_checkpoints
 def test_edited_checkpoints_load_where_the_package_is_unknown(edited, tmp_path):
     made = {family: edited(family) for family in tiny.EDITABLE}
     save_file({family: expected for family, (_, expected) in made.items()}, tmp_path / "expected.safetensors")

@@ -56,6 +56,7 @@ def records_of(options: Options) -> list[Path]:
     return sorted((Path(str(options["results"])) / "records").glob("*.json"))
 
 
+@pytest.mark.slow  # test_an_original_is_measured_once
 def test_two_evaluations_at_once_share_one_measurement_of_the_original(reader_folder, options, tmp_path):
     folder = moe_compress.compress(
         "expert_drop keep=6", model=str(reader_folder("mixtral")), **{**options, "eval": False}

@@ -9,6 +9,7 @@ import pytest
 
 from moe_compress.models import registration
 from moe_compress.models.modeling import edited_model
+from support.slow import slow_after
 
 LOAD = """
 import sys
@@ -29,7 +30,7 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", slow_after(2, ORDERS))
 def test_an_edited_checkpoint_loads_whichever_was_imported_first(order, made):
     folder = made("mixtral", "layer_drop layers=1 part=attention")
     code = f"import sys\n{ORDERS[order]}\n{LOAD}"

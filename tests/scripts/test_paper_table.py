@@ -316,6 +316,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
         pass
 
 
+@pytest.mark.slow  # test_wrong_words_are_one_sentence
 def test_a_wrong_word_on_the_command_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", FOLDER / "paper_table.py", f"out={tmp_path}", "sampels=3"],

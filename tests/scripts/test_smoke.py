@@ -134,6 +134,7 @@ def test_what_fresh_processes_of_the_speed_scripts_run(tmp_path, capsys):
     assert [set(each) for each in said] == [*(set(figures[n]) for n in ("peak_8", "forward", "copy")), {"bytes"}]
 
 
+@pytest.mark.slow  # test_speed_of_parts
 @pytest.mark.usefixtures("one_process", "shipped")
 def test_quantization_speed(tmp_path):
     quantization_speed.main(["--smoke", "--out", str(tmp_path / "made.json")])
@@ -144,6 +145,7 @@ def test_quantization_speed(tmp_path):
     assert len(whole) == 2 * len(quantization_speed.QUANTIZED)
 
 
+@pytest.mark.slow  # its parts are typed, and tested on the CPU by their packages
 @pytest.mark.usefixtures("one_process", "shipped")
 def test_gpu_checks_where_there_is_no_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -171,6 +173,7 @@ def test_startup(tmp_path):
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # the tables are rebuilt from the records above
 @pytest.mark.usefixtures("shipped")
 def test_the_grid_and_what_is_made_of_it(tmp_path):
     zoo_grid.main(["--smoke", "--model", "tiny-mixtral", "--results", str(tmp_path)])
@@ -217,6 +220,7 @@ def test_eight_rows_are_for_the_readme():
     assert len(page.splitlines()) == len(readme_tables.SHOWN) == 8
 
 
+@pytest.mark.slow  # test_paper_table makes rows of known results
 @pytest.mark.usefixtures("shipped")
 def test_rows_of_the_papers_table_are_rebuilt_byte_for_byte(tmp_path):
     for name in ("records", "speed", "flops", "tasks", "documents"):
@@ -229,6 +233,7 @@ def test_rows_of_the_papers_table_are_rebuilt_byte_for_byte(tmp_path):
         assert (tmp_path / name).read_bytes() == (TABLE / name).read_bytes()
 
 
+@pytest.mark.slow  # test_paper_table runs the grid itself
 @pytest.mark.usefixtures("one_process", "shipped")
 def test_jobs_of_the_papers_table(tmp_path, monkeypatch, capfd, command_line, texts):
     monkeypatch.setenv("MODEL", "tiny-mixtral")
@@ -277,6 +282,7 @@ def calls(tmp_path: Path) -> Callable[..., list[list[str]]]:
     return of
 
 
+@pytest.mark.slow  # the harness is tested by tests/evaluation/speed
 @pytest.mark.usefixtures("one_process")
 def test_benchmark_speedup(calls, command_line, tmp_path, monkeypatch, capsys):
     found = calls("benchmark/benchmark_speedup.sh", "runs=1", "seconds=0", "starts=1", "tokens=2", "prompts=8")
@@ -299,6 +305,7 @@ def test_measure_flops(calls, command_line, tmp_path, monkeypatch, capsys):
     assert set(made) == set(read(TABLE / "flops" / "tiny-mixtral.json"))
 
 
+@pytest.mark.slow  # the shipped models are loaded and measured by tests/zoo
 def test_training_a_model_of_the_zoo(tmp_path, monkeypatch):
     name = "tiny-mixtral"
     monkeypatch.setattr(text, "documents", functools.cache(text.documents))

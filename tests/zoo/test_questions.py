@@ -9,6 +9,7 @@ import pytest
 
 from moe_compress.evaluation.tasks import selection
 from moe_compress.zoo import questions
+from support.slow import slow_after
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -19,7 +20,7 @@ def _text_is_read_once():
         yield
 
 
-@pytest.mark.parametrize("name", questions.MAKERS)
+@pytest.mark.parametrize("name", slow_after(1, questions.MAKERS))
 def test_questions_are_the_same_every_time_and_fair(name):
     found = questions.MAKERS[name]("heldout", 60)
     assert found == questions.MAKERS[name]("heldout", selection.QUESTIONS)[:60]

@@ -42,6 +42,7 @@ from moe_compress.models.component_map import (
 from moe_compress.models.components import components
 from moe_compress.models.sizes import sizes
 from support import tiny
+from support.slow import slow_after
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
 LENGTH = 24
@@ -263,7 +264,7 @@ def test_report_of_a_known_hub_id(tmp_path):
     assert "| routed experts" in report.markdown() and "recurrent" not in report.markdown()
 
 
-@pytest.mark.parametrize("model", ["tiny-deepseek", "openai/gpt-oss-20b"])
+@pytest.mark.parametrize("model", slow_after(1, ["tiny-deepseek", "openai/gpt-oss-20b"]))
 def test_report_with_torchs_counter(model):
     report = flops(model, tokens=32, check="true")
     assert report.agrees and "agrees to 0.1 %" in report.markdown()

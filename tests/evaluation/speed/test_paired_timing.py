@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_compress.evaluation.speed.paired_timing import PairedTurns, TimingBudget, median_interval, paired, summary
+from support.slow import slow_after
 
 
 class Clock:
@@ -52,7 +53,7 @@ def test_who_ran_before_does_not_matter():
     assert found["speedup"] == pytest.approx(1.5) and found["speedup_interval"] == pytest.approx([1.5, 1.5])
 
 
-@pytest.mark.parametrize(("rho", "blocks"), [(0.0, 8), (0.0, 30), (0.3, 30)])
+@pytest.mark.parametrize(("rho", "blocks"), slow_after(1, [(0.0, 8), (0.0, 30), (0.3, 30)]))
 def test_the_interval_covers_the_ratio_as_often_as_it_says(rho, blocks):
     """Of turns that shake, whose machine slows down, and whose blocks are like their neighbours."""
     random, held = np.random.default_rng(1), 0
@@ -67,7 +68,7 @@ def test_the_interval_covers_the_ratio_as_often_as_it_says(rho, blocks):
     assert 0.88 <= held / 150 <= 0.995
 
 
-@pytest.mark.parametrize(("starts", "least"), [(5, 0.88), (8, 0.88), (1, 0.0)])
+@pytest.mark.parametrize(("starts", "least"), slow_after(1, [(5, 0.88), (8, 0.88), (1, 0.0)]))
 def test_starts_that_differ_are_in_the_interval(starts, least):
     """Of a true ratio of 1.3 that every start of the processes moves by 6 %, and every turn by 2 %."""
     random, held = np.random.default_rng(2), 0

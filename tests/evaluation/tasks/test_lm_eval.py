@@ -82,6 +82,7 @@ def test_a_trained_model_is_far_from_chance(zoo_answers):
         assert each.chance == 0.25 and lm_eval_runner.accuracy(each)["interval"][0] > 0.33
 
 
+@pytest.mark.slow  # test_answers_are_those_of_a_plain_forward
 def test_the_numbers_are_those_of_simple_evaluate(zoo_answers):
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -73,7 +73,7 @@ CLIENTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "sentence", "loads", "said"), CLIENTS)
+@pytest.mark.parametrize(("family", "sentence", "loads", "said"), slow_after(4, CLIENTS))
 def test_who_loads_it_and_why_not(family, sentence, loads, said, reader_folder, options):
     found = compatibility(open_checkpoint(made(sentence, reader_folder(family), options)))
     assert tuple(verdict.loads for verdict in found) == loads

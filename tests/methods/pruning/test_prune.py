@@ -175,7 +175,7 @@ PARTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), PARTS)
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(9, PARTS))
 def test_where_says_what_is_pruned(family, words, pattern, lab, made):
     model, folder = lab(family)["model"], made(family, f"prune {words}")
     names = changed(model, folder)
