@@ -28,11 +28,14 @@ def slow_families(families: Iterable[str]) -> list[ParameterSet]:
 
 
 def slow_after(count: int, cases: Sequence[Any]) -> list[ParameterSet]:
-    """Cases (tuples, or single values), slow after the first `count`."""
-    return [
-        pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=() if number < count else pytest.mark.slow)
-        for number, case in enumerate(cases)
-    ]
+    """Cases (tuples, single values, or pytest.param), slow after the first `count`."""
+    return [_case(case, () if number < count else (pytest.mark.slow,)) for number, case in enumerate(cases)]
+
+
+def _case(case: Any, marks: tuple[Any, ...]) -> ParameterSet:
+    if isinstance(case, ParameterSet):  # a tuple, too
+        return pytest.param(*case.values, marks=(*case.marks, *marks), id=case.id)
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=marks)
 
 
 def each_once(*axes: Sequence[Any]) -> Callable[..., bool]:
