@@ -3,6 +3,7 @@
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 set -e
 cd "$repository"
+unset PYTHONDONTWRITEBYTECODE  # dozens of processes are started: they share what is compiled
 if [ "$1" = --all ]; then
     shift
     set -- -m "slow or not slow" "$@"

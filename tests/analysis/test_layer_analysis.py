@@ -19,6 +19,7 @@ from moe_compress.data.documents import DataSpec
 from moe_compress.data.windows import FOLDS, make_windows
 from support import readers
 from support.planted import FAMILIES, LAYER, PROMPTS, plant, reader
+from support.slow import slow_after
 
 DOCUMENTED = {
     "num_experts", "merge_candidates", "prune_candidates", "specialist_experts", "generalist_experts",
@@ -26,7 +27,7 @@ DOCUMENTED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_permuted_copies_are_found_by_outputs_and_by_weights(family, compressors):
     found = compressors(family).analyze_compression_potential(LAYER, PROMPTS)
     assert found.keys() >= DOCUMENTED

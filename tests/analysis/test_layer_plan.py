@@ -17,7 +17,7 @@ from support.planted import FAMILIES, LAYER, PROMPTS, reader
 from support.slow import slow_after
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(2, FAMILIES))
 def test_strategies_are_different_points_of_the_budget(family, compressors):
     compressor = compressors(family)
     plans = [compressor.plan_compression(LAYER, strategy=name) for name in STRATEGIES]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 import moe_compress
+from support.slow import slow_after
 
 
-@pytest.mark.parametrize("artefact", ["calibrations", "originals"])
+@pytest.mark.parametrize("artefact", slow_after(1, ["calibrations", "originals"]))
 def test_artefacts_that_are_not_whole(artefact, reader_folder, options, tmp_path):
     model = reader_folder("mixtral")
     moe_compress.compress("expert_drop keep=6", model=model, **options)

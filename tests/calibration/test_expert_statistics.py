@@ -23,7 +23,7 @@ from moe_compress.models.families import FAMILIES
 from moe_compress.models.moe import MoEView
 from support import naive, tiny
 from support.expert_sums import CPU, IDS, PADDED, Sums, measured
-from support.slow import slow_families
+from support.slow import DIFFERENT, slow_families, slow_unless
 from support.tiny import windows_of
 
 # A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.
@@ -62,7 +62,7 @@ def assert_same_sums(a: Sums, b: Sums, without: tuple[str, ...] = ()) -> None:
             )
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_every_score_equals_the_naive_reference(family, family_checkpoint):
     expected = naive.reference(tiny.make(family), family, IDS, PADDED)
     names = set(FUNCTIONS) - ({"easy_ep"} if family in NORM_AFTER_EXPERTS else set())
@@ -111,7 +111,10 @@ def test_weight_scores_keep_their_digits_on_wide_experts(dtype):
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [*((family, torch.bfloat16) for family in tiny.CONFIGS), ("gpt_oss", torch.float16), ("afmoe", torch.float16)],
+    [
+        *slow_unless(lambda family, _: family in DIFFERENT, tiny.CONFIGS, [torch.bfloat16]),
+        *(("gpt_oss", torch.float16), ("afmoe", torch.float16)),
+    ],
 )
 def test_half_precision_layers_are_the_stock_models(family, dtype, family_folder, family_checkpoint):
     """Selection biases stay in fp32: rounded to bf16, they would choose other experts."""

@@ -16,13 +16,13 @@ from moe_compress.utils.hashing import tensor_bytes
 from support import tiny
 from support.editing import write
 from support.identity import rewritten
-from support.slow import slow_unless
+from support.slow import DIFFERENT, slow_unless
 
 
 @pytest.mark.parametrize(
     ("family", "dtype"),
     slow_unless(
-        lambda family, dtype: dtype == torch.bfloat16 or family == "mixtral",
+        lambda family, dtype: family in DIFFERENT and (dtype == torch.bfloat16 or family == "mixtral"),
         tiny.CONFIGS,
         [torch.float32, torch.bfloat16],
     ),

@@ -10,6 +10,7 @@ import pytest
 from moe_compress import api
 from moe_compress.cli.arguments import normalised
 from moe_compress.cli.commands import main
+from support.slow import slow_after
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +31,7 @@ def test_dashes_are_as_good_as_words():
         normalised(["plan", "expert_drop", "--samples"])
 
 
-@pytest.mark.parametrize("out", [["out=X"], ["--out", "X"], ["--out=X"]])
+@pytest.mark.parametrize("out", slow_after(1, [["out=X"], ["--out", "X"], ["--out=X"]]))
 def test_export_and_table_take_out_either_way(out, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("F").mkdir()

@@ -29,7 +29,7 @@ def _said(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "moe_compress")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 def test_compress_writes_a_checkpoint_a_record_and_a_row(family, reader_folder, options, tmp_path):
     result = moe_compress.compress("expert_drop score=reap keep=6", model=reader_folder(family), **options)
     assert result.folder.parent == tmp_path / "results" / "checkpoints"

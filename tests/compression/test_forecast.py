@@ -16,6 +16,7 @@ from moe_compress.compression.preflight import _to_be_written
 from moe_compress.recipes.parser import parse
 from moe_compress.utils import files
 from moe_compress.utils.files import gigabytes
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,9 @@ def test_plan_needs_only_a_config(reader_folder, tmp_path):
     assert moe_compress.plan("expert_drop budget=global + expert_drop keep=4", model=tmp_path).form == "plain"
 
 
-@pytest.mark.parametrize("sentence", ["expert_drop keep=6", "expert_drop score=random budget=global seed=1"])
+@pytest.mark.parametrize(
+    "sentence", slow_after(1, ["expert_drop keep=6", "expert_drop score=random budget=global seed=1"])
+)
 def test_the_forecast_comes_true(sentence, reader_folder, options):
     found = moe_compress.plan(sentence, model=reader_folder("mixtral"), **options)
     made = moe_compress.compress(sentence, model=reader_folder("mixtral"), **options)

@@ -31,6 +31,7 @@ from moe_compress.models.moe import moe_views
 from moe_compress.recipes.parser import parse
 from support import readers, tiny
 from support.editing import logits_of
+from support.slow import slow_after
 from support.tiny import CPU, windows_of
 
 TEXT = tiny.token_ids(8, 16, seed=4)
@@ -95,7 +96,9 @@ def test_3_usage_counts_all_experts_of_a_token(tmp_path):
 
 
 # 4. A TypeError after saving, so that the evaluation in the same run never starts.
-@pytest.mark.parametrize("sentence", ["expert_drop keep=6", "expert_merge keep=6 router=sum", "layer_drop", "skip"])
+@pytest.mark.parametrize(
+    "sentence", slow_after(2, ["expert_drop keep=6", "expert_merge keep=6 router=sum", "layer_drop", "skip"])
+)
 def test_4_a_run_ends_with_its_evaluation(sentence, reader_folder, options):
     result = moe_compress.compress(sentence, model=reader_folder("mixtral"), **options)
     assert result.record is not None and result.record.metrics["perplexity"].value > 0

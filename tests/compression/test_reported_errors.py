@@ -18,7 +18,7 @@ from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
 from support import tiny
 from support.editing import cut, logits_of, original
-from support.slow import each_once, slow_unless
+from support.slow import each_once, slow_after, slow_unless
 from support.trimmed import batched
 
 Options = dict[str, object]
@@ -71,7 +71,7 @@ def test_reconstruction_errors_are_those_of_the_model(family, propagate, lab, ma
         assert reported["tokens_with_unknown_experts"] == 0
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"]))
 def test_fewer_active_experts_cost_what_they_change(family, lab, made):
     folder = made(family, "top_k mean=1.5" if family.startswith("deepseek") else "top_k mean=1.34")
     (stage,), _ = read_plan(folder / "plan.json")
@@ -116,7 +116,7 @@ def test_as_many_experts_are_skipped_as_asked(family, sentence, lab, made):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "gpt_oss", "nemotron_h"]))
 def test_novices_are_mean_outputs_over_the_tokens_routed_to_them(family, lab, made):
     sentence = "expert_drop keep=1 novice=mean" if family == "gpt_oss" else "expert_drop keep=4 novice=mean"
     (stage,), _ = read_plan(made(family, sentence) / "plan.json")

@@ -42,7 +42,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("sentence", "place", "name", "number"),
     slow_after(
-        3,
+        2,
         [
             ("expert_drop keep=4 budget=search evaluations=5", OriginalAgreement, "__call__", 3),
             ("expert_drop score=naee keep=4 propagate=compressed", forward.hf, "run_layer", 4),

@@ -16,7 +16,7 @@ from moe_compress.models.moe import moe_views
 from support import tiny
 from support.edit_kinds import KINDS, REFUSED, edits_of
 from support.editing import IDS, cut, logits_of
-from support.slow import each_once, slow_unless
+from support.slow import each_once, slow_after, slow_unless
 from support.stock_process import generated
 from support.tiny import CPU, windows_of
 
@@ -36,7 +36,7 @@ def test_the_engine_runs_edited_checkpoints_exactly(family, kind, written):
     assert torch.equal(logits, logits_of(load_model(checkpoint.folder, torch.float32)))
 
 
-@pytest.mark.parametrize("family", ["mixtral", "jamba"])
+@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "jamba"]))
 @pytest.mark.parametrize("kind", ["mixed", "novices", "skip moe"])
 def test_an_edited_model_is_an_ordinary_model(family, kind, written, tmp_path):
     """Saved by transformers, copied, generating with a static cache, trained."""

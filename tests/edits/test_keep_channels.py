@@ -59,7 +59,7 @@ def test_experts_compute_with_the_neurons_that_stay(family, sources):
         before.matrices[-1].copy_(down)
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_checkpoints_reload_as_they_are_in_memory(family, sources, tmp_path):
     source = sources(family)
     edits = chosen(source)
@@ -106,7 +106,7 @@ def uneven(source: Checkpoint) -> list[Edit]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_experts_of_different_widths_are_those_with_other_neurons_zeroed(family, sources, tmp_path):
     source = sources(family)
     edits, whole = uneven(source), original(source)
@@ -128,7 +128,7 @@ def test_experts_of_different_widths_are_those_with_other_neurons_zeroed(family,
     torch.testing.assert_close(hf.head(loaded, streamed.flatten(0, 1)).view_as(logits_of(edited)), logits_of(edited))
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_experts_of_different_widths_can_still_be_dropped(family, sources, tmp_path):
     source = sources(family)
     edits = uneven(source)

@@ -24,7 +24,7 @@ from moe_compress.models.moe import MoEView, moe_views
 from moe_compress.models.shape import MoEShape, moe_shapes
 from support import tiny
 from support.editing import FOUR, IDS, SIX, cut, greedy, logits_of, make, masked, moe_layers, original, write
-from support.slow import slow_families
+from support.slow import slow_after, slow_families
 
 
 def uniform(source: Checkpoint) -> list[KeepExperts]:
@@ -89,7 +89,7 @@ def test_expert_view_is_the_expert(family):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", tiny.EDITABLE)
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
 def test_uniform_cut_is_a_plain_checkpoint(family, sources, tmp_path):
     source = sources(family)
     written = write(source, uniform(source), tmp_path / "out")
@@ -114,7 +114,7 @@ def edited(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, Tenso
     return make_edited
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_uneven_cut_is_an_edited_checkpoint(family, edited):
     checkpoint, expected = edited(family)
     stored = json.loads((checkpoint.folder / "config.json").read_text())
@@ -183,7 +183,7 @@ def test_edited_checkpoints_load_where_the_package_is_unknown(edited, tmp_path):
     assert done.stdout.split() == list(tiny.EDITABLE)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba"])
+@pytest.mark.parametrize("family", slow_after(3, ["mixtral", "deepseek_v3", "gpt_oss", "minimax_m2", "jamba"]))
 def test_edits_of_an_edited_checkpoint_compose(family, sources, edited, tmp_path):
     """Layers hold 4, (8,) 6; the second cut counts in what is left: 4 and 4, and with the middle ones 4 all over."""
     first, _ = edited(family)

@@ -28,7 +28,7 @@ from moe_compress.models.sublayers import block_names
 from support import readers, tiny
 from support.edit_kinds import GROUPS, REFUSED, WEIGHTS, constants, edits_of, merge, reroutable
 from support.editing import FOUR, logits_of, masked, moe_layers, original
-from support.slow import DIFFERENT, slow_families, slow_unless
+from support.slow import DIFFERENT, slow_after, slow_families, slow_unless
 
 
 def doubled(source: Checkpoint) -> PreTrainedModel:
@@ -273,8 +273,8 @@ def test_merging_duplicates_with_summed_gates_loses_nothing(family, sources):
 
 @pytest.mark.parametrize(
     ("family", "align"),
-    [("mixtral", "weights"), ("mixtral", "activations"), ("mixtral", "both"), ("gpt_oss", "weights"),
-     ("nemotron_h", "weights"), ("deepseek_v3", "both")],
+    slow_after(2, [("mixtral", "weights"), ("mixtral", "activations"), ("mixtral", "both"), ("gpt_oss", "weights"),
+     ("nemotron_h", "weights"), ("deepseek_v3", "both")]),
 )  # fmt: skip
 def test_permuted_duplicates_are_aligned_and_merged_without_loss(family, align, options, tmp_path):
     """Through the whole recipe; without alignment much is lost."""

@@ -10,6 +10,7 @@ from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.models import hf
 from support import tiny
+from support.slow import slow_families
 from support.tiny import CPU, windows_of
 
 
@@ -40,7 +41,7 @@ def test_fold_with_padding_equals_full_forward(family, family_folder, family_che
     assert torch.equal(logits[mask], expected[mask])
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", slow_families(tiny.CONFIGS))
 def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     family, family_folder, family_checkpoint, monkeypatch
 ):

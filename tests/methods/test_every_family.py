@@ -61,7 +61,7 @@ NO_PLAN: dict[str, dict[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_every_method_plans_for_every_family(family, seen):
     checkpoint, model = seen(family)
     for sentence in PLANS:

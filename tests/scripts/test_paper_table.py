@@ -30,6 +30,13 @@ def mixtral_grid() -> dict:
     return paper_table.grid([MIXTRAL], {})
 
 
+def test_mixtral_loses_what_it_lost_in_the_paper():
+    cells = {name: cell["recipe"] for name, cell in mixtral_grid()["cells"].items()}
+    assert len(cells) == 7 and cells["Mixtral-8x7B-v0.1-layer_drop"] == "layer_drop drop=8"
+    assert cells["Mixtral-8x7B-v0.1-block_drop-awq"].endswith("group_size=128 + block_drop drop=5")
+
+
+@pytest.mark.slow
 def test_the_papers_models_lose_what_they_lost_there():
     found = paper_table.grid([MIXTRAL, DEEPSEEK], {})
     recipes = {name: cell["recipe"] for name, cell in found["cells"].items()}
@@ -257,6 +264,17 @@ def planned(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def test_every_job_of_a_grid_is_planned(planned, capfd):
+    values = json.loads((planned / "grid.json").read_text())
+    cell = {"model": MODEL, "cell": "block_drop", "recipe": "block_drop drop=5"}
+    values |= {"cells": {f"{MODEL}-block_drop": cell}, "command": "false", "threads": 1}
+    assert paper_table.run(planned, values, ["--cores", "2", "--dry-run"], dry=True) == 0
+    said = "".join(capfd.readouterr())
+    jobs = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
+    assert {jobs.get(job) for job in ("compress", "evaluate", "flops", "speed", "tasks", "original")} == {"1"}, said
+
+
+@pytest.mark.slow
 def test_only_what_depends_on_what_failed_is_left_out(planned):
     code, calls, text = run_grid(planned, {"block_drop": "block_drop fail"})
     assert code != 0 and "compress: it cannot be" in text

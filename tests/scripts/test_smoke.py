@@ -24,6 +24,7 @@ from moe_compress import zoo
 from moe_compress.cli import commands
 from moe_compress.evaluation.speed import benchmark, worker
 from moe_compress.zoo import text
+from support.slow import slow_after
 
 ROOT = Path(__file__).parents[2]
 RESULTS, SCRIPTS = ROOT / "results", ROOT / "scripts"
@@ -108,7 +109,7 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
     ("main", "name"),
-    [(engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")],
+    slow_after(1, [(engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")]),
     ids=["engine", "trimming", "pruning"],
 )
 def test_speed_of_parts(main: Main, name: str, tmp_path):

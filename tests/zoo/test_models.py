@@ -60,6 +60,7 @@ def test_knows_its_text_far_better_than_a_bigram_model(name, tmp_path):
     assert result.record.metrics["task_accuracy"].value > 0.75
 
 
+@pytest.mark.slow  # expert_drop keeps the best by its score, in tests/methods
 def test_reap_beats_its_own_reverse(tmp_path):
     """The two that differ most, on less text than below."""
     losses = []

@@ -35,7 +35,7 @@ BEFORE = [
 @pytest.mark.parametrize(
     ("family", "before", "words"),
     slow_after(
-        4,
+        3,
         [
             *((*one, "method=wanda where=experts,router") for one in BEFORE[1:4]),
             *((*one, "method=magnitude") for one in BEFORE[4:5]),
@@ -64,7 +64,7 @@ def test_pruning_after_other_stages(family, before, words, lab, made, tmp_path):
     assert json.loads((folder / "config.json").read_text()) == json.loads((first / "config.json").read_text())
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "gpt_oss"]))
 def test_dropping_experts_keeps_the_zeros_of_the_others(family, made):
     folder = made(family, "prune pattern=2:4 method=sparsegpt + expert_drop score=weight_norm keep=5")
     pruned = made(family, "prune pattern=2:4 method=sparsegpt")
@@ -77,7 +77,7 @@ def test_dropping_experts_keeps_the_zeros_of_the_others(family, made):
             assert all(torch.equal(a, b) for a, b in zip(before[e], new, strict=True))
 
 
-@pytest.mark.parametrize("words", ["method=magnitude", "pattern=2:4 propagate=original"])
+@pytest.mark.parametrize("words", slow_after(1, ["method=magnitude", "pattern=2:4 propagate=original"]))
 def test_pruning_twice_the_same_way_changes_nothing_and_more_takes_more(words, made):
     once, twice = made("mixtral", f"prune {words}"), made("mixtral", f"prune {words} + prune {words}")
     assert all(same_bits(t, stored(twice)[name]) for name, t in stored(once).items())
@@ -110,8 +110,11 @@ STORED = [
 
 @pytest.mark.parametrize(
     ("stored_in", "computed_in", "keep", "family", "method"),
-    [(*one, "mixtral", method) for one in STORED for method in ("wanda", "sparsegpt")[: 1 + bool(one[2])]]
-    + [(*one, "gpt_oss", "magnitude") for one in STORED[:5]],
+    slow_after(
+        6,
+        [(*one, "mixtral", method) for one in STORED for method in ("wanda", "sparsegpt")[: 1 + bool(one[2])]]
+        + [(*one, "gpt_oss", "magnitude") for one in STORED[:5]],
+    ),
 )
 def test_what_is_not_pruned_keeps_its_bits(stored_in, computed_in, keep, family, method, lab, tmp_path):
     model = stored_as(family, tmp_path / "model", getattr(torch, stored_in), keep)

@@ -12,6 +12,7 @@ from moe_compress.compression.weights import stage
 from moe_compress.engine import forward
 from support.interrupted import counting
 from support.pruned import NAMES, refused, report, same_bits, stock, stored
+from support.slow import slow_after
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_spared_routers_do_not_forbid_the_original_stream(lab, tmp_path):
 EACH = 4 * (32**2 + 24**2 + 4 * 32**2)
 
 
-@pytest.mark.parametrize("fit", [1, 3, 7])
+@pytest.mark.parametrize("fit", slow_after(1, [1, 3, 7]))
 def test_gram_matrices_that_do_not_fit(fit, lab, monkeypatch, tmp_path):
     monkeypatch.setattr(stage, "free_memory", lambda _device: (fit + 1) * EACH - 1)
     said = refused("prune method=sparsegpt", lab("mixtral"), tmp_path)

@@ -24,7 +24,7 @@ from support.slow import slow_after
 @pytest.mark.parametrize(
     ("family", "words"),
     slow_after(
-        2,
+        1,
         [
             ("mixtral", "method=sparsegpt"),
             ("deepseek_v3", "where=experts,shared propagate=original shrink=8 min_tokens=20"),
@@ -96,7 +96,7 @@ def stopped_run(
 @pytest.mark.parametrize(
     ("name", "call"),
     slow_after(
-        4,
+        2,
         [
             *(("compressed", 3), ("original", 4), ("router", 6), ("allocated", 3)),
             *(
@@ -120,7 +120,9 @@ def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch,
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "shard"), [("compressed", 0), ("compressed", 3), ("nothing", 1), ("nothing", 2)])
+@pytest.mark.parametrize(
+    ("name", "shard"), slow_after(2, [("compressed", 0), ("compressed", 3), ("nothing", 1), ("nothing", 2)])
+)
 def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
     layers, written, folder = stopped_run(name, (writer, "write_shard", shard), options, monkeypatch)
@@ -132,7 +134,7 @@ def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch
 
 @pytest.mark.parametrize(
     ("name", "number"),
-    slow_after(2, [("compressed", 0), ("compressed", 2), ("allocated", 0), ("allocated", 2), ("nothing", 1)]),
+    slow_after(1, [("compressed", 0), ("compressed", 2), ("allocated", 0), ("allocated", 2), ("nothing", 1)]),
 )
 def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
@@ -145,7 +147,7 @@ def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, 
 
 @pytest.mark.parametrize(
     ("place", "function", "number"),
-    slow_after(3, [
+    slow_after(1, [
         (writer, "copy_companions", 0),
         (writer, "write_json", 1),
         (writer, "write_json", 2),

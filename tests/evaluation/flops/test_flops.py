@@ -42,7 +42,7 @@ from moe_compress.models.component_map import (
 from moe_compress.models.components import components
 from moe_compress.models.sizes import sizes
 from support import tiny
-from support.slow import slow_after
+from support.slow import slow_after, slow_families
 
 MIXTRAL, DEEPSEEK = "mistralai/Mixtral-8x7B-v0.1", "deepseek-ai/deepseek-moe-16b-base"
 LENGTH = 24
@@ -97,7 +97,7 @@ def test_torch_agrees_on_a_model_of_full_size():
     assert next(model.parameters()).is_meta and not any(buffer.is_meta for buffer in model.buffers())
 
 
-@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("family", slow_families(tiny.CONFIGS))
 def test_torchs_counter_agrees(family):
     model = make(family)
     found = check(model, LENGTH)
@@ -111,7 +111,9 @@ def test_torchs_counter_agrees(family):
         assert analytic == pytest.approx(sum(each.counted for each in found if each.phase == "prefill"), rel=1e-3)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "llama4_text", "gpt_oss", "jamba", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family", slow_after(3, ["mixtral", "deepseek_v3", "llama4_text", "gpt_oss", "jamba", "ernie4_5_moe"])
+)
 def test_a_skeleton_is_enough_for_torchs_counter(family):
     model = make(family)
     counted = [(each.component, each.phase, each.counted) for each in check(model, LENGTH)]
@@ -142,7 +144,7 @@ class Logits(nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "glm4_moe"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "deepseek_v2", "glm4_moe"]))
 def test_fvcore_agrees(family):
     logging.getLogger("fvcore").setLevel(logging.ERROR)
     model = make(family)

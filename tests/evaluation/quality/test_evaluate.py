@@ -6,6 +6,7 @@ import pytest
 
 import moe_compress
 from support import readers, tiny
+from support.slow import slow_after
 
 
 def test_models_that_cannot_be_compared(reader_folder, options, tmp_path):
@@ -19,7 +20,7 @@ def test_models_that_cannot_be_compared(reader_folder, options, tmp_path):
 FAMILIES = ("mixtral", "deepseek_v3")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 def test_streamed_and_resident_models_give_the_same_numbers(family, reader_folder, options):
     made = moe_compress.compress(
         "expert_drop budget=global score=random seed=1", model=reader_folder(family), **{**options, "eval": False}

@@ -27,6 +27,7 @@ from moe_compress.run.context import Run
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
 from moe_compress.zoo import questions
+from support.slow import slow_after
 
 pytest.importorskip("lm_eval")
 
@@ -169,7 +170,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", slow_after(2, KINDS))
 def test_every_kind_of_checkpoint_runs(kind, reader_folder, options):
     base = reader_folder("mixtral")
     made = moe_compress.compress(KINDS[kind], model=base, eval=False, **options).folder

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 import moe_compress
 from support import readers
 from support.checkpoints import counts, kept, scores
+from support.slow import slow_after
 
 FAMILIES = ("mixtral", "deepseek_v3")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_after(1, FAMILIES))
 def test_reverse_drops_what_would_stay(family, reader_folder, options):
     options = {**options, "eval": False, "model": reader_folder(family)}
     best = kept(moe_compress.compress("expert_drop keep=4 score=frequency", **options).folder)
@@ -51,7 +52,7 @@ def test_super_experts_stay(options, tmp_path):
     assert json.loads((made / "moe_compress.json").read_text())["report"][0]["protected"] == {"1": [5]}
 
 
-@pytest.mark.parametrize(("family", "floor"), [("mixtral", 2), ("deepseek_v3", 4)])
+@pytest.mark.parametrize(("family", "floor"), slow_after(1, [("mixtral", 2), ("deepseek_v3", 4)]))
 def test_a_global_budget_keeps_every_layer_s_floor(family, floor, reader_folder, options, monkeypatch):
     options = {**options, "eval": False, "model": reader_folder(family)}
     made = moe_compress.compress("expert_drop score=weight_norm budget=global ratio=0.5", **options).folder

@@ -19,7 +19,7 @@ ROUTERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", slow_after(5, ROUTERS))
 def test_losses_are_those_of_really_cut_blocks(name):
     """Routers of several families compute in fp32 whatever the model's dtype; the rest is float64."""
     found = real(name)
@@ -30,7 +30,7 @@ def test_losses_are_those_of_really_cut_blocks(name):
         torch.testing.assert_close(subset_losses(found.probe, sets), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("name", slow_after(5, ROUTERS))
+@pytest.mark.parametrize("name", slow_after(3, ROUTERS))
 def test_the_best_set_is_the_best_of_all_cut_blocks(name):
     found = real(name)
     losses = {kept: found.loss(kept) for kept in sets_of(found.shape, 4)}
@@ -39,7 +39,7 @@ def test_the_best_set_is_the_best_of_all_cut_blocks(name):
     assert choice.loss == pytest.approx(losses[choice.kept], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "olmoe", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", slow_after(2, ["mixtral", "olmoe", "deepseek_v3", "gpt_oss"]))
 def test_an_observed_probe_gives_the_losses_of_really_cut_blocks(name, family_checkpoint):
     """The engine's fp32 experts and fp32 inner products: a loss is a difference of squares of about its own size."""
     model = tiny.make(name)

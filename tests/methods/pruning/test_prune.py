@@ -96,7 +96,7 @@ NAIVE = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "qwen2_moe", "grani
 
 @pytest.mark.parametrize(
     ("family", "share"),
-    slow_after(4, [*((family, 0.5) for family in NAIVE), ("deepseek_v3", (2, 4)), ("gpt_oss", (2, 4))]),
+    slow_after(3, [*((family, 0.5) for family in NAIVE), ("deepseek_v3", (2, 4)), ("gpt_oss", (2, 4))]),
 )
 def test_wanda_is_that_of_the_paper_on_each_expert_s_own_tokens(family, share, lab, made):
     kind = "sparsity=0.5" if share == 0.5 else "pattern=2:4"
@@ -105,7 +105,7 @@ def test_wanda_is_that_of_the_paper_on_each_expert_s_own_tokens(family, share, l
     assert whole >= len(moe_layers(folder, family)) * 4 * PER_MATRIX and same >= 0.999 * whole
 
 
-@pytest.mark.parametrize("family", slow_after(3, NAIVE))
+@pytest.mark.parametrize("family", slow_after(2, NAIVE))
 def test_sparsegpt_is_that_of_the_paper_on_each_expert_s_own_tokens(family, lab, made):
     folder, model, seen = made(family, "prune method=sparsegpt propagate=original"), lab(family)["model"], {}
     seen = rows(family, lab(family))
@@ -175,7 +175,7 @@ PARTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(9, PARTS))
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(6, PARTS))
 def test_where_says_what_is_pruned(family, words, pattern, lab, made):
     model, folder = lab(family)["model"], made(family, f"prune {words}")
     names = changed(model, folder)
@@ -188,7 +188,7 @@ def test_where_says_what_is_pruned(family, words, pattern, lab, made):
 
 
 @pytest.mark.parametrize(
-    "family", slow_after(4, ["mixtral", "qwen3_next", "afmoe", "lfm2_moe", "minimax", "phimoe", "ernie4_5_moe"])
+    "family", slow_after(3, ["mixtral", "qwen3_next", "afmoe", "lfm2_moe", "minimax", "phimoe", "ernie4_5_moe"])
 )
 def test_all_is_every_matrix_but_the_routers(family, lab, made):
     model, folder = lab(family)["model"], made(family, "prune method=magnitude where=all sparsity=0.25")
@@ -207,7 +207,7 @@ def test_all_is_every_matrix_but_the_routers(family, lab, made):
     assert {int((state[name] == 0).sum()) * 4 - state[name].numel() for name in expected} == {0}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text"]))
 @torch.no_grad()
 def test_what_a_pruned_router_changes(family, lab, made):
     model, folder, found = lab(family)["model"], made(family, "prune where=router sparsity=0.75"), windows(lab(family))

@@ -56,7 +56,7 @@ ALLOCATED = [("deepseek_v3", "utilisation"), ("gpt_oss", "sensitivity"), ("nemot
 ALLOCATED += [("mixtral", allocate) for allocate in ("utilisation", "sensitivity", "both")]
 
 
-@pytest.mark.parametrize(("family", "allocate"), slow_after(3, ALLOCATED))
+@pytest.mark.parametrize(("family", "allocate"), slow_after(2, ALLOCATED))
 def test_as_many_zeros_as_if_all_were_alike(family, allocate, lab, made):
     method = "sparsegpt" if family in ("mixtral", "gpt_oss") else "wanda"
     words = f"prune method={method} sparsity=0.43 spread=0.3"

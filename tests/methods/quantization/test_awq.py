@@ -100,7 +100,7 @@ def kept(found: list[Tensor], _module: Any, _args: Any, output: Any) -> None:
     found.append(output[0] if isinstance(output, tuple) else output)
 
 
-@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "deepseek_v3", "qwen2_moe", "olmoe"]))
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "deepseek_v3", "qwen2_moe", "olmoe"]))
 def test_the_scales_that_are_found_for_a_router_are_powers_of_two(family, lab, monkeypatch, tmp_path):
     """And change no token's experts, in bf16, before anything is rounded."""
     found: list[Any] = []
@@ -137,7 +137,7 @@ def require_close(folder: Path, whole: Any) -> None:
     assert float(error) < 0.05 * float(expected.abs().max())
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_awq_rescales_what_it_can_and_nothing_else(family, made, lab):
     folder = made(family, f"{AWQ} bits=8 format=dense")
     said, whole = report(folder), stock(str(lab(family)["model"]))

@@ -130,7 +130,7 @@ def naive_costs(model: Any, windows: Any, layer: int, by: str) -> dict[str, Tens
     return costs
 
 
-@pytest.mark.parametrize("by", slow_after(1, ["gradient", "error"]))
+@pytest.mark.parametrize("by", slow_after(1, ["error", "gradient"]))
 def test_sharing_out_is_measured_as_a_naive_loop_would(by, lab, monkeypatch):
     """What rounding a matrix alone changes of what its expert adds, gates and shares of the tokens included.
 

@@ -69,7 +69,7 @@ def test_what_is_packed_goes_through_the_model_as_bytes(wide_made, tmp_path):
     assert one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize(("family", "first", "second"), slow_after(2, OTHERS))
+@pytest.mark.parametrize(("family", "first", "second"), slow_after(1, OTHERS))
 def test_what_stays_keeps_its_bytes(family, first, second, wide_made):
     one, folder = stored(wide_made(family, first)), wide_made(family, f"{first} + {second}")
     if "block" in second:
@@ -88,7 +88,7 @@ BEFORE = [
 ]
 
 
-@pytest.mark.parametrize(("family", "before", "kind"), BEFORE)
+@pytest.mark.parametrize(("family", "before", "kind"), slow_after(1, BEFORE))
 def test_quantizing_after_other_stages(family, before, kind, wide_made):
     folder, fake = wide_made(family, f"{before} + {FEW}"), theirs(wide_made(family, f"{before} + {FEW} format=dense"))
     assert form(folder) == kind
@@ -134,7 +134,7 @@ ASIDE: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "first", "second"), ASIDE)
+@pytest.mark.parametrize(("family", "first", "second"), slow_after(2, ASIDE))
 def test_what_is_packed_outlasts_a_stage_on_other_parts(family, first, second, wide_made):
     """Either refused, or what is packed keeps its bytes and the result loads."""
     try:

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 5))
 def test_experts_are_quantized_and_nothing_else(family, wide_lab, wide_made):
     """As this package loads it, as transformers does, and the original with what the codes stand for in its place."""
     model, folder = Path(str(wide_lab(family)["model"])), wide_made(family, f"{FEW} bits=3")
@@ -94,7 +94,7 @@ def test_every_method_and_width_of_every_family(family, method, bits, wide_lab, 
     assert 0 < error < {2: 1.5, 3: 1.0, 4: 0.6, 8: 0.2}[bits]
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("family", slow_after(1, ["mixtral", "gpt_oss", "llama4_text"]))
 def test_dense_is_the_same_in_plain_numbers(family, wide_lab, wide_made):
     folder, model = wide_made(family, f"{FEW} bits=3 format=dense"), wide_lab(family)["model"]
     before, after = stored(model), stored(folder)
@@ -119,6 +119,7 @@ def test_three_bits_of_a_narrow_matrix(reader_folder, wide_lab, tmp_path):
     require_alike(ours(folder), theirs(folder))
 
 
+@pytest.mark.slow  # test_a_good_checkpoint_is_verified, in a fresh stock process
 def test_edited_checkpoints_load_where_the_package_is_unknown(wide_made, tmp_path):
     """Packed ones, and one that is packed under stock names and edited besides."""
     uneven = f"{BLIND} + expert_drop score=weight_norm keep=4 budget=global"
@@ -172,7 +173,7 @@ PARTS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(3, PARTS))
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(2, PARTS))
 def test_where_says_what_is_quantized(family, words, pattern, wide_lab, wide_made):
     """Which tensors are packed, that all others are what they were, and that stock loads the checkpoint."""
     folder, before = wide_made(family, f"{BLIND} {words}"), stored(wide_lab(family)["model"])
@@ -200,7 +201,7 @@ ROUTERS: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(2, ROUTERS))
+@pytest.mark.parametrize(("family", "words", "pattern"), slow_after(1, ROUTERS))
 def test_routers_are_rounded_and_stored_as_plain_numbers(family, words, pattern, wide_lab, wide_made):
     folder, before = wide_made(family, f"{BLIND} {words}"), stored(wide_lab(family)["model"])
     after, names = stored(folder), [name for name in before if re.search(pattern, name)]
@@ -216,7 +217,7 @@ def test_routers_are_rounded_and_stored_as_plain_numbers(family, words, pattern,
 @pytest.mark.parametrize(
     ("words", "groups"),
     slow_after(
-        2,
+        1,
         [
             ("", {"w_switch": 8, "w_down": 8}),
             ("format=packed", {"w_switch": 32, "w_down": 40}),
@@ -239,7 +240,7 @@ def odd(wide_lab, tmp_path_factory) -> Options:
     return {**wide_lab("mixtral"), "model": str(wide("mixtral", tmp_path_factory.mktemp("odd") / "model", 20))}
 
 
-@pytest.mark.parametrize("format", ["packed", "dense", "auto"])
+@pytest.mark.parametrize("format", slow_after(1, ["packed", "dense", "auto"]))
 def test_a_width_that_no_group_fits_is_left_as_it_is(format, odd, tmp_path):
     folder = moe_compress.compress(f"{FEW} format={format}", **{**odd, "out": str(tmp_path / "out")}).folder
     for layer, view in moe_views(ours(folder)).items():

@@ -20,11 +20,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
 
 @pytest.mark.parametrize(
     ("family", "place", "function", "number", "left"),
-    [
-        ("mixtral", forward.hf, "run_layer", 3, 2),
-        ("mixtral", writer, "write_shard", 2, 2),
-        ("gpt_oss", writer, "write_shard", 3, 1),
-    ],
+    slow_after(
+        1,
+        [
+            ("mixtral", forward.hf, "run_layer", 3, 2),
+            ("mixtral", writer, "write_shard", 2, 2),
+            ("gpt_oss", writer, "write_shard", 3, 1),
+        ],
+    ),
 )
 def test_a_stopped_run_goes_on(family, place, function, number, left, wide_lab, wide_made, monkeypatch, tmp_path):
     options = {**wide_lab(family), "results": str(tmp_path), "out": str(tmp_path / "out")}
@@ -60,7 +63,7 @@ def lonely(wide_lab, tmp_path_factory) -> Options:
     return {**wide_lab("gpt_oss"), "model": str(folder)}
 
 
-@pytest.mark.parametrize("policy", ["rtn", "pooled"])
+@pytest.mark.parametrize("policy", slow_after(1, ["rtn", "pooled"]))
 def test_an_expert_without_tokens(policy, lonely, tmp_path):
     words = f"quantize group_size=8 min_tokens=1 propagate=original unseen={policy}"
     folder = moe_compress.compress(words, **{**lonely, "out": str(tmp_path / "out")}).folder
