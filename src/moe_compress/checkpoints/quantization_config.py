@@ -52,7 +52,7 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     alike = not any(re.search(r"\d", target.replace("\\d", "")) for grid in grids for target in grid.targets)
     known: dict[Any, PackMatrices | None] = {}
     for index, layer in enumerate(layers):
-        kind = tuple((name, tuple(each.shape)) for name, each in layer.named_parameters()) if alike else index
+        kind = hf.layer_kind(layer) if alike else index
         if kind not in known:
             known[kind] = _room(model, index, grids)
         found = known[kind]

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from moe_compress.compression.weights.checks import check_weights, gram_bytes
-from moe_compress.compression.weights.format_choice import pack_skeleton
+from moe_compress.compression.weights.format_choice import pack_skeleton, storage_for
+from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import Edit
 from moe_compress.methods import registry
@@ -39,7 +40,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> Dry
                 packed = _dry_weights(stage, model, packed, found)
             else:
                 found.edits += _dry_stage(stage, model)
-            pattern = stage.parameters.get("pattern") or pattern
+            pattern = stage.parameters.get(registry.find(stage.method).leaves_pattern) or pattern
         except ValueError as error:
             if len(recipe.stages) == 1:
                 raise
@@ -55,14 +56,15 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
             "weights beside those that are packed in a plain format do not change any more: put this stage before the "
             "one that made them so, or pack with format=packed (of a model that is published so, use a bf16 copy)."
         )
-    check_weights(stage, model)
+    matrices = StageMatrices(stage, model)
+    check_weights(stage, matrices)
+    storage = storage_for(matrices)
     if stage.needs == "input_grams":
-        needed = (each * experts for each, experts in gram_bytes(stage, model).values())
+        needed = (each * experts for each, experts in gram_bytes(matrices).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
-    quantizes = registry.find(stage.method).quantizes
-    edits = pack_skeleton(stage, model) if quantizes else []
+    edits = pack_skeleton(storage)
     found.edits += edits
-    return quantizes and not edits and is_packed(model)
+    return storage.writer.parts is not None and is_packed(model)
 
 
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:

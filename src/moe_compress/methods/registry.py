@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from moe_compress.utils.choices import coerce, nearest, one_of
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, declarations, of_function
+
+if TYPE_CHECKING:
+    from moe_compress.methods.weight_method import BitAllocation, GridOptions, InputRescaling
 
 Scope = Literal["model", "weight"]
 Need = Literal[
@@ -35,16 +38,18 @@ class Implementation:
     needs: Needs
     check: Callable[..., Any] | None = None
     trial: Callable[..., Any] | None = None
-    rescales_inputs: Callable[[Mapping[str, Any]], str] | None = None
-    allocates_bits: Callable[[Mapping[str, Any]], bool] | None = None
+    grid: Callable[[Mapping[str, Any]], GridOptions] | None = None
+    rescales_inputs: Callable[[Mapping[str, Any]], InputRescaling | None] = lambda _: None
+    allocates_bits: Callable[[Mapping[str, Any]], BitAllocation | None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """A registered method: what it is called, what it is given, which parameters a recipe may set.
 
-    breaks_patterns: puts other weights side by side than were counted for an n:m pattern; quantizes: leaves codes and
-    scales; forecast_note: what sizes do not say of it, in a sentence.
+    leaves_pattern: the parameter that says which n:m pattern the weights then have; breaks_patterns: puts other weights
+    side by side than were counted for one; allocates: the parameter that allocate= shares out; quantizes: leaves codes
+    and scales; forecast_note: what sizes do not say of it, in a sentence.
     """
 
     name: str
@@ -56,7 +61,9 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     exclusive: tuple[tuple[str, ...], ...]
     shown_in_names: tuple[str, ...]
+    leaves_pattern: str = ""
     breaks_patterns: bool = False
+    allocates: str = ""
     quantizes: bool = False
     forecast_note: str = ""
 
@@ -155,7 +162,9 @@ def _method(declaration: Declaration) -> Method:
         presets=given.get("presets") or {},
         exclusive=given.get("exclusive", ()),
         shown_in_names=given.get("shown_in_names", ()),
+        leaves_pattern=given.get("leaves_pattern", ""),
         breaks_patterns=given.get("breaks_patterns", False),
+        allocates=given.get("allocates", ""),
         quantizes=given.get("quantizes", False),
         forecast_note=given.get("forecast_note", ""),
     )
@@ -230,7 +239,7 @@ def _with_engine_parameters(declaration: Declaration) -> dict[str, Parameter]:
     engine = {**engine, "unseen": Parameter(Literal[tuple(unseen)], unseen[0])}
     if "min_tokens" in given:
         engine["min_tokens"] = replace(engine["min_tokens"], default=given["min_tokens"])
-    if not given.get("allocates", False):
+    if not given.get("allocates"):
         engine = {name: parameter for name, parameter in engine.items() if name not in ALLOCATION}
     found: dict[str, Parameter] = {}
     if given["selection_after"] not in declaration.parameters:
@@ -247,19 +256,21 @@ def weight_method(
     needs: Needs | Need,
     check: Callable[..., Any] | None = None,
     trial: Callable[..., Any] | None = None,
-    rescales_inputs: Callable[[Mapping[str, Any]], str] | None = None,
-    allocates_bits: Callable[[Mapping[str, Any]], bool] | None = None,
+    grid: Callable[[Mapping[str, Any]], GridOptions] | None = None,
+    rescales_inputs: Callable[[Mapping[str, Any]], InputRescaling | None] = lambda _: None,
+    allocates_bits: Callable[[Mapping[str, Any]], BitAllocation | None] = lambda _: None,
     **said: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that is handed matrices that share their inputs and returns new ones, under its own name.
 
     The recipe's parameters are its keyword-only arguments and those of `WeightStageOptions`. needs: the inputs' squares
     or Gram matrices, or nothing; check: same parameters, and the matrices of every layer on a skeleton; trial: same
-    parameters, a cheap stand-in for the run that says what a fraction would do; rescales_inputs: which scales make
-    inputs larger first ("" for none, "pow2", "free"); allocates_bits: whether bits are shared out. said, as values that
-    the source alone tells: group, paper, exclusive, shown_in_names as for `method`; quantizes, forecast_note: see
-    `Method`; unseen: choices of unseen=, the first one its default; min_tokens: its default; allocates: whether
-    allocate= and spread= are parameters; selection_after: the parameter behind which where= and spare= are named.
+    parameters, a cheap stand-in for the run that says what a fraction would do; grid: on which grid weights are wanted,
+    of those that quantize; rescales_inputs: how inputs are made larger first; allocates_bits: how bits are shared out.
+    said, as values that the source alone tells: group, paper, exclusive, shown_in_names as for `method`;
+    leaves_pattern, quantizes, forecast_note: see `Method`; unseen: choices of unseen=, the first one its default;
+    min_tokens: its default; allocates: what allocate= shares out, which with spread= is then a parameter;
+    selection_after: the parameter behind which where= and spare= are named.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -267,7 +278,7 @@ def weight_method(
         _enter(
             of_function(run, "weight_method", **said),
             Implementation(
-                run=run, needs=asked, check=check, trial=trial,
+                run=run, needs=asked, check=check, trial=trial, grid=grid,
                 rescales_inputs=rescales_inputs, allocates_bits=allocates_bits,
             ),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,8 +18,8 @@ from moe_compress import api
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.weights import bit_sensitivity
-from moe_compress.compression.weights.bit_sensitivity import choose
-from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, cheapest_widths
+from moe_compress.methods import registry
+from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, cheapest_widths, choose
 from moe_compress.methods.quantization.grid import BITS
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import moe_views
@@ -137,11 +138,13 @@ def test_sharing_out_is_measured_as_a_naive_loop_would(by, lab, monkeypatch):
     Scales are searched: where the largest weight sets them, it is a tie, and either code is right.
     """
     costs: dict[int, Any] = {}
-    monkeypatch.setattr(bit_sensitivity, "choose", lambda found, *_: costs.update(found) or {})
     parsed = parse(f"{AUTO} budget=3 by={by}".replace("max", "mse"), (), lab("mixtral"))
     run, source = api.start(parsed.options), open_checkpoint(Path(str(lab("mixtral")["model"])))
     spans = {(i, f"mlp.experts.{part}"): 8 for i in range(tiny.LAYERS) for part in ("gate", "up", "down")}
-    bit_sensitivity.expert_bits(parsed.stages[0], source, run, spans)
+    (stage,) = parsed.stages
+    allocation = registry.find(stage.method).implementation.allocates_bits(stage.parameters)
+    allocation = dataclasses.replace(allocation, choose=lambda found, _sizes: costs.update(found) or {})
+    bit_sensitivity.expert_bits(allocation, source, run, spans)
     model = stock(str(lab("mixtral")["model"]))
     for name, expected in naive_costs(model, run.windows("calibration", source), 1, by).items():
         torch.testing.assert_close(

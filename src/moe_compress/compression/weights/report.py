@@ -29,7 +29,7 @@ def weights_report(
     for key, name in (("unseen", "unseen"), ("tokens", "tokens"), ("routing", "routing_change")):
         found[name] = {i: note[key] for i, note in notes.items() if note.get(key)}
     found["damping_raised"] = _all(notes, "damped")
-    if rescales is not None and rescales(stage.parameters):
+    if rescales(stage.parameters) is not None:
         found["rescaled"] = {i: note["rescaled"] for i, note in notes.items() if note.get("rescaled")}
         found["not_rescaled"] = _all(notes, "not_rescaled")
         found["routing_rescaled"] = {i: n["routing_rescaled"] for i, n in notes.items() if n.get("routing_rescaled")}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_compress.calibration.input_moments import Moments
 from moe_compress.compression.weights.norm_readers import LayerOutput, NormReaders
 from moe_compress.engine.forward import LayerPass
-from moe_compress.methods.quantization.awq import awq_scale
+from moe_compress.methods.weight_method import InputRescaling
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Matrix, layer_matrices
 
@@ -73,22 +73,22 @@ class Rescaler:
     """Searches the scales of one layer after the other."""
 
     family: Family
+    how: InputRescaling
     bits: int
     group_sizes: Mapping[tuple[int, str], int]
     stored: torch.dtype
-    pow2: bool
 
     def layer(
         self, index: int, layer: nn.Module, chosen: Sequence[Matrix], seen: Mapping[str, Moments], run: LayerPass
     ) -> tuple[list[Rescale], list[str]]:
         """What was carried out on the layer, and which norms could not be rescaled."""
-        feeds = NormReaders(self.family)
-        run([feeds], False, True)
+        norms = NormReaders(self.family)
+        run([norms], False, True)
         everything = {matrix.name: matrix for matrix in layer_matrices(layer, self.family)}
         names = {matrix.name for matrix in chosen}
         done: list[Rescale] = []
         refused: list[str] = []
-        for maker, readers, pow2 in [*self._norms(everything, feeds.found), *self._inside(everything)]:
+        for maker, readers, pow2 in [*self._norms(everything, norms.found), *self._inside(everything)]:
             read = [everything[reader] for reader in readers]
             quantized = [matrix for matrix in read if matrix.name in names and self.group_sizes[index, matrix.name]]
             if not quantized or any(matrix.source not in seen for matrix in quantized):
@@ -103,18 +103,18 @@ class Rescaler:
         return done, refused
 
     def _norms(
-        self, everything: Mapping[str, Matrix], feeds: Mapping[str, Sequence[str]]
+        self, everything: Mapping[str, Matrix], readers_by_norm: Mapping[str, Sequence[str]]
     ) -> list[tuple[str, list[str], bool]]:
         """(norm, all matrices that read it, whether scales are powers of two)."""
         found = []
-        for norm, modules in feeds.items():
+        for norm, modules in readers_by_norm.items():
             readers = [
                 name
                 for name, matrix in everything.items()
                 if name in modules or (matrix.source == ROUTED and name.rpartition(".")[0] in modules)
             ]
             routed = any(everything[reader].source == ROUTER for reader in readers)
-            found.append((norm, readers, self.pow2 and routed))
+            found.append((norm, readers, self.how.keeps_routing and routed))
         return found
 
     def _inside(self, everything: Mapping[str, Matrix]) -> list[tuple[str, list[str], bool]]:
@@ -142,7 +142,7 @@ class Rescaler:
             none_B = torch.zeros(len(sparsity_B), dtype=torch.bool, device=sparsity_B.device)
             stacks.append((matrix.weight_BOI, moments.mean(0.0, none_B, False) * sparsity_B[:, None, None]))
         group_size = self.group_sizes[index, quantized[0].name]
-        return awq_scale(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
+        return self.how.search(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
 
     def _tried(self, layer: nn.Module, rescale: Rescale, run: LayerPass, is_norm: bool) -> Rescale | None:
         """The rescaling, carried out, if the layer then returns what it returned before; else nothing is left of it."""

@@ -18,31 +18,24 @@ from torch import Tensor, nn
 
 from moe_compress.calibration.input_moments import InputMomentCollector, Moments
 from moe_compress.calibration.router_choices import RouterChoices, routing_change
-from moe_compress.checkpoints.formats.registry import formats
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.bit_sensitivity import expert_bits
 from moe_compress.compression.weights.checks import gram_bytes
-from moe_compress.compression.weights.format_choice import (
-    Bits,
-    format_of,
-    group_sizes,
-    nearest_bits,
-    stored_form,
-)
+from moe_compress.compression.weights.format_choice import storage_for
 from moe_compress.compression.weights.layer_stores import LayerStore, MatrixChange, MatrixDraft
 from moe_compress.compression.weights.report import warn_of_skipped, weights_report
 from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
 from moe_compress.compression.weights.sparsity_sensitivity import expert_sparsities
+from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.edits import Edit
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.registry import WeightStageOptions
-from moe_compress.methods.weight_method import MatrixGroup
+from moe_compress.methods.weight_method import BitAllocation, Bits, InputRescaling, MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
-from moe_compress.models.matrices import ROUTED, Matrix, kinds_of, layer_matrices
+from moe_compress.models.matrices import ROUTED, Matrix, layer_matrices
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.utils.devices import free_memory
@@ -59,7 +52,7 @@ class WeightStageResult:
     """What a weight stage leaves beside the layers it wrote: a report, edits, and values for config.json."""
 
     report: dict[str, Any]
-    edits: list[Edit]
+    edits: Sequence[Edit]
     values: dict[str, Any]
 
 
@@ -72,8 +65,8 @@ def run_weight_stage(
     stage_run.require_memory()
     if stage_run.options.allocate != "uniform":
         stage_run.sparsities = _sparsities(stage, source, run, writer, progress)
-    if stage_run.allocates_bits:
-        stage_run.bits = _bits(stage_run, source, run, progress)
+    if stage_run.bit_allocation is not None:
+        stage_run.bits = _bits(stage_run.bit_allocation, stage_run, source, run, progress)
     if not writer.has(None):
         writer.copy(None)
     if stage.needs == "nothing":
@@ -96,18 +89,20 @@ def _sparsities(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
 ) -> dict[int, Tensor]:
     """The fraction that each expert loses, by layer [E]; a killed run has it already."""
-    file = writer.scratch / "shares.json"
+    file = writer.scratch / "sparsities.json"
     if not file.is_file():
         found = expert_sparsities(stage, source, run, progress)
-        write_json(file, {layer: share_E.tolist() for layer, share_E in found.items()})
-    return {int(i): torch.tensor(share_E, dtype=torch.float64) for i, share_E in read_json(file).items()}
+        write_json(file, {layer: sparsity_E.tolist() for layer, sparsity_E in found.items()})
+    return {int(i): torch.tensor(sparsity_E, dtype=torch.float64) for i, sparsity_E in read_json(file).items()}
 
 
-def _bits(stage_run: WeightStage, source: Checkpoint, run: Run, progress: Progress | None) -> Bits:
+def _bits(
+    allocation: BitAllocation, stage_run: WeightStage, source: Checkpoint, run: Run, progress: Progress | None
+) -> Bits:
     """The bits of every matrix, by layer and stack; a killed run has them already."""
     file = stage_run.writer.scratch / "bits.json"
     if not file.is_file():
-        write_json(file, expert_bits(stage_run.stage, source, run, stage_run.group_sizes, progress))
+        write_json(file, expert_bits(allocation, source, run, stage_run.storage.group_sizes, progress))
     return {int(i): stacks for i, stacks in read_json(file).items()}
 
 
@@ -117,21 +112,17 @@ class WeightStage:
     def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
         self.stage, self.layers, self.writer = stage, layers, writer
         self.model, self.family = layers.model, family_of(source.config)
-        self.options = WeightStageOptions.of(stage.parameters)
-        self.kinds = kinds_of(self.options.where, self.options.spare)
+        self.matrices = StageMatrices(stage, layers.model)
+        self.options, self.kinds = self.matrices.options, self.matrices.kinds
         self.method = registry.find(stage.method)
-        method = self.method.implementation
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
-        self.rescaling = method.rescales_inputs(stage.parameters) if method.rescales_inputs else ""
-        self.allocates_bits = method.allocates_bits is not None and method.allocates_bits(stage.parameters)
-        self.format = format_of(stage, layers.model)
-        self.group_sizes = group_sizes(stage, layers.model)
-        warn_of_skipped(self.group_sizes)
-        format = formats()[self.format]
-        assert format.writer is not None
-        self.store = LayerStore(format.writer, source, layers, writer, self.kinds)
-        writer.values = {**source.values, **stored_form(self.format, stage, self.model, self.group_sizes)[1]}
-        self.stored_dtype = format.writer.scale_dtype or source.stored_dtype
+        self.rescaling = self.method.implementation.rescales_inputs(stage.parameters)
+        self.bit_allocation = self.method.implementation.allocates_bits(stage.parameters)
+        self.storage = storage_for(self.matrices)
+        warn_of_skipped(self.storage.group_sizes)
+        self.store = LayerStore(self.storage.writer, source, layers, writer, self.kinds)
+        writer.values = {**source.values, **self.storage.form()[1]}
+        self.stored_dtype = self.storage.writer.scale_dtype or source.stored_dtype
         self.sparsities: dict[int, Tensor] = {}
         self.bits: Bits | None = None
         self.tokens = 0
@@ -141,7 +132,7 @@ class WeightStage:
         if self.stage.needs != "input_grams":
             return
         free = free_memory(self.layers.device)
-        for index, (each, at_once) in gram_bytes(self.stage, self.model).items():
+        for index, (each, at_once) in gram_bytes(self.matrices).items():
             if at_once * each > free:
                 fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
                 raise ValueError(
@@ -157,14 +148,14 @@ class WeightStage:
         parts = list(self._parts(matrices))
         stays = self.options.propagate == "original" or not matrices
         choices = self._choices(run)
-        rescales = bool(self.rescaling) and run is not None
+        rescaling = self.rescaling if run is not None else None
         for experts in parts:
             on = stays and experts is parts[-1]
-            seen = self._observe(run, experts, on and not rescales) if run is not None else {}
-            if rescales and run is not None and matrices:
-                seen = self._rescale(index, layer, matrices, seen, run, notes)
-            if rescales and run is not None and on:
-                run([], True)
+            seen = self._observe(run, experts, on and rescaling is None) if run is not None else {}
+            if rescaling is not None and run is not None:
+                seen = self._rescale(rescaling, index, layer, matrices, seen, run, notes) if matrices else seen
+                if on:
+                    run([], True)
             self._change(index, drafts, seen, experts, notes)
         if matrices:
             changes = [draft.change() for draft in drafts]
@@ -181,6 +172,7 @@ class WeightStage:
 
     def _rescale(
         self,
+        rescaling: InputRescaling,
         index: int,
         layer: nn.Module,
         matrices: Sequence[Matrix],
@@ -189,10 +181,10 @@ class WeightStage:
         notes: Notes,
     ) -> Mapping[str, Moments]:
         """Make inputs larger that matter; the moments of what the matrices then see."""
-        free = self.rescaling == "free"
+        free, grid = not rescaling.keeps_routing, self.matrices.grid
+        assert grid is not None
         before = self._choices(run, free)
-        bits = nearest_bits(self.stage.parameters)
-        rescaler = Rescaler(self.family, bits, self.group_sizes, self.stored_dtype, not free)
+        rescaler = Rescaler(self.family, rescaling, grid.nearest, self.storage.group_sizes, self.stored_dtype)
         done, refused = rescaler.layer(index, layer, matrices, seen, run)
         self.store.rescale(done)
         notes["rescaled"] += [rescale.maker for rescale in done]
@@ -251,7 +243,7 @@ class WeightStage:
                     moment,
                     self.sparsities[index][part] if routed and self.sparsities else None,
                     [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
-                    group_size=self.group_sizes.get((index, group[0].matrix.name), 0),
+                    group_size=self.storage.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                 ),
                 **self.own,
@@ -304,7 +296,7 @@ class WeightStage:
         """The report, and what says in config.json how the layers were stored."""
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
-        allocated = {i: [round(s, 6) for s in share_E.tolist()] for i, share_E in self.sparsities.items()}
-        found = {**report, **weights_report(self.stage, self.kinds, changed, self.group_sizes)}
+        allocated = {i: [round(s, 6) for s in sparsity_E.tolist()] for i, sparsity_E in self.sparsities.items()}
+        found = {**report, **weights_report(self.stage, self.kinds, changed, self.storage.group_sizes)}
         found["allocated"] = allocated or self.bits or {}
-        return WeightStageResult(found, *stored_form(self.format, self.stage, self.model, self.group_sizes, self.bits))
+        return WeightStageResult(found, *self.storage.form(self.bits))

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moe_compress.methods.pruning.masks import lowest, lowest_in_groups, lowest_in_rows, pattern_of
 from moe_compress.methods.pruning.sparsegpt import sparsegpt
-from moe_compress.methods.pruning.sparsity_allocation import Allocation, require_allocatable
 from moe_compress.methods.registry import Need, weight_method
+from moe_compress.methods.sparsity_allocation import Allocation, require_allocatable
 from moe_compress.methods.weight_method import MatrixGroup, NewMatrices
 from moe_compress.models.matrices import Matrix, kinds_of
 
@@ -75,7 +75,8 @@ def try_prune(group: MatrixGroup, *, sparsity_B: Tensor, method: Way, **_: Any) 
     shown_in_names=("method", "sparsity", "pattern"),
     selection_after="pattern",
     unseen=("pooled", "magnitude", "dense", "error"),
-    allocates=True,
+    leaves_pattern="pattern",
+    allocates="sparsity",
     forecast_note="Pruned weights are stored as zeros: the file is no smaller, nor faster where no kernel uses them.",
 )
 def prune(

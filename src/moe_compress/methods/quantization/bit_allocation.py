@@ -1,8 +1,11 @@
-"""How many bits each matrix gets: the least sum of costs within a budget, exactly. N matrices, K widths."""
+"""How many bits each matrix gets: the least sum of costs within a budget, exactly.
+
+N matrices or what they are joined to, E experts, S stacks of a layer, K widths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +14,39 @@ from scipy.sparse import csr_array, eye_array, kron, vstack
 from torch import Tensor
 
 from moe_compress.methods.quantization.grid import BITS
+from moe_compress.methods.weight_method import BitCosts, Bits
 
 LEAST = float(BITS[0])
+
+
+def choose(costs: BitCosts, sizes: Mapping[int, int], per: str, budget: float) -> Bits:
+    """The cheapest widths of one matrix, one expert or one layer each, whose mean is the budget.
+
+    costs: by layer and stack [E, K]; sizes: weights of one matrix, by layer.
+    """
+    rows, counts = [], []
+    for layer, stacks in costs.items():
+        joined_NK = _joined(torch.stack(list(stacks.values())), per)
+        matrices = sum(len(table_EK) for table_EK in stacks.values())
+        rows.append(joined_NK)
+        counts += [sizes[layer] * matrices // len(joined_NK)] * len(joined_NK)
+    found = iter(cheapest_widths(torch.cat(rows), counts, budget))
+    bits: Bits = {}
+    for layer, stacks in costs.items():
+        experts = len(next(iter(stacks.values())))
+        if per == "matrix":
+            bits[layer] = {name: [next(found) for _ in range(experts)] for name in stacks}
+        else:
+            each = [next(found)] * experts if per == "layer" else [next(found) for _ in range(experts)]
+            bits[layer] = {name: list(each) for name in stacks}
+    return bits
+
+
+def _joined(cost_SEK: Tensor, per: str) -> Tensor:
+    """Costs of what gets one width together, [N, K]."""
+    if per == "matrix":
+        return cost_SEK.flatten(0, 1)
+    return cost_SEK.sum(0) if per == "expert" else cost_SEK.sum((0, 1))[None]
 
 
 def cheapest_widths(cost_NK: Tensor, sizes: Sequence[int], budget: float) -> list[int]:

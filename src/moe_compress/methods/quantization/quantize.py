@@ -8,18 +8,29 @@ B experts, O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
+from moe_compress.methods.quantization.awq import awq_scale
+from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, choose
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import BITS, Clip, rtn
 from moe_compress.methods.registry import Need, weight_method
-from moe_compress.methods.weight_method import MatrixGroup, NewMatrices, QuantizedMatrices
+from moe_compress.methods.weight_method import (
+    NARROWEST,
+    BitAllocation,
+    GridOptions,
+    InputRescaling,
+    MatrixGroup,
+    NewMatrices,
+    QuantizedMatrices,
+)
 from moe_compress.models.matrices import Matrix, kinds_of
+from moe_compress.models.modeling.bit_packing import dequantized
 from moe_compress.utils.declarations import Registered
 
 Way = Literal["rtn", "gptq", "awq"]
@@ -28,24 +39,12 @@ FORMATS = Registered(
     "moe_compress.checkpoints.formats", "storage_format", first=("auto",), unless="written", last_by="fallback"
 )
 NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
-NARROWEST = 8
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     router = "router" in kinds_of(parameters["where"], parameters["spare"])
     blind = parameters["method"] == "rtn" and parameters["bits"] != "auto" and not router
     return "nothing" if blind else NEEDS[parameters["method"]]
-
-
-def group_size_for(widths: Iterable[int], wanted: int) -> int:
-    """Inputs that share a scale: at most `wanted`, as many as divide all widths; 0 if fewer than NARROWEST would.
-
-    wanted 0: one scale a row, which is said by the width itself where all are alike.
-    """
-    common = math.gcd(*widths)
-    if not wanted:
-        return common
-    return next((n for n in range(min(wanted, common), NARROWEST - 1, -1) if common % n == 0), 0)
 
 
 def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
@@ -96,8 +95,29 @@ def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: st
         raise ValueError(f"scales={scales} is AWQ's, and method={method} makes no inputs larger.")
 
 
-def _rescaling(parameters: Mapping[str, Any]) -> str:
-    return parameters["scales"] if parameters["method"] == "awq" else ""
+def _grid(parameters: Mapping[str, Any]) -> GridOptions:
+    bits = None if parameters["bits"] == "auto" else int(parameters["bits"])
+    wanted = {name: parameters[name] for name in ("budget", "group_size", "format")}
+    return GridOptions(widths=BITS, bits=bits, **wanted)
+
+
+def _rescaling(parameters: Mapping[str, Any]) -> InputRescaling | None:
+    if parameters["method"] != "awq":
+        return None
+    return InputRescaling(search=awq_scale, keeps_routing=parameters["scales"] == "pow2")
+
+
+def _bit_allocation(parameters: Mapping[str, Any]) -> BitAllocation | None:
+    if parameters["bits"] != "auto":
+        return None
+    by, per, budget, clip = (parameters[name] for name in ("by", "per", "budget", "clip"))
+    return BitAllocation(
+        widths=BITS,
+        rounded=lambda weight_BOI, bits, size, stored: dequantized(*rtn(weight_BOI, bits, size, stored, clip)),
+        choose=lambda costs, sizes: choose(costs, sizes, per, budget),
+        by_use=(lambda share_E: bit_cost_by_use(share_E, by == "rare")) if by in ("used", "rare") else None,
+        by_gradient=by == "gradient",
+    )
 
 
 @weight_method(
@@ -110,8 +130,9 @@ def _rescaling(parameters: Mapping[str, Any]) -> str:
     unseen=("rtn", "pooled", "error"),
     min_tokens=32,
     quantizes=True,
+    grid=_grid,
     rescales_inputs=_rescaling,
-    allocates_bits=lambda parameters: parameters["bits"] == "auto",
+    allocates_bits=_bit_allocation,
 )
 def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     group: MatrixGroup,

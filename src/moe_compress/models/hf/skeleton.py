@@ -138,6 +138,11 @@ def layers_prefix(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is layers) + "."
 
 
+def layer_kind(layer: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Names and shapes of a layer's parameters: what they say of one layer they say of all of its kind."""
+    return tuple((name, tuple(each.shape)) for name, each in layer.named_parameters())
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence transformers' notes and bars; what matters is checked and raised by our own code."""

@@ -14,7 +14,7 @@ from torch import Tensor
 import moe_compress
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.weights import sparsity_sensitivity
-from moe_compress.methods.pruning import sparsity_allocation
+from moe_compress.methods import sparsity_allocation
 from moe_compress.recipes.parser import parse
 from support import naive_pruning as slow
 from support import readers, tiny

@@ -1,0 +1,42 @@
+"""Which matrices of a model a weight stage changes, worked out once; a skeleton is enough."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from moe_compress.methods import registry
+from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
+from moe_compress.recipes.recipe import Stage
+
+
+class StageMatrices:
+    """A stage's words about a model: its options, the grid it asks for, and the matrices it changes.
+
+    kinds: parts of a layer; by_layer: their matrices; packable: those that may be stored as codes, for routers are no
+    linear maps and stay plain numbers; grid: None for methods that do not quantize. ValueError if no matrix is chosen.
+    """
+
+    def __init__(self, stage: Stage, model: PreTrainedModel) -> None:
+        self.model, self.options = model, WeightStageOptions.of(stage.parameters)
+        self.kinds, family = kinds_of(self.options.where, self.options.spare), family_of(model.config)
+        layers = enumerate(hf.decoder_layers(model))
+        self.by_layer: dict[int, list[Matrix]] = {i: layer_matrices(layer, family, self.kinds) for i, layer in layers}
+        if not any(self.by_layer.values()):
+            raise ValueError(
+                f"where={self.options.where}: {model.config.model_type} has no such part that can be told apart."
+            )
+        grid = registry.find(stage.method).implementation.grid
+        self.grid = grid(stage.parameters) if grid is not None else None
+
+    @property
+    def packable(self) -> dict[int, list[Matrix]]:
+        """Without the routers."""
+        return {i: [m for m in matrices if m.kind != "router"] for i, matrices in self.by_layer.items()}
+
+    @property
+    def routers(self) -> dict[int, list[Matrix]]:
+        """The routers alone."""
+        return {i: [m for m in matrices if m.kind == "router"] for i, matrices in self.by_layer.items()}
