@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -188,6 +190,11 @@ def test_modules_form_no_cycle_when_imported():
     while free := [name for name, targets in edges.items() if name not in done and targets <= done]:
         done.update(free)
     assert edges.keys() == done, {name: targets - done for name, targets in edges.items() if name not in done}
+
+
+def test_any_module_may_be_the_first_that_is_imported():
+    """`from moe_compress import zoo` asks the package's own __getattr__ before it looks for the folder."""
+    subprocess.run([sys.executable, "-c", "from moe_compress.run.options import make_options"], check=True)
 
 
 @pytest.mark.parametrize("name", MODULES)

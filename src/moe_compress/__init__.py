@@ -10,6 +10,7 @@ torch nor transformers: names are fetched when they are first asked for.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from moe_compress.models.registration import register_edited_architectures
@@ -62,7 +63,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    # `from moe_compress import run` asks here first: packages are not to import anything else on the way.
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in __all__ and name not in importlib.import_module("moe_compress.evaluation.harnesses").HARNESSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

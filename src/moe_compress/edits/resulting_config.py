@@ -50,12 +50,13 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     config = hf.config_from(base)
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
-    edited_model.replay(model, {"moe": names, "edits": everything})
-    kept = kept_layers(everything, hf.num_layers(config))
-    lists = layer_lists(config, kept)
-    plain = plain_form(base, config, model, lists)
-    if plain is not None:
-        return plain
+    lists = layer_lists(config, kept_layers(everything, hf.num_layers(config)))
+    # Modules that hold codes are no stock model's: hundreds of experts a layer are not made to find that out.
+    if not any(edit["edit"] == "pack_matrices" for edit in everything):
+        edited_model.replay(model, {"moe": names, "edits": everything})
+        plain = plain_form(base, config, model, lists)
+        if plain is not None:
+            return plain
     manifest = {"base_model_type": config.model_type, "moe": names, "edits": everything}
     runtime = {key: value for key, value in lists.items() if _settable(config, key)}
     manifest |= {"original": {key: getattr(config, key) for key in runtime}} if runtime else {}

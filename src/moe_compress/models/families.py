@@ -220,7 +220,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     family = entry_of(config)
     if family.refused:
         raise ValueError(f"{family.model_type} is not supported: {family.refused}.")
-    stored = config.to_dict()
+    stored = vars(config)  # asked for often: to_dict() would copy everything
     count_key = family.count_key or next((k for k in COUNT_KEYS if stored.get(k)), "")
     top_k_key = family.top_k_key or next((k for k in TOP_K_KEYS if stored.get(k)), "")
     if not count_key or not top_k_key:

@@ -248,8 +248,6 @@ def _steps(shape: MoEShape, score_E: Tensor) -> Steps:
     size = shape.num_experts // shape.groups
     grouped_GN = score_E.reshape(shape.groups, size)
     order_GN = torch.argsort(grouped_GN, dim=1, stable=True)
-    offset_G = torch.arange(shape.groups) * size
-    return [
-        (float(grouped_GN.gather(1, order_GN[:, n : n + 1]).mean()), (order_GN[:, n] + offset_G).tolist())
-        for n in range(size)
-    ]
+    cost_N = grouped_GN.gather(1, order_GN).mean(0)
+    expert_GN = order_GN + torch.arange(shape.groups).unsqueeze(1) * size
+    return list(zip(cost_N.tolist(), expert_GN.T.tolist(), strict=True))
