@@ -83,7 +83,7 @@ def same_on_device(family: str, place: Path, device: torch.device) -> dict[str, 
     for where, dtype in ((CPU, torch.float32), (device, torch.float32), (device, torch.bfloat16)):
         layers = StreamedLayers(checkpoint, where, dtype)
         probed = family in tiny_families.EDITABLE
-        observers = observers_for(checkpoint, layers, text, probes=True) if probed else []
+        observers = observers_for(checkpoint, layers, text, output_samples=True) if probed else []
         seen, hidden = forward_layers(layers, text, observers)
         found.append((hidden.float().cpu(), [part for layer in seen for part in layer if "norm" in part]))
     (cpu, cpu_sums), (gpu, gpu_sums), (rounded, _) = found
@@ -206,7 +206,7 @@ def packed_families(place: Path, size: Size) -> dict[str, float]:
 
 @torch.no_grad()
 def full_size_layer(hub_id: str, size: Size) -> dict[str, float]:
-    """Seconds and peak memory of one MoE layer in bf16: alone, with all scores, with a probe; 16,384 tokens."""
+    """Seconds and peak memory of one MoE layer in bf16: alone, with all scores, with a sample; 16,384 tokens."""
     folder = zoo.config_path(hub_id)
     assert folder is not None
     config = hf.config_from({**architecture_values(folder.parent), "num_hidden_layers": 2, **dict(size.shrunk)})

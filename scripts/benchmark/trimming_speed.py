@@ -21,7 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import moe_compress
 from common import RESULTS, add_smoke, fastest, save_figures
 from moe_compress import zoo
-from moe_compress.calibration.output_sample import PROBE_TOKENS, OutputSample, OutputSampler
+from moe_compress.calibration.output_sample import SAMPLE_TOKENS, OutputSample, OutputSampler
 from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.data.documents import DataSpec
 from moe_compress.data.windows import Windows, make_windows
@@ -70,8 +70,8 @@ def block(experts: int, top_k: int, inner: int) -> tuple[MixtralForCausalLM, MoE
     return model, view
 
 
-def probe_of(model: Any, view: MoEView, x_TD: Tensor, sample: int, layer: int = 0) -> OutputSample:
-    """A probe of the block on `sample` of the tokens."""
+def output_sample_of(model: Any, view: MoEView, x_TD: Tensor, sample: int, layer: int = 0) -> OutputSample:
+    """An output sample of the block on `sample` of the tokens."""
     tokens = len(x_TD)
     observer = OutputSampler(family_of(model.config), model.config, tokens, sample)
     observer.enter(layer, hf.decoder_layers(model)[layer])
@@ -165,13 +165,13 @@ def naee(keep: int, size: Size) -> dict[str, Any]:
         for i, x_TD in inputs.items():
             # Like the plain side, from the block's inputs: the pass over the whole text is done for both.
             some_TD = x_TD[evenly_T(0, len(x_TD), min(sample, len(x_TD)), len(x_TD), x_TD.device)]
-            probe = probe_of(model, views[i], some_TD, len(some_TD), i)
-            found[name][i] = best_subset(probe, shapes[i], keep).kept
+            seen = output_sample_of(model, views[i], some_TD, len(some_TD), i)
+            found[name][i] = best_subset(seen, shapes[i], keep).kept
 
     runs: dict[str, Callable[[], object]] = {
         "plain": plain,
         "all": lambda: probed("all", 10**9),
-        "sample": lambda: probed("sample", PROBE_TOKENS),
+        "sample": lambda: probed("sample", SAMPLE_TOKENS),
     }
     seconds = fastest(runs, size.rounds)
     same = {f"same_{n}": sum(found[n][i] == found["plain"][i] for i in inputs) for n in ("all", "sample")}
@@ -220,7 +220,7 @@ def sampled(size: Size) -> dict[str, float]:
             output_ETD.mean(1)
             torch.nn.functional.normalize(output_ETD, dim=-1).flatten(1).cov()
 
-    runs = {"dense": dense, "sampled": lambda: probe_of(model, view, x_TD, PROBE_TOKENS)}
+    runs = {"dense": dense, "sampled": lambda: output_sample_of(model, view, x_TD, SAMPLE_TOKENS)}
     return fastest(runs, min(size.rounds, 2))
 
 
@@ -231,9 +231,9 @@ def report(size: Size) -> dict[str, Any]:
         found = figures[f"naee_{keep}_of_8"] = naee(keep, size)
         print(
             f"NAEE, {keep} of 8 experts, tiny-mixtral, {found['tokens']} tokens, against a forward for every subset:\n"
-            f"  {found['plain'] / found['sample']:.1f} x as fast with a probe of {PROBE_TOKENS} tokens, as recipes do "
+            f"  {found['plain'] / found['sample']:.1f} x as fast with {SAMPLE_TOKENS} of the tokens, as recipes do "
             f"(at least 20); same subset in {found['same_sample']} of {found['layers']} layers\n"
-            f"  {found['plain'] / found['all']:.1f} x as fast with a probe of all tokens; same subset in "
+            f"  {found['plain'] / found['all']:.1f} x as fast with a sample of all tokens; same subset in "
             f"{found['same_all']} of {found['layers']} layers"
         )
     found = figures["clustering_128"] = clustering(size)
@@ -247,7 +247,7 @@ def report(size: Size) -> dict[str, Any]:
     )
     pair = figures["statistics"] = sampled(size)
     print(
-        f"merging's statistics from {PROBE_TOKENS} of {size.tokens} tokens: {pair['dense'] / pair['sampled']:.1f} x as "
+        f"merging's statistics: {SAMPLE_TOKENS} of {size.tokens} tokens: {pair['dense'] / pair['sampled']:.1f} x as "
         "fast"
     )
     return figures

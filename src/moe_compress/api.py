@@ -140,7 +140,7 @@ def analyze(
     """What the experts of the MoE layers (all, or `layers`) do, and which could go; also as files, in `out`.
 
     prompts: a file of prompts to use instead of the calibration text; threshold: cosine of outputs from which on two
-    experts are alike. A calibration with probes that was made earlier is used again.
+    experts are alike. A calibration with output samples that was made earlier is used again.
     """
     limit = require_cosine(coerce(float, threshold, "threshold"))
     run = start(_options_for(model, options, "analyze"))

@@ -114,12 +114,12 @@ def test_without_a_word_the_blend_that_changes_least_is_taken(tokenizer):
 def test_tokens_of_an_expert_that_goes_get_the_next_best(family, fresh):
     compressor = fresh(family)
     plan = compressor.plan_compression(LAYER, 6)
-    probe = compressor._observed(tuple(PROMPTS))[LAYER].layer.probe()
+    sample = compressor._observed(tuple(PROMPTS))[LAYER].layer.output_sample()
     alive = torch.tensor([e in plan.survivors for e in range(8)])
-    index_TK, gate_TK = probe.routing.route(probe.logits_TE, alive)
+    index_TK, gate_TK = sample.routing.route(sample.logits_TE, alive)
     compressor.apply_compression(plan, LAYER, inplace=True)
     windows = prompt_windows(PROMPTS, compressor.tokenizer)
-    after = observe(compressor.model, windows)[LAYER].layer.probe()
+    after = observe(compressor.model, windows)[LAYER].layer.output_sample()
     old = torch.tensor(plan.survivors)[after.index_TK]
     assert old.shape == index_TK.shape  # as many experts a token as before
     expected, found = (i.sort(1).values for i in (index_TK, old))

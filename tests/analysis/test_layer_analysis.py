@@ -49,7 +49,7 @@ def test_similarity_by_routed_tokens_is_their_jaccard(compressors):
     compressor = compressors("mixtral")
     compressor = ExpertCompressor(compressor.model, compressor.tokenizer)
     routed = compressor.analysis(LAYER, readers.LINES).similarity["routed"]
-    index_TK = compressor._observed(tuple(readers.LINES))[LAYER].layer.probe().index_TK
+    index_TK = compressor._observed(tuple(readers.LINES))[LAYER].layer.output_sample().index_TK
     both = sum(bool({1, 2} <= set(row)) for row in index_TK.tolist())
     either = sum(bool({1, 2} & set(row)) for row in index_TK.tolist())
     assert routed.matrix[1][2] == pytest.approx(both / either, abs=1e-5) and routed.n == len(index_TK)

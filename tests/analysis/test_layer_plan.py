@@ -59,8 +59,8 @@ def test_the_predicted_error_is_that_of_the_reconstruction(family, tokenizer):
     compressor.analysis(LAYER, PROMPTS)
     plan = compressor.plan_compression(LAYER, 6)
     assert not plan.merges
-    probe = compressor._observed(tuple(PROMPTS))[LAYER].layer.probe()
-    expected = float(subset_search.subset_losses(probe, [plan.kept_experts]))
+    sample = compressor._observed(tuple(PROMPTS))[LAYER].layer.output_sample()
+    expected = float(subset_search.subset_losses(sample, [plan.kept_experts]))
     assert plan.predicted_error == pytest.approx(expected, rel=2e-3)
 
 

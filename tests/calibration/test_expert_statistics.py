@@ -22,7 +22,7 @@ from moe_compress.models import hf
 from moe_compress.models.families import FAMILIES
 from moe_compress.models.moe import MoEView
 from support import naive, tiny
-from support.expert_sums import CPU, IDS, PADDED, Sums, measured
+from support.expert_statistics import CPU, IDS, PADDED, Sums, measured
 from support.slow import DIFFERENT, slow_families, slow_unless
 from support.tiny import windows_of
 

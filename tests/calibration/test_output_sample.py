@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from moe_compress.calibration import output_sample as probe_module
+from moe_compress.calibration import output_sample as output_sample_module
 from moe_compress.calibration.expert_statistics import ExpertStatistics
 from moe_compress.calibration.output_sample import OutputSample, OutputSampler
 from moe_compress.checkpoints.reader import open_checkpoint
@@ -25,22 +25,22 @@ from moe_compress.models.modeling.edit_layer import keep_experts, skip_experts
 from moe_compress.models.moe import moe_views
 from support import naive, tiny
 from support.blocks import dense
-from support.probes import CPU, IDS, PADDED, SAMPLE, probed
+from support.output_samples import CPU, IDS, PADDED, SAMPLE, probed
 from support.slow import slow_after, slow_families
 from support.tiny import windows_of
 
 
 @functools.cache
 def sampled() -> list[int]:
-    """Places, in the flat text, of the tokens that the probe takes."""
+    """Places, in the flat text, of the tokens that the output sample takes."""
     real = PADDED.reshape(-1).nonzero().flatten().tolist()
     places = [real[n] for n in range(len(real)) if (n + 1) * SAMPLE // len(real) > n * SAMPLE // len(real)]
     assert len(places) == SAMPLE and len(real) == 32
     return places
 
 
-def naive_probe(family: str) -> dict[int, dict[str, Tensor]]:
-    """Layer -> what a probe should hold, from the stock model in float64 and its experts one at a time."""
+def naive_output_sample(family: str) -> dict[int, dict[str, Tensor]]:
+    """Layer -> what an output sample should hold, from the stock model in float64 and its experts one at a time."""
     model = tiny.make(family).double()
     model.set_experts_implementation("eager")
     config, found = model.config, {}
@@ -74,61 +74,61 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", slow_families([name for name in tiny.EDITABLE if name in naive.ROUTE], 5))
-def test_a_probe_holds_what_the_stock_model_computes(family, family_checkpoint):
-    probes, expected = probed(family_checkpoint(family)), naive_probe(family)
-    assert probes.keys() == expected.keys()
-    for index, probe in probes.items():
+def test_an_output_sample_holds_what_the_stock_model_computes(family, family_checkpoint):
+    output_samples, expected = probed(family_checkpoint(family)), naive_output_sample(family)
+    assert output_samples.keys() == expected.keys()
+    for index, sample in output_samples.items():
         logits, gates, outputs, targets = expected[index].values()
-        close(probe.logits_TE, logits)
-        close(dense(probe.index_TK, probe.gate_TK, tiny.EXPERTS), gates)
-        assert torch.equal(probe.component_T, torch.tensor(sampled()) // 12)
-        assert torch.equal(probe.ids_TM.sort(1).values, torch.arange(tiny.EXPERTS).expand(SAMPLE, -1))
+        close(sample.logits_TE, logits)
+        close(dense(sample.index_TK, sample.gate_TK, tiny.EXPERTS), gates)
+        assert torch.equal(sample.component_T, torch.tensor(sampled()) // 12)
+        assert torch.equal(sample.ids_TM.sort(1).values, torch.arange(tiny.EXPERTS).expand(SAMPLE, -1))
         for t in range(SAMPLE):
-            rows = torch.cat([outputs[t][probe.ids_TM[t]], targets[t][None]])
-            close(probe.gram_TNN[t], rows @ rows.T)
-        close(probe.mean_ED, outputs.mean(0))
+            rows = torch.cat([outputs[t][sample.ids_TM[t]], targets[t][None]])
+            close(sample.gram_TNN[t], rows @ rows.T)
+        close(sample.mean_ED, outputs.mean(0))
         cosine_EE = torch.zeros(tiny.EXPERTS, tiny.EXPERTS, dtype=torch.float64)
         for t, i, j in itertools.product(range(SAMPLE), range(tiny.EXPERTS), range(tiny.EXPERTS)):
             a, b = outputs[t, i], outputs[t, j]
             cosine_EE[i, j] += (a @ b / (a.norm() * b.norm())) / SAMPLE
-        close(probe.cosine_EE, cosine_EE)
-        assert probe.inner_EFS.shape == (tiny.EXPERTS, tiny.INNER, SAMPLE)
-        assert (probe.routing is None) == (family in ("phimoe", "llama4_text"))
+        close(sample.cosine_EE, cosine_EE)
+        assert sample.inner_EFS.shape == (tiny.EXPERTS, tiny.INNER, SAMPLE)
+        assert (sample.routing is None) == (family in ("phimoe", "llama4_text"))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "llama4_text"])
 def test_inner_activations_give_the_outputs(family, family_checkpoint):
-    """Down projection and bias, by hand, of what the probe calls its inputs: their mean is the mean output."""
+    """Down projection and bias, by hand, of what the output sample calls its inputs: their mean is the mean output."""
     model = tiny.make(family)
-    for index, probe in probed(family_checkpoint(family)).items():
+    for index, sample in probed(family_checkpoint(family)).items():
         experts = getattr(model.model.layers[index], naive.BLOCK.get(family, "mlp")).experts
         down = experts.down_proj.detach()
         down = down.transpose(1, 2) if family in ("gpt_oss", "llama4_text") else down
-        mean_ED = torch.stack([down[e] @ probe.inner_EFS[e] for e in range(tiny.EXPERTS)]).mean(2)
-        close(probe.mean_ED, mean_ED + experts.down_proj_bias.detach() if family == "gpt_oss" else mean_ED)
+        mean_ED = torch.stack([down[e] @ sample.inner_EFS[e] for e in range(tiny.EXPERTS)]).mean(2)
+        close(sample.mean_ED, mean_ED + experts.down_proj_bias.detach() if family == "gpt_oss" else mean_ED)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "minimax_m2", "phimoe"])
 def test_each_token_ranks_its_experts_by_selection_score(family, family_checkpoint):
     bias = {"deepseek_v3": "mlp.gate.e_score_correction_bias", "minimax_m2": "mlp.e_score_correction_bias"}
     model = tiny.make(family)
-    for index, probe in probed(family_checkpoint(family)).items():
-        score_TE = probe.logits_TE
+    for index, sample in probed(family_checkpoint(family)).items():
+        score_TE = sample.logits_TE
         if family in bias:
             score_TE = score_TE.sigmoid() + dict(model.model.layers[index].named_buffers())[bias[family]]
         for t in range(SAMPLE):
-            used = set(probe.index_TK[t].tolist())
+            used = set(sample.index_TK[t].tolist())
             expected = sorted(range(tiny.EXPERTS), key=lambda e: (e not in used, -float(score_TE[t, e])))
-            assert probe.ids_TM[t].tolist() == expected
+            assert sample.ids_TM[t].tolist() == expected
 
 
 def test_only_the_best_are_ranked_of_many_experts(tmp_path):
     model = tiny.make("qwen3_moe", num_experts=40, num_experts_per_tok=5)
     checkpoint = open_checkpoint(tiny.save(model, tmp_path))
-    for probe in probed(checkpoint).values():
-        assert probe.ids_TM.shape == (SAMPLE, 20) and probe.gram_TNN.shape == (SAMPLE, 21, 21)
-        assert torch.equal(probe.ids_TM, probe.logits_TE.argsort(1, descending=True)[:, :20])
-        assert torch.equal(probe.ids_TM[:, :5].sort(1).values, probe.index_TK.sort(1).values)
+    for sample in probed(checkpoint).values():
+        assert sample.ids_TM.shape == (SAMPLE, 20) and sample.gram_TNN.shape == (SAMPLE, 21, 21)
+        assert torch.equal(sample.ids_TM, sample.logits_TE.argsort(1, descending=True)[:, :20])
+        assert torch.equal(sample.ids_TM[:, :5].sort(1).values, sample.index_TK.sort(1).values)
 
 
 def assert_same(a: dict[int, OutputSample], b: dict[int, OutputSample]) -> None:
@@ -145,32 +145,32 @@ def assert_same(a: dict[int, OutputSample], b: dict[int, OutputSample]) -> None:
 @pytest.mark.parametrize(
     "family", slow_after(3, ["mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h", "jamba"])
 )
-def test_a_probe_does_not_depend_on_batches_or_chunks(family, family_checkpoint, monkeypatch):
+def test_an_output_sample_does_not_depend_on_batches_or_chunks(family, family_checkpoint, monkeypatch):
     whole = probed(family_checkpoint(family))
     monkeypatch.setattr(fold_module, "TOKENS_PER_BATCH", 12)
     alone = probed(family_checkpoint(family))
     assert_same(alone, whole)
-    monkeypatch.setattr(probe_module, "CHUNK", 3 * tiny.EXPERTS * 2 * tiny.INNER)
+    monkeypatch.setattr(output_sample_module, "CHUNK", 3 * tiny.EXPERTS * 2 * tiny.INNER)
     assert_same(probed(family_checkpoint(family)), whole)
 
 
 def test_only_the_first_inner_activations_are_kept(family_checkpoint, monkeypatch):
     whole = probed(family_checkpoint("mixtral"))
-    monkeypatch.setattr(probe_module, "INNER_TOKENS", 8)
+    monkeypatch.setattr(output_sample_module, "INNER_TOKENS", 8)
     monkeypatch.setattr(fold_module, "TOKENS_PER_BATCH", 12)
-    for index, probe in probed(family_checkpoint("mixtral")).items():
-        close(probe.inner_EFS, whole[index].inner_EFS[:, :, :8])
+    for index, sample in probed(family_checkpoint("mixtral")).items():
+        close(sample.inner_EFS, whole[index].inner_EFS[:, :, :8])
 
 
 def test_a_sample_of_all_takes_every_real_token(family_checkpoint):
-    for probe in probed(family_checkpoint("mixtral"), sample=4096).values():
-        assert len(probe.logits_TE) == int(PADDED.sum())
+    for sample in probed(family_checkpoint("mixtral"), sample=4096).values():
+        assert len(sample.logits_TE) == int(PADDED.sum())
 
 
-def test_a_probe_survives_being_saved(family_checkpoint):
-    probe = probed(family_checkpoint("deepseek_v3"))[1]
-    again = OutputSample.from_tensors(load(save(probe.tensors())))
-    assert_same({1: again}, {1: probe})
+def test_an_output_sample_survives_being_saved(family_checkpoint):
+    sample = probed(family_checkpoint("deepseek_v3"))[1]
+    again = OutputSample.from_tensors(load(save(sample.tensors())))
+    assert_same({1: again}, {1: sample})
     assert again.routing is not None and again.routing.groups == 2
 
 
@@ -210,18 +210,18 @@ def test_tokens_that_no_expert_reports_are_noticed(family_checkpoint, monkeypatc
 
 
 def observed(model: Any, *others: Any) -> list[list[dict[str, Tensor]]]:
-    """What a probe and other observers see of a model in memory."""
+    """What an output sample and other observers see of a model in memory."""
     observer = OutputSampler(family_of(model.config), model.config, int(PADDED.sum()), SAMPLE)
     return forward_layers(ResidentLayers(model), windows_of(IDS, PADDED), [observer, *others])[0]
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "llama4_text"])
-def test_a_probe_and_sums_are_taken_in_one_pass(family):
+def test_an_output_sample_and_sums_are_taken_in_one_pass(family):
     model = tiny.make(family)
     sums = ExpertStatistics(family_of(model.config), model.config, 4)
     alone = forward_layers(ResidentLayers(model), windows_of(IDS, PADDED), [sums])[0]
-    for (probe,), (same, table), (expected,) in zip(observed(model), observed(model, sums), alone, strict=True):
-        for parts, other in ((probe, same), (table, expected)):
+    for (sample,), (same, table), (expected,) in zip(observed(model), observed(model, sums), alone, strict=True):
+        for parts, other in ((sample, same), (table, expected)):
             assert parts.keys() == other.keys()
             assert all(torch.equal(tensor, other[name]) for name, tensor in parts.items())
 

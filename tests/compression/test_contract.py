@@ -19,7 +19,7 @@ from moe_compress.models.shape import ModelShape, model_shape
 from support import readers, tiny
 from support.editing import cut, logits_of
 from support.slow import slow_after
-from support.trimmed import plan_edits, skeleton
+from support.trimming import plan_edits, skeleton
 
 Options = dict[str, object]
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -42,8 +42,10 @@ def calibrated(model: Any, place: Path, windows: Windows | None = None) -> tuple
     checkpoint = open_checkpoint(tiny.save(model, place / "model"))
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
     windows = windows_of(TEXT) if windows is None else windows
-    calibrate(checkpoint, layers, windows, place / "sums.safetensors", "", None, probes=True)
-    read = dataclasses.replace(Calibration.load(place / "sums.safetensors"), probes=place / "sums-probes.safetensors")
+    calibrate(checkpoint, layers, windows, place / "sums.safetensors", "", None, output_samples=True)
+    read = dataclasses.replace(
+        Calibration.load(place / "sums.safetensors"), output_samples=place / "sums-probes.safetensors"
+    )
     return read, observed(checkpoint, read, {})
 
 
@@ -176,7 +178,7 @@ def test_10_gates_are_those_that_the_model_applied(family, tmp_path):
     for index, gate in routed_through(model, layer.shape.layer):
         applied_E.index_add_(0, index.flatten(), gate.flatten().double())
     torch.testing.assert_close(layer.sums["gate"], applied_E, rtol=1e-5, atol=1e-6)
-    softmax_E = layer.probe().logits_TE.softmax(-1)
+    softmax_E = layer.output_sample().logits_TE.softmax(-1)
     top = softmax_E.topk(2, dim=1)
     wrong_E = torch.zeros(8).index_add_(0, top.indices.flatten(), top.values.flatten())
     assert (wrong_E - applied_E).abs().max() > 0.05 * applied_E.max()
@@ -234,7 +236,7 @@ def test_14_logits_are_compared_directly(tmp_path, monkeypatch):
     monkeypatch.setattr(forward, "TOKENS_PER_BATCH", 16)
     _, seen = calibrated(tiny.make("mixtral"), tmp_path)
     layer = seen.layers[0]
-    logits_TE = layer.probe().logits_TE.double()
+    logits_TE = layer.output_sample().logits_TE.double()
     assert len(logits_TE) == TEXT.numel()
     unit_TE = logits_TE / logits_TE.norm(dim=0)
     got_EE = similarity.logit_cosine(layer.sums["logit_gram"])
@@ -262,7 +264,7 @@ def test_16_large_negative_activations_are_large(tmp_path):
     _, seen = calibrated(model, tmp_path)
     largest = seen.layers[1].sums["max"]
     assert int(largest.argmax()) == 5
-    outputs = seen.layers[1].probe().mean_ED[5]
+    outputs = seen.layers[1].output_sample().mean_ED[5]
     assert (outputs <= 0).all()
     assert planned(seen, "expert_drop protect=super").report["protected"] == {1: [5]}
 

@@ -19,7 +19,7 @@ from moe_compress.run.options import make_options
 from support import tiny
 from support.editing import cut, logits_of, original
 from support.slow import each_once, slow_after, slow_unless
-from support.trimmed import batched
+from support.trimming import batched
 
 Options = dict[str, object]
 

@@ -22,7 +22,7 @@ from support import tiny
 from support.edit_kinds import KINDS, REFUSED, edits_of
 from support.editing import FOUR, SIX, cut, logits_of, moe_layers, original
 from support.slow import each_once, slow_unless
-from support.trimmed import plan_edits
+from support.trimming import plan_edits
 
 CANDIDATES = ("mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba", "llama4_text")
 few = each_once(CANDIDATES, KINDS)

@@ -11,7 +11,7 @@ from moe_compress.checkpoints import writer
 from moe_compress.compression.search_objective import OriginalAgreement
 from moe_compress.engine import forward
 from support.slow import slow_after
-from support.trimmed import same_checkpoint
+from support.trimming import same_checkpoint
 
 
 class Interrupted(Exception):

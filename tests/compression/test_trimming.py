@@ -17,7 +17,7 @@ from moe_compress.models.shape import model_shape
 from support import readers, tiny
 from support.editing import cut, logits_of
 from support.slow import slow_after
-from support.trimmed import plan_edits, same_checkpoint, skeleton, weights
+from support.trimming import plan_edits, same_checkpoint, skeleton, weights
 
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 

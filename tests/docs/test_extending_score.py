@@ -15,7 +15,7 @@ from moe_compress.edits.plan_file import read_plan
 from moe_compress.methods import registry, score_registry
 from moe_compress.recipes.parser import parse
 from support import naive, tiny
-from support.expert_sums import IDS, measured
+from support.expert_statistics import IDS, measured
 from support.pages import DOCS, commands, require_command
 from support.tiny import windows_of
 

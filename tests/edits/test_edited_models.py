@@ -31,7 +31,7 @@ def test_the_engine_runs_edited_checkpoints_exactly(family, kind, written):
         pytest.skip("refused")
     checkpoint, windows = written(family, kind), windows_of(IDS)
     layers = StreamedLayers(checkpoint, CPU, torch.float32)
-    _, hidden = forward_layers(layers, windows, observers_for(checkpoint, layers, windows, probes=False))
+    _, hidden = forward_layers(layers, windows, observers_for(checkpoint, layers, windows, output_samples=False))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view(*IDS.shape, -1)
     assert torch.equal(logits, logits_of(load_model(checkpoint.folder, torch.float32)))
 

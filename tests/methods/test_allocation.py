@@ -15,7 +15,7 @@ from moe_compress.edits.edits import KeepExperts, SkipSublayer
 from moe_compress.methods.allocation import AllocationSearch, Ladder, by_search, by_threshold, cheapest
 from support.editing import IDS, cut, logits_of, original
 from support.tiny import windows_of
-from support.trimmed import batched
+from support.trimming import batched
 
 
 @pytest.mark.parametrize("seed", range(5))

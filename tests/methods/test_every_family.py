@@ -21,19 +21,19 @@ from moe_compress.models import hf
 from support import tiny
 from support.slow import each_once, slow_families, slow_unless
 from support.tiny import CPU, windows_of
-from support.trimmed import planned, planning_report
+from support.trimming import planned, planning_report
 
 
 @pytest.fixture(scope="module")
 def seen(sources, tmp_path_factory) -> Callable[[str], tuple[Checkpoint, ModelStatistics]]:
-    """family -> its checkpoint and what a method is given of it: one pass with probes over random tokens."""
+    """family -> its checkpoint and what a method is given of it: one pass with output samples over random tokens."""
     place = tmp_path_factory.mktemp("seen")
 
     @functools.cache
     def of(family: str) -> tuple[Checkpoint, ModelStatistics]:
         checkpoint, windows = sources(family), windows_of(tiny.token_ids(8, 16, seed=2))
         layers = StreamedLayers(checkpoint, CPU, torch.float32)
-        found = calibrate(checkpoint, layers, windows, place / f"{family}.safetensors", "", None, probes=True)
+        found = calibrate(checkpoint, layers, windows, place / f"{family}.safetensors", "", None, output_samples=True)
         return checkpoint, observed(checkpoint, found, {})
 
     return of

@@ -24,7 +24,7 @@ from moe_compress.models.shape import ModelShape, MoEShape
 from support import tiny
 from support.slow import each_once, slow_unless
 from support.tiny import CPU, windows_of
-from support.trimmed import batched, planned
+from support.trimming import batched, planned
 
 
 @pytest.mark.parametrize(

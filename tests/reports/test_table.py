@@ -12,7 +12,7 @@ from moe_compress import api
 from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.evaluation.speed.columns import timed
 from moe_compress.reports import companions, html_report
-from moe_compress.reports.reading import failures_beside
+from moe_compress.reports.reading import failures_of
 from moe_compress.reports.record import Failure, Metric
 from moe_compress.reports.table import SAME, make_tables, write_tables
 from support.records import ORIGINAL, PROTOCOL, SAME_AS, WORSE, record, speed_file
@@ -35,7 +35,7 @@ def test_runs_that_did_not_finish_are_rows_of_every_format(tmp_path):
     assert [each["reason"] for each in values["failures"]] == ["no room\non the disk"]
     path = tmp_path / "failures" / "lost.json"
     path.write_text(path.read_text().replace("prune a=9", "prune a=1"))
-    assert "is not a failure of moe-compress: it was changed" in failures_beside([tmp_path / "records"])[1][0]
+    assert "is not a failure of moe-compress: it was changed" in failures_of([tmp_path / "records"])[1][0]
 
 
 def test_no_detectable_difference_where_the_interval_holds_zero(tmp_path):

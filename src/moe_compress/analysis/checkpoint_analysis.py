@@ -137,7 +137,7 @@ def analyse_checkpoint(run: Run, layers: str = "", prompts: str = "", threshold:
     wanted = _wanted(layers, [layer.shape.layer for layer in unobserved(checkpoint, with_weights=False).layers])
     if prompts:
         _use_prompts(Path(prompts), checkpoint, run)
-    calibration = calibration_for(checkpoint, run, probes=True)
+    calibration = calibration_for(checkpoint, run, output_samples=True)
     seen = observed(checkpoint, calibration, parse_mix(run.options.mix, calibration.domains))
     found = []
     with progress_bar("analysing") as progress:

@@ -34,7 +34,7 @@ from moe_compress.models.moe import moe_view
 from moe_compress.models.shape import MoEShape, moe_shapes
 from moe_compress.run.progress import progress_bar
 
-# Tokens of the probe, and of the inputs that are kept to try plans on: enough for means, and little to hold.
+# Tokens of the output sample, and of the inputs that are kept to try plans on: enough for means, and little to hold.
 SAMPLE = 1024
 
 
@@ -113,14 +113,14 @@ def observe(model: PreTrainedModel, windows: Windows) -> dict[int, Seen]:
 def _seen(
     model: PreTrainedModel, shape: MoEShape, total: int, found: Sequence[Mapping[str, Tensor]], domains: Sequence[str]
 ) -> Seen:
-    tables, probe, inputs = found
+    tables, sample, inputs = found
     layer = LayerStatistics(
         shape,
         mix_components(tables, torch.ones(len(domains) * FOLDS, dtype=torch.float64)),
         total,
         family_of(model.config).paper_gate,
         lambda: contextlib.nullcontext(view_of(model, shape.layer)),
-        functools.partial(OutputSample.from_tensors, probe),
+        functools.partial(OutputSample.from_tensors, sample),
         by_domain(tables, domains),
     )
     return Seen(layer, tables["count"], tables["tokens"], inputs["inputs"])

@@ -1,4 +1,4 @@
-"""What the experts of a layer do and which of them could go: a judgement with intervals, from one pass and a probe.
+"""What the experts of a layer do and which of them could go: a judgement with intervals, from one pass.
 
 Nothing here runs a model. A verdict needs ROUTED tokens an expert; below that only the numbers are given.
 D domains, F folds of each, C = D * F components, E experts.
@@ -108,11 +108,11 @@ class LayerAnalysis:
 
 def analyse(layer: LayerStatistics, count_CE: Tensor, token_C: Tensor, threshold: float = SIMILAR) -> LayerAnalysis:
     """Judge one layer. count_CE, token_C: routed tokens and all tokens of every domain and fold."""
-    probe, tokens = layer.probe(), int(token_C.sum())
+    sample, tokens = layer.output_sample(), int(token_C.sum())
     effect = design_effect(count_CE, token_C)
     share_E = layer.sums["count"] / layer.sums["tokens"]
     low_E, high_E = wilson(share_E, tokens / (effect or 1.0))
-    outputs_EE = probe.cosine_EE.double().clamp(-1, 1).fill_diagonal_(1.0)
+    outputs_EE = sample.cosine_EE.double().clamp(-1, 1).fill_diagonal_(1.0)
     preferences = _preferences(layer.by_domain, effect or 1.0)
     warning = _warning(count_CE, tokens, effect)
     verdicts: dict[str, Any] = {"recommended_target": layer.shape.num_experts}
@@ -130,12 +130,12 @@ def analyse(layer: LayerStatistics, count_CE: Tensor, token_C: Tensor, threshold
         utilization_interval=list(zip(low_E.tolist(), high_E.tolist(), strict=True)),
         design_effect=effect,
         coefficient_of_variation=float(share_E.std(correction=0) / share_E.mean()),
-        similarity=similarities(layer, probe, outputs_EE, tokens),
+        similarity=similarities(layer, sample, outputs_EE, tokens),
         moe_type=kind,
         median_output_similarity=middle,
         reap=[value if math.isfinite(value) else None for value in reap_E.tolist()],
         routed_mass=layer.sums["gate"].tolist(),
-        removal_error=_removal_errors(probe),
+        removal_error=_removal_errors(sample),
         preferences=preferences,
         threshold=threshold,
         warning=warning,
@@ -190,11 +190,11 @@ def _preferences(by_domain: Mapping[str, Mapping[str, Tensor]], effect: float) -
     ]
 
 
-def _removal_errors(probe: OutputSample) -> list[float] | None:
-    if probe.routing is None:
+def _removal_errors(sample: OutputSample) -> list[float] | None:
+    if sample.routing is None:
         return None
-    experts = range(probe.logits_TE.shape[1])
-    found_E = subset_search.subset_losses(probe, [[e for e in experts if e != gone] for gone in experts])
+    experts = range(sample.logits_TE.shape[1])
+    found_E = subset_search.subset_losses(sample, [[e for e in experts if e != gone] for gone in experts])
     return found_E.tolist()
 
 

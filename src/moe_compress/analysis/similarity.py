@@ -34,13 +34,15 @@ class Similarity:
     of: str
 
 
-def similarities(layer: LayerStatistics, probe: OutputSample, outputs_EE: Tensor, tokens: int) -> dict[str, Similarity]:
+def similarities(
+    layer: LayerStatistics, sample: OutputSample, outputs_EE: Tensor, tokens: int
+) -> dict[str, Similarity]:
     """By weights, by routed tokens (Jaccard of being used by one token) and by outputs."""
     routed_EE = similarity.jaccard(layer.sums["both"], layer.sums["count"])
     return {
-        "weights": _weight_similarity(layer, outputs_EE, probe.inner_EFS.shape[1], probe.mean_ED.shape[1]),
+        "weights": _weight_similarity(layer, outputs_EE, sample.inner_EFS.shape[1], sample.mean_ED.shape[1]),
         "routed": Similarity(_rounded(routed_EE), tokens, "tokens"),
-        "outputs": Similarity(_rounded(outputs_EE), len(probe.logits_TE), "tokens"),
+        "outputs": Similarity(_rounded(outputs_EE), len(sample.logits_TE), "tokens"),
     }
 
 

@@ -1,14 +1,13 @@
 """The calibration artefact: what one pass saw, kept in small files and used by every recipe and ratio.
 
 It is identified by the model, the text and the arithmetic; a second recipe on the same three runs no forward.
-Beside the sums there may be probes: all experts of a layer on a sample of tokens, for methods that ask for them.
+Beside the sums there may be output samples: all experts of a layer on some of the tokens, for methods that ask.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from moe_compress.engine.observer import Observer
 from moe_compress.models.families import family_of
 from moe_compress.models.sublayers import block_names
 from moe_compress.utils.choices import one_of
-from moe_compress.utils.devices import dtype_name, peak_memory_bytes, reset_peak_memory
+from moe_compress.utils.devices import dtype_name, measured_cost
 from moe_compress.utils.files import require_disk
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
@@ -43,8 +42,8 @@ RUNS = "runs"
 class Calibration:
     """Sums per decoder layer, [C, E] or [C] or [E]; component c is domain c // FOLDS, fold c % FOLDS.
 
-    span_influence_LL: mean 1 - cos of the stream between any two layers' beginnings, [L+1, L+1]; probes: file of the
-    probes.
+    span_influence_LL: mean 1 - cos of the stream between any two layers' beginnings, [L+1, L+1]; output_samples: the
+    file that holds them.
     """
 
     layers: dict[int, dict[str, Tensor]]
@@ -52,7 +51,7 @@ class Calibration:
     domains: tuple[str, ...]
     identity: str
     description: dict[str, Any]
-    probes: Path | None = None
+    output_samples: Path | None = None
 
     @property
     def moe(self) -> dict[int, dict[str, Tensor]]:
@@ -81,10 +80,10 @@ class Calibration:
         ordered = {layer: dict(sorted(sums.items())) for layer, sums in sorted(layers.items())}
         return cls(ordered, span_influence_LL, tuple(meta["domains"]), meta["identity"], meta["description"])
 
-    def probe(self, layer: int) -> OutputSample:
+    def output_sample(self, layer: int) -> OutputSample:
         """All experts of one layer on a sample of tokens."""
-        assert self.probes is not None
-        with safe_open(self.probes, "pt") as file:
+        assert self.output_samples is not None
+        with safe_open(self.output_samples, "pt") as file:
             found = {k.partition(".")[2]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{layer}.")}  # noqa: SIM118
         return OutputSample.from_tensors(found)
 
@@ -141,22 +140,22 @@ def calibration_identity(
     return fingerprint(VERSION, checkpoint.fingerprint, windows.fingerprint, str(dtype), device.type, attn)
 
 
-def probe_path(path: Path) -> Path:
-    """Where the probes lie that belong to a calibration."""
+def output_sample_path(path: Path) -> Path:
+    """Where the output samples lie that belong to a calibration."""
     return path.with_name(f"{path.stem}-probes.safetensors")
 
 
-def load_if_complete(path: Path, probes: bool) -> Calibration | None:
+def load_if_complete(path: Path, output_samples: bool) -> Calibration | None:
     """The calibration of an earlier run, if it has all that is needed; what made that run resumable goes."""
-    if not path.is_file() or (probes and not probe_path(path).is_file()):
+    if not path.is_file() or (output_samples and not output_sample_path(path).is_file()):
         return None
     shutil.rmtree(_state_folder(path), ignore_errors=True)
-    return with_probes(Calibration.load(path), path)
+    return with_output_samples(Calibration.load(path), path)
 
 
-def with_probes(calibration: Calibration, path: Path) -> Calibration:
-    """The calibration, pointing to its probes if there are any."""
-    found = probe_path(path)
+def with_output_samples(calibration: Calibration, path: Path) -> Calibration:
+    """The calibration, pointing to its output samples if there are any."""
+    found = output_sample_path(path)
     return Calibration(**{**calibration.__dict__, "probes": found if found.is_file() else None})
 
 
@@ -172,22 +171,22 @@ def calibrate(
     identity: str,
     progress: Progress | None,
     *,
-    probes: bool = False,
+    output_samples: bool = False,
 ) -> Calibration:
     """One pass over the calibration text; resumed if an earlier one was interrupted; saved at `path`."""
-    state = _state_folder(path) / ("probes" if probes else "sums")
+    state = _state_folder(path) / ("probes" if output_samples else "sums")
     itemsize = torch.finfo(layers.model.dtype).bits // 8
     boundary = windows.ids_NS.numel() * checkpoint.config.hidden_size * itemsize
     require_disk(path.parent, 2 * boundary, "the calibration pass")
-    started = time.perf_counter()
-    reset_peak_memory(layers.device)
-    observers = observers_for(checkpoint, layers, windows, probes)
-    seen, _ = forward_layers(layers, windows, observers, state=state, progress=progress)
+    with measured_cost(layers.device) as cost:
+        observers = observers_for(checkpoint, layers, windows, output_samples)
+        seen, _ = forward_layers(layers, windows, observers, state=state, progress=progress)
     how = {"hash": windows.fingerprint, "dtype": dtype_name(layers.model.dtype), "device": layers.device.type}
     how["attn"] = layers.model.config._attn_implementation
-    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(layers.device)}
-    if probes:
-        write_shard(probe_path(path), {f"{i}.{n}": t for i, parts in enumerate(seen) for n, t in parts[2].items()})
+    if output_samples:
+        write_shard(
+            output_sample_path(path), {f"{i}.{n}": t for i, parts in enumerate(seen) for n, t in parts[2].items()}
+        )
     sums, span_influence_LL = _without_samples([parts[0] | parts[1] for parts in seen])
     calibration = Calibration(
         sums, span_influence_LL, windows.domains, identity, {**windows.description, **how, **cost}
@@ -195,17 +194,17 @@ def calibrate(
     calibration.save(path)
     shutil.rmtree(_state_folder(path), ignore_errors=True)
     log.info("calibration saved as %s", path)
-    return with_probes(calibration, path)
+    return with_output_samples(calibration, path)
 
 
-def observers_for(checkpoint: Checkpoint, layers: Layers, windows: Windows, probes: bool) -> list[Observer]:
+def observers_for(checkpoint: Checkpoint, layers: Layers, windows: Windows, output_samples: bool) -> list[Observer]:
     """Everything that one pass records."""
     config, components = checkpoint.config, len(windows.domains) * FOLDS
     family = family_of(config)
     names = block_names(layers.model)
     turns = BlockInfluence(names, components, checkpoint.num_layers, windows.tokens, config.hidden_size)
     found: list[Observer] = [ExpertStatistics(family, config, components), turns]
-    return [*found, OutputSampler(family, config, windows.tokens)] if probes else found
+    return [*found, OutputSampler(family, config, windows.tokens)] if output_samples else found
 
 
 def _without_samples(seen: list[dict[str, Tensor]]) -> tuple[dict[int, dict[str, Tensor]], Tensor]:

@@ -1,11 +1,10 @@
-"""What a stage needs to know of a checkpoint: calibration found or made, weights on demand, a search's yardstick."""
+"""What a stage needs to know of a checkpoint: calibration found or made, weights on demand, a search's objective."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -37,26 +36,26 @@ from moe_compress.models.moe import MoEView, moe_view, moe_views
 from moe_compress.models.shape import model_shape
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.devices import free_memory, peak_memory_bytes, reset_peak_memory
+from moe_compress.utils.devices import free_memory, measured_cost
 from moe_compress.utils.files import gigabytes
 from moe_compress.utils.logging import log
 
 NOISE_TOKENS = 1024
 
 
-def calibration_for(checkpoint: Checkpoint, run: Run, probes: bool = False) -> Calibration:
+def calibration_for(checkpoint: Checkpoint, run: Run, output_samples: bool = False) -> Calibration:
     """The artefact of an earlier run on the same model, text and arithmetic; else one pass makes it."""
     windows = run.windows("calibration", checkpoint)
     identity = calibration_identity(checkpoint, windows, run.dtype, run.device, run.options.attn)
     path = run.results("calibrations") / f"{identity}.safetensors"
-    earlier = load_if_complete(path, probes)
+    earlier = load_if_complete(path, output_samples)
     if earlier is not None:
         log.info("calibration: %d tokens already measured, no forward needed (%s).", windows.tokens, path)
         return earlier
     log.info("calibration: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
     with progress_bar("measuring") as progress:
         layers = run.layers(checkpoint)
-        calibration = calibrate(checkpoint, layers, windows, path, identity, progress, probes=probes)
+        calibration = calibrate(checkpoint, layers, windows, path, identity, progress, output_samples=output_samples)
     run.log.event("calibrated", path=str(path), **calibration.description)
     return calibration
 
@@ -95,7 +94,7 @@ def observed(
     layers = [
         dataclasses.replace(
             layer,
-            probe=functools.partial(_weighted_probe, calibration, layer.shape.layer, weight_C),
+            output_sample=functools.partial(_weighted_sample, calibration, layer.shape.layer, weight_C),
             by_domain=by_domain(calibration.layers[layer.shape.layer], calibration.domains),
         )
         for layer in base.layers
@@ -105,8 +104,8 @@ def observed(
     )
 
 
-def _weighted_probe(calibration: Calibration, layer: int, weight_C: Tensor) -> OutputSample:
-    return calibration.probe(layer).weighted(weight_C)
+def _weighted_sample(calibration: Calibration, layer: int, weight_C: Tensor) -> OutputSample:
+    return calibration.output_sample(layer).weighted(weight_C)
 
 
 def unobserved(checkpoint: Checkpoint, with_weights: bool) -> ModelStatistics:
@@ -115,11 +114,11 @@ def unobserved(checkpoint: Checkpoint, with_weights: bool) -> ModelStatistics:
 
 
 def noise_observed(checkpoint: Checkpoint, run: Run) -> ModelStatistics:
-    """The same with probes on standard normal inputs of every MoE block: no text, no stream."""
+    """The same with output samples on standard normal inputs of every MoE block: no text, no stream."""
     base = unobserved(checkpoint, with_weights=False)
     layers = run.layers(checkpoint)
     found = [
-        dataclasses.replace(layer, probe=functools.partial(_noise_probe, layers, layer.shape.layer))
+        dataclasses.replace(layer, output_sample=functools.partial(_noise_sample, layers, layer.shape.layer))
         for layer in base.layers
     ]
     return dataclasses.replace(base, layers=found)
@@ -131,10 +130,8 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
     """
     windows = run.windows("calibration", checkpoint)
     log.info("neurons: %d tokens of %s (%s).", windows.tokens, run.options.data, windows.fingerprint)
-    started = time.perf_counter()
-    reset_peak_memory(run.device)
     layers = run.layers(checkpoint)
-    with progress_bar("measuring") as progress:
+    with measured_cost(run.device) as cost, progress_bar("measuring") as progress:
         family = family_of(checkpoint.config)
         if gradients:
             _require_gradient_memory(layers)
@@ -143,7 +140,6 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
             seen = [
                 found[0] for found in forward_layers(layers, windows, [ChannelStatistics(family)], progress=progress)[0]
             ]
-    cost = {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
     return _layers(checkpoint, dict(enumerate(seen))), {**windows.description, **cost}
 
 
@@ -159,8 +155,8 @@ def _require_gradient_memory(layers: StreamedLayers) -> None:
 
 
 @torch.no_grad()
-def _noise_probe(layers: StreamedLayers, index: int) -> OutputSample:
-    """A probe of one block on NOISE_TOKENS inputs that depend on the layer's number alone."""
+def _noise_sample(layers: StreamedLayers, index: int) -> OutputSample:
+    """An output sample of one block on NOISE_TOKENS inputs that depend on the layer's number alone."""
     config = layers.checkpoint.config
     generator = torch.Generator().manual_seed(index)
     noise_TD = torch.randn(NOISE_TOKENS, config.hidden_size, generator=generator).to(layers.device, layers.model.dtype)

@@ -1,6 +1,6 @@
 """What a method is given: the model as numbers, what a calibration pass saw of it, and ways to look closer.
 
-E experts, L layers. Nothing here names a file: weights and probes are handed over as functions that fetch them.
+E experts, L layers. Nothing here names a file: weights and output samples are handed over as functions that fetch them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ def _unavailable() -> contextlib.AbstractContextManager[MoEView]:
     raise ValueError("the weights of this layer are not at hand.")
 
 
-def _no_probe() -> OutputSample:
-    raise ValueError("this layer was not probed: the method has to say needs='probe'.")
+def _no_output_sample() -> OutputSample:
+    raise ValueError("this layer was not probed: the method has to say needs='outputs'.")
 
 
 @dataclass(frozen=True, slots=True)
 class LayerStatistics:
     """What is known of one MoE layer: its shape, [E] sums over the calibration text, and context.
 
-    view: the layer's weights, read when asked for, inside a `with`; probe: all its experts on a sample of tokens;
+    view: the layer's weights, read when asked for, inside a `with`; output_sample: all its experts on some tokens;
     by_domain: `count` and `tokens` of each domain of the text alone.
     """
 
@@ -41,7 +41,7 @@ class LayerStatistics:
     total_layers: int
     paper_gate: str
     view: Callable[[], contextlib.AbstractContextManager[MoEView]] = _unavailable
-    probe: Callable[[], OutputSample] = _no_probe
+    output_sample: Callable[[], OutputSample] = _no_output_sample
     by_domain: Mapping[str, Sums] = field(default_factory=dict)
 
 

@@ -1,4 +1,4 @@
-"""A probe: what every expert of a layer returns on a sample of tokens, and what the router made of it.
+"""An output sample: what every expert of a layer returns on a sample of tokens, and what the router made of it.
 
 Sums over routed tokens (observers.py) cannot say what the layer would do without an expert; this can. T sampled
 tokens, K experts per token, E experts, M the experts a token ranks highest, N = M + 1, D model width, F inner
@@ -23,7 +23,7 @@ from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, moe_view, router_logits
 from moe_compress.models.router_rule import RouterRule, fit_router_rule, selection_bias
 
-PROBE_TOKENS = 4096
+SAMPLE_TOKENS = 4096
 INNER_TOKENS = 64
 # Up to this many experts every expert is ranked for every token; else this many, or RANKED_PER_CHOICE * K.
 ALL_RANKED = 16
@@ -62,7 +62,7 @@ class OutputSample:
         return found | {f"routing_{name}": tensor for name, tensor in rule.items()}
 
     def weighted(self, weight_C: Tensor) -> OutputSample:
-        """The probe with every token weighing as its component does, and without those that weigh nothing.
+        """The output sample with every token weighing as its component does, and without those that weigh nothing.
 
         Losses and logits follow the weights; the means over experts' outputs stay those of all tokens.
         """
@@ -77,7 +77,7 @@ class OutputSample:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> OutputSample:
-        """The probe that `tensors` gave."""
+        """The output sample that `tensors` gave."""
         rule, bias_E = tensors.get("routing_rule"), tensors.get("routing_bias")
         routing = None if rule is None else RouterRule.from_tensors(rule, bias_E)
         return cls(**{name: tensors[name] for name in TENSORS}, routing=routing)
@@ -87,7 +87,7 @@ TENSORS = tuple(field.name for field in fields(OutputSample) if field.name != "r
 
 
 class OutputSampler:
-    """Takes a probe of every layer with experts; a layer without experts gives nothing.
+    """Takes an output sample of every layer with experts; a layer without experts gives nothing.
 
     Of the real tokens it takes P, evenly spaced and whatever the batches. When a layer is done, `routed` holds what its
     routed experts added to the taken tokens [P, D], until the next one is done; `targets` [P, D], if set before a
@@ -97,7 +97,7 @@ class OutputSampler:
     """
 
     def __init__(
-        self, family: Family, config: Any, real_tokens: int, sample: int = PROBE_TOKENS, *, light: bool = False
+        self, family: Family, config: Any, real_tokens: int, sample: int = SAMPLE_TOKENS, *, light: bool = False
     ) -> None:
         self.family = family
         self.config = config
@@ -116,7 +116,7 @@ class OutputSampler:
             return
         if self.view.router_rows != self.view.num_experts:
             raise ValueError(
-                f"layer {index}: its router leads several ways to one expert or to none, which no probe describes."
+                f"layer {index}: its router leads several ways to one expert or to none, which no sample describes."
             )
         self.top_k = self.view.top_k or int(getattr(self.config, self.family.top_k_key))
         self.rule = self._rule(self.view)
@@ -214,7 +214,7 @@ class OutputSampler:
         return by_score_TE.gather(1, used_first)[:, :most]
 
     def _run_all(self, input_TD: Tensor, target_TD: Tensor, ids_TM: Tensor, inner_left: int) -> None:
-        """Run every expert on some of the tokens, and keep what the probe needs of it."""
+        """Run every expert on some of the tokens, and keep what the output sample needs of it."""
         assert self.view is not None
         found = hf.all_experts(self.view.experts, input_TD)
         output_ETD = found.output_ETD.float()
@@ -235,7 +235,7 @@ class OutputSampler:
         """Nothing is left to do."""
 
     def leave(self) -> dict[str, Tensor]:
-        """The layer's probe as tensors on the CPU."""
+        """The layer's output sample as tensors on the CPU."""
         if self.view is None:
             return {}
         hf.untap(self.view.block, self.view.experts, self._rows)

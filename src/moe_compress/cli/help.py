@@ -27,11 +27,11 @@ class WithWords(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """The usual help, with the words behind the summary."""
-        self.help = "\n\n".join([self.help or "", *words_of(str(self.name))])
+        self.help = "\n\n".join([self.help or "", *options_of(str(self.name))])
         super().format_help(ctx, formatter)
 
 
-def words_of(command: str) -> list[str]:
+def options_of(command: str) -> list[str]:
     """Paragraphs: the command's own words and what they mean, and the options of a run where it takes them."""
     if command in NO_FUNCTION:
         return []

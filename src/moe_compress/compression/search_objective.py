@@ -24,8 +24,6 @@ from moe_compress.models.moe import moe_views
 from moe_compress.models.sublayers import block_names
 from moe_compress.run.context import Run
 
-LOGITS_PER_CHUNK = 1 << 25
-
 
 class OriginalAgreement:
     """Agreement of next-token distributions, mean over tokens of sum_v min(p_original, p_edited), in [0, 1].
@@ -50,7 +48,7 @@ class OriginalAgreement:
         with masked(self.layers.model, edits):
             hidden_NSD = self._hidden()
         total, model = 0.0, self.layers.model
-        rows = max(1, LOGITS_PER_CHUNK // int(model.config.vocab_size))
+        rows = hf.head_rows(model)
         for start in range(0, len(self.where), rows):
             n, s = self.where[start : start + rows].unbind(1)
             p_TV = hf.head(model, self.original_NSD[n, s]).float().softmax(-1)

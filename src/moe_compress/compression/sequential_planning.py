@@ -7,7 +7,6 @@ is what the experts are judged on and, once the layer is edited, passed on.
 from __future__ import annotations
 
 import contextlib
-import time
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from moe_compress.models.sublayers import block_names
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.devices import peak_memory_bytes, reset_peak_memory
+from moe_compress.utils.devices import measured_cost
 from moe_compress.utils.logging import log
 
 
@@ -42,13 +41,10 @@ def plan_progressively(stage: Stage, checkpoint: Checkpoint, run: Run) -> tuple[
     log.info("planning layer by layer: %d tokens of %s.", windows.tokens, run.options.data)
     layers = run.layers(checkpoint)
     planner = _Planner(stage, checkpoint, run, layers)
-    started = time.perf_counter()
-    reset_peak_memory(run.device)
-    with progress_bar("planning") as progress:
+    with measured_cost(run.device) as cost, progress_bar("planning") as progress:
         walk_layers(layers, windows, planner.visit, streams=2, progress=progress)
     found: dict[str, Any] = {"propagate": "compressed", "hash": windows.fingerprint, "mix": planner.mix}
-    found |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(run.device)}
-    return Plan(planner.edits, planner.scores, planner.report), {**windows.description, **found}
+    return Plan(planner.edits, planner.scores, planner.report), {**windows.description, **found, **cost}
 
 
 class _Planner:
@@ -76,11 +72,11 @@ class _Planner:
             original([], True)
             compressed([], True)
             return
-        probed = self.stage.needs == "outputs"
+        sampled = self.stage.needs == "outputs"
         target = OutputSampler(self.family, self.config, self.windows.tokens, light=True)
-        original([target] if probed else [], True)
+        original([target] if sampled else [], True)
         observers: list[Observer] = [ExpertStatistics(self.family, self.config, len(self.windows.domains) * FOLDS)]
-        if probed:
+        if sampled:
             judge = OutputSampler(self.family, self.config, self.windows.tokens)
             judge.targets = target.routed
             observers.append(judge)
@@ -91,7 +87,7 @@ class _Planner:
             total_layers=self.total,
             paper_gate=self.family.paper_gate,
             view=lambda: contextlib.nullcontext(view),
-            probe=lambda: OutputSample.from_tensors(seen[1]).weighted(self.weight_C),
+            output_sample=lambda: OutputSample.from_tensors(seen[1]).weighted(self.weight_C),
         )
         for edit in self._decide(sums):
             apply_edit(self.model, self.names, edit)

@@ -38,7 +38,7 @@ class Score:
         """The scores of a layer's experts, float64 [E]; NaN marks an expert that no token reached."""
         assert not self.chooses_sets
         if self.needs == "outputs":
-            return self.function(layer.probe(), layer.shape)
+            return self.function(layer.output_sample(), layer.shape)
         if self.needs == "nothing":
             return self.function(layer.shape.num_experts, layer.shape.layer, seed)
         return self.function(layer.sums)

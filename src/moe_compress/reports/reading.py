@@ -114,7 +114,7 @@ def sibling_folders(records: Places) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def failures_beside(records: Places) -> tuple[list[Failure], list[str]]:
+def failures_of(records: Places) -> tuple[list[Failure], list[str]]:
     """Failures in the folders beside those of the records, and a sentence for each file there that is none."""
     return read_failures(path for place in sibling_folders(records) for path in sorted(place.glob("failures/*.json")))
 

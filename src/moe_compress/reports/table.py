@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_compress.reports import table_formats
-from moe_compress.reports.reading import Places, failures_beside, gather
+from moe_compress.reports.reading import Places, failures_of, gather
 from moe_compress.reports.record import Failure, Record, write_whole
 from moe_compress.reports.table_formats import Cells
 
@@ -113,7 +113,7 @@ class Table:
 def read_tables(places: Places) -> tuple[list[Table], list[str]]:
     """Tables of records (or of folders of them) and of the failures beside them; a sentence for each broken file."""
     records, skipped = gather(places)
-    failures, wrong = failures_beside(places)
+    failures, wrong = failures_of(places)
     return make_tables(records, failures), [*skipped, *wrong]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes.util
 import functools
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+@contextlib.contextmanager
+def measured_cost(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds and peak memory of a block, in what it yields, once the block is done."""
+    cost: dict[str, float] = {}
+    reset_peak_memory(device)
+    started = time.perf_counter()
+    yield cost
+    cost |= {"seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(device)}
 
 
 def reset_peak_memory(device: torch.device) -> None:

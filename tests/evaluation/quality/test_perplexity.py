@@ -12,6 +12,7 @@ from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.edits import KeepExperts
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.evaluation.quality import perplexity
+from moe_compress.models.hf import layer_calls
 from support import tiny
 from support.tiny import CPU, windows_of
 
@@ -44,7 +45,7 @@ def test_padding_predicts_nothing(family_checkpoint):
 def test_chunks_of_logits_change_nothing(family_checkpoint, monkeypatch):
     layers = StreamedLayers(family_checkpoint("mixtral"), CPU, torch.float32)
     whole, hidden, _ = perplexity.measure(layers, windows_of(tiny.token_ids()))
-    monkeypatch.setattr(perplexity, "LOGITS_PER_CHUNK", 5 * tiny.VOCAB)
+    monkeypatch.setattr(layer_calls, "LOGITS_PER_CHUNK", 5 * tiny.VOCAB)
     chunked = perplexity.score_hidden(layers.model, hidden, windows_of(tiny.token_ids()))
     assert torch.allclose(chunked.nll, whole.nll, rtol=1e-6)
 

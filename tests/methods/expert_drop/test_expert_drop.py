@@ -15,7 +15,7 @@ from moe_compress.methods.expert_drop.expert_drop import expert_drop
 from moe_compress.methods.score_registry import scores as registered
 from moe_compress.models.shape import model_shape
 from support import naive, tiny
-from support.expert_sums import CPU, IDS, Sums, measured
+from support.expert_statistics import CPU, IDS, Sums, measured
 from support.tiny import windows_of
 
 TEXT_SCORES = sorted(name for name, score in registered().items() if score.needs == "text")

@@ -13,7 +13,7 @@ from moe_compress.methods.expert_drop.subset_loss import SubsetLoss, SubsetSearc
 from moe_compress.methods.expert_drop.subset_search import best_subset, elimination_order, subset_losses
 from moe_compress.models.router_rule import RouterRule
 from moe_compress.models.shape import MoEShape
-from support.probes import RULE_KINDS, Made, made_up, naive_gates, probe_of, sets_of, target
+from support.output_samples import RULE_KINDS, Made, made_up, naive_gates, output_sample_of, sets_of, target
 from support.slow import slow_after
 
 
@@ -22,17 +22,17 @@ def test_losses_equal_one_token_at_a_time(kind):
     found = made_up(kind)
     sets = [kept for keep in (8, 12) for kept in sets_of(found.shape, keep)[::40]]
     expected = [found.loss(list(kept)) for kept in sets]
-    assert subset_losses(found.probe, sets).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-7)
+    assert subset_losses(found.output_sample, sets).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", slow_after(1, tuple(RULE_KINDS)))
 def test_losses_do_not_depend_on_chunks(kind, monkeypatch):
     found = made_up(kind)
     sets = sets_of(found.shape, 8)
-    whole, order = subset_losses(found.probe, sets), elimination_order(found.probe, found.shape)
+    whole, order = subset_losses(found.output_sample, sets), elimination_order(found.output_sample, found.shape)
     monkeypatch.setattr("moe_compress.methods.expert_drop.subset_loss.CHUNK", 100)
-    torch.testing.assert_close(subset_losses(found.probe, sets), whole, rtol=1e-12, atol=0)
-    again = elimination_order(found.probe, found.shape)
+    torch.testing.assert_close(subset_losses(found.output_sample, sets), whole, rtol=1e-12, atol=0)
+    again = elimination_order(found.output_sample, found.shape)
     assert [ids for ids, _ in again] == [ids for ids, _ in order]
 
 
@@ -43,7 +43,7 @@ EXACT_STEPS = [kind for kind in RULE_KINDS if kind != "softmax biased"]
 def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
     """The loss itself always; what removing each single expert would give, where that is promised to be exact."""
     found = made_up(kind, experts=24, tokens=60)
-    layer = SubsetLoss(found.probe)
+    layer = SubsetLoss(found.output_sample)
     search = SubsetSearch(layer)
     size = 24 // found.shape.groups
     for expert in sorted(range(24), key=lambda e: e % size)[: 24 - found.shape.floor]:
@@ -61,7 +61,7 @@ def test_every_step_of_the_search_is_what_starting_afresh_gives(kind):
 @pytest.mark.parametrize("kind", [kind for kind in EXACT_STEPS if "groups" not in kind])
 def test_an_expert_that_comes_back_leaves_the_search_as_if_it_had_stayed(kind):
     found = made_up(kind, experts=24, tokens=60)
-    search = SubsetSearch(SubsetLoss(found.probe))
+    search = SubsetSearch(SubsetLoss(found.output_sample))
     for expert in range(0, 20, 2):
         search.remove(expert)
     for expert in range(0, 20, 2):
@@ -76,7 +76,7 @@ def test_an_expert_that_comes_back_leaves_the_search_as_if_it_had_stayed(kind):
 @pytest.mark.parametrize("kind", slow_after(1, tuple(RULE_KINDS)))
 def test_greedy_elimination_takes_the_best_step_each_time(kind):
     found = made_up(kind)
-    path = elimination_order(found.probe, found.shape)
+    path = elimination_order(found.output_sample, found.shape)
     assert len(path) == (found.shape.num_experts - found.shape.floor) // found.shape.groups
     left = list(range(found.shape.num_experts))
     size = len(left) // found.shape.groups
@@ -98,11 +98,11 @@ def test_greedy_and_swaps_come_close_to_the_optimum(kind):
     gaps = []
     for seed in range(6):
         found = made_up(kind, seed=seed)
-        path = [loss for _, loss in elimination_order(found.probe, found.shape)]
+        path = [loss for _, loss in elimination_order(found.output_sample, found.shape)]
         for keep in (8, 4) if found.shape.floor <= 4 else (8,):
-            exact = best_subset(found.probe, found.shape, keep)
-            quick = best_subset(found.probe, found.shape, keep, exact_up_to=0)
-            everything = subset_losses(found.probe, sets_of(found.shape, keep))
+            exact = best_subset(found.output_sample, found.shape, keep)
+            quick = best_subset(found.output_sample, found.shape, keep, exact_up_to=0)
+            everything = subset_losses(found.output_sample, sets_of(found.shape, keep))
             assert exact.loss == pytest.approx(float(everything.min()), rel=1e-12)
             greedy = path[(12 - keep) // found.shape.groups - 1]
             assert exact.loss * (1 - 1e-9) <= quick.loss <= greedy * (1 + 1e-9)
@@ -116,7 +116,7 @@ def test_greedy_and_swaps_come_close_to_the_optimum(kind):
 @pytest.mark.parametrize("kind", RULE_KINDS)
 def test_swaps_lead_from_a_bad_set_to_one_that_no_swap_improves(kind):
     found = made_up(kind, experts=24, tokens=60)
-    layer, size = SubsetLoss(found.probe), 24 // found.shape.groups
+    layer, size = SubsetLoss(found.output_sample), 24 // found.shape.groups
     search = SubsetSearch(layer)
     for expert in [e for e in range(24) if e % size < size // 2]:
         search.remove(expert)
@@ -131,7 +131,7 @@ def test_swaps_lead_from_a_bad_set_to_one_that_no_swap_improves(kind):
     for new, old in itertools.product(gone, kept):
         if new // size == old // size:
             swaps.append([e for e in kept if e != old] + [new])
-    best = float(subset_losses(found.probe, swaps).min()) ** 2 * float(layer.target)
+    best = float(subset_losses(found.output_sample, swaps).min()) ** 2 * float(layer.target)
     exact = found.shape.groups == 1 and kind in EXACT_STEPS
     assert best >= loss * (1 - (1e-9 if exact else 0.05))
 
@@ -152,10 +152,10 @@ def test_a_swap_that_greedy_cannot_see_is_found():
                 for t in range(50)
             ]
         )
-        probe = probe_of(logits_TE, outputs_TED, target_TD, rule)
+        sample = output_sample_of(logits_TE, outputs_TED, target_TD, rule)
         shape = MoEShape(layer=0, num_experts=20, top_k=2)
-        greedy = dict(zip(range(19, 1, -1), (loss for _, loss in elimination_order(probe, shape)), strict=True))
-        gains.append(1 - best_subset(probe, shape, 6).loss / greedy[6])
+        greedy = dict(zip(range(19, 1, -1), (loss for _, loss in elimination_order(sample, shape)), strict=True))
+        gains.append(1 - best_subset(sample, shape, 6).loss / greedy[6])
     assert min(gains) >= -1e-9 and max(gains) > 0.005
 
 
@@ -163,22 +163,22 @@ def test_a_swap_that_greedy_cannot_see_is_found():
 def test_experts_that_a_token_ranks_too_low_add_nothing_and_are_counted(kind):
     found = made_up(kind, ranked=5)
     for kept in sets_of(found.shape, 8)[::60]:
-        choice = float(subset_losses(found.probe, [kept])[0])
+        choice = float(subset_losses(found.output_sample, [kept])[0])
         assert choice == pytest.approx(found.loss(list(kept), unknown=True), rel=1e-9)
-    choice = best_subset(found.probe, found.shape, 8, exact_up_to=0)
+    choice = best_subset(found.output_sample, found.shape, 8, exact_up_to=0)
     short = 0
     for t in range(len(found.outputs_TED)):
-        gates = naive_gates(found.probe.routing, found.probe.logits_TE[t].tolist(), list(choice.kept))
-        short += not set(gates) <= set(found.probe.ids_TM[t].tolist())
+        gates = naive_gates(found.output_sample.routing, found.output_sample.logits_TE[t].tolist(), list(choice.kept))
+        short += not set(gates) <= set(found.output_sample.ids_TM[t].tolist())
     assert choice.exhausted == pytest.approx(short / len(found.outputs_TED)) and short > 0
 
 
 def test_very_sharp_gates_stay_finite():
     """A softmax that leaves nothing to anybody else: without its one expert a token's gates are the others'."""
     found = made_up("softmax")
-    probe = replace(found.probe, logits_TE=found.probe.logits_TE * 60)
-    sharp = Made(found.shape, probe, found.outputs_TED)
-    layer, search = SubsetLoss(probe), SubsetSearch(SubsetLoss(probe))
+    sample = replace(found.output_sample, logits_TE=found.output_sample.logits_TE * 60)
+    sharp = Made(found.shape, sample, found.outputs_TED)
+    layer, search = SubsetLoss(sample), SubsetSearch(SubsetLoss(sample))
     for expert in (3, 7, 1):
         search.remove(expert)
         left = search.alive_E.nonzero().flatten()

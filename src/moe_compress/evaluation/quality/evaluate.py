@@ -45,15 +45,15 @@ class Protocol:
 
     windows: Windows
     items: tuple[tasks.Item, ...]
-    protocol: dict[str, Any]
+    values: dict[str, Any]
 
 
-def yardstick(checkpoint: Checkpoint, run: Run) -> Protocol:
+def protocol_of(checkpoint: Checkpoint, run: Run) -> Protocol:
     """Tokenize the evaluation text with the checkpoint's own tokenizer."""
     windows = run.windows("heldout", checkpoint)
     items = tasks.items("heldout", ITEMS) if run.options.eval_data == "zoo" else ()
     text = {**windows.description, "fingerprint": windows.fingerprint}
-    protocol = {
+    values = {
         "version": VERSION,
         "text": text,
         "items": len(items),
@@ -62,32 +62,32 @@ def yardstick(checkpoint: Checkpoint, run: Run) -> Protocol:
         "device": run.device.type,
         "attn": run.options.attn or hf.skeleton(checkpoint.config, run.dtype).config._attn_implementation,
     }
-    return Protocol(windows, items, {**protocol, "id": fingerprint(protocol)})
+    return Protocol(windows, items, {**values, "id": fingerprint(values)})
 
 
-def measured_original(checkpoint: Checkpoint, stick: Protocol, run: Run) -> tuple[Original, Samples]:
+def measured_original(checkpoint: Checkpoint, protocol: Protocol, run: Run) -> tuple[Original, Samples]:
     """The original's measurement, final hidden states and routing, measured once and kept under runs/originals."""
-    path = run.results("originals") / f"{_pair(checkpoint, stick)}.safetensors"
+    path = run.results("originals") / f"{_pair(checkpoint, protocol)}.safetensors"
     routed = path.with_suffix(".routing.safetensors")
     with one_at_a_time(path.with_suffix(".lock"), f"measuring {checkpoint.name}"):
         if not path.is_file() or not routed.is_file():
-            log.info("measuring the original %s on %d tokens.", checkpoint.name, stick.windows.tokens)
+            log.info("measuring the original %s on %d tokens.", checkpoint.name, protocol.windows.tokens)
             layers = layers_of(checkpoint, run)
-            measurement, hidden_NSD, samples = _measure(layers, checkpoint, stick, None, run)
+            measurement, hidden_NSD, samples = _measure(layers, checkpoint, protocol, None, run)
             routing.save(routed, samples)
             perplexity.save_original(path, measurement, hidden_NSD)
     outer = run.layers(checkpoint)
     try:
-        return perplexity.load_original(path, outer.model, stick.windows), routing.load(routed)
+        return perplexity.load_original(path, outer.model, protocol.windows), routing.load(routed)
     except (SafetensorError, KeyError) as error:
         raise ValueError(
             f"{path} and {routed.name} are no whole measurement: remove them, and it is measured anew."
         ) from error
 
 
-def _pair(checkpoint: Checkpoint, stick: Protocol) -> str:
-    """Identity of a model on a yardstick."""
-    return fingerprint(checkpoint.fingerprint, stick.protocol["id"])
+def _pair(checkpoint: Checkpoint, protocol: Protocol) -> str:
+    """Identity of a model under a protocol."""
+    return fingerprint(checkpoint.fingerprint, protocol.values["id"])
 
 
 def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
@@ -99,18 +99,18 @@ def layers_of(checkpoint: Checkpoint, run: Run) -> Layers:
 
 
 def _measure(
-    layers: Layers, checkpoint: Checkpoint, stick: Protocol, original: Original | None, run: Run
+    layers: Layers, checkpoint: Checkpoint, protocol: Protocol, original: Original | None, run: Run
 ) -> tuple[Measurement, Any, Samples]:
     """Measure; the layers that an interrupted run has done are not run again."""
-    state = run.results("originals") / f"{_pair(checkpoint, stick)}.partial"
+    state = run.results("originals") / f"{_pair(checkpoint, protocol)}.partial"
     with progress_bar("evaluating") as progress:
-        watch = [RoutingSample(family_of(checkpoint.config), stick.windows)]
+        watch = [RoutingSample(family_of(checkpoint.config), protocol.windows)]
         measurement, hidden_NSD, seen = perplexity.measure(
-            layers, stick.windows, original, watch, state=state, progress=progress
+            layers, protocol.windows, original, watch, state=state, progress=progress
         )
-        if stick.items:
+        if protocol.items:
             tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-            correct = perplexity.answers(layers, stick.items, tokenizer)
+            correct = perplexity.answers(layers, protocol.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
     shutil.rmtree(state)
     return measurement, hidden_NSD, free_running(seen)
@@ -119,28 +119,32 @@ def _measure(
 def evaluate_pair(checkpoint: Checkpoint, base: Checkpoint, run: Run) -> tuple[Record, Record]:
     """Records (unsaved) of a checkpoint and of its original, measured on the same text; the same one if it is it."""
     require_same_tokens(checkpoint, base)
-    stick = yardstick(base, run)
-    original, routed = measured_original(base, stick, run)
+    protocol = protocol_of(base, run)
+    original, routed = measured_original(base, protocol, run)
     if (documents := len(original.measurement.tokens)) < FEW:
         log.warning("the text has %d documents: intervals of fewer than %d are too narrow.", documents, FEW)
-    first = make_record(base, base, stick, statistics.metrics(original.measurement, None), {}, run).sealed()
+    first = make_record(base, base, protocol, statistics.metrics(original.measurement, None), {}, run).sealed()
     if checkpoint.folder == base.folder:
         return first, first
-    with one_at_a_time(run.results("originals") / f"{_pair(checkpoint, stick)}.lock", f"measuring {checkpoint.name}"):
-        measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, stick, original, run)
-    found = statistics.metrics(measurement, original.measurement) | _routing(checkpoint, base, routed, samples, stick)
-    record = make_record(checkpoint, base, stick, found, read_manifest(checkpoint.folder) or {}, run).sealed()
+    with one_at_a_time(
+        run.results("originals") / f"{_pair(checkpoint, protocol)}.lock", f"measuring {checkpoint.name}"
+    ):
+        measurement, _, samples = _measure(layers_of(checkpoint, run), checkpoint, protocol, original, run)
+    found = statistics.metrics(measurement, original.measurement) | _routing(
+        checkpoint, base, routed, samples, protocol
+    )
+    record = make_record(checkpoint, base, protocol, found, read_manifest(checkpoint.folder) or {}, run).sealed()
     for name, sums in ((first.name, original.measurement), (record.name, measurement)):
         perplexity.save_documents(run.results("documents") / f"{name}.safetensors", sums)
     return record, first
 
 
 def _routing(
-    checkpoint: Checkpoint, base: Checkpoint, before: Samples, after: Samples, stick: Protocol
+    checkpoint: Checkpoint, base: Checkpoint, before: Samples, after: Samples, protocol: Protocol
 ) -> dict[str, statistics.Metric]:
     """How far the free-running routing differs; nothing where it is not known whose experts are whose."""
     try:
-        found = fidelity(before, after, ancestry_of(checkpoint, base), stick.windows)
+        found = fidelity(before, after, ancestry_of(checkpoint, base), protocol.windows)
     except ValueError as error:
         log.info("routing is not compared: %s", error)
         return {}
@@ -150,20 +154,20 @@ def _routing(
 def make_record(
     checkpoint: Checkpoint,
     base: Checkpoint,
-    stick: Protocol,
+    protocol: Protocol,
     metrics: dict[str, Any],
     manifest: dict[str, Any],
     run: Run,
 ) -> Record:
     """Everything that a row of a table needs."""
     skeleton = hf.skeleton(checkpoint.config, checkpoint.stored_dtype)
-    counted = sizes(skeleton, stick.windows.ids_NS.shape[1], checkpoint.stored_dtype)
+    counted = sizes(skeleton, protocol.windows.ids_NS.shape[1], checkpoint.stored_dtype)
     is_original = checkpoint.folder == base.folder
     if is_original:
-        name = f"{Path(base.name).name}-original-{_pair(base, stick)[:6]}"
+        name = f"{Path(base.name).name}-original-{_pair(base, protocol)[:6]}"
     else:
         # Folders of one name may hold other checkpoints, now or later.
-        identity = fingerprint(checkpoint.fingerprint, _pair(base, stick))
+        identity = fingerprint(checkpoint.fingerprint, _pair(base, protocol))
         name = run.options.name or f"{checkpoint.folder.name}-{identity[:6]}"
     # Beside a model that it was not made from, its recipe says nothing.
     told = manifest if manifest.get("base", {}).get("fingerprint") == base.fingerprint else {}
@@ -174,7 +178,7 @@ def make_record(
         recipe=told.get("stages") or [],
         seed=run.options.seed,
         form="original" if is_original else manifest.get("form", "plain"),
-        protocol=stick.protocol,
+        protocol=protocol.values,
         metrics={name: Metric(**value) for name, value in metrics.items()},
         sizes={**counted.to_json(), "bytes": checkpoint.bytes},
         cost=_cost(told),

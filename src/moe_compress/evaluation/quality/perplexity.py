@@ -23,8 +23,6 @@ from moe_compress.engine.observer import Observer
 from moe_compress.models import hf
 from moe_compress.zoo.tasks import Item
 
-LOGITS_PER_CHUNK = 1 << 25
-
 
 @dataclass(frozen=True)
 class Measurement:
@@ -91,7 +89,7 @@ def _per_token(
     model: PreTrainedModel, hidden_NSD: Tensor, where: Tensor, target_P: Tensor, original: Original | None
 ) -> Tensor:
     """[P, 4] of 1, nll, kl, agreement for the P predicted tokens."""
-    rows = max(1, LOGITS_PER_CHUNK // int(model.config.vocab_size))
+    rows = hf.head_rows(model)
     parts = []
     for start in range(0, len(where), rows):
         n, s = where[start : start + rows].unbind(1)
@@ -138,7 +136,7 @@ def answers(layers: Layers, items: Sequence[Item], tokenizer: PreTrainedTokenize
     _, hidden_NSD = forward_layers(layers, windows)
     where = answer_NS[:, 1:].nonzero()
     wrong = torch.zeros(len(items), dtype=torch.bool)
-    rows = max(1, LOGITS_PER_CHUNK // int(layers.model.config.vocab_size))
+    rows = hf.head_rows(layers.model)
     for start in range(0, len(where), rows):
         n, s = where[start : start + rows].unbind(1)
         best = hf.head(layers.model, hidden_NSD[n, s]).argmax(-1).cpu()

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-RESAMPLES = 10_000
-LEVEL = 0.95
+from moe_compress.evaluation.statistics import LEVEL, RESAMPLES
+
 STARTS = 5
 
 

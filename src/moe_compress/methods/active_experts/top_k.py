@@ -89,10 +89,10 @@ def top_k(
 
 def _losses(layer: LayerStatistics) -> list[float]:
     """Relative squared change of the routed output with 1, 2, ... top_k experts active."""
-    probe, found = layer.probe(), []
+    sample, found = layer.output_sample(), []
     for active in range(1, layer.shape.top_k + 1):
-        rule = None if probe.routing is None else replace(probe.routing, top_k=active)
-        rebuilt = SubsetLoss(replace(probe, routing=rule), layer.shape.layer)
+        rule = None if sample.routing is None else replace(sample.routing, top_k=active)
+        rebuilt = SubsetLoss(replace(sample, routing=rule), layer.shape.layer)
         everyone = torch.ones(1, rebuilt.experts, dtype=torch.bool)
         found.append(float(rebuilt.relative(rebuilt.losses(everyone)[0])) ** 2)
     return found

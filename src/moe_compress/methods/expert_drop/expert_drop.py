@@ -163,7 +163,7 @@ def _rebuilding_steps(layer: LayerStatistics, budget: str) -> Steps:
     if budget == "layer":
         return _steps(layer.shape, torch.arange(layer.shape.num_experts, dtype=torch.float64))
     before, steps = 0.0, []
-    for ids, loss in subset_search.elimination_order(layer.probe(), layer.shape):
+    for ids, loss in subset_search.elimination_order(layer.output_sample(), layer.shape):
         steps.append((loss**2 - before, list(ids)))
         before = loss**2
     return steps
@@ -178,7 +178,7 @@ def _rebuilding(
     for layer in layers:
         edit = _edit_of(layer, edits)
         if edit is not None:
-            choice = subset_search.best_subset(layer.probe(), layer.shape, len(edit.experts))
+            choice = subset_search.best_subset(layer.output_sample(), layer.shape, len(edit.experts))
             found.append(KeepExperts(edit.layer, choice.kept))
             losses[edit.layer] = {"relative_error": choice.loss, "tokens_with_unknown_experts": choice.exhausted}
     return found, losses

@@ -1,7 +1,7 @@
-"""What a layer would add with any set of its experts kept, evaluated from a probe, token by token or step by step.
+"""What a layer would add with any set of its experts kept, from an output sample: token by token or step by step.
 
 Without the experts outside a set, a token's routed output is sum_e gate_e f_e(x), so its squared distance to the
-target is a quadratic form in the inner products that the probe holds: no expert is run again. All in float64.
+target is a quadratic form in the inner products that the output sample holds: no expert is run again. All in float64.
 
 T tokens, E experts, K experts per token, M the experts a token ranks highest, R (token, kept set) pairs. A gate is
 `scale * strength / total`, where only the total depends on who was dropped. So a token and a kept set are three
@@ -71,24 +71,24 @@ def _first_bits(reach: int, places_CK: Tensor) -> Tensor:
 
 
 class SubsetLoss:
-    """A probe made ready: strengths [T, E], each expert's place in a token's list [T, E] (M: not in it)."""
+    """An output sample made ready: strengths [T, E], each expert's place in a token's list [T, E] (M: not in it)."""
 
-    def __init__(self, probe: OutputSample, number: int | None = None) -> None:
-        if probe.routing is None:
+    def __init__(self, sample: OutputSample, number: int | None = None) -> None:
+        if sample.routing is None:
             where = "this layer" if number is None else f"layer {number}"
             raise ValueError(
                 f"{where}: its router follows no rule that is known here, so what it would do without some of its "
                 "experts cannot be told."
             )
-        self.routing = probe.routing
-        self.logits_TE = probe.logits_TE.double()
+        self.routing = sample.routing
+        self.logits_TE = sample.logits_TE.double()
         tokens, self.experts = self.logits_TE.shape
         shifted_TE = self.logits_TE - self.logits_TE.amax(1, keepdim=True)
         self.strength_TE = self.logits_TE.sigmoid() if self.routing.scores == "sigmoid" else shifted_TE.exp()
-        most = probe.ids_TM.shape[1]
+        most = sample.ids_TM.shape[1]
         self.place_TE = torch.full((tokens, self.experts), most)
-        self.place_TE.scatter_(1, probe.ids_TM, torch.arange(most).expand(tokens, -1))
-        self.gram_TNN = probe.gram_TNN.double()
+        self.place_TE.scatter_(1, sample.ids_TM, torch.arange(most).expand(tokens, -1))
+        self.gram_TNN = sample.gram_TNN.double()
         self.target = self.gram_TNN[:, most, most].sum()
         self.all_tokens = torch.arange(tokens)
 

@@ -1,4 +1,4 @@
-"""Which experts to keep so that the routed output of a layer changes least (NAEE, arXiv 2402.14800), from a probe.
+"""Which experts to keep so that the routed output of a layer changes least (NAEE, arXiv 2402.14800).
 
 T tokens, E experts, K experts per token, M the experts a token ranks highest, R some of the tokens.
 """
@@ -28,7 +28,7 @@ LEAST_GAIN = 1e-9
 class Choice:
     """A kept set, |target - output| / |target| over all tokens, and the share of tokens that use unknown experts.
 
-    An expert is unknown to a token that ranks it below the M of the probe: its gate counts, its output does not.
+    An expert is unknown to a token that ranks it below the M of the sample: its gate counts, its output does not.
     """
 
     kept: tuple[int, ...]
@@ -36,15 +36,15 @@ class Choice:
     exhausted: float
 
 
-def subset_losses(probe: OutputSample, subsets: Iterable[Sequence[int]]) -> Tensor:
+def subset_losses(sample: OutputSample, subsets: Iterable[Sequence[int]]) -> Tensor:
     """|target - output| / |target| over all tokens for every kept set, [n]: exact where no token is exhausted."""
-    layer = SubsetLoss(probe)
+    layer = SubsetLoss(sample)
     return layer.relative(layer.losses(_masks(subsets, layer.experts))[0])
 
 
-def elimination_order(probe: OutputSample, shape: MoEShape) -> list[tuple[tuple[int, ...], float]]:
+def elimination_order(sample: OutputSample, shape: MoEShape) -> list[tuple[tuple[int, ...], float]]:
     """Greedy elimination down to `shape.floor`: the experts that go together, one of each group, and the loss then."""
-    search = SubsetSearch(SubsetLoss(probe, shape.layer))
+    search = SubsetSearch(SubsetLoss(sample, shape.layer))
     path = []
     while int(search.alive_E.sum()) > shape.floor:
         gone = _eliminate(search, shape)
@@ -53,14 +53,14 @@ def elimination_order(probe: OutputSample, shape: MoEShape) -> list[tuple[tuple[
 
 
 @score("remove_one", needs="outputs")
-def remove_one(probe: OutputSample, shape: MoEShape) -> Tensor:
+def remove_one(sample: OutputSample, shape: MoEShape) -> Tensor:
     """How much the layer's output changes when an expert alone is removed and its slots are filled anew, [E].
 
     Mean squared change over the tokens that use it, times their share of all (ModelOpt's Puzzletron).
     """
-    layer = SubsetLoss(probe, shape.layer)
+    layer = SubsetLoss(sample, shape.layer)
     changed_E = torch.zeros(layer.experts, dtype=torch.float64)
-    top_k, most = layer.routing.top_k, probe.ids_TM.shape[1]
+    top_k, most = layer.routing.top_k, sample.ids_TM.shape[1]
     for token_R in layer.all_tokens.split(max(1, CHUNK // (top_k * layer.experts))):
         alive_RE = torch.ones(len(token_R), layer.experts, dtype=torch.bool)
         index_RK, gate_RK = layer.routing.route(layer.logits_TE[token_R], alive_RE)
@@ -81,15 +81,15 @@ def remove_one(probe: OutputSample, shape: MoEShape) -> Tensor:
 
 
 @score("ranked_choice", needs="outputs")
-def ranked_choice(probe: OutputSample, _shape: MoEShape | None = None) -> Tensor:
+def ranked_choice(sample: OutputSample, _shape: MoEShape | None = None) -> Tensor:
     """Place in which experts are voted out, [E], the last survivor's the highest (ModelOpt's ranked-choice voting).
 
     The expert with the fewest tokens that choose it goes first, of equals the one of lowest number; each of its
     tokens then votes for the next expert it would choose.
     """
-    routing = probe.routing or RouterRule(top_k=probe.index_TK.shape[1], scores="softmax", renormalised=True)
-    alive_E = torch.ones(probe.logits_TE.shape[1], dtype=torch.bool)
-    score_TE = routing.score(probe.logits_TE.double(), alive_E)
+    routing = sample.routing or RouterRule(top_k=sample.index_TK.shape[1], scores="softmax", renormalised=True)
+    alive_E = torch.ones(sample.logits_TE.shape[1], dtype=torch.bool)
+    score_TE = routing.score(sample.logits_TE.double(), alive_E)
 
     def votes(score_RE: Tensor) -> Tensor:
         best = routing.eligible(score_RE, alive_E).topk(routing.top_k, dim=1)
@@ -107,7 +107,7 @@ def ranked_choice(probe: OutputSample, _shape: MoEShape | None = None) -> Tensor
 
 
 @score("naee", needs="outputs", paper="NAEE, arXiv 2402.14800", chooses_sets=True)
-def best_subset(probe: OutputSample, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
+def best_subset(sample: OutputSample, shape: MoEShape, keep: int, *, exact_up_to: int = 16) -> Choice:
     """The set of `keep` experts with the least loss, equally many in every router group.
 
     Greedy elimination, then swaps of a kept for a dropped expert as long as they help; with at most `exact_up_to`
@@ -118,7 +118,7 @@ def best_subset(probe: OutputSample, shape: MoEShape, keep: int, *, exact_up_to:
     that the new expert comes into reach.
     """
     shape.require(keep)
-    layer = SubsetLoss(probe, shape.layer)
+    layer = SubsetLoss(sample, shape.layer)
     search = SubsetSearch(layer)
     while int(search.alive_E.sum()) > keep:
         _eliminate(search, shape)

@@ -207,7 +207,7 @@ def _distance(layer: LayerStatistics, by: By) -> Tensor:
             "use by=outputs."
         )
     if by == "outputs":
-        return similarity.output_distance(layer.probe().mean_ED)
+        return similarity.output_distance(layer.output_sample().mean_ED)
     if by == "logits":
         return 1 - similarity.logit_cosine(layer.sums["logit_gram"])
     if by == "coactivation":
@@ -280,7 +280,7 @@ def _aligned(layer: LayerStatistics, edit: MergeExperts | None, align: Align) ->
         return edit
     inner = None
     if align != "weights":
-        inner_EFS = layer.probe().inner_EFS
+        inner_EFS = layer.output_sample().inner_EFS
         inner = inner_EFS.__getitem__
     with layer.view() as view:
         order_EF = aligned_order(edit.groups, view, inner, align)

@@ -17,7 +17,16 @@ from moe_compress.models.hf.expert_taps import (
     untap,
     use_experts_function,
 )
-from moe_compress.models.hf.layer_calls import LayerCall, called_alike, enter, head, layer_output, logits, run_layer
+from moe_compress.models.hf.layer_calls import (
+    LayerCall,
+    called_alike,
+    enter,
+    head,
+    head_rows,
+    layer_output,
+    logits,
+    run_layer,
+)
 from moe_compress.models.hf.skeleton import (
     buffers_to,
     config_from,
@@ -60,6 +69,7 @@ __all__ = [
     "enter",
     "gate_on_input",
     "head",
+    "head_rows",
     "layer_kind",
     "layer_of",
     "layer_output",

@@ -91,6 +91,15 @@ def enter(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None) -> tup
     return recorders[0].entered, [call for call in calls if call is not None]
 
 
+# Logits that are made at a time.
+LOGITS_PER_CHUNK = 1 << 25
+
+
+def head_rows(model: PreTrainedModel) -> int:
+    """Of how many tokens logits are made at a time."""
+    return max(1, LOGITS_PER_CHUNK // int(model.config.vocab_size))
+
+
 @torch.no_grad()
 def head(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
     """Final norm and language-model head: logits [T, V] of final hidden states [T, D]."""

@@ -31,7 +31,7 @@ SAMPLE = 20
 
 
 def probed(checkpoint: Checkpoint, sample: int = SAMPLE, mask: Tensor = PADDED) -> dict[int, OutputSample]:
-    """Layer -> the probe of a checkpoint on the test's text."""
+    """Layer -> the output sample of a checkpoint on the test's text."""
     observer = OutputSampler(family_of(checkpoint.config), checkpoint.config, int(mask.sum()), sample)
     seen, _ = forward_layers(StreamedLayers(checkpoint, CPU, torch.float32), windows_of(IDS, mask), [observer])
     return {index: OutputSample.from_tensors(parts[0]) for index, parts in enumerate(seen) if parts[0]}
@@ -39,11 +39,11 @@ def probed(checkpoint: Checkpoint, sample: int = SAMPLE, mask: Tensor = PADDED) 
 
 @dataclass
 class Real:
-    """A block in float64, its probe put together by hand, and what it adds with any of its experts left."""
+    """A block in float64, its output sample put together by hand, and what it adds with any of its experts left."""
 
     block: Block
     shape: MoEShape
-    probe: OutputSample
+    output_sample: OutputSample
     outputs_TED: Tensor
     target_TD: Tensor
 
@@ -67,8 +67,8 @@ def real(name: str) -> Real:
     block = block_of(model.double())
     experts, (hidden_TD, index_TK, gate_TK) = block.view.experts, given(block)
     outputs_TED, target_TD = outputs_of(experts, hidden_TD), experts(hidden_TD, index_TK, gate_TK).detach()
-    probe = probe_of(block.logits_TE.double(), outputs_TED, target_TD, made(name).identified())
-    return Real(block, moe_shapes(model)[0], probe, outputs_TED, target_TD)
+    sample = output_sample_of(block.logits_TE.double(), outputs_TED, target_TD, made(name).identified())
+    return Real(block, moe_shapes(model)[0], sample, outputs_TED, target_TD)
 
 
 def given(block: Block) -> tuple[Tensor, ...]:
@@ -91,10 +91,10 @@ def outputs_of(experts: Any, hidden_TD: Tensor) -> Tensor:
     return torch.stack(alone, 1)
 
 
-def probe_of(
+def output_sample_of(
     logits_TE: Tensor, outputs_TED: Tensor, target_TD: Tensor, routing: RouterRule, ranked: int | None = None
 ) -> OutputSample:
-    """A probe by hand, in float64: each token's experts in the order in which it would choose them."""
+    """An output sample by hand, in float64: each token's experts in the order in which it would choose them."""
     tokens, experts = logits_TE.shape
     ranked = ranked or experts
     everyone = torch.ones(experts, dtype=torch.bool)
@@ -170,16 +170,16 @@ RULE_KINDS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Made:
-    """A layer made up: logits, experts' outputs and the probe of them."""
+    """A layer made up: logits, experts' outputs and the output sample of them."""
 
     shape: MoEShape
-    probe: OutputSample
+    output_sample: OutputSample
     outputs_TED: Tensor
 
     def added(self, token: int, kept: list[int], unknown: bool = False) -> Tensor:
         """A token's routed output with only `kept` left; `unknown`: without experts that are not in its list."""
-        gates = naive_gates(self.probe.routing, self.probe.logits_TE[token].tolist(), kept)
-        listed = self.probe.ids_TM[token].tolist()
+        gates = naive_gates(self.output_sample.routing, self.output_sample.logits_TE[token].tolist(), kept)
+        listed = self.output_sample.ids_TM[token].tolist()
         parts = [g * self.outputs_TED[token, e] for e, g in gates.items() if not unknown or e in listed]
         return sum(parts, torch.zeros(self.outputs_TED.shape[2], dtype=torch.float64))
 
@@ -212,9 +212,9 @@ def made_up(kind: str, experts: int = 12, tokens: int = 40, ranked: int | None =
         layer=0, num_experts=experts, top_k=3, groups=rule.groups, groups_used=rule.groups_used,
         min_per_group=rule.group_best,
     )  # fmt: skip
-    return Made(shape, probe_of(logits_TE, outputs_TED, target_TD, rule, ranked), outputs_TED)
+    return Made(shape, output_sample_of(logits_TE, outputs_TED, target_TD, rule, ranked), outputs_TED)
 
 
 def target(found: Made, token: int) -> Tensor:
-    """The target in the made-up probe, which belongs to the logits it was made with."""
+    """The target in the made-up output sample, which belongs to the logits it was made with."""
     return found.added(token, list(range(found.shape.num_experts)))
