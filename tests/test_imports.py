@@ -30,7 +30,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "engine": ("checkpoints", "data", "models", "utils"),
     "run": ("engine", "checkpoints", "data", "zoo", "utils", "reports.record"),
     "calibration": ("run", "engine", "checkpoints", "data", "edits", "models", "utils"),
-    "methods": ("calibration", "edits", "models", "utils"),
+    "methods": ("calibration.model_statistics", "calibration.output_sample", "edits", "models", "utils"),
     "recipes": ("methods", "run", "utils"),
     "reports": ("utils.files", "utils.logging"),
     "hub": ("reports", "checkpoints", "edits", "models", "utils"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def load_if_complete(path: Path, output_samples: bool) -> Calibration | None:
 def with_output_samples(calibration: Calibration, path: Path) -> Calibration:
     """The calibration, pointing to its output samples if there are any."""
     found = output_sample_path(path)
-    return Calibration(**{**calibration.__dict__, "probes": found if found.is_file() else None})
+    return replace(calibration, output_samples=found if found.is_file() else None)
 
 
 def _state_folder(path: Path) -> Path:
