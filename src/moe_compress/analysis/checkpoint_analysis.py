@@ -12,7 +12,6 @@ from typing import Any
 
 from moe_compress.analysis.layer_analysis import SIMILAR, LayerAnalysis, analyse
 from moe_compress.calibration.collect import calibration_for, observed, unobserved
-from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.data.prompts import prompt_windows, read_prompts
@@ -152,7 +151,7 @@ def analyse_checkpoint(run: Run, layers: str = "", prompts: str = "", threshold:
 
 def _use_prompts(path: Path, checkpoint: Checkpoint, run: Run) -> None:
     """Let the run's calibration text be the prompts."""
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    tokenizer = run.tokenizer(checkpoint)
     run.options = run.options.model_copy(update={"data": path.name})
     run.cut[text_spec(run.options, "calibration")] = prompt_windows(read_prompts(path), tokenizer, path.name)
 

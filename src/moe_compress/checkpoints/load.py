@@ -26,7 +26,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     """Load a plain or edited checkpoint; transformers would fill missing tensors with noise, this raises."""
     loader: Any = AutoModelForCausalLM
     with hf.quiet():
-        model, info = loader.from_pretrained(folder, dtype=dtype or "auto", output_loading_info=True, **keywords)
+        model, info = loader.from_pretrained(
+            folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False, **keywords
+        )
     for parameter in model.parameters() if dtype is not None else ():
         # Weights that transformers makes of codes have the dtype of their scales.
         parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
@@ -120,11 +122,19 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; ValueError if there is none or it has ids that the embedding lacks."""
+def load_tokenizer(folder: Path, vocab_size: int, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; ValueError if there is none or it has ids that the embedding lacks.
+
+    trust_remote_code: also one that is code in the folder, which is then run.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exceptions
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the tokenizer of {folder} is code of its own, which runs only with trust_remote_code=true: read it "
+                "first."
+            ) from error
         raise ValueError(f"{folder} holds no tokenizer that transformers can read ({_first_line(error)}).") from error
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab_size:

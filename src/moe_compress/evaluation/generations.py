@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
+from moe_compress.checkpoints.load import load_as_run, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.prompts import prompt_windows, read_prompts
 from moe_compress.data.windows import Windows
@@ -124,7 +124,7 @@ def compare_checkpoints(
         raise ValueError(f"max_tokens={max_tokens}: a number from 1 to {positions - 1} is needed for {first.name}.")
     run = start(options)
     require_memory((first, second), run.dtype, run.device, "have to be whole to generate")
-    tokenizer = load_tokenizer(first.folder, first.config.vocab_size)
+    tokenizer = run.tokenizer(first)
     given, windows = _prompts(prompts, first, tokenizer, run)
     with threads(options.threads), progress_bar("comparing") as progress:
         one, other = (load_as_run(each, run.dtype, run.device, options.attn) for each in (first, second))

@@ -162,4 +162,6 @@ def _read_yaml(path: Path) -> tuple[list[_Draft], dict[str, Any]]:
                 stages.append(_Draft(number, name, {str(key): value for key, value in (given or {}).items()}))
             case _:
                 raise ValueError(f"{path}: a stage is one method with its parameters, not {entry!r}.")
+    if "trust_remote_code" in content:
+        raise ValueError(f"{path}: trust_remote_code is said on the command line, not by a recipe file.")
     return stages, {str(key): value for key, value in content.items()}

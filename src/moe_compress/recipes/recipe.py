@@ -56,7 +56,7 @@ class Recipe(BaseModel):
             {stage.method: {k: v for k, v in stage.parameters.items() if (k, v) != ("seed", seed)}}
             for stage in self.stages
         ]
-        options = self.options.model_dump(exclude={"out", "name", "results"})
+        options = self.options.model_dump(exclude={"out", "name", "results", "trust_remote_code"})
         return yaml.safe_dump({"stages": stages, **options}, sort_keys=False)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.checkpoints.reader import Checkpoint
@@ -45,12 +46,15 @@ class Run:
         """The layers of a checkpoint, one in memory at a time, in this run's arithmetic."""
         return StreamedLayers(checkpoint, self.device, self.dtype, self.options.attn)
 
+    def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer; one that is code of its own only where the run trusts it."""
+        return load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size, self.options.trust_remote_code)
+
     def windows(self, use: Use, checkpoint: Checkpoint) -> Windows:
         """The calibration or the held-out text of this run in the tokens of the checkpoint, cut once."""
         spec = text_spec(self.options, use)
         if spec not in self.cut:
-            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
-            self.cut[spec] = make_windows(spec, tokenizer)
+            self.cut[spec] = make_windows(spec, self.tokenizer(checkpoint))
             positions = getattr(checkpoint.config, "max_position_embeddings", None) or spec.length
             if spec.length > positions:
                 log.warning("windows of %d tokens: %s was made for %d.", spec.length, checkpoint.name, positions)

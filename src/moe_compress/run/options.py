@@ -24,7 +24,8 @@ class Options(BaseModel):
 
     model: zoo name, local folder or hub id; revision: hub branch, tag or commit; data, samples, length, pack, mix
     and data_*: the calibration text; eval_*: the evaluation text (eval=false: none); seed: of the text's order and
-    of every method that draws; dtype, device, attn: the arithmetic; out: the checkpoint's folder; name: the record's.
+    of every method that draws; dtype, device, attn: the arithmetic; out: the checkpoint's folder; name: the record's;
+    trust_remote_code: run code that the model holds, such as a tokenizer's (never said by a recipe file).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,6 +55,7 @@ class Options(BaseModel):
     out: str = ""
     name: str = ""
     results: str = "runs"
+    trust_remote_code: bool = False
 
     def resolved(self) -> Options:
         """Every default written out. Zoo models use the zoo's own text in short windows, others C4 and WikiText-2."""

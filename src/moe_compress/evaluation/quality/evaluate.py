@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from moe_compress.checkpoints.folder import read_manifest
-from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
+from moe_compress.checkpoints.load import load_as_run, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import Windows
 from moe_compress.engine.layers import Layers, ResidentLayers
@@ -109,7 +109,7 @@ def _measure(
             layers, protocol.windows, original, watch, state=state, progress=progress
         )
         if protocol.items:
-            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            tokenizer = run.tokenizer(checkpoint)
             correct = perplexity.answers(layers, protocol.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
     shutil.rmtree(state)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.load import load_as_run, load_tokenizer, require_memory
+from moe_compress.checkpoints.load import load_as_run, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.evaluation.harnesses import harness
 from moe_compress.evaluation.pair import open_pair
@@ -140,7 +140,7 @@ def task_report(
     """
     chosen = selection.choose(tasks, fewshot)
     for each in (base, checkpoint):
-        load_tokenizer(each.folder, each.config.vocab_size)
+        run.tokenizer(each)
     settings = {
         "limit": limit,
         "fewshot": fewshot,
@@ -176,7 +176,7 @@ def _answers(
     missing = [each for each in chosen if not paths[each.name].is_file()]
     if missing:
         log.info("asking %s: %s.", checkpoint.name, ", ".join(each.name for each in missing))
-        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        tokenizer = run.tokenizer(checkpoint)
         model, limit = _loaded(checkpoint, run), settings["limit"]
         with progress_bar("asking") as progress:
             found = lm_eval_runner.run_tasks(model, tokenizer, missing, batch=batch, limit=limit, progress=progress)

@@ -47,6 +47,8 @@ from transformers import AutoModelForCausalLM
 folder, ids, out, trust, tokens = sys.argv[1:6]
 load = AutoModelForCausalLM.from_pretrained
 model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
+for parameter in model.parameters():  # what is made dense of codes, or kept as it was stored, is of 16 bits
+    parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
 wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
 ids = load_file(ids)["ids"]
 with torch.no_grad():
@@ -95,15 +97,16 @@ class Verification(SavedReport):
 
 
 @harness("verify", results="verification")
-def verify(checkpoint: str | Path, /, results: str = "runs") -> Verification:
+def verify(checkpoint: str | Path, /, trust_remote_code: bool = False, results: str = "runs") -> Verification:
     """Load a checkpoint by stock transformers in a fresh process, compare logits, generate; who can load it, and why.
 
-    Its `problems` are empty where all is well.
+    trust_remote_code: run whatever code the checkpoint holds; without it, only files that are this package's, byte for
+    byte. Its `problems` are empty where all is well.
     """
-    return verification(resolve_model(str(checkpoint)))
+    return verification(resolve_model(str(checkpoint)), trust_remote_code)
 
 
-def verification(checkpoint: Checkpoint) -> Verification:
+def verification(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Verification:
     """Load, compare and generate in one fresh process; the same checkpoint by our own reader, layer by layer."""
     require_memory([checkpoint], torch.float32, torch.device("cpu"), "is loaded whole by stock transformers")
     form, clients = checkpoint_kind(checkpoint), compatibility(checkpoint)
@@ -111,7 +114,8 @@ def verification(checkpoint: Checkpoint) -> Verification:
     found: dict[str, Any] = {}
     problems, distance = [], None
     try:
-        found = _in_fresh_process(checkpoint, form) if stock.loads else {}
+        if stock.loads:
+            found = _in_fresh_process(checkpoint, trust_remote_code or _runs_our_code(checkpoint))
         problems += [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in found.get("wrong", {}).items()]
         ours = _ours(checkpoint)
         distance = float((found["logits"] - ours).norm() / ours.norm()) if found else None
@@ -148,16 +152,26 @@ def _ours(checkpoint: Checkpoint) -> torch.Tensor:
     return hf.head(layers.model, hidden_NSD.flatten(0, 1)).float().unflatten(0, ids_NS.shape)
 
 
-def _in_fresh_process(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
+def _runs_our_code(checkpoint: Checkpoint) -> bool:
+    """Whether loading it runs code of this package; ValueError if it would run any other."""
+    if "moe_compress" not in checkpoint.values:
+        return False
+    foreign = hf.foreign_code(checkpoint.folder, checkpoint.values)
+    if foreign:
+        raise ValueError(f"{foreign}: code of a checkpoint runs only with trust_remote_code=true; read it first")
+    return True
+
+
+def _in_fresh_process(checkpoint: Checkpoint, trust: bool) -> dict[str, Any]:
     """What stock transformers says; ValueError with its last line if it fails."""
-    trust = "yes" if "moe_compress" in checkpoint.values else "no"
     with tempfile.TemporaryDirectory() as place:
         ids, out = Path(place) / "ids.safetensors", Path(place) / "out"
         write_shard(ids, {"ids": _ids(checkpoint)})
         # -I: without the caller's folders, so that this package cannot help.
-        words = [sys.executable, "-I", "-c", STOCK, str(checkpoint.folder), str(ids), str(out), trust, str(NEW_TOKENS)]
+        said = "yes" if trust else "no"
+        words = [sys.executable, "-I", "-c", STOCK, str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS)]
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet)
+        done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"stock transformers does not load it: {last}")

@@ -27,6 +27,7 @@ from moe_compress.models.hf.layer_calls import (
     logits,
     run_layer,
 )
+from moe_compress.models.hf.shipped_code import foreign_code
 from moe_compress.models.hf.skeleton import (
     buffers_to,
     config_from,
@@ -67,6 +68,7 @@ __all__ = [
     "edited_config_values",
     "encode_values",
     "enter",
+    "foreign_code",
     "gate_on_input",
     "head",
     "head_rows",

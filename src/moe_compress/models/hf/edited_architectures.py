@@ -41,11 +41,17 @@ def edited_config_values(base: Mapping[str, Any], manifest: Mapping[str, Any]) -
         **base,
         "model_type": config_class.model_type,
         "architectures": [model_class.__name__],
-        "auto_map": {
-            "AutoConfig": f"{MODELLING_FILE}.{config_class.__name__}",
-            "AutoModelForCausalLM": f"{MODELLING_FILE}.{model_class.__name__}",
-        },
+        "auto_map": auto_map_of(base["model_type"]),
         "moe_compress": {**manifest, "base_architectures": base.get("architectures")},
+    }
+
+
+def auto_map_of(base_type: str) -> dict[str, str]:
+    """Where the config of an edited checkpoint says its classes are."""
+    config_class, model_class = edited_classes_of(base_type)
+    return {
+        "AutoConfig": f"{MODELLING_FILE}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{MODELLING_FILE}.{model_class.__name__}",
     }
 
 
@@ -53,17 +59,21 @@ def modelling_files(values: Mapping[str, Any]) -> dict[str, str]:
     """The Python files that an edited checkpoint carries, by name; none for a plain one."""
     if "moe_compress" not in values:
         return {}
-    config_class, model_class = _classes(values["moe_compress"]["base_model_type"])
-    loader = f'''"""{model_class.__name__} with layers that differ, as its config.json says under `moe_compress`."""
+    shipped = {path.name: path.read_text(encoding="utf-8") for path in SHIPPED}
+    return {f"{MODELLING_FILE}.py": loader_of(values["moe_compress"]["base_model_type"]), **shipped}
+
+
+def loader_of(base_type: str, module: str = "edited_model") -> str:
+    """The file that makes an architecture's edited classes, by the module that knows how."""
+    config_class, model_class = _classes(base_type)
+    return f'''"""{model_class.__name__} with layers that differ, as its config.json says under `moe_compress`."""
 
 from {config_class.__module__} import {config_class.__name__}
 from {model_class.__module__} import {model_class.__name__}
 
-from .edited_model import edited_classes
+from .{module} import edited_classes
 
 Edited{config_class.__name__}, Edited{model_class.__name__} = edited_classes(
     {config_class.__name__}, {model_class.__name__}
 )
 '''
-    shipped = {path.name: path.read_text(encoding="utf-8") for path in SHIPPED}
-    return {f"{MODELLING_FILE}.py": loader, **shipped}

@@ -70,7 +70,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = No
     try:
         # Nothing is on the meta device to be initialised; going through it all the same takes most of the time.
         with quiet(), no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, **keywords)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keywords)
     except ImportError as error:
         raise ValueError(f"attn={attn} is not available here: {error}") from error
     except (RuntimeError, ArithmeticError, AssertionError) as error:
