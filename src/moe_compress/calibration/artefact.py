@@ -181,6 +181,7 @@ def calibrate(
     with measured_cost(layers.device) as cost:
         observers = observers_for(checkpoint, layers, windows, output_samples)
         seen, _ = forward_layers(layers, windows, observers, state=state, progress=progress)
+    checkpoint.require_unchanged()
     how = {"hash": windows.fingerprint, "dtype": dtype_name(layers.model.dtype), "device": layers.device.type}
     how["attn"] = layers.model.config._attn_implementation
     if output_samples:

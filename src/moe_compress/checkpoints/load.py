@@ -81,7 +81,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
                 )
             hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
         return_memory()
-    model.tie_weights()
+    hf.tie(model)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")

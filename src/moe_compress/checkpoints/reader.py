@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
+from moe_compress.checkpoints.file_digests import Stamp, digests, stamp
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.quantization_config import require_readable
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
@@ -25,11 +26,13 @@ from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
+from moe_compress.utils.logging import log
 
 INDEX = "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"model-\d+-of-\d+\.safetensors")
-SAMPLE_BYTES = 4096
-HASH_WHOLE_BELOW = 256 << 20
+# Above this, files are known by their digests, and read once to have them.
+SMALL = 256 << 20
+CHUNK = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def regions_of(entry: Entry) -> list[FileRegion]:
 class Checkpoint:
     """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one.
 
-    tensors: by name; a packed matrix is one tensor, under the name of its weights.
+    tensors: by name; a packed matrix is one tensor, under the name of its weights; stamps: of its files, when opened.
     """
 
     folder: Path
@@ -63,6 +66,7 @@ class Checkpoint:
     values: dict[str, Any]
     tensors: dict[str, Entry] = field(repr=False)
     commit: str | None = None
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
@@ -128,18 +132,28 @@ class Checkpoint:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identity of config and weights: all bytes of a small checkpoint, a sample of every tensor of a large one."""
-        whole = self.bytes < HASH_WHOLE_BELOW
-        return fingerprint(self.values, *(part for key in sorted(self.tensors) for part in self._sample(key, whole)))
+        """Identity of config and weights, all bytes of them: by tensors, of a large checkpoint by files."""
+        if self.bytes < SMALL:
+            return fingerprint(self.values, *(part for key in sorted(self.tensors) for part in self._whole(key)))
+        files = {region.file for entry in self.tensors.values() for region in regions_of(entry)}
+        return fingerprint(self.values, sorted(digests(files).items()))
 
-    def _sample(self, key: str, whole: bool) -> list[Any]:
-        entry = self.tensors[key]
+    def _whole(self, key: str) -> list[Any]:
         found: list[Any] = [key]
-        for region in regions_of(entry):
+        for region in regions_of(self.tensors[key]):
             with region.file.open("rb") as file:
                 file.seek(region.start)
-                found += [region.dtype, region.shape, file.read(region.bytes if whole else SAMPLE_BYTES)]
+                found += [region.dtype, region.shape, file.read(region.bytes)]
         return found
+
+    def require_unchanged(self) -> None:
+        """ValueError if one of its files is not what it was when the checkpoint was opened."""
+        for path, before in self.stamps.items():
+            if not path.is_file() or stamp(path) != before:
+                raise ValueError(
+                    f"{path} changed while it was being read: what was made of it is of no model. Run again once "
+                    "nothing writes to it."
+                )
 
 
 def _opened(entry: Entry, lazy: Callable[[FileRegion], Any]) -> Any:
@@ -164,9 +178,32 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     require_agreement(folder, values, tensors)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
-    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
+    values = _as_stock_ties(folder, values, tensors)
+    files = {folder / "config.json", *(region.file for region in stored.values())}
+    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, {path: stamp(path) for path in files})
     _require_layers(checkpoint)
     return checkpoint
+
+
+def _as_stock_ties(folder: Path, values: dict[str, Any], tensors: Mapping[str, Entry]) -> dict[str, Any]:
+    """Config values that tie nothing where a head of its own is stored: stock transformers then does not tie either."""
+    for name, other in hf.tied_names(hf.config_from(values)).items():
+        pair = [entry for key in (name, other) if isinstance(entry := tensors.get(key), FileRegion)]
+        if len(pair) == 2 and not _equal(*pair):
+            log.warning("%s stores %s apart from %s, which its config ties: they are not tied.", folder, name, other)
+            return {**values, "tie_word_embeddings": False}
+    return values
+
+
+def _equal(one: FileRegion, other: FileRegion) -> bool:
+    """Whether two stored tensors are the same to the last bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        starts = range(0, one.bytes, CHUNK)
+        return all(first.read(min(CHUNK, one.bytes - n)) == second.read(min(CHUNK, one.bytes - n)) for n in starts)
 
 
 def architecture_values(folder: Path) -> dict[str, Any]:

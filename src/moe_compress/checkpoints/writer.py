@@ -7,7 +7,6 @@ any moment, run the same command again, and at most one layer is done twice. A f
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from moe_compress.checkpoints.companions import companions, copy_companions
 from moe_compress.checkpoints.folder import (
     MANIFEST,
     SCRATCH,
@@ -31,11 +31,6 @@ from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_region
 from moe_compress.checkpoints.stored_tensors import stored_parts, with_weights
 from moe_compress.models import hf
 from moe_compress.utils.files import write_json
-
-COMPANIONS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "generation_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
 
 
 class CheckpointWriter:
@@ -63,6 +58,7 @@ class CheckpointWriter:
         self._begin(identity)
 
     def _begin(self, identity: str) -> None:
+        companions(self.source.folder)  # refuses what may not be copied, before anything is written
         _require_ours(self.partial)
         if begun_identity(self.partial) not in (None, identity):
             clear_partial(self.partial)
@@ -105,7 +101,7 @@ class CheckpointWriter:
         found: dict[str, Any] = {}
         for key, tensor in tensors.items():
             like = self.source.tensors.get(key, default)
-            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(tensor, like)
+            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(key, tensor, like)
         self._put(layer, found)
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
@@ -129,6 +125,7 @@ class CheckpointWriter:
 
         files: texts by file name; arrays: tensors by file name (none where there are none).
         """
+        self.source.require_unchanged()
         for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         for name, tensors in (arrays or {}).items():
@@ -147,20 +144,18 @@ class CheckpointWriter:
         remove_scratch(self.out)
 
 
-def _as_stored(tensor: Tensor, like: Entry) -> Tensor:
+def _as_stored(key: str, tensor: Tensor, like: Entry) -> Tensor:
+    """In the dtype of the tensor whose place it takes; ValueError for NaN and infinity, which no reader expects."""
+    if not tensor.is_floating_point():
+        return tensor
     regions = regions_of(like)
-    return tensor.to(STORED_DTYPES[regions[0].dtype]) if regions and tensor.is_floating_point() else tensor
+    stored = tensor.to(STORED_DTYPES[regions[0].dtype]) if regions else tensor
+    if not bool(stored.isfinite().all()):
+        raise ValueError(f"{key} would hold NaN or infinity: nothing is written. Look at the plan, or at the original.")
+    return stored
 
 
 def write_config(path: Path, values: Mapping[str, Any]) -> None:
     """config.json; infinities, which JSON lacks, in transformers' own notation."""
     encoded = hf.encode_values(values)
     write_json(path, encoded)
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy the tokenizer, chat template, generation config and licence files."""
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file() and path.suffix != ".safetensors":
-                shutil.copyfile(path, target / path.name)

@@ -68,7 +68,10 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
 def split_values(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """config.json values -> (those of the original architecture, the edits already carried out)."""
     base = copy.deepcopy(dict(values))
-    base.pop("auto_map", None)  # the architecture is transformers' own, and its remote code is not copied
+    # The architecture is transformers' own, and its remote code is not copied; that of tokenizers and processors is.
+    code = base.pop("auto_map", None)
+    kept = {key: entry for key, entry in code.items() if key in hf.PROCESSORS} if isinstance(code, Mapping) else {}
+    base |= {"auto_map": kept} if kept else {}
     manifest = base.pop("moe_compress", None)
     if manifest is None:
         return base, []

@@ -36,7 +36,7 @@ class StreamedLayers:
         self.model = hf.skeleton(checkpoint.config, dtype, attn)
         hf.use_experts_function(self.model)
         self._load(None)
-        self.model.tie_weights()
+        hf.tie(self.model)
         inside = hf.layers_prefix(self.model)
         outer = {name: t for name, t in self.model.state_dict().items() if not name.startswith(inside)}
         for name, tensor in outer.items():

@@ -112,6 +112,7 @@ def _measure(
             tokenizer = run.tokenizer(checkpoint)
             correct = perplexity.answers(layers, protocol.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
+    checkpoint.require_unchanged()
     shutil.rmtree(state)
     return measurement, hidden_NSD, free_running(seen)
 

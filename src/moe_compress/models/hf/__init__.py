@@ -5,6 +5,7 @@ calls: how each layer is called; experts: what was routed where.
 """
 
 from moe_compress.models.hf.edited_architectures import (
+    PROCESSORS,
     edited_config_values,
     modelling_files,
 )
@@ -27,7 +28,7 @@ from moe_compress.models.hf.layer_calls import (
     logits,
     run_layer,
 )
-from moe_compress.models.hf.shipped_code import foreign_code
+from moe_compress.models.hf.shipped_code import foreign_code, imported_files
 from moe_compress.models.hf.skeleton import (
     buffers_to,
     config_from,
@@ -42,6 +43,8 @@ from moe_compress.models.hf.skeleton import (
     skeleton,
     stack,
     stored_dtype,
+    tie,
+    tied_names,
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
@@ -56,6 +59,7 @@ from moe_compress.models.modeling.unfused_experts import gate_on_input
 
 __all__ = [
     "EXPERTS_FUNCTION",
+    "PROCESSORS",
     "AllExperts",
     "LayerCall",
     "RoutedRows",
@@ -72,6 +76,7 @@ __all__ = [
     "gate_on_input",
     "head",
     "head_rows",
+    "imported_files",
     "layer_kind",
     "layer_of",
     "layer_output",
@@ -92,6 +97,8 @@ __all__ = [
     "stored_dtype",
     "stored_names",
     "tap",
+    "tie",
+    "tied_names",
     "untap",
     "use_experts_function",
 ]

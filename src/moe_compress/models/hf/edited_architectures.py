@@ -15,6 +15,8 @@ from moe_compress.models import modeling
 from moe_compress.models.modeling import edited_model
 
 MODELLING_FILE = "modeling_moe_compress"
+# Auto classes of what goes with a model's weights, whose code is copied with them.
+PROCESSORS = ("AutoTokenizer", "AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor", "AutoVideoProcessor")
 
 # Every file of the package but its `__init__`, which says nothing that a checkpoint needs.
 SHIPPED = sorted(path for path in Path(modeling.__file__).parent.glob("*.py") if path.name != "__init__.py")
@@ -41,7 +43,7 @@ def edited_config_values(base: Mapping[str, Any], manifest: Mapping[str, Any]) -
         **base,
         "model_type": config_class.model_type,
         "architectures": [model_class.__name__],
-        "auto_map": auto_map_of(base["model_type"]),
+        "auto_map": {**base.get("auto_map", {}), **auto_map_of(base["model_type"])},
         "moe_compress": {**manifest, "base_architectures": base.get("architectures")},
     }
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.dynamic_module_utils import get_relative_import_files
+
 from moe_compress.models.hf.edited_architectures import MODELLING_FILE, SHIPPED, auto_map_of, loader_of
 
 # Where transformers looks for a generate() of the checkpoint's own.
@@ -41,6 +43,11 @@ EARLIER = (
 )
 
 
+def imported_files(file: Path) -> list[Path]:
+    """The files beside a module that it imports relatively, and those that they import."""
+    return [found for name in get_relative_import_files(file) if (found := Path(name)).is_file()]
+
+
 def foreign_code(folder: Path, values: Mapping[str, Any]) -> str:
     """What of the code that loading an edited checkpoint would run is not ours; empty if all of it is."""
     if (folder / CUSTOM_GENERATE).exists():
@@ -49,7 +56,8 @@ def foreign_code(folder: Path, values: Mapping[str, Any]) -> str:
         expected = auto_map_of(values["moe_compress"]["base_model_type"])
     except KeyError:
         return "config.json names an architecture that transformers does not have"
-    if values.get("auto_map") != expected:
+    given = values.get("auto_map")
+    if not isinstance(given, dict) or {key: given.get(key) for key in expected} != expected:
         return "the auto_map of config.json leads elsewhere"
     current = Version("edited_model", {path.name: _digest(path) for path in SHIPPED})
     wrong = [_first_foreign(folder, values, version) for version in (current, *EARLIER)]

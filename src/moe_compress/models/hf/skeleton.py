@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moe_compress.models.families import entry_of
 from moe_compress.models.hf.edited_architectures import edited_classes_of
@@ -130,6 +131,21 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 def num_layers(config: PreTrainedConfig) -> int:
     """How many decoder layers a config stands for (extra prediction layers behind them are not counted)."""
     return int(getattr(config, entry_of(config).layers_key))
+
+
+def tied_names(config: PreTrainedConfig) -> dict[str, str]:
+    """Parameters that the config says are another one's: name -> the other's; none where it ties nothing."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return {}
+    found = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_tied_weights_keys", None)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def tie(model: PreTrainedModel) -> None:
+    """Tie what stock transformers ties once a checkpoint is loaded: a name that was not stored to the one that was."""
+    absent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}
+    with quiet():
+        model.tie_weights(missing_keys=absent, recompute_mapping=False)
 
 
 def layers_prefix(model: PreTrainedModel) -> str:
