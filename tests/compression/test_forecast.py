@@ -12,7 +12,7 @@ import moe_compress
 from moe_compress.checkpoints import resolve
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.forecast import as_markdown, forecast
-from moe_compress.compression.preflight import _to_be_written
+from moe_compress.compression.preflight import bytes_to_write
 from moe_compress.recipes.parser import parse
 from moe_compress.utils import files
 from moe_compress.utils.files import gigabytes
@@ -76,8 +76,8 @@ def test_the_disk_is_asked_for_what_the_forecast_says(tmp_path, monkeypatch):
     one, two = (parse(words) for words in ("expert_drop keep=2", "expert_drop keep=6 + expert_drop keep=2"))
     expected = forecast(one, resolve.config_folder("tiny-mixtral"))
     out = tmp_path / "out"
-    assert _to_be_written(one, expected, out) == expected.after.bytes < expected.before.bytes
-    assert _to_be_written(two, expected, out) == expected.after.bytes + expected.before.bytes
+    assert bytes_to_write(one, expected, out) == expected.after.bytes < expected.before.bytes
+    assert bytes_to_write(two, expected, out) == expected.after.bytes + expected.before.bytes
     monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=expected.after.bytes - 1))
     with pytest.raises(ValueError, match=re.escape(f"needs {gigabytes(expected.after.bytes)}, but")):
         moe_compress.compress("expert_drop keep=2", out=out, results=tmp_path / "runs")

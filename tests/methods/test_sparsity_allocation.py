@@ -14,6 +14,7 @@ from torch import Tensor
 import moe_compress
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.weights import sparsity_sensitivity
+from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.methods import sparsity_allocation
 from moe_compress.recipes.parser import parse
 from support import naive_pruning as slow
@@ -114,7 +115,9 @@ def test_sensitivity_is_what_the_experts_would_add_differently(family, lab, monk
     monkeypatch.setattr(sparsity_allocation, "choose", seen)
     options, level = lab(family), 4
     stage = parse("prune allocate=sensitivity", (), options).stages[0]
-    sparsity_sensitivity.expert_sparsities(stage, open_checkpoint(Path(str(options["model"]))), run_of(options))
+    run, source = run_of(options), open_checkpoint(Path(str(options["model"])))
+    matrices = StageMatrices(stage, run.layers(source).model)
+    sparsity_sensitivity.expert_sparsities(stage, matrices, source, run)
     model, found = reference(options["model"]), windows(options)
     energy = {i: e for i, (_, e) in slow.entering(model, family, found.ids_NS).items()}
     for layer, experts in rows(family, options).items():

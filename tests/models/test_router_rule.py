@@ -21,7 +21,7 @@ from support.blocks import VARIANTS, Block, applied, block_of, dense, made
 SIX, FOUR = (0, 2, 3, 5, 6, 7), (1, 2, 4, 7)
 # JetMoE's experts are of another kind (no view of them), PhiMoE's gates are no softmax over experts, and LongCat's
 # router also names experts that compute nothing. Llama-4's rule is an ordinary one: it is what the gate multiplies
-# that is not, and therefore an output sample does not use it (test_reconstruction.py).
+# that is not, and therefore an output sample does not use it (test_output_sample.py).
 NOT_IDENTIFIED = ("phimoe", "longcat_flash", "jetmoe")
 IDENTIFIED = tuple(name for name in tiny.CONFIGS if name not in NOT_IDENTIFIED)
 

@@ -25,7 +25,7 @@ def _unavailable() -> contextlib.AbstractContextManager[MoEView]:
 
 
 def _no_output_sample() -> OutputSample:
-    raise ValueError("this layer was not probed: the method has to say needs='outputs'.")
+    raise ValueError("this layer has no output sample: the method has to say needs='outputs'.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """An output sample: what every expert of a layer returns on a sample of tokens, and what the router made of it.
 
-Sums over routed tokens (observers.py) cannot say what the layer would do without an expert; this can. T sampled
+Sums over routed tokens (expert_statistics.py) cannot say what the layer would do without an expert; this can. T sampled
 tokens, K experts per token, E experts, M the experts a token ranks highest, N = M + 1, D model width, F inner
 width, S the first few tokens of the sample.
 """

@@ -33,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Words = Annotated[list[str], typer.Argument(metavar="WORDS")]
+ModelWords = Annotated[list[str], typer.Argument(metavar="MODEL [WORDS]")]
 
 
 @app.callback()
@@ -146,11 +147,11 @@ def _measure(harness: Harness, words: list[str], **flags: bool) -> None:
 def _command_of(harness: Harness) -> Callable[..., None]:
     """The command of a harness; one that can check itself has a flag for that."""
 
-    def command(words: Words) -> None:
+    def command(words: ModelWords) -> None:
         _measure(harness, words)
 
     def checking_command(
-        words: Words, check: Annotated[bool, typer.Option("--check", help="the same as check=true")] = False
+        words: ModelWords, check: Annotated[bool, typer.Option("--check", help="the same as check=true")] = False
     ) -> None:
         _measure(harness, words, **({"check": True} if check else {}))
 

@@ -19,7 +19,8 @@ RECIPE = (
     "A recipe is a method and its parameters (`list METHOD` shows them), stages joined by +, or a .yaml file; words "
     "behind it set options of the run, or override parameters (expert_drop.keep=5, or 2.keep=5 by the stage's number)."
 )
-NO_FUNCTION = ("table", "report")
+# Commands whose other words are folders of records.
+TABLES = ("table", "report")
 
 
 class WithWords(TyperCommand):
@@ -33,8 +34,8 @@ class WithWords(TyperCommand):
 
 def options_of(command: str) -> list[str]:
     """Paragraphs: the command's own words and what they mean, and the options of a run where it takes them."""
-    if command in NO_FUNCTION:
-        return []
+    if command in TABLES:
+        return [_listed("Words", {"out": function_of(API, "report").parameters["out"]})]
     harness = HARNESSES.get(command)
     found = harness.declaration if harness else function_of(API, command)
     own = {key: each for key, each in found.parameters.items() if (command, key) != ("export", "pad")}

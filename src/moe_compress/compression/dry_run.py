@@ -70,7 +70,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
 def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
     """The same for one stage that changes the structure."""
     method = registry.find(stage.method)
-    if method.check is None or method.scope != "model":
+    if method.check is None:
         return []
     refuse_if_uneditable(model.config)
     shape = model_shape(model)

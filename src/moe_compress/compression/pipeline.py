@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
 from moe_compress.compression.planning import plan_stage
-from moe_compress.compression.preflight import _identity, _preflight, _read_texts, default_name
+from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import apply_edits, check_edits
@@ -41,7 +40,7 @@ from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 from moe_compress.run.options import Options
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.devices import peak_memory_bytes, reset_peak_memory
+from moe_compress.utils.devices import measured_cost
 from moe_compress.utils.files import as_json, require_disk
 from moe_compress.utils.hashing import fingerprint, tensor_bytes
 from moe_compress.utils.logging import log
@@ -62,16 +61,16 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     Raises ValueError before any weight is fetched or read for all that can be known by then.
     """
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
-    _preflight(recipe, out)
+    preflight(recipe, out)
     source = resolve_model(recipe.options.model, recipe.options.revision)
-    identities = [_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
+    identities = [stage_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
     targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
         remove_scratch(out)
     else:
         require_free(out)
-        _read_texts(recipe, source, run)
+        read_texts(recipe, source, run)
         with exclusive_output(out, identities), failures.record_failure(recipe, recipe.options.name or out.name, run):
             _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
@@ -146,9 +145,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         check_edits(skeleton, job.edits)
     after = resulting_config(job.source.values, job.edits)
     cpu = torch.device("cpu")
-    reset_peak_memory(cpu)
-    started = time.perf_counter()
-    with progress_bar("writing") as progress:
+    with measured_cost(cpu) as measured, progress_bar("writing") as progress:
         layers = kept_layers([to_json(edit) for edit in job.edits], job.source.num_layers)
         writer = CheckpointWriter(
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
@@ -159,12 +156,12 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             after = resulting_config({**job.source.values, **done_stage.values}, done_stage.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
-        cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
-        form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
-        manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
-        plan = as_json(plan_values(job.plan, about["base"]))
-        card = card_of(job.target.name, job.origin, manifest, after.values)
-        writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
+    cost = {"surgery_seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"]}
+    form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
+    manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
+    plan = as_json(plan_values(job.plan, about["base"]))
+    card = card_of(job.target.name, job.origin, manifest, after.values)
+    writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
 

@@ -21,7 +21,7 @@ from moe_compress.utils.hashing import fingerprint
 MAX_NAME = 120
 
 
-def _preflight(recipe: Recipe, out: Path) -> None:
+def preflight(recipe: Recipe, out: Path) -> None:
     """Whatever can fail before a weight is fetched or read: counts, texts, the folder, the disk."""
     options = recipe.options
     expected = forecast(recipe, config_folder(options.model, options.revision))
@@ -32,13 +32,13 @@ def _preflight(recipe: Recipe, out: Path) -> None:
             read_documents(part)
     if read_manifest(out) is None:
         require_free(out)
-        require_disk(out.parent, _to_be_written(recipe, expected, out), "the new checkpoint")
+        require_disk(out.parent, bytes_to_write(recipe, expected, out), "the new checkpoint")
         fewer = "use fewer or shorter windows (samples=, length=), or another disk with results="
         boundaries = 2 * expected.boundary_bytes if "calibration" in uses else 0
         require_disk(Path(options.results), boundaries, "the calibration's hidden states", fewer)
 
 
-def _to_be_written(recipe: Recipe, expected: Forecast, out: Path) -> int:
+def bytes_to_write(recipe: Recipe, expected: Forecast, out: Path) -> int:
     """Bytes of the checkpoints that are not there yet: those of earlier stages are kept until the end."""
     earlier = [stage_folder(out, n) for n in range(len(recipe.stages) - 1)]
     sizes = {out: expected.after.bytes, **dict.fromkeys(earlier, expected.before.bytes)}
@@ -51,7 +51,7 @@ def _uses(recipe: Recipe) -> list[Use]:
     return [use for use, needed in uses.items() if needed]
 
 
-def _read_texts(recipe: Recipe, source: Checkpoint, run: Run) -> None:
+def read_texts(recipe: Recipe, source: Checkpoint, run: Run) -> None:
     """Tokenize all texts before the first forward, so that none can fail after it."""
     for use in _uses(recipe):
         windows = run.windows(use, source)
@@ -68,7 +68,7 @@ def default_name(recipe: Recipe) -> str:
     return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
 
 
-def _identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
+def stage_identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
     steps = [stage.model_dump(mode="json") for stage in stages]
     options = run.options

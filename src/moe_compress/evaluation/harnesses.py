@@ -74,7 +74,9 @@ def harness(name: str, *, results: str = "", columns: str = "") -> Callable[[Cal
             report.save(folder)
             return report
 
-        HARNESSES.setdefault(name, _harness(of_function(measure, "harness", name, results=results, columns=columns)))
+        found = _harness(of_function(measure, "harness", name, results=results, columns=columns))
+        if HARNESSES.setdefault(name, found).declaration.module != found.declaration.module:
+            raise ValueError(f"the harness {name!r} is registered twice.")
         return measured
 
     return register

@@ -92,30 +92,32 @@ def layer_drop(
         chosen = _listed(layers, _candidates(model.shape, part), f"layers with {part}:")
         return Plan(_skips(model.shape, chosen, part), {}, {})
     name = part if metric == "with_norm" else f"{part}_inner"
-    turns = {layer: model.block_influence[layer][name] for layer in _whole(model.shape, _candidates(model.shape, part))}
-    count = _require_count(drop, len(turns), f"layers with {part}")
-    chosen = _least(turns, count)
-    scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
+    influence = {
+        layer: model.block_influence[layer][name] for layer in _whole(model.shape, _candidates(model.shape, part))
+    }
+    count = _require_count(drop, len(influence), f"layers with {part}")
+    chosen = _least(influence, count)
+    scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in influence.items()}
     return Plan(_skips(model.shape, chosen, part), scores, {"dropped": chosen, "similarity": metric})
 
 
-def _spared(shape: ModelShape, turns: Mapping[int, float], count: int) -> set[int]:
+def _spared(shape: ModelShape, influence: Mapping[int, float], count: int) -> set[int]:
     """The layers that stay for their experts and for their attention: of each the one that turns the stream most."""
     kinds = [{moe.layer for moe in shape.moe}, set(shape.mixing) or set(range(shape.total))]
     if count == shape.total - 1:  # the one that is left has to have both
         kinds = [set.intersection(*kinds)]
         if not kinds[0]:
             raise ValueError(f"drop={count}: no single layer has both experts and attention, so two have to stay.")
-    return {max(kind, key=lambda layer: (turns[layer], layer)) for kind in kinds}
+    return {max(kind, key=lambda layer: (influence[layer], layer)) for kind in kinds}
 
 
-def _least(turns: Mapping[int, float], count: int, spared: Iterable[int] = ()) -> list[int]:
+def _least(influence: Mapping[int, float], count: int, spared: Iterable[int] = ()) -> list[int]:
     """The layers that turn the stream least, ascending; ValueError where that could not be measured."""
-    unknown = [layer for layer, turn in turns.items() if not math.isfinite(turn)]
+    unknown = [layer for layer, turn in influence.items() if not math.isfinite(turn)]
     if unknown:
         raise ValueError(f"how layers {unknown[:5]} turn the stream could not be measured: name the layers (layers=).")
-    candidates = set(turns) - set(spared)
-    return sorted(sorted(candidates, key=lambda layer: (turns[layer], layer))[:count])
+    candidates = set(influence) - set(spared)
+    return sorted(sorted(candidates, key=lambda layer: (influence[layer], layer))[:count])
 
 
 # --- block drop ---------------------------------------------------------------------------------------------
@@ -130,8 +132,8 @@ def check_blocks(shape: ModelShape, *, drop: int | None, layers: str | None, mod
     if mode == "consecutive":
         start = _run_starts(shape, count)[-1]
         return Plan(removals(everything[start : start + count]), {}, {})
-    turns = {layer: -float(layer) for layer in everything}
-    return Plan(removals(_least(turns, count, _spared(shape, turns, count))), {}, {})
+    influence = {layer: -float(layer) for layer in everything}
+    return Plan(removals(_least(influence, count, _spared(shape, influence, count))), {}, {})
 
 
 @method(
@@ -159,10 +161,10 @@ def block_drop(
         chosen = _listed(layers, range(model.shape.total), "there are layers")
         return Plan(removals(chosen), {}, {})
     count = _require_count(drop, model.shape.total, "layers")
-    turns = {layer: found["block"] for layer, found in model.block_influence.items()}
+    influence = {layer: found["block"] for layer, found in model.block_influence.items()}
     discrete = mode == "discrete"
-    chosen = _least(turns, count, _spared(model.shape, turns, count)) if discrete else _best_run(model, count)
-    scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in turns.items()}
+    chosen = _least(influence, count, _spared(model.shape, influence, count)) if discrete else _best_run(model, count)
+    scores: dict[int, list[float | None]] = {layer: [1 - turn] for layer, turn in influence.items()}
     return Plan(removals(chosen), scores, {"dropped": chosen, "mode": mode})
 
 

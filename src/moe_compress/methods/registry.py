@@ -147,9 +147,21 @@ def find(name: str) -> Method:
     return METHODS[one_of(name, METHODS, "method")]
 
 
+# What decorators take as values: needed, and allowed besides the functions that are handed over.
+NEEDED = {"method": {"group", "paper"}, "weight_method": {"group", "paper", "unseen", "selection_after"}}
+ALLOWED = {
+    "method": {"presets", "exclusive", "shown_in_names", "breaks_patterns", "forecast_note"},
+    "weight_method": {
+        "presets", "exclusive", "shown_in_names", "leaves_pattern", "allocates", "quantizes", "forecast_note",
+        "min_tokens",
+    },
+}  # fmt: skip
+
+
 def _method(declaration: Declaration) -> Method:
     """What a declaration says, with the engine's parameters where it is a weight method's."""
     given = declaration.keywords
+    _require_keywords(declaration)
     weight = declaration.decorator == "weight_method"
     scope: Scope = "weight" if weight else declaration.positional[0]
     return Method(
@@ -170,12 +182,30 @@ def _method(declaration: Declaration) -> Method:
     )
 
 
+def _require_keywords(declaration: Declaration) -> None:
+    """Raise ValueError for a decorator that lacks a keyword, or has one that means nothing."""
+    kind, given = declaration.decorator, set(declaration.keywords)
+    known = NEEDED[kind] | ALLOWED[kind] | set(Implementation.__dataclass_fields__)
+    if lacking := sorted(NEEDED[kind] - given):
+        raise ValueError(f"@{kind} of {declaration.name} needs {', '.join(f'{key}=' for key in lacking)}.")
+    if strange := sorted(given - known):
+        raise ValueError(f"@{kind} of {declaration.name} has no keyword {strange[0]!r}; it takes: {sorted(known)}.")
+
+
+def _require_functions(declared: Method, functions: Implementation) -> None:
+    """Raise ValueError for a weight method that says more of itself than it hands over functions for."""
+    if declared.quantizes != (functions.grid is not None):
+        raise ValueError(f"{declared.name}: quantizes=True and grid= go together.")
+    if declared.allocates and functions.trial is None:
+        raise ValueError(f"{declared.name}: allocates={declared.allocates!r} needs trial=.")
+
+
 def _enter(declaration: Declaration, implementation: Implementation) -> None:
     """Enter a function that is being defined; what its source declared earlier stays."""
     name, module = declaration.name, declaration.module
     if name in METHODS and (name in IMPLEMENTATIONS or METHODS[name].declaration.module != module):
         raise ValueError(f"the method {name!r} is registered twice.")
-    METHODS.setdefault(name, _method(declaration))
+    _require_functions(METHODS.setdefault(name, _method(declaration)), implementation)
     IMPLEMENTATIONS[name] = implementation
 
 

@@ -107,6 +107,8 @@ class GridOptions:
         return (high,) * wide + (low,) * (count - wide)
 
 
+# (layer, matrix) -> inputs that share a scale, 0 for a matrix that is left as it is.
+GroupSizes = Mapping[tuple[int, str], int]
 # By layer and stack of matrices: costs [E, K], and bits of each matrix.
 BitCosts = Mapping[int, Mapping[str, Tensor]]
 Bits = dict[int, dict[str, list[int]]]

@@ -9,8 +9,7 @@ from pathlib import Path
 from moe_compress.reports import charts, companions
 from moe_compress.reports.companions import LATENCY, Columns, CompanionResult, JoinedColumns
 from moe_compress.reports.page import Contents, Gallery, Section, render
-from moe_compress.reports.reading import Places, failures_of, gather
-from moe_compress.reports.reading import sibling_folders as places_beside
+from moe_compress.reports.reading import Places, failures_of, gather, sibling_folders
 from moe_compress.reports.record import write_whole
 from moe_compress.reports.table import Table, make_tables, stems
 from moe_compress.utils.files import require_writable
@@ -35,7 +34,7 @@ def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns]
     """
     require_writable(Path(out) / "plots", f"out={out}")
     good, skipped = gather(records)
-    places = places_beside(records)
+    places = sibling_folders(records)
     failures, wrong = failures_of(records)
     tables, skipped = make_tables(good, failures), skipped + wrong
     found: dict[str, list[CompanionResult]] = {}

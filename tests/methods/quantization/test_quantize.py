@@ -252,6 +252,14 @@ def test_a_width_that_no_group_fits_is_left_as_it_is(format, odd, tmp_path):
     assert len(packed_in(ours(folder))) == (0 if format == "dense" else 2 * tiny.LAYERS * tiny.EXPERTS)
 
 
+def test_bits_are_shared_out_among_the_matrices_that_a_group_fits(odd, tmp_path):
+    sentence = "quantize method=rtn clip=max group_size=8 bits=auto budget=3 format=packed"
+    folder = moe_compress.compress(sentence, **{**odd, "out": str(tmp_path / "out")}).folder
+    found = packed_in(ours(folder))
+    assert len(found) == 2 * tiny.LAYERS * tiny.EXPERTS and not any(name.endswith("w_down") for name in found)
+    assert report(folder)["bits"]["experts"] == pytest.approx(3.0, abs=0.05)
+
+
 def test_one_group_for_all_is_asked_for_before_anything_is_read(odd, monkeypatch, tmp_path):
     calls = counting(monkeypatch, forward.hf, "run_layer")
     said = refused("quantize format=compressed-tensors", odd, tmp_path)

@@ -16,12 +16,10 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.sensitivity import Sensitivity, relative_square, row_counts
 from moe_compress.engine.backward import backward
 from moe_compress.engine.forward import Progress, walk_layers
-from moe_compress.methods.weight_method import BitAllocation, Bits
+from moe_compress.methods.weight_method import BitAllocation, Bits, GroupSizes
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices
 from moe_compress.run.context import Run
-
-GroupSizes = Mapping[tuple[int, str], int]
 
 
 def expert_bits(
@@ -57,6 +55,8 @@ class _BitSensitivity(Sensitivity):
     def measure(self, index: int, layer: nn.Module, rows: ExpertInputs) -> None:
         """Costs by stack, [E, K]."""
         matrices = [m for m in layer_matrices(layer, self.family, ["experts"]) if self.group_sizes[index, m.name]]
+        if not matrices:
+            return
         share_E = rows.count_E.double().cpu() / rows.count_E.sum().cpu()
         self.sizes[index] = matrices[0].weight_BOI[0].numel()
         if self.allocation.by_use is not None:

@@ -18,14 +18,13 @@ from moe_compress.checkpoints.formats.registry import (
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
-from moe_compress.methods.weight_method import Bits, GridOptions, group_size_for
+from moe_compress.methods.weight_method import Bits, GridOptions, GroupSizes, group_size_for
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
 
 # What format=auto stands for: the first that can hold the matrices.
 AUTO = ("compressed-tensors", EDITED_PACKED)
-GroupSizes = dict[tuple[int, str], int]
 ByLayer = Mapping[int, Sequence[Matrix]]
 
 
@@ -33,7 +32,8 @@ ByLayer = Mapping[int, Sequence[Matrix]]
 class Storage:
     """How a stage's matrices are stored.
 
-    format: its name; group_sizes: by layer and name, inputs that share a scale, 0 for a matrix that is left as it is.
+    matrices: which; format: its name; group_sizes: by layer and name, inputs that share a scale, 0 for a matrix that is
+    left as it is.
     """
 
     matrices: StageMatrices
@@ -45,18 +45,18 @@ class Storage:
         """How the format is written."""
         return _writer(self.format)
 
-    def form(self, bits: Bits | None = None) -> tuple[list[PackMatrices], dict[str, Any]]:
+    def checkpoint_form(self, bits: Bits | None = None) -> tuple[list[PackMatrices], dict[str, Any]]:
         """(edits, config.json values) of the checkpoint. bits: where they differ."""
         if self.writer.layer is not None:
-            return self.rooms(bits), {}
+            return self.packing_edits(bits), {}
         return [], {} if self.writer.config is None else {QUANTIZATION: self.writer.config(self._packing())}
 
-    def rooms(self, bits: Bits | None = None) -> list[PackMatrices]:
+    def packing_edits(self, bits: Bits | None = None) -> list[PackMatrices]:
         """The edits that make room for codes, layer by layer."""
-        rooms = (self._room(i, found, bits) for i, found in self.matrices.packable.items())
-        return [edit for edit in rooms if edit is not None]
+        edits = (self._packing_edit(i, found, bits) for i, found in self.matrices.packable.items())
+        return [edit for edit in edits if edit is not None]
 
-    def _room(self, index: int, matrices: Sequence[Matrix], bits: Bits | None) -> PackMatrices | None:
+    def _packing_edit(self, index: int, matrices: Sequence[Matrix], bits: Bits | None) -> PackMatrices | None:
         packed = {m.name: size for m in matrices if (size := self.group_sizes[index, m.name])}
         if not packed:
             return None
@@ -178,6 +178,6 @@ def pack_skeleton(storage: Storage) -> Sequence[Edit]:
     """Make room for codes in a skeleton that is only counted; returns the edits that a checkpoint will carry."""
     if storage.format == DENSE:
         return []
-    edits = storage.rooms()
+    edits = storage.packing_edits()
     apply_for_counting(storage.matrices.model, edits)
     return edits if storage.writer.layer is not None else []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from moe_compress.calibration.input_moments import Moments
 from moe_compress.compression.weights.norm_readers import LayerOutput, NormReaders
 from moe_compress.engine.forward import LayerPass
-from moe_compress.methods.weight_method import InputRescaling
+from moe_compress.methods.weight_method import GroupSizes, InputRescaling
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Matrix, layer_matrices
 
@@ -73,9 +73,9 @@ class Rescaler:
     """Searches the scales of one layer after the other."""
 
     family: Family
-    how: InputRescaling
+    rescaling: InputRescaling
     bits: int
-    group_sizes: Mapping[tuple[int, str], int]
+    group_sizes: GroupSizes
     stored: torch.dtype
 
     def layer(
@@ -114,7 +114,7 @@ class Rescaler:
                 if name in modules or (matrix.source == ROUTED and name.rpartition(".")[0] in modules)
             ]
             routed = any(everything[reader].source == ROUTER for reader in readers)
-            found.append((norm, readers, self.how.keeps_routing and routed))
+            found.append((norm, readers, self.rescaling.keeps_routing and routed))
         return found
 
     def _inside(self, everything: Mapping[str, Matrix]) -> list[tuple[str, list[str], bool]]:
@@ -138,11 +138,11 @@ class Rescaler:
         for matrix in quantized:
             moments = seen[matrix.source]
             # Experts count by how often they are used.
-            sparsity_B = moments.count_B / moments.count_B.sum().clamp_min(1)
-            none_B = torch.zeros(len(sparsity_B), dtype=torch.bool, device=sparsity_B.device)
-            stacks.append((matrix.weight_BOI, moments.mean(0.0, none_B, False) * sparsity_B[:, None, None]))
+            share_B = moments.count_B / moments.count_B.sum().clamp_min(1)
+            none_B = torch.zeros(len(share_B), dtype=torch.bool, device=share_B.device)
+            stacks.append((matrix.weight_BOI, moments.mean(0.0, none_B, False) * share_B[:, None, None]))
         group_size = self.group_sizes[index, quantized[0].name]
-        return self.how.search(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
+        return self.rescaling.search(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
 
     def _tried(self, layer: nn.Module, rescale: Rescale, run: LayerPass, is_norm: bool) -> Rescale | None:
         """The rescaling, carried out, if the layer then returns what it returned before; else nothing is left of it."""

@@ -14,13 +14,12 @@ from moe_compress.calibration.expert_inputs import ExpertInputs
 from moe_compress.calibration.input_moments import InputMomentCollector, Moments
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.sensitivity import Sensitivity, relative_square
+from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.engine.forward import Progress, walk_layers
-from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import Observer
 from moe_compress.methods import registry, sparsity_allocation
 from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.methods.weight_method import MatrixGroup
-from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices
 from moe_compress.recipes.recipe import Stage
@@ -28,22 +27,18 @@ from moe_compress.run.context import Run
 
 
 def expert_sparsities(
-    stage: Stage, source: Checkpoint, run: Run, progress: Progress | None = None
+    stage: Stage, matrices: StageMatrices, source: Checkpoint, run: Run, progress: Progress | None = None
 ) -> dict[int, Tensor]:
     """The fraction of its weights that every expert loses, by layer [E]; on average what the recipe says."""
     windows = run.windows("calibration", source)
     layers = run.layers(source)
-    weights = next(matrix.weight_BOI[0].numel() for matrix in _experts_of(layers))
+    experts = (matrix for found in matrices.by_layer.values() for matrix in found if matrix.kind == "experts")
+    weights = next(experts).weight_BOI[0].numel()
     shared_out = stage.parameters[registry.find(stage.method).allocates]
     choices = sparsity_allocation.levels(shared_out, stage.parameters["spread"], weights)
     found = _SparsitySensitivity(stage, source, windows.tokens, choices)
     walk_layers(layers, windows, found.visit, progress=progress)
     return sparsity_allocation.choose(found.costs(), choices)
-
-
-def _experts_of(layers: StreamedLayers) -> list[Matrix]:
-    family = family_of(layers.model.config)
-    return [m for layer in hf.decoder_layers(layers.model) for m in layer_matrices(layer, family, ["experts"])]
 
 
 class _SparsitySensitivity(Sensitivity):

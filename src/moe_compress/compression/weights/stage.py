@@ -22,9 +22,9 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.bit_sensitivity import expert_bits
 from moe_compress.compression.weights.checks import gram_bytes
-from moe_compress.compression.weights.format_choice import storage_for
-from moe_compress.compression.weights.layer_stores import LayerStore, MatrixChange, MatrixDraft
-from moe_compress.compression.weights.report import warn_of_skipped, weights_report
+from moe_compress.compression.weights.format_choice import Storage, storage_for
+from moe_compress.compression.weights.layer_stores import LayerStore, MatrixDraft
+from moe_compress.compression.weights.report import counts, warn_of_skipped, weights_report
 from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
 from moe_compress.compression.weights.sparsity_sensitivity import expert_sparsities
 from moe_compress.compression.weights.stage_matrices import StageMatrices
@@ -32,7 +32,7 @@ from moe_compress.edits.edits import Edit
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.weight_method import BitAllocation, Bits, InputRescaling, MatrixGroup
+from moe_compress.methods.weight_method import Bits, InputRescaling, MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import ROUTED, Matrix, layer_matrices
@@ -56,20 +56,28 @@ class WeightStageResult:
     values: dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class SharedOut:
+    """What a budget gives to experts: fractions [E] by layer, bits by layer and stack; none where all get the same."""
+
+    sparsities: dict[int, Tensor]
+    bits: Bits | None
+
+
 def run_weight_stage(
     stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
 ) -> WeightStageResult:
     """Carry out a weight stage into `writer`."""
     layers = run.layers(source)
-    stage_run = WeightStage(stage, source, layers, writer)
-    stage_run.require_memory()
-    if stage_run.options.allocate != "uniform":
-        stage_run.sparsities = _sparsities(stage, source, run, writer, progress)
-    if stage_run.bit_allocation is not None:
-        stage_run.bits = _bits(stage_run.bit_allocation, stage_run, source, run, progress)
+    storage = storage_for(StageMatrices(stage, layers.model))
+    if stage.needs == "input_grams":
+        _require_memory(storage.matrices, layers.device)
+    shared = _shared_out(stage, storage, source, run, writer, progress)
+    windows = run.windows("calibration", source) if stage.needs != "nothing" else None
+    stage_run = WeightStage(stage, source, layers, writer, storage, shared, windows.tokens if windows else 0)
     if not writer.has(None):
         writer.copy(None)
-    if stage.needs == "nothing":
+    if windows is None:
         for index in range(source.num_layers):
             if not stage_run.is_done(index):
                 with layers.layer(index) as layer:
@@ -77,68 +85,67 @@ def run_weight_stage(
             if progress is not None:
                 progress(index + 1, source.num_layers)
         return stage_run.finished({})
-    windows = run.windows("calibration", source)
-    stage_run.tokens = windows.tokens
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     walk_layers(layers, windows, stage_run.visit, state=writer.scratch, progress=progress)
     # What it cost is the writing's: the two cannot be told apart here.
     return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
-def _sparsities(
-    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
-) -> dict[int, Tensor]:
-    """The fraction that each expert loses, by layer [E]; a killed run has it already."""
-    file = writer.scratch / "sparsities.json"
-    if not file.is_file():
-        found = expert_sparsities(stage, source, run, progress)
-        write_json(file, {layer: sparsity_E.tolist() for layer, sparsity_E in found.items()})
-    return {int(i): torch.tensor(sparsity_E, dtype=torch.float64) for i, sparsity_E in read_json(file).items()}
+def _require_memory(matrices: StageMatrices, device: torch.device) -> None:
+    """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
+    free = free_memory(device)
+    for index, (each, at_once) in gram_bytes(matrices).items():
+        if at_once * each > free:
+            fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
+            raise ValueError(
+                f"layer {index}: the Gram matrices of {at_once} experts need {gigabytes(at_once * each)}, and "
+                f"{gigabytes(free)} are free: {fits}."
+            )
 
 
-def _bits(
-    allocation: BitAllocation, stage_run: WeightStage, source: Checkpoint, run: Run, progress: Progress | None
-) -> Bits:
-    """The bits of every matrix, by layer and stack; a killed run has them already."""
-    file = stage_run.writer.scratch / "bits.json"
+def _shared_out(
+    stage: Stage, storage: Storage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None
+) -> SharedOut:
+    """Measured in a pass of its own; a killed run has it already."""
+    sparsities: dict[int, Tensor] = {}
+    if storage.matrices.options.allocate != "uniform":
+        file = writer.scratch / "sparsities.json"
+        if not file.is_file():
+            by_layer = expert_sparsities(stage, storage.matrices, source, run, progress)
+            write_json(file, {layer: sparsity_E.tolist() for layer, sparsity_E in by_layer.items()})
+        sparsities = {int(i): torch.tensor(each, dtype=torch.float64) for i, each in read_json(file).items()}
+    allocation = registry.find(stage.method).implementation.allocates_bits(stage.parameters)
+    if allocation is None:
+        return SharedOut(sparsities, None)
+    file = writer.scratch / "bits.json"
     if not file.is_file():
-        write_json(file, expert_bits(allocation, source, run, stage_run.storage.group_sizes, progress))
-    return {int(i): stacks for i, stacks in read_json(file).items()}
+        write_json(file, expert_bits(allocation, source, run, storage.group_sizes, progress))
+    return SharedOut(sparsities, {int(i): stacks for i, stacks in read_json(file).items()})
 
 
 class WeightStage:
     """Changes one layer after the other; what has to be reported of it is kept beside the unfinished checkpoint."""
 
-    def __init__(self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
-        self.stage, self.layers, self.writer = stage, layers, writer
-        self.model, self.family = layers.model, family_of(source.config)
-        self.matrices = StageMatrices(stage, layers.model)
-        self.options, self.kinds = self.matrices.options, self.matrices.kinds
+    def __init__(
+        self,
+        stage: Stage,
+        source: Checkpoint,
+        layers: StreamedLayers,
+        writer: CheckpointWriter,
+        storage: Storage,
+        shared: SharedOut,
+        tokens: int,
+    ) -> None:
+        self.stage, self.layers, self.writer, self.storage, self.shared = stage, layers, writer, storage, shared
+        self.model, self.family, self.tokens = layers.model, family_of(source.config), tokens
+        self.options, self.kinds = storage.matrices.options, storage.matrices.kinds
         self.method = registry.find(stage.method)
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
         self.rescaling = self.method.implementation.rescales_inputs(stage.parameters)
-        self.bit_allocation = self.method.implementation.allocates_bits(stage.parameters)
-        self.storage = storage_for(self.matrices)
-        warn_of_skipped(self.storage.group_sizes)
-        self.store = LayerStore(self.storage.writer, source, layers, writer, self.kinds)
-        writer.values = {**source.values, **self.storage.form()[1]}
-        self.stored_dtype = self.storage.writer.scale_dtype or source.stored_dtype
-        self.sparsities: dict[int, Tensor] = {}
-        self.bits: Bits | None = None
-        self.tokens = 0
-
-    def require_memory(self) -> None:
-        """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
-        if self.stage.needs != "input_grams":
-            return
-        free = free_memory(self.layers.device)
-        for index, (each, at_once) in gram_bytes(self.matrices).items():
-            if at_once * each > free:
-                fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
-                raise ValueError(
-                    f"layer {index}: the Gram matrices of {at_once} experts need {gigabytes(at_once * each)}, and "
-                    f"{gigabytes(free)} are free: {fits}."
-                )
+        self.store = LayerStore(storage.writer, source, layers, writer, self.kinds)
+        self.stored_dtype = storage.writer.scale_dtype or source.stored_dtype
+        writer.values = {**source.values, **storage.checkpoint_form()[1]}
+        warn_of_skipped(storage.group_sizes)
 
     def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
         """One layer: observe, change, write, verify, go on."""
@@ -161,7 +168,7 @@ class WeightStage:
             changes = [draft.change() for draft in drafts]
             self.store.write(index, layer, changes)
             self.store.verify(index, layer, changes)
-            self._count(changes, notes)
+            notes.update(counts(changes))
         else:
             self.writer.copy(index)
         if choices:
@@ -181,7 +188,7 @@ class WeightStage:
         notes: Notes,
     ) -> Mapping[str, Moments]:
         """Make inputs larger that matter; the moments of what the matrices then see."""
-        free, grid = not rescaling.keeps_routing, self.matrices.grid
+        free, grid = not rescaling.keeps_routing, self.storage.matrices.grid
         assert grid is not None
         before = self._choices(run, free)
         rescaler = Rescaler(self.family, rescaling, grid.nearest, self.storage.group_sizes, self.stored_dtype)
@@ -241,8 +248,8 @@ class WeightStage:
                     names,
                     [draft.matrix.weight_BOI[part] for draft in group],
                     moment,
-                    self.sparsities[index][part] if routed and self.sparsities else None,
-                    [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
+                    self.shared.sparsities[index][part] if routed and self.shared.sparsities else None,
+                    self._bits(index, group, part),
                     group_size=self.storage.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                 ),
@@ -273,17 +280,11 @@ class WeightStage:
             )
         return moments.mean(self.options.shrink if routed else 0.0, rare_B, unseen == "pooled"), rare_B
 
-    def _count(self, changes: Sequence[MatrixChange], notes: Notes) -> None:
-        """Zeros and weights, packed weights and their bits, by kind."""
-        counts: dict[str, dict[str, int]] = {key: defaultdict(int) for key in ("zeros", "weights", "packed", "bits")}
-        for change in changes:
-            kind, found = change.matrix.kind, change.quantized
-            counts["zeros"][kind] += int((change.result == 0).sum())
-            counts["weights"][kind] += change.result.numel()
-            if found is not None:
-                counts["packed"][kind] += found.codes.numel()
-                counts["bits"][kind] += sum(found.bits) * found.codes[0].numel()
-        notes.update(counts)
+    def _bits(self, index: int, group: Sequence[MatrixDraft], part: slice) -> list[list[int]] | None:
+        """Shared-out bits of a source's matrices; of stacks that no group fits there are none, and none are needed."""
+        found = (self.shared.bits or {}).get(index, {})
+        names = [draft.matrix.name for draft in group]
+        return [list(found[name][part]) for name in names] if found.keys() >= set(names) else None
 
     def _notes_file(self, index: int) -> Path:
         return self.writer.scratch / f"notes-{index:05d}.json"
@@ -296,7 +297,7 @@ class WeightStage:
         """The report, and what says in config.json how the layers were stored."""
         notes = [read_json(self._notes_file(i)) for i in range(len(hf.decoder_layers(self.model)))]
         changed = {i: note for i, note in enumerate(notes) if note.get("weights")}
-        allocated = {i: [round(s, 6) for s in sparsity_E.tolist()] for i, sparsity_E in self.sparsities.items()}
+        allocated = {i: [round(s, 6) for s in sparsity_E.tolist()] for i, sparsity_E in self.shared.sparsities.items()}
         found = {**report, **weights_report(self.stage, self.kinds, changed, self.storage.group_sizes)}
-        found["allocated"] = allocated or self.bits or {}
-        return WeightStageResult(found, *self.storage.form(self.bits))
+        found["allocated"] = allocated or self.shared.bits or {}
+        return WeightStageResult(found, *self.storage.checkpoint_form(self.shared.bits))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -76,7 +76,7 @@ def _require_compatible(
     if propagate == "compressed" and (budget != "layer" or protect != "none"):
         raise ValueError("propagate=compressed decides layer by layer: it goes with budget=layer and without protect=.")
     if scores()[score].chooses_sets and (protect != "none" or reverse or unseen != "drop"):
-        raise ValueError("score=naee weighs whole sets of experts: leave out protect=, reverse= and unseen=.")
+        raise ValueError(f"score={score} weighs whole sets of experts: leave out protect=, reverse= and unseen=.")
 
 
 @method(
@@ -134,7 +134,7 @@ def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     taken, report = allocate(_ladders(shapes, steps), even, budget, search)
     edits = make(taken)
     if sets:
-        edits, losses = _rebuilding(model.layers, edits)
+        edits, losses = _rebuilding(scores()[score].function, model.layers, edits)
         report |= {"reconstruction": losses}
     protection.require(edits, protected)
     report |= {"experts_without_tokens": {i: ids for i, ids in missed.items() if ids}, "protected": protected}
@@ -170,7 +170,7 @@ def _rebuilding_steps(layer: LayerStatistics, budget: str) -> Steps:
 
 
 def _rebuilding(
-    layers: Sequence[LayerStatistics], edits: Sequence[KeepExperts]
+    choose: Callable[..., subset_search.Choice], layers: Sequence[LayerStatistics], edits: Sequence[KeepExperts]
 ) -> tuple[list[KeepExperts], dict[int, dict[str, float]]]:
     """The best set of as many experts as each edit keeps, and how far it is from the layer's output."""
     found: list[KeepExperts] = []
@@ -178,7 +178,7 @@ def _rebuilding(
     for layer in layers:
         edit = _edit_of(layer, edits)
         if edit is not None:
-            choice = subset_search.best_subset(layer.output_sample(), layer.shape, len(edit.experts))
+            choice = choose(layer.output_sample(), layer.shape, len(edit.experts))
             found.append(KeepExperts(edit.layer, choice.kept))
             losses[edit.layer] = {"relative_error": choice.loss, "tokens_with_unknown_experts": choice.exhausted}
     return found, losses

@@ -34,7 +34,7 @@ from moe_compress.models.modeling.bit_packing import dequantized
 from moe_compress.utils.declarations import Registered
 
 Way = Literal["rtn", "gptq", "awq"]
-Bits = Literal["2", "3", "4", "8", "auto"]
+BitsWord = Literal["2", "3", "4", "8", "auto"]
 FORMATS = Registered(
     "moe_compress.checkpoints.formats", "storage_format", first=("auto",), unless="written", last_by="fallback"
 )
@@ -50,7 +50,7 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
 def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
     layers: Mapping[int, Sequence[Matrix]],
     *,
-    bits: Bits,
+    bits: BitsWord,
     budget: float | None,
     group_size: int,
     method: Way,
@@ -138,7 +138,7 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     group: MatrixGroup,
     *,
     method: Way = "gptq",
-    bits: Bits = "4",
+    bits: BitsWord = "4",
     budget: float | None = None,
     by: Literal["error", "gradient", "used", "rare"] = "error",
     per: Literal["matrix", "expert", "layer"] = "matrix",

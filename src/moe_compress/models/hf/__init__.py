@@ -1,7 +1,7 @@
 """The seam to transformers: the only files that touch its internals; pinned to 5.23, held by identity tests.
 
-skeleton: models without weights; architectures: edited model types; names: checkpoint tensors <-> parameters;
-calls: how each layer is called; experts: what was routed where.
+skeleton: models without weights; edited_architectures: edited model types; state_dict: checkpoint tensors <->
+parameters; layer_calls: how each layer is called; expert_taps: what was routed where.
 """
 
 from moe_compress.models.hf.edited_architectures import (

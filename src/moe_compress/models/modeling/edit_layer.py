@@ -1,6 +1,6 @@
 """Edits on one decoder layer: its experts, its routing, its sub-layers. For real and meta tensors alike.
 
-Shipped with edited.py inside every edited checkpoint, so it needs torch alone. T tokens, K experts per token,
+Shipped with edited_model.py inside every edited checkpoint, so it needs torch alone. T tokens, K experts per token,
 D model width, N novices (constants that dropped experts leave behind).
 """
 

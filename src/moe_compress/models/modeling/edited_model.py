@@ -1,6 +1,6 @@
 """Models whose layers differ: rebuilt by replaying edits on the original architecture.
 
-This file and edited_layers.py need torch and transformers alone. They are shipped, word for word, inside every
+This file and edit_layer.py need torch and transformers alone. They are shipped, word for word, inside every
 edited checkpoint, so that `trust_remote_code=True` loads it where moe-compress is not installed; inside
 moe-compress the same code applies edits to real and to meta tensors alike. An edit is a JSON object, for example
 `{"edit": "keep_experts", "layer": 3, "experts": [0, 2, 5]}`; edits follow each other, so each names layers and
