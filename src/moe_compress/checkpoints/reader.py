@@ -22,8 +22,10 @@ from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredW
 from moe_compress.checkpoints.quantization_config import require_readable
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
+from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
+from moe_compress.models.modeling.edited_model import PREFIX
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
@@ -224,10 +226,12 @@ def architecture_values(folder: Path) -> dict[str, Any]:
 
 def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     """Raise ValueError unless the values make a config of a family that is known and not refused."""
-    manifest = values.get("moe_compress", {"edits": [], "moe": {}, "base_model_type": ""})
-    absent = [key for key in ("edits", "moe", "base_model_type") if key not in manifest]
-    if absent:
-        raise ValueError(f"{folder / 'config.json'} lacks moe_compress.{absent[0]}: it was changed; make it anew.")
+    try:
+        if "moe_compress" in values or str(values.get("model_type")).startswith(PREFIX):
+            require_manifest({"moe_compress": None, **values})
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        said = str(error).rstrip(".")
+        raise ValueError(f"{folder / 'config.json'}: {said}: it was changed; make the checkpoint anew.") from error
     try:
         family_of(hf.config_from(values))
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -30,7 +30,7 @@ from moe_compress.compression.preflight import default_name, preflight, read_tex
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import apply_edits, check_edits
-from moe_compress.edits.edits import Edit, Plan, to_json
+from moe_compress.edits.edits import Edit, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config
 from moe_compress.hub.card import card_of
@@ -178,6 +178,12 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
                 f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
             )
     edits = [edit for stage in stages for edit in stage.plan.edits]
+    packed = next((edit for edit in edits if isinstance(edit, PackMatrices)), None)
+    if packed is not None:
+        raise ValueError(
+            f"{path}: its edit pack_matrices of layer {packed.layer} makes room for codes, which no plan holds: "
+            "quantize by a recipe."
+        )
     model = options.model or base["model"]
     source = resolve_model(model, options.revision or (None if options.model else base.get("commit")))
     if base.get("fingerprint") not in (None, source.fingerprint):

@@ -50,6 +50,12 @@ def require_other_part(model: PreTrainedModel, layer: int) -> None:
         raise ValueError(f"layer {layer} has lost its other part already: drop the whole layer (block_drop).")
 
 
+def require_active(layer: int, active: float | None, experts: int) -> None:
+    """Raise ValueError for a mean number of experts a token that there cannot be."""
+    if active is not None and not 0 <= active <= experts:
+        raise ValueError(f"layer {layer}: a token uses 0 to {experts} experts on average, not active={active}.")
+
+
 def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
     """Raise ValueError if nothing can come between the layer's router and its experts."""
     if hf.gate_on_input(view_of(model, layer).experts):

@@ -7,6 +7,7 @@ and experts as they are numbered when its turn comes. E experts, F neurons of an
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.edits.checks import (
+    require_active,
     require_alike,
     require_channels,
     require_layer,
@@ -75,8 +77,12 @@ class KeepExperts(_OnLayer):
             shape.require_ids(self.experts)
         outputs = self.arrays.get("outputs")
         gone = shape.num_experts - len(self.experts)
-        if outputs is not None and (outputs.dim() != 2 or len(outputs) != gone or not bool(outputs.isfinite().all())):
-            raise ValueError(f"layer {self.layer}: its {gone} dropped experts need one finite row of outputs each.")
+        wanted = (gone, shape.width)
+        if outputs is not None and (tuple(outputs.shape) != wanted or not bool(outputs.isfinite().all())):
+            raise ValueError(
+                f"layer {self.layer}: its {gone} dropped experts need one finite row of {shape.width} outputs each."
+            )
+        require_active(self.layer, self.active, shape.num_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +113,7 @@ class MergeExperts(_OnLayer):
                 f"this plan has {[list(group) for group in self.groups]}."
             )
         sizes = [len(group) for group in self.groups]
-        if [len(w) for w in self.weights] != sizes or any(s < 0 for w in self.weights for s in w):
+        if [len(w) for w in self.weights] != sizes or not all(0 <= s < math.inf for w in self.weights for s in w):
             raise ValueError(f"layer {self.layer}: every member of a group needs one weight, from 0 up.")
         if any(sum(w) <= 0 for w in self.weights):
             raise ValueError(f"layer {self.layer}: a group whose weights are all 0 has no mean.")
@@ -125,7 +131,8 @@ class MergeExperts(_OnLayer):
         view = moe_views(model)[self.layer]
         wanted = (view.num_experts, inner_width(view))
         places_EF = torch.arange(wanted[1]).expand(wanted)
-        if tuple(order_EF.shape) != wanted or not torch.equal(order_EF.sort(1).values.long(), places_EF):
+        whole = not order_EF.is_floating_point() and tuple(order_EF.shape) == wanted
+        if not whole or not torch.equal(order_EF.sort(1).values.long(), places_EF):
             raise ValueError(
                 f"layer {self.layer}: the order of neurons must be a permutation for each expert, {wanted}."
             )
@@ -198,7 +205,8 @@ class SkipExperts(_OnLayer):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the threshold is no fraction or experts cannot be skipped here."""
-        shape_of(model, self.layer)
+        shape = shape_of(model, self.layer)
+        require_active(self.layer, self.active, shape.num_experts)
         require_reroutable(model, self.layer, "skip")
         if not 0 <= self.threshold <= 1:
             raise ValueError(f"layer {self.layer}: a threshold is a fraction from 0 to 1, not {self.threshold}.")

@@ -76,6 +76,8 @@ def read_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
         raise ValueError(f"{path} does not say which model it is for: it needs `base` with a `model`.")
     stages = values.get("stages")
     listed = isinstance(stages, list) and all(isinstance(s, dict) and isinstance(s.get("edits"), list) for s in stages)
+    if stages == []:
+        raise ValueError(f"{path} has no stages: there is nothing to apply.")
     if not isinstance(stages, list) or not listed:
         raise ValueError(f"{path} is not a plan of moe-compress: every one of its `stages` needs a list of `edits`.")
     arrays = _read_arrays(path.with_name(ARRAYS))
@@ -120,4 +122,7 @@ def _edit(path: Path, stage: int, values: Any, arrays: Mapping[str, Tensor]) -> 
         raise ValueError(f"{path}: {error}") from error
     if edit.needed_array is not None and edit.needed_array not in edit.arrays:
         raise ValueError(f"{path}: the tensors of its edit on layer {edit.layer} are not in {ARRAYS} beside it.")
+    strange = sorted(edit.arrays.keys() - {edit.needed_array})
+    if strange:
+        raise ValueError(f"{path}: its edit {edit.edit} of layer {edit.layer} takes no tensor {strange[0]!r}.")
     return edit

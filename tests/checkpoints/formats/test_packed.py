@@ -110,7 +110,7 @@ DAMAGES: list[Any] = [
     ("", _nan, "NaN or infinity"),
     ("format=gptq", _zero_points, "has zero points"),
     ("format=gptq", _order, "order of their own"),
-    ("format=packed", _no_edits, "lacks moe_compress.edits"),
+    ("format=packed", _no_edits, "moe_compress lacks edits"),
 ]
 
 

@@ -81,12 +81,12 @@ def test_a_plain_checkpoint_that_calls_itself_edited_runs_nothing(reader_folder,
     (folder / "modeling_own.py").write_text(marking(tmp_path / "mark"), encoding="utf-8")
     values = json.loads((folder / "config.json").read_text())
     values |= {
-        "moe_compress": {"edits": [], "moe": {}, "base_model_type": "mixtral"},
+        "moe_compress": {"edits": [], "moe": {}, "base_model_type": "mixtral", "base_architectures": None},
         "auto_map": {"AutoConfig": "modeling_own.Config", "AutoModelForCausalLM": "modeling_own.Model"},
     }
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
-    assert not verification(open_checkpoint(folder)).passed
-    moe_compress.load(folder)
+    with pytest.raises(ValueError, match="model_type is not moe_compress_mixtral"):
+        verification(open_checkpoint(folder))
     assert not (tmp_path / "mark").exists()
 
 
