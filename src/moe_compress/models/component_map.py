@@ -28,12 +28,14 @@ STEP_SIZE, EXPANDING = "dt_proj", "kv_b_proj"
 class AttentionCost:
     """One attention: FLOPs of a token with one other, tokens that it sees (None: all), the map that expands its cache.
 
-    expansion: multiply-adds for each token in the cache; 0 where keys and values are cached.
+    expansion: multiply-adds for each token in the cache; 0 where keys and values are cached; absorbed: FLOPs of a token
+    with one other where queries meet what is cached as it is, that map being part of the projections; 0 likewise.
     """
 
     pair: int
     window: int | None
     expansion: int
+    absorbed: int = 0
 
 
 def component_of_modules(model: PreTrainedModel) -> dict[str, str]:
@@ -130,12 +132,15 @@ def _attention(config: Any, layer: nn.Module, mixer: Any) -> AttentionCost:
     query = getattr(mixer, "qk_head_dim", None) or mixer.head_dim
     value = getattr(mixer, "v_head_dim", None) or mixer.head_dim
     pair = heads * int(query + value)
-    indexer = getattr(mixer, "indexer", None)
+    indexer, chosen = getattr(mixer, "indexer", None), 0
     if indexer is not None:  # it weighs the scores of its own heads to choose whom the attention sees
-        pair += int(indexer.n_heads * (indexer.head_dim + 1))
-    expanding = getattr(mixer, EXPANDING, None)
-    expansion = 0 if expanding is None else expanding.in_features * expanding.out_features
-    return AttentionCost(2 * pair, _window(config, layer, mixer), expansion)
+        chosen = int(indexer.n_heads * (indexer.head_dim + 1))
+    window, expanding = _window(config, layer, mixer), getattr(mixer, EXPANDING, None)
+    if expanding is None:
+        return AttentionCost(2 * (pair + chosen), window, 0)
+    latent = expanding.in_features
+    absorbed = heads * int(2 * latent + mixer.qk_rope_head_dim)
+    return AttentionCost(2 * (pair + chosen), window, latent * expanding.out_features, 2 * (absorbed + chosen))
 
 
 def _window(config: Any, layer: nn.Module, mixer: nn.Module) -> int | None:

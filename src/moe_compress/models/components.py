@@ -110,6 +110,19 @@ def components(
     return found
 
 
+def absorbed_decode(model: PreTrainedModel, decode: int, context: int, batch: int) -> int | None:
+    """FLOPs of a decode step (`decode` as `components` count it) where latent attention is absorbed, as engines run it.
+
+    Queries are then multiplied with what is cached, which is never expanded: the expanding map is applied to the query
+    and to the output instead, in as many multiply-adds as it takes for the new token. None without latent attention.
+    """
+    latent = [each for each in attentions_of(model) if each.absorbed]
+    if not latent:
+        return None
+    expanded = sum(each.pair * context + 2 * each.expansion * (context - 1) for each in latent)
+    return decode + batch * (sum(each.absorbed for each in latent) * context - expanded)
+
+
 def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool) -> Mapping[str, _Sum]:
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

@@ -21,7 +21,7 @@ from moe_compress.evaluation.flops.torch_check import check as check_flops
 from moe_compress.evaluation.harnesses import harness
 from moe_compress.evaluation.saved_report import SavedReport
 from moe_compress.models import hf
-from moe_compress.models.components import Component, components
+from moe_compress.models.components import Component, absorbed_decode, components
 from moe_compress.reports import table_formats
 from moe_compress.reports.table_formats import Cells
 from moe_compress.utils.choices import AtLeast
@@ -40,6 +40,12 @@ ESTIMATE = (
 )
 
 
+ABSORBED = (
+    "Latent attention: transformers expands everything that is cached anew at every step, which the table counts. "
+    "Engines multiply queries with what is cached as it is (absorbed): a step then takes {step}FLOPs in all."
+)
+
+
 def as_markdown(report: Mapping[str, Any]) -> str:
     """A row a component and one for all, what is counted, and torch's own count where it was asked for."""
     tokens, context, batch = report["tokens"], report["context"], report["batch"]
@@ -48,6 +54,8 @@ def as_markdown(report: Mapping[str, Any]) -> str:
     shown = [each for each in report["components"] if any(each[key] for key in ("parameters", "bytes", "prefill"))]
     cells = Cells.of([_row(each, total["prefill"]) for each in [*shown, {"name": "all", **total}]])
     parts = [title, table_formats.markdown(cells), MEANING]
+    if report.get("absorbed_decode") is not None:
+        parts.append(ABSORBED.format(step=_short(report["absorbed_decode"])))
     if any(each["estimate"] for each in shown):
         parts.append(ESTIMATE)
     if report["check"] is not None:
@@ -100,7 +108,10 @@ SUMMED = ("parameters", "bytes", "touched", "prefill", "decode")
 
 @dataclass(frozen=True)
 class FlopsReport(SavedReport):
-    """All components, for `batch` sequences of `tokens` tokens and a step at `context`; check: None where not asked."""
+    """All components, for `batch` sequences of `tokens` tokens and a step at `context`; check: None where not asked.
+
+    absorbed_decode: FLOPs of that step where latent attention is absorbed, None without latent attention.
+    """
 
     model: str
     tokens: int
@@ -108,6 +119,7 @@ class FlopsReport(SavedReport):
     batch: int
     components: tuple[Component, ...]
     check: tuple[Agreement, ...] | None = None
+    absorbed_decode: int | None = None
 
     @property
     def file_name(self) -> str:
@@ -162,7 +174,8 @@ def flops(
     agreement = tuple(_checked(skeleton, folder, tokens)) if check else None
     apply_edits(skeleton, packed_edits(skeleton, values))
     found = components(skeleton, tokens, context, batch, stored, scale_bytes=scale_bytes(values))
-    return FlopsReport(str(model), tokens, context, batch, tuple(found), agreement)
+    absorbed = absorbed_decode(skeleton, sum(each.decode for each in found), context, batch)
+    return FlopsReport(str(model), tokens, context, batch, tuple(found), agreement, absorbed)
 
 
 def _checked(skeleton: PreTrainedModel, folder: Path, tokens: int) -> list[Agreement]:
