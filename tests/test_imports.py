@@ -32,7 +32,7 @@ LAW: dict[str, tuple[str, ...]] = {
     "calibration": ("run", "engine", "checkpoints", "data", "edits", "models", "utils"),
     "methods": ("calibration.model_statistics", "calibration.output_sample", "edits", "models", "utils"),
     "recipes": ("methods", "run", "utils"),
-    "reports": ("utils.files", "utils.logging"),
+    "reports": ("utils.files", "utils.logging", "utils.text"),
     "hub": ("reports", "checkpoints", "edits", "models", "utils"),
     "evaluation": ("run", "calibration", "engine", "data", "checkpoints", "edits", "models", "reports", "zoo", "utils"),
     "analysis": ("methods", "calibration", "run", "engine", "data", "checkpoints", "edits", "models", "reports",

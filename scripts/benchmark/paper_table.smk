@@ -33,7 +33,7 @@ rule table:
     log:
         "table.txt",
     shell:
-        "{config[writer]} . > {log} 2>&1"
+        "{config[writer]} . > {log:q} 2>&1"
 
 
 rule original:
@@ -50,7 +50,7 @@ rule original:
     threads: config["threads"]
     shell:
         "({RUN} evaluate {params.model} results=. threads={threads} {params.evaluate} &&"
-        " {RUN} tasks {params.model} results=. threads={threads} {params.tasks}) > {log} 2>&1"
+        " {RUN} tasks {params.model} results=. threads={threads} {params.tasks}) > {log:q} 2>&1"
 
 
 rule flops_of_original:
@@ -62,7 +62,7 @@ rule flops_of_original:
     log:
         "logs/flops/{model}.txt",
     shell:
-        "{RUN} flops {params.model} results=. {params.flops} > {log} 2>&1"
+        "{RUN} flops {params.model} results=. {params.flops} > {log:q} 2>&1"
 
 
 rule compress:
@@ -78,8 +78,8 @@ rule compress:
         "logs/compress/{cell}.txt",
     threads: config["threads"]
     shell:
-        "{RUN} compress '{params.recipe}' model={params.model} eval=false out={output} results=. threads={threads} {params.compress}"
-        " > {log} 2>&1"
+        "{RUN} compress {params.recipe:q} model={params.model} eval=false out={output:q} results=. threads={threads} {params.compress}"
+        " > {log:q} 2>&1"
 
 
 rule evaluate:
@@ -94,7 +94,7 @@ rule evaluate:
         "logs/evaluate/{cell}.txt",
     threads: config["threads"]
     shell:
-        "{RUN} evaluate {input[0]} name={wildcards.cell} results=. threads={threads} {params.evaluate} > {log} 2>&1"
+        "{RUN} evaluate {input[0]:q} name={wildcards.cell:q} results=. threads={threads} {params.evaluate} > {log:q} 2>&1"
 
 
 rule tasks:
@@ -109,7 +109,7 @@ rule tasks:
         "logs/tasks/{cell}.txt",
     threads: config["threads"]
     shell:
-        "{RUN} tasks {input[0]} results=. threads={threads} {params.tasks} > {log} 2>&1"
+        "{RUN} tasks {input[0]:q} results=. threads={threads} {params.tasks} > {log:q} 2>&1"
 
 
 rule flops:
@@ -122,7 +122,7 @@ rule flops:
     log:
         "logs/flops/{cell}.txt",
     shell:
-        "{RUN} flops {input} results=. {params.flops} > {log} 2>&1"
+        "{RUN} flops {input:q} results=. {params.flops} > {log:q} 2>&1"
 
 
 # Alone on its machine: whatever else ran would be in the times.
@@ -137,4 +137,4 @@ rule speed:
         "logs/speed/{cell}.txt",
     threads: workflow.cores
     shell:
-        "{RUN} speed {input} results=. {params.speed} > {log} 2>&1"
+        "{RUN} speed {input:q} results=. {params.speed} > {log:q} 2>&1"

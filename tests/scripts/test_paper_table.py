@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -272,6 +273,19 @@ def test_every_job_of_a_grid_is_planned(planned, capfd):
     said = "".join(capfd.readouterr())
     jobs = dict(re.findall(r"^(\w+) +(\d+)$", said, re.M))
     assert {jobs.get(job) for job in ("compress", "evaluate", "flops", "speed", "tasks", "original")} == {"1"}, said
+
+
+@pytest.mark.slow  # four processes of Snakemake's
+def test_a_folder_s_name_is_no_command(planned):
+    """It is part of the names of cells, which are files."""
+    values, name = json.loads((planned / "grid.json").read_text()), "a b;touch pwned;$(touch pwned)"
+    folder = planned / name
+    folder.mkdir()
+    values["models"] = {name: {**values["models"][MODEL], "path": shlex.quote(str(folder))}}
+    values["cells"] = {f"{name}-layer_drop": {"model": name, "cell": "layer_drop", "recipe": "layer_drop drop=8"}}
+    values |= {"command": f"{sys.executable} fake.py", "threads": 1}
+    paper_table.run(planned, values, ["--cores", "2", "--quiet", "all"])
+    assert not list(planned.rglob("pwned")) and f"compress {name}-layer_drop" in (planned / "calls.txt").read_text()
 
 
 @pytest.mark.slow

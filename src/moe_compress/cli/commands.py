@@ -22,6 +22,7 @@ from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
 from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.options import typed_words
 from moe_compress.utils.declarations import function_of
+from moe_compress.utils.text import printable
 
 API = "moe_compress.api"
 INTERRUPTED, TERMINATED = 130, 143
@@ -234,7 +235,7 @@ def main() -> None:
         if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
         hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
-        typer.echo(f"error: {' '.join(str(error).split())}{hint}", err=True)
+        typer.echo(f"error: {' '.join(printable(str(error)).split())}{hint}", err=True)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == INTERRUPTED:

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from moe_compress.utils.text import printable
+
 if TYPE_CHECKING:
     from moe_compress.reports.table import Table
 
@@ -21,6 +23,7 @@ def set_up_logging(verbose: bool) -> None:
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(_without_controls)
     logger = logging.getLogger("moe_compress")
     logger.handlers = [handler]
     logger.propagate = False
@@ -29,8 +32,15 @@ def set_up_logging(verbose: bool) -> None:
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
 
 
+def _without_controls(record: logging.LogRecord) -> bool:
+    """Names in a message may hold what a terminal would obey."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 def show_markdown(text: str) -> None:
     """Print Markdown to standard output: rendered on a terminal, as it is in a pipe."""
+    text = printable(text)
     if sys.stdout.isatty():
         from moe_compress.cli import rendering
 

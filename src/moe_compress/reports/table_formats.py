@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from moe_compress.reports.record import Metric, Record
+from moe_compress.utils.text import printable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -71,26 +73,35 @@ class Cells:
 
 def escaped(text: str) -> str:
     """Text that LaTeX prints as it is, in one line."""
-    return " ".join(text.translate(SPECIAL).split())
+    return " ".join(printable(text).translate(SPECIAL).split())
 
 
 def line(text: str) -> str:
     """Text in one line."""
-    return " ".join(text.split())
+    return " ".join(printable(text).split())
+
+
+def _inert(cell: str) -> str:
+    """A cell that ends no row, and in which a viewer of Markdown sees no tag."""
+    return re.sub(r"<(?=[A-Za-z/!?])", r"\\<", line(cell).replace("|", "\\|"))
+
+
+def _unasked(cell: str) -> str:
+    """A cell that a spreadsheet takes for text: no formula, which may call programs."""
+    text = line(cell)
+    return f"'{text}" if re.match(r"[=@]|[+-](?![\d.\s])", text) else text
 
 
 def markdown(cells: Cells) -> str:
     """A Markdown table of text cells, each in one line, none with a bar that would end it."""
-    titles, *rows = [
-        [line(cell).replace("|", "\\|") for cell in row] for row in (cells.titles, *cells.rows)
-    ]  # fmt: skip
+    titles, *rows = [list(map(_inert, row)) for row in (cells.titles, *cells.rows)]
     return tabulate(rows, titles, tablefmt="pipe", disable_numparse=True)
 
 
 def as_csv(cells: Cells) -> str:
     """Comma-separated values."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows([cells.titles, *cells.rows])
+    csv.writer(out, lineterminator="\n").writerows([list(map(_unasked, row)) for row in (cells.titles, *cells.rows)])
     return out.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -78,6 +79,31 @@ def test_who_loads_it_and_why_not(family, sentence, loads, said, reader_folder, 
     found = compatibility(open_checkpoint(made(sentence, reader_folder(family), options)))
     assert tuple(verdict.loads for verdict in found) == loads
     assert any(said in verdict.why for verdict in found), [verdict.why for verdict in found]
+
+
+@pytest.mark.parametrize(
+    ("values", "loads"),
+    [
+        ({"num_hidden_layers": 27}, True),
+        ({"num_hidden_layers": 25}, False),
+        ({"num_hidden_layers": 48, "vocab_size": 128256}, True),
+        ({"num_hidden_layers": 48, "vocab_size": 102400}, False),
+        ({"num_hidden_layers": 25, "q_lora_rank": 1536}, True),
+    ],
+)
+def test_llama_cpp_knows_latent_attention_without_a_query_rank_by_its_depth(values, loads, reader_folder):
+    """llama-model.cpp, deepseek2: lite models are those of 26 or 27 layers, or of 48 with Kanana's vocabulary."""
+    checkpoint = open_checkpoint(reader_folder("deepseek_v2"))
+    lite = dataclasses.replace(checkpoint, values={**checkpoint.values, "q_lora_rank": None, **values})
+    (found,) = [verdict for verdict in compatibility(lite) if verdict.client == "llama.cpp"]
+    assert found.loads == loads and (loads or "q_lora_rank" in found.why)
+
+
+@pytest.mark.slow  # one more process; the others are of formats whose arithmetic is theirs
+def test_weights_that_stock_keeps_in_sixteen_bits_are_compared_in_fp32(reader_folder, options):
+    """Qwen3-Next in 4 bits as published: its convolutions and norms stay bf16 in a model loaded in fp32."""
+    found = verified(open_checkpoint(made(f"{RTN} bits=4", reader_folder("qwen3_next"), options)))
+    assert found.passed, found.problems
 
 
 def test_different_logits_are_a_problem(reader_folder, options, monkeypatch):

@@ -56,6 +56,15 @@ def _vllm(values: Mapping[str, Any]) -> tuple[bool, str]:
 def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
     if "moe_compress" in values:
         return False, "GGUF files say one number of experts for all layers"
-    if not family_named(values["model_type"]).llama_cpp:
+    family = family_named(values["model_type"])
+    if not family.llama_cpp:
         return False, f"{values['model_type']} is not known to its converter as far as this package knows"
+    if family.llama_cpp_lite and not values.get("q_lora_rank"):
+        layers, words = values.get(family.layers_key), values.get("vocab_size")
+        if not any(layers == depth and vocabulary in (0, words) for depth, vocabulary in family.llama_cpp_lite):
+            depths = ", ".join(str(depth) for depth, _ in family.llama_cpp_lite)
+            return (
+                False,
+                f"its loader takes {layers} layers without q_lora_rank for a model that has one (not: {depths})",
+            )
     return format_in(values).loaders.llama_cpp
