@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moe_compress.utils.files import read_json, require_writable
 
@@ -14,6 +15,38 @@ CARD = "README.md"
 STATE = "state.json"
 SCRATCH = "scratch"
 MANIFEST = "moe_compress.json"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Base(_Part):
+    model: str
+    commit: str | None
+    fingerprint: str
+
+
+class _Stage(_Part):
+    method: str
+    given: dict[str, Any]
+    parameters: dict[str, Any]
+
+
+class _Cost(_Part):
+    surgery_seconds: float
+    peak_bytes: float
+
+
+class _Manifest(_Part):
+    """What readers of a manifest need."""
+
+    identity: str
+    form: Literal["plain", "edited"]
+    base: _Base
+    stages: list[_Stage]
+    report: list[dict[str, Any]]
+    cost: _Cost
 
 
 def partial_folder(out: Path) -> Path:
@@ -75,26 +108,17 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     manifest = read_json(path)
-    if not isinstance(manifest, dict) or not _is_whole(manifest):
+    try:
+        _Manifest.model_validate(manifest)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"])) or "all of it"
         raise ValueError(
-            f"{path} is not what moe-compress writes into a checkpoint: remove it, or make the folder anew."
-        )
-    return manifest
-
-
-def _is_whole(manifest: Mapping[str, Any]) -> bool:
-    """Whether a manifest has what its readers need."""
-    base, stages, cost = (manifest.get(key) for key in ("base", "stages", "cost"))
-    return (
-        {"identity", "form"} <= manifest.keys()
-        and isinstance(base, dict)
-        and {"model", "commit", "fingerprint"} <= base.keys()
-        and isinstance(stages, list)
-        and all(isinstance(stage, dict) and {"method", "given", "parameters"} <= stage.keys() for stage in stages)
-        and isinstance(manifest.get("report"), list)
-        and isinstance(cost, dict)
-        and {"surgery_seconds", "peak_bytes"} <= cost.keys()
-    )
+            f"{path} is not what moe-compress writes into a checkpoint ({where}: {wrong['msg'].lower()}): remove it, "
+            "or make the folder anew."
+        ) from error
+    found: dict[str, Any] = manifest
+    return found
 
 
 def remove_intermediate(folder: Path) -> None:

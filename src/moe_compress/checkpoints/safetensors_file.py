@@ -34,6 +34,8 @@ STORED_DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 CHUNK_BYTES = 1 << 30
+# The format's own limit of its header.
+MOST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +60,34 @@ def read_regions(file: Path) -> dict[str, FileRegion]:
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, MOST_HEADER):
             raise ValueError(f"{file} is truncated or not a safetensors file: fetch it again.")
         base = 8 + length
         try:
             header = json.loads(handle.read(length))
             regions = {key: _region(file, key, entry, base) for key, entry in header.items() if key != "__metadata__"}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise ValueError(f"{file} has a broken safetensors header: fetch it again.") from error
     end = max((region.stop for region in regions.values()), default=base)
     if end != size:
         raise ValueError(f"{file} is {size} bytes long where its header says {end}: it is truncated; fetch it again.")
+    _require_seamless(file, regions, base)
     return regions
+
+
+def _require_seamless(file: Path, regions: Mapping[str, FileRegion], base: int) -> None:
+    """ValueError unless tensors lie one behind the other, as the format has it: no byte is shared, or nobody's."""
+    for region in sorted(regions.values(), key=lambda region: (region.start, region.stop)):
+        if region.start != base:
+            raise ValueError(f"{file} has a broken safetensors header: {region.key} does not begin where others end.")
+        base = region.stop
 
 
 def _region(file: Path, key: str, entry: dict[str, Any], base: int) -> FileRegion:
     start, stop = entry["data_offsets"]
     shape = tuple(entry["shape"])
+    if not all(type(number) is int and number >= 0 for number in (start, stop, *shape)) or stop < start:
+        raise ValueError(f"{key} has the shape {shape} at {start} to {stop}")
     if entry["dtype"] in STORED_DTYPES and stop - start != math.prod(shape) * STORED_DTYPES[entry["dtype"]].itemsize:
         raise ValueError(f"{key} has {stop - start} bytes for the shape {shape}")
     return FileRegion(file, key, entry["dtype"], shape, base + start, base + stop)

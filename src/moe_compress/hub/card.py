@@ -20,12 +20,15 @@ from moe_compress.models.sizes import sizes
 from moe_compress.reports.record import Metric, Record
 from moe_compress.reports.table import SAME, sentence_of
 from moe_compress.utils.files import atomic_write
+from moe_compress.utils.yaml_text import parse_yaml
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # How the licences that name themselves in their first lines are called on the hub.
 LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit", "GNU AFFERO": "agpl-3.0", "GNU GENERAL": "gpl-3.0"}
 LICENCE_KEYS = ("license", "license_name", "license_link")
 FIRST_LINES = 400
+# Of a card or a licence, so many letters are read.
+MOST_CARD = 1 << 20
 SIZES = {
     "parameters": "stored parameters",
     "bytes": "bytes of weights",
@@ -113,8 +116,8 @@ def licence_of(base_card: str, licence_text: str = "") -> dict[str, str]:
     """The licence entries of a card's head; else what the licence's first lines say it is; empty where neither does."""
     head = re.match(r"---\s*\n(.*?)\n---", base_card, re.DOTALL)
     try:
-        values = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        values = parse_yaml(head[1], CARD) if head else None
+    except ValueError:
         values = None
     found = {key: str(values[key]) for key in LICENCE_KEYS if values.get(key)} if isinstance(values, dict) else {}
     if found or not licence_text:
@@ -253,4 +256,7 @@ def update_card(checkpoint: Checkpoint, base: Checkpoint, record: Record, origin
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.read(MOST_CARD)

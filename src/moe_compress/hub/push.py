@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
@@ -19,6 +18,7 @@ from moe_compress.checkpoints.resolve import hub_answers
 from moe_compress.edits.plan_file import PLAN
 from moe_compress.hub.card import licence_of
 from moe_compress.utils.files import gigabytes
+from moe_compress.utils.yaml_text import parse_yaml
 
 # Written by this package, so that it knows what in them is a path of this machine.
 OURS = (MANIFEST, PLAN, RECIPE, CARD)
@@ -94,7 +94,7 @@ def _require_repo(repo: str) -> None:
 
 def _local_paths(manifest: Mapping[str, Any], recipe: bytes) -> list[str]:
     """Paths of this machine that the files name; the longest first, as one may begin with another."""
-    options = yaml.safe_load(recipe) or {}
+    options = parse_yaml(recipe.decode(), RECIPE) or {}
     named = [str(manifest["base"]["model"]), *(word for key in PATHS for word in str(options.get(key, "")).split(","))]
     return sorted({path for path in named if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", path)}, key=len, reverse=True)
 

@@ -25,6 +25,8 @@ def _listed(text: str, known: Iterable[int], what: str) -> list[int]:
     if not all(word.isascii() and word.isdigit() for word in words):
         raise ValueError(f"layers={text}: write layer numbers such as 3,7.")
     found = sorted({int(word) for word in words})
+    if len(found) < len(words):
+        raise ValueError(f"layers={text}: a layer is there twice.")
     unknown = sorted(set(found) - set(known))
     if unknown:
         raise ValueError(f"layers={text}: {what} {list(known)}.")

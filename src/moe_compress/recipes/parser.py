@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moe_compress.methods import registry
 from moe_compress.recipes.recipe import Recipe, build
 from moe_compress.run.options import Options
 from moe_compress.utils.choices import unknown_key
+from moe_compress.utils.files import read_text
+from moe_compress.utils.yaml_text import parse_yaml
 
 
 def split_words(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -146,12 +146,9 @@ def _unknown_key(key: str, stages: Sequence[_Draft]) -> str:
 
 
 def _read_yaml(path: Path) -> tuple[list[_Draft], dict[str, Any]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no recipe file {path}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not path.exists():
+        raise ValueError(f"there is no recipe file {path}.")
+    content = parse_yaml(read_text(path), str(path))
     if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
         raise ValueError(f"{path} needs a list under `stages:`, such as `- expert_drop: {{keep: 6}}`.")
     stages = []

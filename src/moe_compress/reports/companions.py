@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 from moe_compress.reports.reading import ValidMetric, require_unchanged
 from moe_compress.reports.record import Metric, Record
+from moe_compress.utils import files
 
 Read = TypeVar("Read")
 
@@ -66,7 +66,7 @@ def read_json(paths: Iterable[Path], use: Callable[[Any], Read], kind: str) -> t
     problems = []
     for path in paths:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = files.read_json(path)
             require_unchanged(values)
             found.append(use(values))
         except (ValueError, OSError, RecursionError, LookupError, TypeError, AttributeError, ArithmeticError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from moe_compress.reports.record import VERSION, Failure, Metric, Record, digest_of
+from moe_compress.utils.files import read_json
 
 # --- reading ------------------------------------------------------------------------------------------------------
 
@@ -139,13 +139,13 @@ def _read(paths: Iterable[Path], kind: type[Kind], word: str) -> tuple[list[Kind
     found, problems = [], []
     for path in paths:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             read = kind.model_validate(values)
             require_unchanged(values)
             if kind is Record:
                 _Readable.model_validate({**values, "cost": values["cost"] or None})
             found.append(read)
-        except (ValueError, OSError, RecursionError) as error:  # pydantic's and JSON's errors are ValueErrors
+        except (ValueError, OSError, RecursionError, TypeError, KeyError, AttributeError) as error:
             problems.append(f"{path} is not a {word} of moe-compress: {_first(error)}")
     return found, problems
 

@@ -94,7 +94,7 @@ def make_options(given: Mapping[str, Any]) -> Options:
 
 def require_arithmetic(device: str, dtype: str) -> None:
     """Raise ValueError for names that are no devices or dtypes; whether the machine has them is another matter."""
-    if not re.fullmatch(r"auto|cpu(:\d+)?|cuda(:\d+)?", device):
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", device):
         known = re.fullmatch(r"(mps|xpu|hpu|meta|xla|mtia)(:\d+)?", device)
         raise ValueError(f"device={device} is not {'supported' if known else 'a device'}: use auto, cpu or cuda[:N].")
     if dtype != "auto":

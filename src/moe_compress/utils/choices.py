@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable
@@ -26,10 +27,17 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is bool:
         return choice(("true", "false"), text.lower(), where) == "true"
     try:
-        return hint(text)
+        return _number(hint, text) if hint in (int, float) else hint(text)
     except ValueError as error:
         kind = {int: "a whole number", float: "a number"}[hint]
         raise ValueError(f"{where}={text}: {kind} is needed.") from error
+
+
+def _number(hint: type, text: str) -> Any:
+    """Python alone would also read digits of other scripts, and underscores between them."""
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?(inf|infinity|nan)", text, re.ASCII | re.IGNORECASE):
+        raise ValueError(text)
+    return hint(text)
 
 
 class Reader(Protocol):
@@ -78,7 +86,7 @@ class Numbers:
 def numbers(words: str, key: str) -> tuple[int, ...]:
     """`128,1024` as numbers. ValueError if they are none."""
     try:
-        return tuple(int(word) for word in words.split(",") if words)
+        return tuple(_number(int, word.strip()) for word in words.split(",") if words)
     except ValueError as error:
         raise ValueError(f"{key}={words}: numbers separated by commas are needed, such as 128,1024.") from error
 

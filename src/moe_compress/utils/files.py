@@ -40,16 +40,36 @@ def atomic_write(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a broken one is named."""
+# Of what is read whole. The largest index of a published model takes a tenth of it.
+MOST_JSON, MOST_TEXT = 256 << 20, 4 << 20
+
+
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """The text of a file; ValueError for one that is no regular file, larger than `most` bytes, or not UTF-8."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if not path.is_file():
+            raise ValueError(f"{path} is no file that can be read.")
+        if size > most:
+            raise ValueError(f"{path} has {gigabytes(size)}, and at most {gigabytes(most)} are read.")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a broken one is named."""
+    text = read_text(path, MOST_JSON)
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is not valid JSON (it nests too deeply).") from error
+    except ValueError as error:  # also of numbers with more digits than Python reads
+        raise ValueError(f"{path} is not valid JSON ({error}).") from error
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str, advice: str = "choose another folder with out=") -> None:

@@ -44,6 +44,8 @@ def parsed(text: str, shapes: Sequence[MoEShape]) -> dict[int, list[int]]:
             raise ValueError(f"expert_drop.protect={word}: layer {index} has no experts; MoE layers: {list(counts)}.")
         if expert >= counts[index]:
             raise ValueError(f"expert_drop.protect={word}: layer {index} has experts 0 to {counts[index] - 1}.")
+        if expert in found.get(index, ()):
+            raise ValueError(f"expert_drop.protect={text}: {word.strip()} is there twice.")
         found.setdefault(index, []).append(expert)
     return found
 

@@ -60,7 +60,13 @@ def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, mul
     for shape in shapes:
         if multiple < 1 or shape.inner % multiple:
             raise ValueError(f"multiple={multiple} does not divide the {shape.inner} neurons of layer {shape.layer}.")
-        left = keep if keep is not None else max(1, round(shape.inner * (1 - (ratio or 0)) / multiple)) * multiple
+        left = keep if keep is not None else round(shape.inner * (1 - (ratio or 0)) / multiple) * multiple
+        if keep is None and not left:
+            most = 1 - multiple / shape.inner
+            raise ValueError(
+                f"channels.ratio={ratio}: of the {shape.inner} neurons of layer {shape.layer} none would be left, in "
+                f"steps of {multiple}; at most {most:.4g} can go."
+            )
         if not 0 < left <= shape.inner or left % multiple:
             raise ValueError(f"keep={left}: layer {shape.layer} can keep multiples of {multiple} up to {shape.inner}.")
         steps[shape.layer] = (shape.inner - left) // multiple

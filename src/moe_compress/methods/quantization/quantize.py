@@ -38,6 +38,8 @@ BitsWord = Literal["2", "3", "4", "8", "auto"]
 FORMATS = Registered(
     "moe_compress.checkpoints.formats", "storage_format", first=("auto",), unless="written", last_by="fallback"
 )
+# More than any model's matrices have inputs.
+WIDEST = 1 << 20
 NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
 
 
@@ -69,6 +71,8 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
         raise ValueError(
             f"group_size={group_size}: the inputs that share a scale are 0 (a whole row) or {NARROWEST} up."
         )
+    if group_size > WIDEST:
+        raise ValueError(f"group_size={group_size}: no matrix has so many inputs; 0 means a scale for a whole row.")
     if not 0 < damping < math.inf:
         raise ValueError(f"damping={damping}: a share of the mean of the diagonal, above 0, is needed.")
     _check_method(method, act_order, experts_at_once, scales)
