@@ -40,6 +40,20 @@ EARLIER = (
             "separate.py": "f7f0970648d33e5e86984da33d82235f20ecf7f3c0f941cbf7bff9992cef76b8",
         },
     ),
+    Version(
+        "edited_model",
+        {
+            "activation_rounding.py": "081add098712593366fd2e19738838eb01e0c246c8bac27172e54d6ee0a0900b",
+            "bit_packing.py": "a944435d232a14ce26c2e48497b98bf9e2529ae16f8bdbbf12c790ba2dfdab9a",
+            "edit_layer.py": "391296cdccb96452adaa834f1ed99f13c37f4c7c0256e706f929d250a07694a4",
+            "edited_model.py": "9dc9229eb3820dd54893795d510bec878f5d60153cc402c75e226fec42160259",
+            "expert_forward.py": "9427fea260677f766290a46ac48e26654ac8893aeed70c92cfc267ad6f48e5ef",
+            "packed_kernels.py": "7521a1e0363ca2c40eaaed94320854cc984cd2929e6c1b2d7b0c88fe3dfcd5f8",
+            "packed_linear.py": "5a7d3fb416ebff58575209a7eeeb67d35e8a5ab03ff1651414b763283d7bea91",
+            "rerouting.py": "c88da3c7f716d9ae9f38e9c2ebb0817e30d5b16ab6d8634fda869cbb27ee7e93",
+            "unfused_experts.py": "f5d62a3fa1fa30b9864a7069ab6a240491dd175df7177b9bdd3b4152bf4d4fc8",
+        },
+    ),
 )
 
 
