@@ -11,6 +11,7 @@ import numpy as np
 from gguf.quants import dequantize, quantize
 
 DIM, INNER, VOCAB = 256, 32, 16
+Tensors = dict[str, tuple[tuple[int, ...], Any]]
 Q4_0, Q8_0, Q4_K, F16, F32 = (
     getattr(gguf.GGMLQuantizationType, name) for name in ("Q4_0", "Q8_0", "Q4_K", "F16", "F32")
 )
@@ -29,9 +30,11 @@ def packed(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, seed: int) -
     return blocks.reshape(*shape[:-1], -1)
 
 
-def layer_tensors(layer: int, experts: int, *, bias: bool = False) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Shape and kind of one layer's tensors by name: dense where there are no experts."""
-    found: dict[str, tuple[tuple[int, ...], Any]] = {
+def layer_tensors(
+    layer: int, experts: int, *, bias: bool = False, small: bool = False
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shape and kind of one layer's tensors by name: dense where there are no experts; small: one tensor alone."""
+    found: Tensors = {
         "attn_norm.weight": ((DIM,), F32),
         "attn_q.weight": ((DIM, DIM), Q4_0),
         "attn_output.weight": ((DIM, DIM), Q8_0),
@@ -41,6 +44,9 @@ def layer_tensors(layer: int, experts: int, *, bias: bool = False) -> dict[str, 
         return {
             f"blk.{layer}.{name}": each for name, each in (found | {"ffn_down.weight": ((DIM, INNER), Q4_0)}).items()
         }
+    if small:
+        found = {"ffn_down_exps.weight": ((experts, 2, 32), Q8_0)}
+        return {f"blk.{layer}.{name}": each for name, each in found.items()}
     found |= {
         "ffn_gate_inp.weight": ((experts, DIM), F32),
         "ffn_gate_exps.weight": ((experts, INNER, DIM), Q4_0),
@@ -68,6 +74,7 @@ def write_model(
     keys: Mapping[str, Any] | None = None,
     more: Mapping[str, tuple[tuple[int, ...], Any]] | None = None,
     bias: bool = False,
+    small: bool = False,
     alignment: int = 32,
     shards: int = 1,
     name: str = "Tiny Model",
@@ -75,7 +82,7 @@ def write_model(
     """A model with `experts` in each layer (0: dense). Returns its first file."""
     tensors = {"token_embd.weight": ((VOCAB, DIM), Q8_0)}
     for layer, count in enumerate(experts):
-        tensors |= layer_tensors(layer, count, bias=bias)
+        tensors |= layer_tensors(layer, count, bias=bias, small=small)
     tensors |= {"output_norm.weight": ((DIM,), F32), **(more or {})}
     writer = gguf.GGUFWriter(path, architecture, split_max_tensors=-(-len(tensors) // shards) if shards > 1 else 0)
     writer.add_custom_alignment(alignment)

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from moe_compress import api
 from support.gguf_files import DIM, INNER, Read, layer_tensors, write_model
+from support.gguf_plans import drop, keep, plan_file
 
 KEPT = {0: [0, 2, 3, 7], 1: [1, 4, 5, 6], 2: [0, 1, 2, 3]}
 BY_EXPERT = ("exps", "ffn_gate_inp.", "exp_probs_b")
-
-
-def plan_file(folder: Path, edits: list[dict], model_type: str = "qwen2_moe", layers: int = 3, **shape: int) -> Path:
-    """A plan as a compression leaves it."""
-    base = {"model": "someone/tiny-model", "commit": None, "fingerprint": "0"}
-    base["shape"] = {"model_type": model_type, "layers": layers, "hidden_size": DIM, "experts": 8, **shape}
-    path = folder / "plan.json"
-    stages = [{"method": "expert_drop", "given": {}, "edits": edits, "scores": {}, "report": {}}]
-    path.write_text(json.dumps({"version": 2, "base": base, "stages": stages}))
-    return path
-
-
-def keep(kept: dict[int, list[int]]) -> list[dict]:
-    return [{"edit": "keep_experts", "layer": layer, "experts": experts} for layer, experts in kept.items()]
-
-
-def drop(*layers: int) -> list[dict]:
-    return [{"edit": "drop_layer", "layer": layer} for layer in layers]
 
 
 def test_experts_are_sliced_and_all_else_is_as_it_was(tmp_path):
@@ -108,7 +88,7 @@ def test_split_files_stay_as_many(tmp_path):
     assert after.values["split.tensors.count"] == len(after.raw) == len(before.raw) - len(layer_tensors(0, 8))
     assert np.array_equal(after.raw["blk.1.ffn_down_exps.weight"], before.raw["blk.2.ffn_down_exps.weight"][KEPT[2]])
     parts[2].unlink()
-    with pytest.raises(ValueError, match="is one of 3 files, and m-00003-of-00003.gguf is not beside it"):
+    with pytest.raises(ValueError, match=r"is one of 3 files, and m-00003-of-00003\.gguf is not beside it"):
         api.export_gguf_plan(plan, parts[0], tmp_path / "again")
 
 
