@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from moe_compress.calibration.input_moments import InputMomentCollector
 from moe_compress.checkpoints.gguf.base_model import llama_cpp_architecture, model_type_of
 from moe_compress.checkpoints.gguf.imatrix import tensor_names, write_imatrix_file
-from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.reader import Checkpoint, architecture_values
+from moe_compress.checkpoints.resolve import config_folder, resolve_model
 from moe_compress.engine.forward import forward_layers
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
-from moe_compress.models.matrices import INNER, KINDS, ROUTED, layer_matrices, stored_matrices
+from moe_compress.models.matrices import KINDS, layer_matrices, stored_matrices
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.files import require_disk, require_writable
@@ -27,7 +27,6 @@ from moe_compress.utils.logging import log
 
 SUM, COUNT = "sum", "count"
 MEASURED = [kind for kind in KINDS if kind != "router"]  # which nobody quantizes
-EXPERTS = {"ffn_gate_exps": ROUTED, "ffn_up_exps": ROUTED, "ffn_down_exps": INNER}
 
 
 class InputSquares(InputMomentCollector):
@@ -50,16 +49,15 @@ class InputSquares(InputMomentCollector):
 
 def write_imatrix(run: Run, out: Path | None) -> Path:
     """Measure the run's model and write the file. ValueError for a model that llama.cpp does not load."""
-    checkpoint = resolve_model(run.options.model, run.options.revision)
-    if "moe_compress" in checkpoint.values:
-        raise ValueError(
-            f"{checkpoint.name} is an edited checkpoint, which llama.cpp cannot load: see docs/checkpoints.md."
-        )
-    architecture = llama_cpp_architecture(model_type_of(checkpoint.config))
-    target = out or run.results("imatrix") / f"{Path(checkpoint.name).name}.imatrix.gguf"
+    config = hf.config_from(architecture_values(config_folder(run.options.model, run.options.revision)))
+    if hasattr(config, "moe_compress"):
+        raise ValueError(f"{run.options.model} is an edited checkpoint, which llama.cpp cannot load.")
+    architecture = llama_cpp_architecture(model_type_of(config))
+    target = out or run.results("imatrix") / f"{Path(run.options.model).name}.gguf"
     require_writable(target.parent, f"out={target}")
     if target.exists():
         raise ValueError(f"{target} is there already: choose another name with out=, or remove it first.")
+    checkpoint = resolve_model(run.options.model, run.options.revision)
     windows = run.windows("calibration", checkpoint)
     layers = run.layers(checkpoint)
     with progress_bar("measuring") as progress:
@@ -75,26 +73,23 @@ def _named(
     checkpoint: Checkpoint, model: PreTrainedModel, architecture: str, seen: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and counts by GGUF's names of the matrices that they are for."""
-    places = {
-        f"blk.{index}.{name}.weight": (index, source)
-        for index, sums in enumerate(seen)
-        for name, source in EXPERTS.items()
-        if f"{SUM}.{source}" in sums
-    }
-    stored = {key: (index, source) for index in range(len(seen)) for key, source in _sources(model, index).items()}
+    places: dict[str, tuple[int, str]] = {}
+    stored: dict[str, tuple[int, str]] = {}
+    for index in range(len(seen)):
+        matrices = layer_matrices(hf.decoder_layers(model)[index], family_of(model.config), MEASURED)
+        by_name = {matrix.name: matrix for matrix in matrices}
+        for matrix in [matrix for matrix in matrices if matrix.kind == "experts"]:
+            part = matrix.name.rpartition(".")[2]
+            places[f"blk.{index}.ffn_{part}_exps.weight"] = index, matrix.source
+        for key, (name, _) in stored_matrices(model, index).items():
+            if name in by_name and by_name[name].kind != "experts":
+                stored[key] = index, by_name[name].source
     names = tensor_names(architecture, checkpoint.num_layers, stored)
     places |= {names[key]: place for key, place in stored.items() if key in names}
     absent = {source for key, (_, source) in stored.items() if key not in names}
     if absent:
-        log.info("no entry for what GGUF has no such tensor of: %s.", ", ".join(sorted(absent)))
+        log.info("no entry for %s, which GGUF stores otherwise.", ", ".join(sorted(absent)))
     return {
         name: (seen[index][f"{SUM}.{source}"], seen[index][f"{COUNT}.{source}"])
         for name, (index, source) in places.items()
     }
-
-
-def _sources(model: PreTrainedModel, index: int) -> dict[str, str]:
-    """Stored names of a layer's matrices outside the experts -> what they are multiplied with."""
-    matrices = layer_matrices(hf.decoder_layers(model)[index], family_of(model.config), MEASURED)
-    by_name = {matrix.name: matrix.source for matrix in matrices if matrix.kind != "experts"}
-    return {key: by_name[name] for key, (name, _) in stored_matrices(model, index).items() if name in by_name}
