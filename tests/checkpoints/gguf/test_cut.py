@@ -76,6 +76,14 @@ def test_a_top_k_and_the_width_that_is_derived_from_it(tmp_path):
     assert all(np.array_equal(raw, before.raw[name]) for name, raw in after.raw.items())
 
 
+def test_dense_widths_by_layer_are_no_width_of_experts(tmp_path):
+    source = write_model(tmp_path / "m.gguf", "qwen3moe", keys={"feed_forward_length": [5, 6, 7]})
+    edits = [*drop(0), *({"edit": "set_top_k", "layer": layer, "top_k": 1} for layer in range(2))]
+    after = Read(api.export_gguf_plan(plan_file(tmp_path, edits, "qwen3_moe"), source))
+    assert after.values["qwen3moe.feed_forward_length"] == [6, 7]
+    assert "qwen3moe.expert_feed_forward_length" not in after.values
+
+
 def test_split_files_stay_as_many(tmp_path):
     first = write_model(tmp_path / "m.gguf", shards=3)
     plan = plan_file(tmp_path, [*keep(KEPT), *drop(0)])

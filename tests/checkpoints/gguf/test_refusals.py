@@ -155,6 +155,18 @@ def test_what_is_there_stays(tmp_path):
     assert "is there already" in refused(tmp_path, source, plan, out=tmp_path)
 
 
+def test_what_a_killed_run_left_is_cleared_and_what_is_foreign_stays(tmp_path):
+    source, plan = write_model(tmp_path / "m.gguf"), plan_file(tmp_path, everywhere([0, 1]))
+    partial = tmp_path / "m-cut.gguf.partial"
+    partial.mkdir()
+    (partial / "mine.txt").touch()
+    assert "is not unfinished work of moe-compress" in refused(tmp_path, source, plan)
+    (partial / "mine.txt").unlink()
+    (partial / "m-cut.gguf").write_bytes(b"half")
+    (partial / "state.json").write_text('{"identity": "of another plan"}')
+    assert api.export_gguf_plan(plan, source).is_file() and not partial.exists()
+
+
 def test_an_error_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
     source, plan = write_model(tmp_path / "m.gguf"), plan_file(tmp_path, everywhere([0, 1]))
     for error in (ValueError("gone"), OSError("no space left"), KeyboardInterrupt()):

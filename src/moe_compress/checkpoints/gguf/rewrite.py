@@ -72,13 +72,17 @@ def patched(model: GgufModel, cut: Cut) -> dict[str, MetadataEntry | None]:
         entry = model.metadata.get(model.key(name))
         if entry is not None:
             found[entry.key] = entry.with_value(number)
-    found |= dict(_by_layer(model, cut))
-    # Where it is missing, llama.cpp divides the dense width by the number of active experts.
+    return found | dict(_by_layer(model, cut)) | _expert_width(model, cut)
+
+
+def _expert_width(model: GgufModel, cut: Cut) -> dict[str, MetadataEntry | None]:
+    """The experts' width, where llama.cpp would divide the dense one by a number of active experts that changes."""
+    key, dense = model.key("expert_feed_forward_length"), model.metadata.get(model.key("feed_forward_length"))
     width = model.tensors[f"blk.{next(iter(cut.experts))}.ffn_down_exps.weight"].shape[-1]
-    key = model.key("expert_feed_forward_length")
-    if key not in model.metadata and model.number("feed_forward_length", width) != width:
-        found[key] = number_entry(key, width)
-    return found
+    divided = dense is not None and dense.count is None and dense.value != width
+    if key in model.metadata or not divided or cut.top_k == model.number("expert_used_count"):
+        return {}
+    return {key: number_entry(key, width)}
 
 
 def _by_layer(model: GgufModel, cut: Cut) -> Iterator[tuple[str, MetadataEntry]]:
