@@ -60,6 +60,9 @@ def layer_tensors(
             "exp_probs_b.bias": ((experts,), F32),
             "ffn_gate_inp.bias": ((experts,), F32),
             "ffn_gate_exps.bias": ((experts, INNER), F32),
+            "ffn_up_exps.scale": ((experts,), F32),
+            "ffn_up_exps.input_scale": ((experts,), F32),
+            "ffn_gate_up_exps.weight": ((experts, 2 * INNER, DIM), Q4_0),
             "ffn_down_exps.bias": ((experts, DIM), F32),
         }
     return {f"blk.{layer}.{name}": each for name, each in found.items()}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from moe_compress.checkpoints.folder import STATE, clear_partial, partial_folder, require_free
-from moe_compress.checkpoints.gguf.base_model import default_target, require_base_model, shape_values
+from moe_compress.checkpoints.gguf.base_model import require_base_model, shape_values
 from moe_compress.checkpoints.gguf.cut import cut_of
 from moe_compress.checkpoints.gguf.reader import open_gguf
 from moe_compress.checkpoints.gguf.rewrite import cut_bytes, write_cut
@@ -36,7 +36,7 @@ def cut_gguf(plan: Path, file: Path, out: Path | None, any_model: bool) -> Path:
     edits = [edit for stage in stages for edit in stage.plan.edits]
     cut = cut_of(model, edits, plan)
     split = len(model.shards) > 1
-    target = out or default_target(model.path, split)
+    target = out or _beside(model.path, split)
     if target.exists():
         raise ValueError(f"{target} is there already: choose another name with out=, or remove it first.")
     require_free(target)
@@ -51,6 +51,12 @@ def cut_gguf(plan: Path, file: Path, out: Path | None, any_model: bool) -> Path:
         else:
             (work / target.name).rename(target)
     return target
+
+
+def _beside(path: Path, split: bool) -> Path:
+    """Where a cut model goes: beside its source, a file for a file and a folder for several."""
+    stem = path.name.removesuffix(".gguf")
+    return path.with_name(f"{stem.rpartition('-of-')[0].rpartition('-')[0]}-cut" if split else f"{stem}-cut.gguf")
 
 
 @contextmanager

@@ -136,6 +136,17 @@ def test_deepseeks_that_are_known_by_their_depth(lite, before, after, loads, tmp
         assert f"would not load this one with {after}" in refused(tmp_path, source, plan)
 
 
+def test_a_router_that_is_guessed_from_the_depth(tmp_path):
+    keys = {"vocab_size": 154880}
+    plan = plan_file(tmp_path, drop(1), "glm4_moe_lite", 27)
+    for more, said in (({}, "has no expert_gating_func"), ({"expert_gating_func": 2}, "")):
+        source = write_model(tmp_path / "m.gguf", "deepseek2", experts=[8] * 27, keys={**keys, **more}, small=True)
+        if said:
+            assert said in refused(tmp_path, source, plan)
+        else:
+            assert api.export_gguf_plan(plan, source).is_file()
+
+
 def test_tensors_of_experts_that_are_not_known(tmp_path):
     plan = plan_file(tmp_path, everywhere([0, 1]))
     for name, shape, said in (
@@ -147,6 +158,21 @@ def test_tensors_of_experts_that_are_not_known(tmp_path):
         assert said in refused(tmp_path, source, plan)
     dense = write_model(tmp_path / "dense.gguf", experts=(0, 0, 0), keys={"expert_count": 8})
     assert "has no experts" in refused(tmp_path, dense, plan)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"block_count": 4_000_000_000}, "claims 4000000000 layers"),
+        ({"block_count": 0}, "claims 0 layers"),
+        ({"nextn_predict_layers": 9}, "claims -6 layers"),
+        ({"expert_group_count": 3}, "claims 3 equal groups of 8 experts"),
+        ({"expert_group_count": 4_000_000_000}, "equal groups of 8 experts"),
+    ],
+)
+def test_numbers_that_no_model_has(keys, said, tmp_path):
+    source = write_model(tmp_path / "m.gguf", keys=keys)
+    assert said in refused(tmp_path, source, plan_file(tmp_path, everywhere([0, 1])))
 
 
 def test_what_is_there_stays(tmp_path):

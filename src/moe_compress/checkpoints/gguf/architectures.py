@@ -33,6 +33,8 @@ PERIODS = {"gpt-oss": 2}
 # deepseek2 without a low rank of its queries is known by its number of layers.
 PLAIN_QUERIES = (26, 27)
 PLAIN_QUERIES_BY_VOCABULARY = (48, 128256)
+# deepseek2 files of this vocabulary that do not say how their router scores: guessed from 47 or 48 layers.
+GUESSED_ROUTER = 154880
 
 
 def spelled(name: str) -> str:
@@ -74,6 +76,11 @@ def require_known_kinds(model: GgufModel, kept: Sequence[int]) -> None:
 def _require_depth(model: GgufModel, depth: int) -> None:
     tokens = model.metadata.get("tokenizer.ggml.tokens")
     vocabulary = model.number("vocab_size", (tokens.count if tokens else None) or 0)
+    if vocabulary == GUESSED_ROUTER and model.key("expert_gating_func") not in model.metadata:
+        raise ValueError(
+            f"{model.path} has no expert_gating_func, which llama.cpp then guesses from the number of layers: convert "
+            "the model anew before layers are dropped."
+        )
     taken_for_plain = depth in PLAIN_QUERIES or (depth, vocabulary) == PLAIN_QUERIES_BY_VOCABULARY
     if taken_for_plain == ("blk.0.attn_q_a.weight" not in model.tensors):
         return

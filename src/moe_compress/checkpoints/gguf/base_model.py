@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -71,9 +71,3 @@ def _require_name(model: GgufModel, made_for: str, any_model: bool) -> None:
     if not any_model:
         raise ValueError(f"{sentence}: apply it to a file of that model, or say any_model=true if it is one.")
     log.warning("%s.", sentence)
-
-
-def default_target(path: Path, split: bool) -> Path:
-    """Where a cut model goes: beside its source, a file for a file and a folder for several."""
-    stem = path.name.removesuffix(".gguf")
-    return path.with_name(f"{stem.rpartition('-of-')[0].rpartition('-')[0]}-cut" if split else f"{stem}-cut.gguf")

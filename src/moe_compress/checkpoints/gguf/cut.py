@@ -1,6 +1,6 @@
 """What a plan leaves of a GGUF model: which layers, which experts, how many per token. No bytes are moved here.
 
-GGUF says one number of experts and of active experts for all layers; other edits need numbers that no file holds.
+One number of experts and of active experts is said for all layers; other edits need numbers that no file holds.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def split_name(name: str) -> tuple[int | None, str]:
 
 def decoder_layers(model: GgufModel) -> int:
     """Layers without those behind them that predict further tokens."""
-    return model.number("block_count") - model.number("nextn_predict_layers", 0)
+    layers = model.number("block_count") - model.number("nextn_predict_layers", 0)
+    if not 0 < layers <= len(model.tensors):
+        raise ValueError(f"{model.path} claims {layers} layers, and has {len(model.tensors)} tensors.")
+    return layers
 
 
 def expert_layers(model: GgufModel) -> list[int]:
@@ -73,76 +76,80 @@ def _require_plain_name(path: Path, name: str, rest: str) -> None:
 
 def cut_of(model: GgufModel, edits: Sequence[Edit], plan: Path) -> Cut:
     """What the edits leave. ValueError says which of them a GGUF file cannot express."""
-    layers, experts = decoder_layers(model), model.number("expert_count")
-    order = list(range(layers))
-    kept = {layer: tuple(range(experts)) for layer in expert_layers(model)}
-    active = dict.fromkeys(kept, model.number("expert_used_count"))
+    with_experts = expert_layers(model)
+    layers, experts, top_k = decoder_layers(model), model.number("expert_count"), model.number("expert_used_count")
+    left = _Left(
+        list(range(layers)), {n: tuple(range(experts)) for n in with_experts}, dict.fromkeys(with_experts, top_k)
+    )
     for edit in edits:
-        _carry_out(edit, order, kept, active, plan, model)
-    left = [layer for layer in order if layer in kept]
-    if not left:
+        left.carry_out(edit, f"{plan}: its edit {edit.edit} of layer {edit.layer}", model.path.name)
+    kept = {layer: left.experts[layer] for layer in left.order if layer in left.experts}
+    if not kept:
         raise ValueError(f"{plan}: no layer with experts is left.")
-    count = _the_same({layer: len(kept[layer]) for layer in left}, plan, "experts")
-    top_k = _the_same({layer: active[layer] for layer in left}, plan, "active experts")
-    if (len(order), count, top_k) == (layers, experts, model.number("expert_used_count")):
+    count = _the_same({layer: len(ids) for layer, ids in kept.items()}, plan, "experts")
+    cut = Cut(tuple(left.order), kept, count, _the_same({n: left.top_k[n] for n in kept}, plan, "active experts"))
+    if (len(cut.layers), cut.count, cut.top_k) == (layers, experts, top_k):
         raise ValueError(f"{plan} changes nothing of {model.path}.")
-    cut = Cut(tuple(order), {layer: kept[layer] for layer in left}, count, top_k)
     _require_routable(model, cut, plan)
-    if len(order) < layers:
-        require_known_kinds(model, order)
+    if len(cut.layers) < layers:
+        require_known_kinds(model, cut.layers)
     return cut
 
 
-def _carry_out(
-    edit: Edit,
-    order: list[int],
-    kept: dict[int, tuple[int, ...]],
-    active: dict[int, int],
-    plan: Path,
-    model: GgufModel,
-) -> None:
-    """One edit, in place. order: the layers that are left so far."""
-    where = f"{plan}: its edit {edit.edit} of layer {edit.layer}"
-    if not 0 <= edit.layer < len(order):
-        raise ValueError(f"{where}: there are layers 0 to {len(order) - 1} then.")
-    source = order[edit.layer]
-    if isinstance(edit, DropLayer):
-        order.remove(source)
-        return
-    if not isinstance(edit, KeepExperts | SetTopK) or (isinstance(edit, KeepExperts) and edit.novices):
-        raise ValueError(
-            f"{where} needs numbers that {model.path.name} does not hold: only dropped experts, dropped layers and a "
-            "top-k can be carried over; apply the plan to the model itself, and convert that."
-        )
-    if source not in kept:
-        raise ValueError(f"{where}: that layer has no experts.")
-    if isinstance(edit, SetTopK):
-        active[source] = edit.top_k
-        return
-    before = kept[source]
-    if not edit.experts or sorted(set(edit.experts) & set(range(len(before)))) != list(edit.experts):
-        raise ValueError(f"{where}: kept experts must be ascending ids below {len(before)}, not {list(edit.experts)}.")
-    kept[source] = tuple(before[expert] for expert in edit.experts)
+@dataclass(frozen=True, slots=True)
+class _Left:
+    """What is left while edits are carried out: layers in order, and experts and active ones of those with experts."""
+
+    order: list[int]
+    experts: dict[int, tuple[int, ...]]
+    top_k: dict[int, int]
+
+    def carry_out(self, edit: Edit, where: str, file: str) -> None:
+        """One edit, whose layer and experts are numbered as they are by now."""
+        if not 0 <= edit.layer < len(self.order):
+            raise ValueError(f"{where}: there are layers 0 to {len(self.order) - 1} then.")
+        layer = self.order[edit.layer]
+        if isinstance(edit, DropLayer):
+            self.order.remove(layer)
+            return
+        if not isinstance(edit, KeepExperts | SetTopK) or (isinstance(edit, KeepExperts) and edit.novices):
+            raise ValueError(
+                f"{where} needs numbers that {file} does not hold: only dropped experts, dropped layers and a top-k "
+                "can be carried over; apply the plan to the model itself, and convert that."
+            )
+        if layer not in self.experts:
+            raise ValueError(f"{where}: that layer has no experts.")
+        if isinstance(edit, SetTopK):
+            self.top_k[layer] = edit.top_k
+            return
+        before = self.experts[layer]
+        if not edit.experts or sorted(set(edit.experts) & set(range(len(before)))) != list(edit.experts):
+            raise ValueError(
+                f"{where}: kept experts must be ascending ids below {len(before)}, not {list(edit.experts)}."
+            )
+        self.experts[layer] = tuple(before[expert] for expert in edit.experts)
 
 
 def _the_same(numbers: dict[int, int], plan: Path, what: str) -> int:
     if len(set(numbers.values())) > 1:
         least, most = min(numbers, key=numbers.__getitem__), max(numbers, key=numbers.__getitem__)
         raise ValueError(
-            f"{plan} leaves {numbers[least]} {what} in layer {least} and {numbers[most]} in layer {most}, and GGUF "
-            "says one number for all layers: make a plan that keeps as many in every layer (budget=layer)."
+            f"{plan} leaves {numbers[least]} {what} in layer {least} and {numbers[most]} in layer {most}, and one "
+            "number is said for all of them: make a plan that is the same in every layer (budget=layer)."
         )
     return next(iter(numbers.values()))
 
 
 def _require_routable(model: GgufModel, cut: Cut, plan: Path) -> None:
     """Raise ValueError unless a token finds its experts."""
-    groups = model.number("expert_group_count", 0)
+    groups, experts = model.number("expert_group_count", 0), model.number("expert_count")
+    if groups > 1 and experts % groups:
+        raise ValueError(f"{model.path} claims {groups} equal groups of {experts} experts.")
     reachable = cut.count
     if groups > 1:
-        used, each = model.number("expert_group_used_count", groups), model.number("expert_count") // groups
-        for layer, experts in cut.experts.items():
-            sizes = {sum(expert // each == group for expert in experts) for group in range(groups)}
+        used, each = model.number("expert_group_used_count", groups), experts // groups
+        for layer, kept in cut.experts.items():
+            sizes = {sum(expert // each == group for expert in kept) for group in range(groups)}
             if len(sizes) > 1 or min(sizes) < MIN_PER_GROUP:
                 raise ValueError(
                     f"{plan}: {model.architecture} routes within {groups} groups, and every one has to keep as many "

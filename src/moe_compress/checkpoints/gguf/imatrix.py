@@ -6,6 +6,7 @@ B experts (or 1), I inputs. llama-quantize takes the mean; an expert of no rows 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +43,10 @@ def write_imatrix_file(
         writer.add_tensor(f"{name}.in_sum2", square_BI.numpy().astype(np.float32, copy=False))
         writer.add_tensor(f"{name}.counts", count_B.numpy().astype(np.float32)[:, None])
     try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(writer):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         temporary.replace(path)
     finally:
-        writer.close()
         temporary.unlink(missing_ok=True)
