@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.calibration.input_moments import InputMomentCollector
@@ -35,16 +35,11 @@ class InputSquares(InputMomentCollector):
     def __init__(self, family: Family) -> None:
         super().__init__(family, MEASURED, "input_squares", experts=None)
 
-    def enter(self, index: int, layer: nn.Module) -> None:
-        """Start with nothing of the layer before."""
-        self.found = {}
-        super().enter(index, layer)
-
     def leave(self) -> dict[str, Tensor]:
         """The sums on the CPU."""
         super().leave()
-        sums = {f"{SUM}.{source}": moments.total.cpu() for source, moments in self.found.items()}
-        return sums | {f"{COUNT}.{source}": moments.count_B.cpu() for source, moments in self.found.items()}
+        sums = {f"{SUM}.{source}": self.found[source].total.cpu() for source in self.sums}
+        return sums | {f"{COUNT}.{source}": self.found[source].count_B.cpu() for source in self.sums}
 
 
 def write_imatrix(run: Run, out: Path | None) -> Path:
