@@ -59,7 +59,9 @@ def write_imatrix(run: Run, out: Path | None) -> Path:
         seen, _ = forward_layers(layers, windows, [InputSquares(family_of(checkpoint.config))], progress=progress)
     sums = _named(checkpoint, layers.model, architecture, [parts[0] for parts in seen])
     require_disk(target.parent, sum(square_BI.nbytes for square_BI, _ in sums.values()), "the imatrix")
-    write_imatrix_file(target, sums, run.options.data, len(windows.ids_NS), windows.ids_NS.shape[1])
+    text = Path(run.options.data)
+    dataset = text.name if text.exists() else run.options.data  # no path of this machine
+    write_imatrix_file(target, sums, dataset, len(windows.ids_NS), windows.ids_NS.shape[1])
     run.log.event("imatrix", path=str(target), tensors=len(sums), **windows.description)
     return target
 
