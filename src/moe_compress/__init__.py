@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         compress,
         evaluate,
         export,
+        export_gguf_plan,
+        export_imatrix,
         flops,
         load,
         plan,
@@ -57,8 +59,8 @@ COMPRESSOR = (
 __all__ = [
     "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
     "MoELayerInfo", "analyze", "apply", "compare", "compress", "estimate_compressed_size", "estimate_model_size",
-    "evaluate", "export", "flops", "get_moe_layer_info", "load", "plan", "print_compression_summary", "push", "report",
-    "routing", "speed", "table", "tasks", "verify",
+    "evaluate", "export", "export_gguf_plan", "export_imatrix", "flops", "get_moe_layer_info", "load", "plan",
+    "print_compression_summary", "push", "report", "routing", "speed", "table", "tasks", "verify",
 ]  # fmt: skip
 
 

@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 
 from moe_compress.analysis.checkpoint_analysis import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.analysis.layer_analysis import SIMILAR, require_cosine
+from moe_compress.calibration.imatrix import write_imatrix
 from moe_compress.checkpoints.load import load_model, load_packed
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import config_folder, resolve_model
 from moe_compress.compression import failures
 from moe_compress.compression.export import pad_experts
 from moe_compress.compression.forecast import Forecast, forecast
+from moe_compress.compression.gguf_plan import cut_gguf
 from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
 from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_checkpoints
 from moe_compress.evaluation.harnesses import HARNESSES, report_columns
@@ -49,8 +51,8 @@ if TYPE_CHECKING:
     from moe_compress.evaluation.verification.verify import verify
 
 __all__ = [
-    "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "flops", "load", "plan", "push",
-    "report", "routing", "run_recipe", "speed", "start", "table", "tasks", "verify",
+    "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "export_gguf_plan", "export_imatrix",
+    "flops", "load", "plan", "push", "report", "routing", "run_recipe", "speed", "start", "table", "tasks", "verify",
 ]  # fmt: skip
 
 
@@ -185,6 +187,22 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) ->
     target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-padded")
     with progress_bar("writing") as progress:
         return pad_experts(opened, target, progress)
+
+
+def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path = "", any_model: bool = False) -> Path:
+    """What a saved plan leaves of a GGUF file of its model, byte for byte; of a split one, a folder of as many files.
+
+    any_model: also of a file that calls itself otherwise than the plan's model.
+    """
+    named = coerce(bool, any_model, "any_model")
+    return cut_gguf(Path(plan_file), Path(file), Path(out) if out else None, named)
+
+
+def export_imatrix(model: str | Path, /, out: str | Path = "", **options: Any) -> Path:
+    """What the inputs of a model's matrices weigh on the calibration text, for llama.cpp's quantization: an imatrix."""
+    run = start(_options_for(model, options, "export imatrix"))
+    with threads(run.options.threads):
+        return write_imatrix(run, Path(out) if out else None)
 
 
 def push(

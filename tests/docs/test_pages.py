@@ -28,7 +28,10 @@ ELSEWHERE = {"modeling_moe_compress.py", "convert_hf_to_gguf.py"}
 # The page of each harness, and of what evaluates without being one.
 PAGE_OF = {"verify": "verification", "evaluate": "quality"}
 # Other commands with a table of their words.
-WORDS = {"apply": "checkpoints", "export": "checkpoints", "push": "checkpoints", "analyze": "analysis"}
+WORDS = {
+    "apply": "checkpoints", "export": "checkpoints", "push": "checkpoints", "analyze": "analysis",
+    "export_gguf_plan": "gguf", "export_imatrix": "gguf",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

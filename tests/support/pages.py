@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 from moe_compress.cli.arguments import FLAGS, normalised, only, option_pairs
+from moe_compress.cli.commands import EXPORTS
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.options import typed_words
@@ -89,6 +90,9 @@ def require_command(words: list[str]) -> None:
         parse(*split_words(given))
         return
     count = PLACES.get(command, 1)
+    if command == "export" and given[0] in EXPORTS:
+        command, positional, _ = EXPORTS[given.pop(0)]
+        count = len(positional)
     if command in ("table", "report"):
         count = sum("=" not in word for word in given)
     places, pairs = given[:count], option_pairs(given[count:])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_compress.utils.files import copy_range, write_all
 from moe_compress.utils.hashing import flat_bytes
 
 STORED_DTYPES = {
@@ -33,7 +33,6 @@ STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-CHUNK_BYTES = 1 << 30
 # The format's own limit of its header.
 MOST_HEADER = 100_000_000
 
@@ -118,7 +117,7 @@ def write_shard(
             if isinstance(tensor, FileRegion):
                 _copy(tensor, out.fileno())
             else:
-                _write_all(out.fileno(), flat_bytes(tensor).numpy().data)
+                write_all(out.fileno(), flat_bytes(tensor).numpy().data)
     temporary.replace(file)
 
 
@@ -128,21 +127,6 @@ def _describe(tensor: Tensor | FileRegion) -> tuple[str, tuple[int, ...], int]:
     return NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size()
 
 
-def _write_all(out: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(out, data[:CHUNK_BYTES]) :]
-
-
 def _copy(region: FileRegion, out: int) -> None:
-    """Copy a byte range between files inside the kernel, or through memory where that is not possible."""
     with region.file.open("rb", buffering=0) as source:
-        position = region.start
-        while position < region.stop:
-            wanted = min(CHUNK_BYTES, region.stop - position)
-            try:
-                copied = os.copy_file_range(source.fileno(), out, wanted, position)
-            except OSError:
-                copied = os.sendfile(out, source.fileno(), position, wanted)
-            if copied == 0:
-                raise ValueError(f"{region.file} ended while it was being copied.")
-            position += copied
+        copy_range(source.fileno(), region.start, region.stop, out, region.file)

@@ -26,6 +26,11 @@ from moe_compress.utils.text import printable
 
 API = "moe_compress.api"
 INTERRUPTED, TERMINATED = 130, 143
+# What `export` writes besides checkpoints: the function, what it takes, and how many of that are names of models.
+EXPORTS = {
+    "gguf-plan": ("export_gguf_plan", ("plan.json", "MODEL.gguf"), 0),
+    "imatrix": ("export_imatrix", ("MODEL",), 1),
+}
 app = typer.Typer(
     help="Compress Mixture-of-Experts language models, and measure what it cost.",
     no_args_is_help=True,
@@ -47,7 +52,7 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say 
 def _called(name: str, positional: list[str], words: list[str], models: int = 1, **flags: Any) -> Any:
     """What a function of the API returns; its words are checked before it is imported. models: among the positional."""
     given = option_pairs(words)
-    typed_words(name, function_of(API, name), given)
+    typed_words(name.replace("export_", "export ").replace("_", "-"), function_of(API, name), given)
     for model in positional[:models]:
         require_model_name(model)
     from moe_compress import api
@@ -103,9 +108,26 @@ def plan(words: Words) -> None:
 def export(
     words: Words, pad: Annotated[bool, typer.Option("--pad", help="accepted, and not needed", hidden=True)] = False
 ) -> None:
-    """Make an uneven model plain, where that is exact: export FOLDER [out=DIR]."""
+    """Make an uneven model plain, where that is exact: export FOLDER [out=DIR].
+
+    export gguf-plan plan.json MODEL.gguf [out=...]: what a plan leaves of a GGUF file, byte for byte.
+
+    export imatrix MODEL [out=FILE] [data=...]: weights of inputs for llama.cpp's quantization, expert by expert.
+    """
+    if words[0] in EXPORTS:
+        typer.echo(f"written: {_exported(words[0], words[1:])}")
+        return
     only(option_pairs(words[1:]), ("out",), "export")
     typer.echo(f"checkpoint: {_called('export', words[:1], words[1:])}")
+
+
+def _exported(kind: str, words: list[str]) -> Any:
+    """What was written of another kind than a checkpoint."""
+    name, positional, models = EXPORTS[kind]
+    given = words[: len(positional)]
+    if len(given) < len(positional) or any("=" in word for word in given):
+        raise ValueError(f"export {kind} takes {' and '.join(positional)}: export {kind} {' '.join(positional)}.")
+    return _called(name, given, words[len(positional) :], models)
 
 
 @app.command(cls=WithWords)

@@ -21,6 +21,8 @@ RECIPE = (
 )
 # Commands whose other words are folders of records.
 TABLES = ("table", "report")
+# Commands whose first word may choose another function.
+KINDS = {"export": {"gguf-plan": "export_gguf_plan", "imatrix": "export_imatrix"}}
 
 
 class WithWords(TyperCommand):
@@ -50,6 +52,10 @@ def options_of(command: str) -> list[str]:
             if key not in own and (key != "model" or names_model)
         }
         parts.append(_listed("Options of the run (docs/recipes.md says what they mean)", fields))
+    for kind, function in KINDS.get(command, {}).items():
+        other = function_of(API, function)
+        behind = ", and options of a run (docs/recipes.md)" if other.takes_others else ""
+        parts.append(_listed(f"Words of {command} {kind}{behind}", other.parameters))
     return parts
 
 

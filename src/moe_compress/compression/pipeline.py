@@ -19,6 +19,7 @@ from moe_compress.checkpoints.folder import (
     require_free,
     stage_folder,
 )
+from moe_compress.checkpoints.gguf.base_model import shape_values
 from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
@@ -159,11 +160,22 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     cost = {"surgery_seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"]}
     form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
     manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
-    plan = as_json(plan_values(job.plan, about["base"]))
+    plan = as_json(plan_values(job.plan, {**about["base"], "shape": shape_values(job.origin.config)}))
     card = card_of(job.target.name, job.origin, manifest, after.values)
     writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
+
+
+def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
+    """(stages, their model) of a plan that holds all there is to do. ValueError for one whose stages change weights."""
+    stages, base = read_plan(path)
+    for stage in stages:
+        if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
+            raise ValueError(
+                f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
+            )
+    return stages, base
 
 
 def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = False) -> Outcome:
@@ -171,12 +183,7 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
 
     Raises ValueError if that is not the model the plan was made for, unless `any_model`.
     """
-    stages, base = read_plan(path)
-    for stage in stages:
-        if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
-            raise ValueError(
-                f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
-            )
+    stages, base = read_structural_plan(path)
     edits = [edit for stage in stages for edit in stage.plan.edits]
     packed = next((edit for edit in edits if isinstance(edit, PackMatrices)), None)
     if packed is not None:

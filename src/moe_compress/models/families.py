@@ -124,9 +124,6 @@ class Family:
     # Whether vLLM and llama.cpp's converter know its experts by the names that are written here.
     vllm: bool = False
     llama_cpp: bool = False
-    # Of families whose queries may be compressed: (layers, vocabulary, 0: any) with which llama.cpp's loader does not
-    # ask for that rank.
-    llama_cpp_lite: tuple[tuple[int, int], ...] = ()
     # Whether a tiny model of it is among the tests.
     tested: bool = False
     # Why experts cannot be changed; why it cannot even be read; the architecture that expresses it while it is read
@@ -140,8 +137,6 @@ def _sigmoid(model_type: str, **more: Any) -> Family:
     return Family(model_type, router_scores="sigmoid", **more)
 
 
-# llama.cpp's loader of deepseek2: DeepSeek-V2-Lite, GigaChat3 and Kanana-2 by their depths.
-_LITE: dict[str, Any] = {"llama_cpp_lite": ((26, 0), (27, 0), (48, 128256))}
 _ALL: dict[str, Any] = {"tested": True, "vllm": True, "llama_cpp": True}
 _SIGMOID = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "flint", "glm4_moe_lite",
@@ -154,8 +149,8 @@ _ENTRIES = (
     Family("dbrx", refused="its experts are one flat matrix per projection, which no edit here can cut yet"),
     # transformers cannot build it.
     Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
-    Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_LITE, **_ALL),
-    _sigmoid("deepseek_v3", paper_gate="topk", **_LITE, **_ALL),
+    Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_ALL),
+    _sigmoid("deepseek_v3", paper_gate="topk", **_ALL),
     Family(
         "deepseek_v4",
         no_expert_edits="its first layers look experts up in a table of token ids, which no edit here rewrites yet",

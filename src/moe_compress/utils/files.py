@@ -14,6 +14,8 @@ from typing import Any
 
 from moe_compress.utils.logging import log
 
+CHUNK_BYTES = 1 << 30
+
 
 class NoSpaceError(ValueError):
     """A disk is too small: the same run may well succeed later, so nothing that it has done is thrown away."""
@@ -38,6 +40,25 @@ def atomic_write(path: Path, content: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_all(out: int, data: memoryview) -> None:
+    """Write all of it to a file descriptor."""
+    while data:
+        data = data[os.write(out, data[:CHUNK_BYTES]) :]
+
+
+def copy_range(source: int, start: int, stop: int, out: int, name: Path) -> None:
+    """Copy bytes [start, stop) of the file `name` inside the kernel, or through memory where that is not possible."""
+    while start < stop:
+        wanted = min(CHUNK_BYTES, stop - start)
+        try:
+            copied = os.copy_file_range(source, out, wanted, start)
+        except OSError:
+            copied = os.sendfile(out, source, start, wanted)
+        if copied == 0:
+            raise ValueError(f"{name} ended while it was being copied.")
+        start += copied
 
 
 # Of what is read whole. The largest index of a published model takes a tenth of it.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in
+from moe_compress.checkpoints.gguf.architectures import NAMES as LLAMA_CPP_NAMES
+from moe_compress.checkpoints.gguf.architectures import has_plain_queries
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.models.families import family_named
 
@@ -59,12 +61,9 @@ def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
     family = family_named(values["model_type"])
     if not family.llama_cpp:
         return False, f"{values['model_type']} is not known to its converter as far as this package knows"
-    if family.llama_cpp_lite and not values.get("q_lora_rank"):
-        layers, words = values.get(family.layers_key), values.get("vocab_size")
-        if not any(layers == depth and vocabulary in (0, words) for depth, vocabulary in family.llama_cpp_lite):
-            depths = ", ".join(str(depth) for depth, _ in family.llama_cpp_lite)
-            return (
-                False,
-                f"its loader takes {layers} layers without q_lora_rank for a model that has one (not: {depths})",
-            )
+    layers, words = values.get(family.layers_key), values.get("vocab_size")
+    deepseek2 = LLAMA_CPP_NAMES.get(values["model_type"]) == "deepseek2"
+    if deepseek2 and bool(values.get("q_lora_rank")) == has_plain_queries(layers, words):
+        rank = "no q_lora_rank" if has_plain_queries(layers, words) else "a q_lora_rank"
+        return False, f"its loader expects {rank} of a model of {layers} layers"
     return format_in(values).loaders.llama_cpp

@@ -1,0 +1,1 @@
+"""GGUF files of llama.cpp: read as byte ranges, cut without touching a quantized block, imatrix files written."""
