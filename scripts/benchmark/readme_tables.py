@@ -215,11 +215,11 @@ def loaded(results: Path) -> str:
 
 
 def paper(folder: Path) -> str:
-    """The table of scripts/benchmark/paper_table.sh, and its front of bytes for each model."""
+    """The table of scripts/benchmark/paper_table.sh, and its front of bytes for each model; links from beside it."""
     text = (folder / "paper_table.md").read_text(encoding="utf-8").partition("\n")[2].strip()
     parts = ["**Trimming x slimming**, the grid of Table 3 of arXiv 2406.02500 on the tiny models:"]
     parts.append(re.sub(r"^## (.*)$", r"\1:", text, flags=re.MULTILINE))
-    where = f"results/{folder.name}"
+    where = folder.name
     parts.append(
         f"Everything behind these rows: [{where}/report.html]({where}/report.html), one page without a network."
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from moe_compress.recipes.parser import key_value
 
-FLAGS = ("", "check", "dry-run", "help", "pad", "verbose")
+FLAGS = ("", "check", "dry-run", "help", "pad", "verbose", "version")
 
 
 def normalised(arguments: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_compress import __version__
 from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import WithWords
@@ -42,8 +43,19 @@ Words = Annotated[list[str], typer.Argument(metavar="WORDS")]
 ModelWords = Annotated[list[str], typer.Argument(metavar="MODEL [WORDS]")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", help="print the version", callback=_print_version, is_eager=True)]
+
+
 @app.callback()
-def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say more")] = False) -> None:
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="say more")] = False, version: Version = False
+) -> None:
     from moe_compress.cli.terminal import set_up_logging
 
     set_up_logging(verbose)
@@ -87,7 +99,7 @@ def apply(words: Words) -> None:
 
 
 @app.command(cls=WithWords)
-def evaluate(words: Words) -> None:
+def evaluate(words: ModelWords) -> None:
     """Measure a checkpoint against its original: evaluate FOLDER [original=...] [eval_data=...]."""
     from moe_compress.cli.terminal import show_result
 
@@ -131,7 +143,7 @@ def _exported(kind: str, words: list[str]) -> Any:
 
 
 @app.command(cls=WithWords)
-def analyze(words: Words) -> None:
+def analyze(words: ModelWords) -> None:
     """Say what each layer's experts do and which could go: analyze MODEL [layers=3,7] [prompts=FILE] [out=DIR]."""
     found = _called("analyze", words[:1], words[1:])
     _show(found)

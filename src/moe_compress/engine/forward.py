@@ -22,6 +22,7 @@ from moe_compress.data.windows import Windows
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import BatchInfo, Observer
 from moe_compress.models import hf
+from moe_compress.utils.logging import log
 
 TOKENS_PER_BATCH = 1024
 BOUNDARY = "boundary.safetensors"
@@ -190,6 +191,7 @@ def _resume_streams(state: Path | None, streams_XNSD: Sequence[Tensor]) -> int:
         return 0
     for hidden_NSD, kept_NSD in zip(streams_XNSD, found, strict=True):
         hidden_NSD.copy_(kept_NSD)
+    log.info("going on behind layer %d, as an earlier run was stopped.", following - 1)
     return following
 
 

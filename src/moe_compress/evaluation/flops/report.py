@@ -145,7 +145,10 @@ class FlopsReport(SavedReport):
         checked = None
         if self.check is not None:
             checked = [{**asdict(e), "difference": e.difference, "agrees": e.agrees} for e in self.check]
-        return {**asdict(self), "total": {what: self.total(what) for what in SUMMED}, "check": checked}
+        found = {**asdict(self), "total": {what: self.total(what) for what in SUMMED}, "check": checked}
+        if self.absorbed_decode is None:
+            del found["absorbed_decode"]
+        return found
 
     def markdown(self) -> str:
         """As a table, with what is counted below."""
