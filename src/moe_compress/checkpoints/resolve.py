@@ -22,8 +22,9 @@ from moe_compress.models import hf
 from moe_compress.utils.choices import nearest
 
 FILES = (
-    "model*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja",
-    "LICEN[SC]E*", "NOTICE*", "USE_POLICY*", "README.md",
+    "model*.safetensors", "*.json", "*.txt", "*.model", "*tiktoken*", "*.jinja", "*.py",
+    "*[Ll][Ii][Cc][Ee][Nn][CcSs][Ee]*", "[Cc][Oo][Pp][Yy][Ii][Nn][Gg]*", "*[Nn][Oo][Tt][Ii][Cc][Ee]*",
+    "*[Uu][Ss][Ee]_[Pp][Oo][Ll][Ii][Cc][Yy]*", "README.md",
 )  # fmt: skip
 HUB_SECONDS = 10.0
 
