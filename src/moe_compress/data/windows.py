@@ -96,9 +96,9 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
     require_sources(spec)
     draw = Draw(Encoder(tokenizer, Chat(tokenizer, spec.template, spec.system), spec.assistant_only))
     by_domain: dict[str, list[Window]] = {}
-    sources = parts(spec)
+    sources, whole = parts(spec), title(spec)
     for domain, documents, count in _shares(spec, sources):
-        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if "zoo" in (sources[0].source, domain) else None
+        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if "zoo" in (whole, domain) else None
         first = draw.number
         windows = (
             pack(documents, draw, spec.length, count, longest)
@@ -109,7 +109,8 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
             by_domain[domain] = windows
         # Documents of which no window holds a token have no number.
         draw.number = max([first, *(1 + int(window.document_S.max()) for window in windows)])
-        if len(sources) > 1:
+        # Texts that are evaluated have a number each, which must not depend on the others.
+        if len(sources) > 1 and spec.use == "calibration":
             draw.next_source()
     _require_enough(spec, by_domain, draw.encoder)
     if draw.repeated:
@@ -159,7 +160,7 @@ def _stack(by_domain: Mapping[str, list[Window]], spec: DataSpec, draw: Draw) ->
         **({"conversations": spec.extras} if spec.extras and draw.encoder.conversations else {}),
         **({"repeated": draw.repeated} if draw.repeated else {}),
     }
-    if spec.source == "zoo":
+    if title(spec) == "zoo":
         description["text"] = zoo_text.fingerprint()
         if description["text"] != zoo_text.SHIPPED_FINGERPRINT:
             log.warning(
