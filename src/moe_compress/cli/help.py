@@ -20,6 +20,8 @@ RECIPE = (
     "behind it set options of the run, or override parameters (expert_drop.keep=5, or 2.keep=5 by the stage's number)."
 )
 NO_FUNCTION = ("table", "report")
+# Commands whose function is called otherwise: `data` is a package.
+FUNCTIONS = {"data": "show_data"}
 
 
 class WithWords(TyperCommand):
@@ -36,7 +38,7 @@ def options_of(command: str) -> list[str]:
     if command in NO_FUNCTION:
         return []
     harness = HARNESSES.get(command)
-    found = harness.declaration if harness else function_of(API, command)
+    found = harness.declaration if harness else function_of(API, FUNCTIONS.get(command, command))
     own = {key: each for key, each in found.parameters.items() if (command, key) != ("export", "pad")}
     parts = [RECIPE] if command in ("compress", "plan") else []
     parts += [_listed("Words", own)] if own else []

@@ -16,9 +16,9 @@ MAX_WINDOWS = 2**31 - 1
 MAX_SOURCES = 64
 HOW = "write SOURCE[config](split):windows, such as c4:128, and a comma between several"
 # What may stand behind a name, from the right to the left.
-WINDOWS = re.compile(r":\s*([^:/\\]*)\Z")
-SPLIT = re.compile(r"\(([^()]*)\)\Z")
-CONFIG = re.compile(r"\[([^\[\]]*)\]\Z")
+WINDOWS = re.compile(r":\s*([^:/\\,()\[\]]*)\Z")
+SPLIT = re.compile(r"\(([^(),]*)\)\Z")
+CONFIG = re.compile(r"\[([^\[\],]*)\]\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def _source(word: str, text: str) -> Source:
         return Source(word)
     name, windows = _ending(word, WINDOWS)
     # A drive (`C:file.txt`) is no name with windows behind it.
-    if windows is not None and re.fullmatch(r"[A-Za-z]", name):
+    if windows is not None and re.fullmatch(r"[A-Za-z]", name) and not windows.isdigit():
         name, windows = word, None
     if os.path.exists(name):
         return Source(name, windows=_count(windows, word))

@@ -81,7 +81,7 @@ def _replaced(mapping: dict[str, Any], new: dict[str, Any]) -> Iterator[None]:
         mapping.update(old)
 
 
-def _lazily(make: Callable[..., Tensor | None], skips: bool) -> Callable[..., Tensor | None]:
+def _lazily(make: Any, skips: bool) -> Callable[..., Tensor | None]:
     """A mask function of transformers, which then makes rows on demand; skips: none where attention is causal."""
 
     def mask(batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, **how: Any) -> Tensor | None:
