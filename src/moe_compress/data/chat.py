@@ -19,8 +19,10 @@ from moe_compress.data.rows import REASONING, Conversation
 from moe_compress.utils.logging import log
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
-# Templates that write today's date would make another text of the same rows every day.
+# Templates that write today's date would make another text of the same rows every day: they are given this one.
 DATE = datetime.datetime(2025, 1, 1)
+CALENDAR = "".join(f" | replace({f'%{sign}'!r}, {DATE.strftime(f'%{sign}')!r})" for sign in "aAbBdHIjmMpSyY")
+CLOCK = "{% macro strftime_now(format) %}{{ format" + CALENDAR + " }}{% endmacro %}"
 MAX_TEMPLATE = 1 << 20
 Messages = Sequence[Mapping[str, Any]]
 
@@ -30,7 +32,7 @@ class Chat:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str = "", system: str = "") -> None:
         self.tokenizer, self.system = tokenizer, system
-        self.template = chat_template(tokenizer, template)
+        self.template = _at_one_date(chat_template(tokenizer, template))
         self.warned = False
 
     def takes(self, conversation: Conversation) -> bool:
@@ -53,10 +55,12 @@ class Chat:
         messages = self.messages(conversation)
         if self.template is None:
             return "\n\n".join(message["content"] for message in messages if message["content"])
-        if not self.warned and any(REASONING[0] in message for message in messages):
+        if not self.warned and any(name in message for message in messages for name in REASONING):
             self.warned = True
             if not any(name in self.template for name in REASONING):
-                log.warning("the chat template knows no reasoning: what stands in %s is left out.", REASONING[0])
+                log.warning(
+                    "the chat template knows no reasoning: what %s holds of it is left out.", conversation.source
+                )
         return self._rendered(messages, conversation)
 
     def _rendered(self, messages: Messages, conversation: Conversation, **how: Any) -> Any:
@@ -66,7 +70,6 @@ class Chat:
                 list(map(dict, messages)),
                 tools=list(conversation.tools) if conversation.tools else None,
                 chat_template=self.template,
-                strftime_now=DATE.strftime,
                 **{"tokenize": False, **how},
             )
         except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -116,6 +119,14 @@ class Chat:
                 start, end = (start if text.startswith(before) else place), place + len(content)
             spans.append((start, end))
         return spans
+
+
+def _at_one_date(template: str | None) -> str | None:
+    """A template that asks for the date, with a calendar of its own in front."""
+    if template is None or "strftime_now" not in template:
+        return template
+    # The first end of a line behind a block is taken for the block's.
+    return CLOCK + ("\n" if template.startswith("\n") else "") + template
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | None:

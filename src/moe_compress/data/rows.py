@@ -183,7 +183,7 @@ def _message(message: Any, shape: Shape, where: str) -> dict[str, Any]:
     found = {**kept, "role": ours.get(role, ROLES.get(role.lower(), role)), "content": _content(content, where)}
     reasoning = next((kept[shape.of(name)] for name in REASONING if kept.get(shape.of(name))), None)
     if reasoning:
-        found |= dict.fromkeys(REASONING, reasoning)
+        found[REASONING[0]] = reasoning
     if isinstance(calls := kept.get("tool_calls"), list):
         found["tool_calls"] = [_call(call) for call in calls]
     return {key: value for key, value in found.items() if value is not None}
