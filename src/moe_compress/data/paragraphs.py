@@ -15,10 +15,12 @@ from typing import IO
 
 from moe_compress.data.files import BLOCK
 
-BREAK = rb"(?>\r\n|[\n\r\v\f\x1c-\x1e]|\xc2\x85|\xe2\x80[\xa8\xa9])"
-BLANKS = rb"(?>[ \t\x1f]|\xc2\xa0|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xaf]|\xe2\x81\x9f|\xe3\x80\x80)*"
-SEPARATOR = re.compile(BREAK + BLANKS + BREAK)
-NOTHING = re.compile(rb"(?:" + BREAK + rb"|" + BLANKS.removesuffix(b"*") + rb")*")
+# The first byte stands in a class of its own, which is what the search for it is fast by.
+BREAK = rb"[\n\r\v\f\x1c-\x1e\xc2\xe2](?>(?<=\r)\n?|(?<=[\n\v\f\x1c-\x1e])|(?<=\xc2)\x85|(?<=\xe2)\x80[\xa8\xa9])"
+WIDE = rb"(?>\xc2\xa0|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xaf]|\xe2\x81\x9f|\xe3\x80\x80)"
+SEPARATOR = re.compile(BREAK + rb"[ \t\x1f]*+(?:" + WIDE + rb"[ \t\x1f]*+)*+" + BREAK)
+NARROW = b" \t\n\r\v\f\x1c\x1d\x1e\x1f"
+NOTHING = re.compile(rb"(?:[" + NARROW + rb"]++|\xc2\x85|\xe2\x80[\xa8\xa9]|" + WIDE + rb")*+")
 LAST_BREAK = re.compile(BREAK + rb"\Z")
 # Bytes of line ends and blanks: what a block may end with is looked at together with the next one, up to MAX_HELD.
 HELD = (
