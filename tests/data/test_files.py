@@ -137,7 +137,13 @@ def test_compressed_files_that_are_broken_or_grow_without_end(tmp_path, monkeypa
     ("name", "content", "said"),
     [
         ("a.txt", b"a\n\n\xff", r"a.txt is not UTF-8 text: byte 4 is 0xff"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}', "a.jsonl cannot be read as json: row 2 is not valid"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b\xe9"}',
+            r"row 2 of .*a.jsonl holds a byte .* \(0xe9\) in `text`, behind 1",
+        ),
+        ("a.jsonl", b'{"text": "\\ud83d"}', "row 1 of .*a.jsonl holds half a character in `text`"),
+        ("a.json", b'[{"text": "a"}, {"text": "\xe9"}]', r"row 2 of .*a.json holds a byte that is not UTF-8 \(0xe9\)"),
         ("a.jsonl", b'{"text": "a"}\n\n[1', "row 2 is not valid"),
         ("a.jsonl", b"[" * 100_000, "row 1 is not valid"),
         ("a.json", b'[{"text": "a"},\n{"text": ]', "a.json cannot be read as json: row 2 is not valid"),
@@ -145,7 +151,7 @@ def test_compressed_files_that_are_broken_or_grow_without_end(tmp_path, monkeypa
         ("a.json", b'{\n"text": "a"\n}', "row 1 is not valid"),
         ("a.csv", b'text\n"a"b\n', "a.csv cannot be read as csv: row 1 is not valid"),
         ("a.csv", b"text\na\nb,c\n", "row 2 is not valid .it has more values"),
-        ("a.csv", b"text\na\xff\n", "a.csv cannot be read as csv: row 1 is not valid"),
+        ("a.csv", b"text\na\nb\xff\n", r"row 2 of .*a.csv holds a byte that is not UTF-8 \(0xff\) in `text`"),
         ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet"),
     ],
 )
@@ -153,6 +159,16 @@ def test_broken_files_name_the_row(name, content, said, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said):
         read_documents(spec(tmp_path / name))
+
+
+def test_bytes_of_a_table_that_are_no_text(tmp_path):
+    wrong = pyarrow.array([b"good", b"bad \xe9"])
+    text = pyarrow.StringArray.from_buffers(2, *wrong.buffers()[1:])
+    for column in (wrong, text):
+        pyarrow.parquet.write_table(pyarrow.table({"text": column, "other": ["a", "b"]}), tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"row 2 of .*a.parquet holds a byte that is not UTF-8 \(0xe9\) in `text`"):
+            read_documents(spec(tmp_path / "a.parquet"))
+        assert [d.text for d in read_documents(spec(tmp_path / "a.parquet", field="other"))]
 
 
 def test_a_row_that_is_too_long_is_named(tmp_path, monkeypatch):

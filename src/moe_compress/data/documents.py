@@ -194,7 +194,7 @@ def _hub_documents(spec: DataSpec) -> Iterator[Document | Conversation]:
     try:
         rows = datasets.load_dataset(known.path, spec.config or known.config, split=split, streaming=True)
         if spec.use == "calibration" and not known.lines:
-            first = next(_texts(rows, known.path, shape), None)
+            first = None if spec.source in NAMED else next(_texts(rows, known.path, shape), None)
             size = SHUFFLED_CONVERSATIONS if isinstance(first, Conversation) else SHUFFLED
             rows = rows.shuffle(seed=spec.seed, buffer_size=size)
         texts = _texts(rows, known.path, shape)

@@ -103,7 +103,7 @@ def _value(
     if value is None or value in ("", []):
         return None
     if isinstance(value, str):
-        return Document(value, domain, source)
+        return Document(_text(value, name, where), domain, source)
     if not isinstance(value, list) or (name == "text" and not isinstance(value[0], dict)):
         raise ValueError(f"{where} holds {_kind(value)} in `{name}`, not text.")
     messages = _messages(value, shape, f"{where}: `{name}`")
@@ -215,6 +215,12 @@ def _call(call: Any) -> Any:
 def _text(value: Any, name: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where} holds {_kind(value)} in `{name}`, not text.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        what = f"a byte that is not UTF-8 (0x{code - 0xDC00:02x})" if 0xDC80 <= code <= 0xDCFF else "half a character"
+        raise ValueError(f"{where} holds {what} in `{name}`, behind {error.start} characters.") from error
     return value
 
 

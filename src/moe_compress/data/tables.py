@@ -1,7 +1,7 @@
 """Files of rows: one JSON value a line, found by one pass and read when they are asked for.
 
 JSON arrays, CSV and Parquet are written anew in that form into a nameless file, row by row, so that a file may be
-larger than the memory.
+larger than the memory. Bytes that are not UTF-8 pass as lone surrogates, and are named where a document holds them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def as_lines(path: Path, file: IO[bytes], kind: str) -> IO[bytes]:
 def _plain(value: Any) -> Any:
     """What JSON has no word for, as text."""
     if isinstance(value, bytes):
-        return value.decode("utf-8", errors="replace")
+        return value.decode("utf-8", "surrogateescape")
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else str(value)
 
 
@@ -61,7 +61,7 @@ def row_of(path: Path, line: bytes, number: int) -> Any:
             f"row {number} of {path} has more than {MAX_ROW >> 20} MiB: a longer document can be read from a .txt file."
         )
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode("utf-8-sig", "surrogateescape"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as json: row {number} is not valid ({_reason(error)}).") from error
 
@@ -87,7 +87,7 @@ def _holds_array(file: IO[bytes]) -> bool:
 
 def _array(path: Path, file: IO[bytes]) -> Iterator[Any]:
     """The values of a JSON array, one after the other. ValueError for a broken one, with the row."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     decoder, number = json.JSONDecoder(), 1
     try:
         buffer = text.read(BLOCK)
@@ -123,7 +123,7 @@ def _behind(what: re.Pattern[str], text: str, start: int) -> int:
 
 def _csv(path: Path, file: IO[bytes]) -> Iterator[dict[str, str]]:
     """Rows of a CSV file whose first line names the fields."""
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     limit, number = csv.field_size_limit(MAX_ROW), 1
     try:
         for row in csv.DictReader(text, restkey="", restval="", strict=True):
@@ -142,9 +142,16 @@ def _parquet(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file, a few at a time."""
     try:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+            columns = [_bytes(column) for column in batch.columns]
+            yield from pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
+
+
+def _bytes(column: Any) -> Any:
+    """A column of text as the bytes that it holds, which need not be UTF-8."""
+    text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+    return column.cast(pyarrow.large_binary()) if text else column
 
 
 CONVERSIONS: dict[str, Callable[[Path, IO[bytes]], Iterator[Any]]] = {"json": _array, "csv": _csv, "parquet": _parquet}
