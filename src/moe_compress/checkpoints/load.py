@@ -126,10 +126,10 @@ def load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise ValueError(f"{folder} holds no tokenizer that transformers can read ({_first_line(error)}).") from error
-    # Some classes make an empty tokenizer of nothing.
-    files = [*tokenizer.vocab_files_names.values()]
-    if files and not any((folder / name).is_file() for name in files):
-        raise ValueError(f"{folder} holds no tokenizer that transformers can read (none of {', '.join(files)}).")
+    # Where there are no files, some classes make a tokenizer of their special tokens alone.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read (it needs {files}).")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab_size:
         raise ValueError(
