@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from moe_compress.cli.catalogue import choices, recipe_words, word
+from moe_compress.cli.help import FUNCTIONS
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.methods import registry, score_registry
 from moe_compress.run.options import Options
@@ -75,7 +76,7 @@ def _said(declaration: Declaration) -> list[str]:
 def words(command: str) -> str:
     """The own words of a command."""
     harness = HARNESSES.get(command)
-    found = harness.declaration if harness else function_of("moe_compress.api", command)
+    found = harness.declaration if harness else function_of("moe_compress.api", FUNCTIONS.get(command, command))
     own = {name: each for name, each in found.parameters.items() if name not in UNSAID.get(command, ())}
     return table(("word", "default", "values"), rows_of(own))
 

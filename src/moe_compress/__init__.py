@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         push,
         report,
         routing,
+        show_data,
         speed,
         table,
         tasks,
@@ -60,7 +61,7 @@ __all__ = [
     "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
     "MoELayerInfo", "analyze", "apply", "compare", "compress", "estimate_compressed_size", "estimate_model_size",
     "evaluate", "export", "export_gguf_plan", "export_imatrix", "flops", "get_moe_layer_info", "load", "plan",
-    "print_compression_summary", "push", "report", "routing", "speed", "table", "tasks", "verify",
+    "print_compression_summary", "push", "report", "routing", "show_data", "speed", "table", "tasks", "verify",
 ]  # fmt: skip
 
 

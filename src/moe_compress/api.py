@@ -16,27 +16,29 @@ from transformers import PreTrainedModel
 from moe_compress.analysis.checkpoint_analysis import ModelAnalysis, analyse_checkpoint, write_analysis
 from moe_compress.analysis.layer_analysis import SIMILAR, require_cosine
 from moe_compress.calibration.imatrix import write_imatrix
-from moe_compress.checkpoints.load import load_model, load_packed
-from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.checkpoints.resolve import config_folder, resolve_model
+from moe_compress.checkpoints.load import load_model, load_packed, load_tokenizer
+from moe_compress.checkpoints.reader import Checkpoint, architecture_values, open_checkpoint
+from moe_compress.checkpoints.resolve import config_folder, resolve_model, tokenizer_folder
 from moe_compress.compression import failures
 from moe_compress.compression.export import pad_experts
 from moe_compress.compression.forecast import Forecast, forecast
 from moe_compress.compression.gguf_plan import cut_gguf
 from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
+from moe_compress.data.show import ShownData, show
 from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_checkpoints
 from moe_compress.evaluation.harnesses import HARNESSES, report_columns
 from moe_compress.evaluation.pair import open_pair
 from moe_compress.evaluation.quality.evaluate import evaluate_pair
 from moe_compress.hub.card import update_card
 from moe_compress.hub.push import Upload, prepare, send
+from moe_compress.models import hf
 from moe_compress.recipes.parser import parse
 from moe_compress.recipes.recipe import Recipe
 from moe_compress.reports.html_report import make_report
 from moe_compress.reports.reading import Places
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import Table, read_tables
-from moe_compress.run.context import Run, start
+from moe_compress.run.context import Run, start, text_spec
 from moe_compress.run.options import Options, make_options
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.choices import coerce
@@ -52,7 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "export_gguf_plan", "export_imatrix",
-    "flops", "load", "plan", "push", "report", "routing", "run_recipe", "speed", "start", "table", "tasks", "verify",
+    "flops", "load", "plan", "push", "report", "routing", "run_recipe", "show_data", "speed", "start", "table", "tasks",
+    "verify",
 ]  # fmt: skip
 
 
@@ -150,6 +153,21 @@ def analyze(
     with threads(run.options.threads):
         found = analyse_checkpoint(run, words, str(prompts), limit)
     return write_analysis(found, Path(out) if out else run.results("analysis") / found.model)
+
+
+def show_data(model: str | Path, /, *, documents: int = 3, **options: Any) -> ShownData:
+    """The first documents of every source of data=, as the tokenizer of a model gets them; needs no weights.
+
+    documents: of each source. Conversations are written by the chat template; with assistant_only=true, what counts of
+    them is shown as well.
+    """
+    count = coerce(int, documents, "documents")
+    given = _options_for(model, options, "data show")
+    folder = tokenizer_folder(given.model, given.revision)
+    config = hf.config_from(architecture_values(folder))
+    return show(
+        text_spec(given, "calibration"), load_tokenizer(folder, config.vocab_size, given.trust_remote_code), count
+    )
 
 
 def compare(

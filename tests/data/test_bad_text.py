@@ -73,6 +73,14 @@ def test_tokenizers_that_do_not_fit(copy, refused):
     assert "holds no tokenizer that transformers can read" in refused(model=copy)
 
 
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_a_folder_whose_class_makes_a_tokenizer_of_nothing(family, reader_folder, refused, tmp_path):
+    copied = shutil.copytree(reader_folder(family), tmp_path / family)
+    for path in copied.glob("tokenizer*"):
+        path.unlink()
+    assert f"{copied} holds no tokenizer that transformers can read" in refused(model=copied)
+
+
 def test_a_model_without_tokenizer_needs_none_for_surgery(copy, options):
     for path in copy.glob("tokenizer*"):
         path.unlink()

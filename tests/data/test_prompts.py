@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_compress.data.prompts import prompt_windows
+from moe_compress.data.prompts import prompt_windows, read_prompts
 from support import readers
 
 
@@ -20,3 +20,14 @@ def test_prompts_as_windows(tokenizer, tmp_path: Path):
     assert len(found) == 2 and found.tokens == int(found.mask_NS.sum()) and found.domains == ("prompts",)
     with pytest.raises(ValueError, match="hold no token"):
         prompt_windows([""], tokenizer)
+
+
+def test_files_of_prompts(tmp_path: Path, monkeypatch):
+    (tmp_path / "P.JSONL").write_text('{"prompt": "a"}\n{"text": "b"}')
+    assert read_prompts(tmp_path / "P.JSONL") == ["a", "b"]
+    with pytest.raises(ValueError, match="there is no file of prompts /dev/zero"):
+        read_prompts(Path("/dev/zero"))
+    monkeypatch.setattr("moe_compress.data.prompts.MAX_BYTES", 1 << 4)
+    (tmp_path / "large.txt").write_text("a b c d e f g h i j")
+    with pytest.raises(ValueError, match=r"large.txt has more than 0 MiB: prompts are lines of a small file"):
+        read_prompts(tmp_path / "large.txt")

@@ -125,6 +125,27 @@ def test_one_split_for_both_uses_is_dealt_out(monkeypatch):
     assert calibration and heldout and not calibration & heldout and len(calibration | heldout) == 40
 
 
+def test_conversations_of_the_hub(tokenizer, monkeypatch):
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3"}]
+    asked = []
+
+    class Rows(list):
+        def shuffle(self, **how):
+            asked.append(how["buffer_size"])
+            return self
+
+    def load(*names, split, streaming):
+        asked.append((*names, split))
+        return Rows([{"messages": json.dumps(turns)}] * 3)
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m.content }} </s> {% endfor %}")
+    found = make_windows(spec("org/talks[code](tool):2", samples=2, length=5, packed=False), tokenizer)
+    assert asked == [("org/talks", "code", "tool"), 1000]
+    assert found.ids_NS[0].tolist() == tokenizer.convert_tokens_to_ids(["w1", "w2", "</s>", "w3", "</s>"])
+    assert found.description["source"] == "org/talks[code](tool)"
+
+
 def test_several_sources_are_domains_with_equal_shares_or_those_of_the_mix(text_file, tmp_path, tokenizer):
     other = tmp_path / "other.txt"
     other.write_text("\n\n".join(" ".join(WORDS[i : i + 12]) for i in range(20, 28)))

@@ -136,6 +136,10 @@ def load_tokenizer(folder: Path, vocab_size: int, trust_remote_code: bool = Fals
                 "first."
             ) from error
         raise ValueError(f"{folder} holds no tokenizer that transformers can read ({_first_line(error)}).") from error
+    # Where there are no files, some classes make a tokenizer of their special tokens alone.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
+        files = ", ".join(tokenizer.vocab_files_names.values())
+        raise ValueError(f"{folder} holds no tokenizer that transformers can read (it needs {files}).")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab_size:
         raise ValueError(

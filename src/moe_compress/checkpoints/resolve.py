@@ -47,6 +47,18 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
     return open_checkpoint(folder, model, commit=folder.name)
 
 
+def tokenizer_folder(model: str, revision: str | None = None) -> Path:
+    """A folder that holds all of the model but its weights."""
+    folder = local_folder(model)
+    if folder is not None:
+        return folder
+    require_model_name(model)
+    cached_only = not hub_answers()
+    files = [name for name in FILES if "safetensors" not in name]
+    with _hub_errors(model, revision):
+        return Path(snapshot_download(model, revision=revision, allow_patterns=files, local_files_only=cached_only))
+
+
 def config_folder(model: str, revision: str | None = None) -> Path:
     """A folder that holds at least the model's config.json; fetches no weights.
 

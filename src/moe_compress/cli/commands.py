@@ -18,7 +18,7 @@ import typer
 from moe_compress import __version__
 from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
-from moe_compress.cli.help import WithWords
+from moe_compress.cli.help import FUNCTIONS, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
 from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.options import typed_words
@@ -148,6 +148,14 @@ def analyze(words: ModelWords) -> None:
     found = _called("analyze", words[:1], words[1:])
     _show(found)
     typer.echo(f"written: {', '.join(map(str, found.files))}", err=True)
+
+
+@app.command(cls=WithWords)
+def data(words: Words) -> None:
+    """Show what a text becomes before it is cut: data show MODEL data=... [documents=3] [template=FILE]."""
+    if len(words) < 2 or words[0] != "show" or "=" in words[1]:
+        raise ValueError("data shows the text of a model: data show MODEL data=... [documents=3].")
+    _show(_called(FUNCTIONS["data"], words[1:2], words[2:]))
 
 
 @app.command(cls=WithWords)

@@ -23,6 +23,8 @@ RECIPE = (
 TABLES = ("table", "report")
 # Commands whose first word may choose another function.
 KINDS = {"export": {"gguf-plan": "export_gguf_plan", "imatrix": "export_imatrix"}}
+# Commands whose function is called otherwise: `data` is a package.
+FUNCTIONS = {"data": "show_data"}
 
 
 class WithWords(TyperCommand):
@@ -39,7 +41,7 @@ def options_of(command: str) -> list[str]:
     if command in TABLES:
         return [_listed("Words", {"out": function_of(API, "report").parameters["out"]})]
     harness = HARNESSES.get(command)
-    found = harness.declaration if harness else function_of(API, command)
+    found = harness.declaration if harness else function_of(API, FUNCTIONS.get(command, command))
     own = {key: each for key, each in found.parameters.items() if (command, key) != ("export", "pad")}
     parts = [RECIPE] if command in ("compress", "plan") else []
     parts += [_listed("Words", own)] if own else []

@@ -9,7 +9,8 @@ from moe_compress.checkpoints.folder import begun_bytes, read_manifest, require_
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import config_folder
 from moe_compress.compression.forecast import Forecast, forecast
-from moe_compress.data.documents import Use, parts, read_documents, text_identity
+from moe_compress.data.documents import Use, parts, read_documents, require_sources, text_identity
+from moe_compress.data.overlap import refuse_same_documents, refuse_same_files
 from moe_compress.data.windows import parse_mix
 from moe_compress.methods import registry
 from moe_compress.recipes.recipe import Recipe, Stage
@@ -27,9 +28,13 @@ def preflight(recipe: Recipe, out: Path) -> None:
     expected = forecast(recipe, config_folder(options.model, options.revision))
     parse_mix(options.mix)
     uses = _uses(recipe)
-    for use in uses:
-        for part in parts(text_spec(options, use)):
-            read_documents(part)
+    specs = [text_spec(options, use) for use in uses]
+    for spec in specs:
+        require_sources(spec)
+    if len(specs) == 2 and not options.allow_overlap:
+        refuse_same_files(*specs)
+    for part in (part for spec in specs for part in parts(spec)):
+        read_documents(part)
     if read_manifest(out) is None:
         require_free(out)
         require_disk(out.parent, bytes_to_write(recipe, expected, out), "the new checkpoint")
@@ -53,10 +58,11 @@ def _uses(recipe: Recipe) -> list[Use]:
 
 def read_texts(recipe: Recipe, source: Checkpoint, run: Run) -> None:
     """Tokenize all texts before the first forward, so that none can fail after it."""
-    for use in _uses(recipe):
-        windows = run.windows(use, source)
-        if use == "calibration":
-            parse_mix(run.options.mix, windows.domains)
+    texts = {use: run.windows(use, source) for use in _uses(recipe)}
+    if "calibration" in texts:
+        parse_mix(run.options.mix, texts["calibration"].domains)
+    if len(texts) == 2 and not run.options.allow_overlap:
+        refuse_same_documents(texts["calibration"], texts["heldout"])
 
 
 def default_name(recipe: Recipe) -> str:

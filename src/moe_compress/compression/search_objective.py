@@ -34,7 +34,7 @@ class OriginalAgreement:
     def __init__(self, model: PreTrainedModel, windows: Windows) -> None:
         self.layers = ResidentLayers(model)
         self.windows = windows
-        self.where = (windows.mask_NS[:, :-1] & windows.mask_NS[:, 1:]).nonzero()
+        self.where = windows.predictions()
         self.original_NSD = self._hidden()
         self.evaluations = 0
 

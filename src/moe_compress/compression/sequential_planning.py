@@ -58,7 +58,7 @@ class _Planner:
         self.windows = run.windows("calibration", checkpoint)
         self.mix = parse_mix(run.options.mix, self.windows.domains)
         tokens_D = torch.bincount(
-            self.windows.domain_N, self.windows.mask_NS.sum(1).double(), minlength=len(self.windows.domains)
+            self.windows.domain_N, self.windows.counted_NS.sum(1).double(), minlength=len(self.windows.domains)
         )
         self.weight_C = mix_weights(self.windows.domains, tokens_D, self.mix, None)
         self.edits: list[Edit] = []

@@ -13,17 +13,20 @@ from moe_compress.data.windows import Windows
 from moe_compress.utils.hashing import fingerprint, tensor_bytes
 
 FIELDS = ("prompt", "text")
+MAX_BYTES = 1 << 26
 
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: the lines of a text, or `prompt` (or `text`) of every row of a .jsonl."""
     if not path.is_file():
         raise ValueError(f"there is no file of prompts {path}.")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB: prompts are lines of a small file.")
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
-    prompts = [_row(path, line) for line in lines] if path.suffix == ".jsonl" else lines
+    prompts = [_row(path, line) for line in lines] if path.suffix.lower() == ".jsonl" else lines
     if not prompts:
         raise ValueError(f"{path} holds no prompt.")
     return prompts

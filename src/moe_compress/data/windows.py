@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe_compress.data.documents import DataSpec, parts, read_documents, title
+from moe_compress.data.chat import Chat
+from moe_compress.data.cutting import Draw, Window, pack, pad
+from moe_compress.data.documents import DataSpec, parts, read_documents, require_sources, title
+from moe_compress.data.encoding import Encoder
+from moe_compress.data.local import Text
+from moe_compress.data.sources import read_sources, shares
 from moe_compress.utils.choices import one_of
 from moe_compress.utils.hashing import fingerprint, tensor_bytes
 from moe_compress.utils.logging import log
 from moe_compress.zoo import text as zoo_text
-from moe_compress.zoo.text import Document
 
 FOLDS = 4
 # A zoo document is a whole source file: two windows of each spread the text over many files.
@@ -30,7 +34,10 @@ DEFAULT_MIX = {"zoo": {"prose": 2.0, "code": 2.0, "tasks": 1.0}}
 
 @dataclass(frozen=True)
 class Windows:
-    """Token windows. mask_NS is False on padding; document_NS numbers the document each token comes from."""
+    """Token windows. mask_NS is False on padding; document_NS numbers the document each token comes from.
+
+    said_NS: the tokens that count, where that is not all but padding; digests: what tells the documents from others.
+    """
 
     ids_NS: Tensor
     mask_NS: Tensor
@@ -39,14 +46,25 @@ class Windows:
     domains: tuple[str, ...]
     fingerprint: str
     description: dict[str, Any]
+    said_NS: Tensor | None = None
+    digests: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.ids_NS)
 
     @property
+    def counted_NS(self) -> Tensor:
+        """The tokens that count in statistics and losses: no padding, and of conversations perhaps not all."""
+        return self.mask_NS if self.said_NS is None else self.said_NS
+
+    @property
     def tokens(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.mask_NS.sum())
+        """Tokens that count."""
+        return int(self.counted_NS.sum())
+
+    def predictions(self) -> Tensor:
+        """Window and position of every token behind which one stands that counts, [P, 2]."""
+        return (self.mask_NS[:, :-1] & self.counted_NS[:, 1:]).nonzero()
 
     def batches(self, size: int) -> Iterator[slice]:
         """Slices of at most `size` windows."""
@@ -61,7 +79,9 @@ class Windows:
         """Some of the windows, as a text of their own."""
         rows = (self.ids_NS[chosen_N], self.mask_NS[chosen_N], self.document_NS[chosen_N], self.domain_N[chosen_N])
         identity = fingerprint(self.fingerprint, chosen_N.tolist())
-        return Windows(*rows, self.domains, identity, {**self.description, "windows": len(rows[0])})
+        description = {**self.description, "windows": len(rows[0])}
+        said_NS = None if self.said_NS is None else self.said_NS[chosen_N]
+        return Windows(*rows, self.domains, identity, description, said_NS, self.digests)
 
     @property
     def component_N(self) -> Tensor:
@@ -73,16 +93,37 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
     """Read, tokenize and cut text as `spec` says. ValueError if there is too little of it."""
     if spec.length < 2 or spec.samples < 1:
         raise ValueError(f"samples={spec.samples} length={spec.length}: at least 1 window of 2 tokens is needed.")
-    by_domain: dict[str, list[_Window]] = {}
-    first_document = 0
-    for domain, documents, count in _shares(spec):
-        cut = _pack if spec.packed else _pad
-        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if "zoo" in (spec.source, domain) else None
-        tokens = _tokenized(documents, tokenizer, longest)
-        windows = cut(tokens, spec.length, count, first_document, _pad_id(tokenizer))
+    require_sources(spec)
+    draw = Draw(Encoder(tokenizer, Chat(tokenizer, spec.template, spec.system), spec.assistant_only))
+    by_domain: dict[str, list[Window]] = {}
+    sources, whole = parts(spec), title(spec)
+    for domain, documents, count in _shares(spec, sources):
+        longest = ZOO_WINDOWS_PER_DOCUMENT * spec.length if "zoo" in (whole, domain) else None
+        first = draw.number
+        windows = (
+            pack(documents, draw, spec.length, count, longest)
+            if spec.packed
+            else pad(documents, draw, spec.length, count, longest, _pad_id(tokenizer))
+        )
         if windows:
             by_domain[domain] = windows
-            first_document = 1 + max(int(window.document_S.max()) for window in windows)
+        # Documents of which no window holds a token have no number.
+        draw.number = max([first, *(1 + int(window.document_S.max()) for window in windows)])
+        # Texts that are evaluated have a number each, which must not depend on the others.
+        if len(sources) > 1 and spec.use == "calibration":
+            draw.next_source()
+    _require_enough(spec, by_domain, draw.encoder)
+    if draw.repeated:
+        log.warning("%s: %d documents that an earlier source holds as well are left out.", title(spec), draw.repeated)
+    return _stack(by_domain, spec, draw)
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def _require_enough(spec: DataSpec, by_domain: Mapping[str, list[Window]], encoder: Encoder) -> None:
+    """Raise ValueError if there is no window, if nothing of a domain counts, or if words about conversations idle."""
     found = sum(map(len, by_domain.values()))
     if found == 0:
         raise ValueError(
@@ -90,21 +131,20 @@ def make_windows(spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Windows:
         )
     if found < spec.samples:
         log.warning("%s holds only %d windows of the %d asked for; all are used.", spec.source, found, spec.samples)
-    return _stack(by_domain, spec)
+    for domain, windows in by_domain.items():
+        if not any(bool(window.counted_S.any()) for window in windows):
+            raise ValueError(f"the assistant says nothing in the windows of {title(spec)} ({domain}): raise length=.")
+    for name in ("template", "system", "assistant_only"):
+        if spec.use == "calibration" and not encoder.conversations and getattr(spec, name):
+            raise ValueError(f"{name}={getattr(spec, name)}: {title(spec)} holds no conversation that it is about.")
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    ids_S: Tensor
-    mask_S: Tensor
-    document_S: Tensor
-
-
-def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
+def _stack(by_domain: Mapping[str, list[Window]], spec: DataSpec, draw: Draw) -> Windows:
     domains = tuple(sorted(by_domain))
     windows = [window for domain in domains for window in by_domain[domain]]
     ids = torch.stack([w.ids_S for w in windows])
     mask = torch.stack([w.mask_S for w in windows])
+    counted = torch.stack([w.counted_S for w in windows])
     document = torch.stack([w.document_S for w in windows])
     domain = torch.tensor([i for i, name in enumerate(domains) for _ in by_domain[name]])
     description = {
@@ -115,10 +155,12 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
         "packed": spec.packed,
         "subset": [spec.config, spec.split, spec.field],
         "seed": spec.seed,
-        "tokens": int(mask.sum()),
+        "tokens": int(counted.sum()),
         "domains": {name: len(by_domain[name]) for name in domains},
+        **({"conversations": spec.extras} if spec.extras and draw.encoder.conversations else {}),
+        **({"repeated": draw.repeated} if draw.repeated else {}),
     }
-    if spec.source == "zoo":
+    if title(spec) == "zoo":
         description["text"] = zoo_text.fingerprint()
         if description["text"] != zoo_text.SHIPPED_FINGERPRINT:
             log.warning(
@@ -126,40 +168,45 @@ def _stack(by_domain: Mapping[str, list[_Window]], spec: DataSpec) -> Windows:
                 description["text"],
                 zoo_text.SHIPPED_FINGERPRINT,
             )
+    said = None if torch.equal(mask, counted) else counted
     identity = fingerprint(
-        tensor_bytes(ids), tensor_bytes(mask), tensor_bytes(document), tensor_bytes(domain), list(domains), spec.length
+        *(tensor_bytes(tensor) for tensor in (ids, mask, document, domain)),
+        list(domains),
+        spec.length,
+        *([] if said is None else [tensor_bytes(said)]),
     )
-    return Windows(ids, mask, document, domain, domains, identity, description)
+    return Windows(ids, mask, document, domain, domains, identity, description, said, frozenset(draw.digests))
 
 
-def _shares(spec: DataSpec) -> list[tuple[str, Iterable[Document], int]]:
+def _shares(spec: DataSpec, sources: Sequence[DataSpec]) -> list[tuple[str, Iterable[Text], int]]:
     """(domain, its documents in the order of the seed, windows wanted) for every domain of the source."""
-    sources = parts(spec)
+    named = shares(read_sources(spec.source), spec.samples)
     if len(sources) > 1:
-        return _several(spec, sources)
-    documents = read_documents(spec)
-    mix = dict(spec.mix) or DEFAULT_MIX.get(spec.source, {})
-    if not isinstance(documents, list):
-        return [("text", documents, spec.samples)]
-    if not documents:
-        raise ValueError(f"{spec.source} holds no text.")
-    domains = sorted({document.domain for document in documents})
+        return _several(spec, sources, named)
+    (source,) = sources
+    documents = read_documents(source)
+    if not documents.domains:
+        raise ValueError(f"{source.source} holds no text.")
+    mix = dict(spec.mix) or DEFAULT_MIX.get(source.source, {})
+    domains = sorted(documents.domains)
     for name in dict(spec.mix):
-        one_of(name, domains, f"domain of {spec.source}")
+        one_of(name, domains, f"domain of {source.source}")
     weights = {domain: mix.get(domain, 0.0 if mix else 1.0) for domain in domains}
     counts = _apportion(weights, spec.samples)
-    return [(d, [x for x in documents if x.domain == d], counts[d]) for d in domains if counts[d]]
+    return [(d, documents.of(d), counts[d]) for d in domains if counts[d]]
 
 
-def _several(spec: DataSpec, sources: Sequence[DataSpec]) -> list[tuple[str, Iterable[Document], int]]:
-    """Each source is a domain, and has the same share unless the mix says otherwise."""
-    by_name = {title(part): part for part in sources}
-    if len(by_name) < len(sources):
-        raise ValueError(f"{spec.source}: sources of different names are needed.")
+def _several(
+    spec: DataSpec, sources: Sequence[DataSpec], named: Mapping[str, int | None]
+) -> list[tuple[str, Iterable[Text], int]]:
+    """Each source is a domain, with the windows that it names, or an equal share unless the mix says otherwise."""
     for name in dict(spec.mix):
-        one_of(name, by_name, f"source of {spec.source}")
-    weights = {name: dict(spec.mix).get(name, 0.0 if spec.mix else 1.0) for name in by_name}
-    counts = _apportion(weights, spec.samples)
+        one_of(name, named, f"source of {spec.source}")
+    rest = [name for name, count in named.items() if count is None]
+    weights = {name: dict(spec.mix).get(name, 0.0 if spec.mix else 1.0) for name in rest}
+    counts = {name: count for name, count in named.items() if count is not None}
+    counts |= _apportion(weights, spec.samples - sum(counts.values())) if rest else {}
+    by_name = dict(zip(named, sources, strict=True))
     return [(name, read_documents(part), counts[name]) for name, part in sorted(by_name.items()) if counts[name]]
 
 
@@ -173,63 +220,11 @@ def _apportion(weights: Mapping[str, float], total: int) -> dict[str, int]:
     return counts
 
 
-# --- windows ------------------------------------------------------------------------------------------------
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
-
-
-def _tokenized(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, longest: int | None
-) -> Iterator[Tensor]:
-    """At most `longest` token ids of each document, begun by BOS once if this tokenizer begins texts with it."""
-    probe = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id if probe and probe[0] == tokenizer.bos_token_id else None
-    for document in documents:
-        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"]
-        if bos is not None and ids[:1] != [bos]:
-            ids = [bos, *ids]
-        if ids:
-            yield torch.tensor(ids[:longest])
-
-
-def _pack(documents: Iterator[Tensor], length: int, count: int, first: int, _: int) -> list[_Window]:
-    windows: list[_Window] = []
-    ids, numbers = torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    for number, document in enumerate(documents, first):
-        ids = torch.cat([ids, document])
-        numbers = torch.cat([numbers, torch.full((len(document),), number)])
-        while len(ids) >= length and len(windows) < count:
-            windows.append(_Window(ids[:length], torch.ones(length, dtype=torch.bool), numbers[:length]))
-            ids, numbers = ids[length:], numbers[length:]
-        if len(windows) == count:
-            break
-    return windows
-
-
-def _pad(documents: Iterator[Tensor], length: int, count: int, first: int, pad: int) -> list[_Window]:
-    windows: list[_Window] = []
-    for number, document in enumerate(documents, first):
-        if len(windows) == count:
-            break
-        ids = document[:length]
-        blank = length - len(ids)
-        windows.append(
-            _Window(
-                torch.cat([ids, torch.full((blank,), pad)]),
-                torch.arange(length) < len(ids),
-                torch.full((length,), number),
-            )
-        )
-    return windows
-
-
 def parse_mix(text: str, domains: Sequence[str] | None = None) -> dict[str, float]:
     """`prose:2,code:1` -> shares of the domains; empty for none. ValueError for a domain that the text lacks."""
     mix: dict[str, float] = {}
     for word in filter(None, text.split(",")):
-        name, _, share = word.partition(":")
+        name, _, share = word.rpartition(":") if ":" in word else (word, "", "")
         if name.strip() in mix:
             raise ValueError(f"mix={text}: {name.strip()} is named twice.")
         try:

@@ -74,7 +74,7 @@ def _back(
 
 def _at_the_end(layers: Layers, hidden_NSD: Tensor, windows: Windows) -> Tensor:
     """Gradient of the mean loss over the predicted tokens, at the final hidden states."""
-    where = (windows.mask_NS[:, :-1] & windows.mask_NS[:, 1:]).nonzero()
+    where = windows.predictions()
     target_P = windows.ids_NS[where[:, 0], where[:, 1] + 1].to(hidden_NSD.device)
     gradient_NSD = torch.zeros_like(hidden_NSD)
     for start in range(0, len(where), TOKENS_PER_CHUNK):

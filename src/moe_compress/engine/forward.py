@@ -161,7 +161,7 @@ def _enter(layers: Layers, windows: Windows, batches: Sequence[Batch]) -> Tensor
 def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchInfo:
     length = windows.ids_NS.shape[1]
     component_T = windows.component_N[batch].repeat_interleave(length)
-    return BatchInfo(windows.mask_NS[batch].reshape(-1).to(device), component_T.to(device))
+    return BatchInfo(windows.counted_NS[batch].reshape(-1).to(device), component_T.to(device))
 
 
 # --- resuming -----------------------------------------------------------------------------------------------

@@ -65,7 +65,10 @@ class ExpertObserver:
 
 @dataclass(frozen=True, slots=True)
 class BatchInfo:
-    """What an observer must know of a batch: which tokens are real, and the component of each. Flat, [T]."""
+    """What an observer must know of a batch: which tokens count, and the component of each. Flat, [T].
+
+    Padding does not count, nor does, where the text says so, what is not the assistant's.
+    """
 
     real_T: Tensor
     component_T: Tensor

@@ -22,7 +22,7 @@ from moe_compress.utils.yaml_text import parse_yaml
 
 # Written by this package, so that it knows what in them is a path of this machine.
 OURS = (MANIFEST, PLAN, RECIPE, CARD)
-PATHS = ("model", "data", "eval_data")
+PATHS = ("model", "data", "eval_data", "template")
 MEASURED_ON = r"[\d,]+ held-out tokens of [^\n]*?(?=, \w+ on \w+, protocol)"
 
 
@@ -95,7 +95,10 @@ def _require_repo(repo: str) -> None:
 def _local_paths(manifest: Mapping[str, Any], recipe: bytes) -> list[str]:
     """Paths of this machine that the files name; the longest first, as one may begin with another."""
     options = parse_yaml(recipe.decode(), RECIPE) or {}
-    named = [str(manifest["base"]["model"]), *(word for key in PATHS for word in str(options.get(key, "")).split(","))]
+    named = [
+        str(manifest["base"]["model"]),
+        *(word.strip() for key in PATHS for word in str(options.get(key, "")).split(",")),
+    ]
     return sorted({path for path in named if re.match(r"[/~.\\]|[A-Za-z]:[/\\]", path)}, key=len, reverse=True)
 
 

@@ -74,6 +74,10 @@ def text_spec(options: Options, use: Use) -> DataSpec:
             config=options.data_config,
             split=options.data_split,
             field=options.data_field,
+            fields=options.fields,
+            template=options.template,
+            system=options.system,
+            assistant_only=options.assistant_only,
         )
     return DataSpec(
         source=options.eval_data,
@@ -83,6 +87,9 @@ def text_spec(options: Options, use: Use) -> DataSpec:
         config=options.eval_config,
         split=options.eval_split,
         field=options.eval_field,
+        fields=options.fields,
+        template=options.template,
+        system=options.system,
     )
 
 

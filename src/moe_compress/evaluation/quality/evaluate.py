@@ -51,7 +51,7 @@ class Protocol:
 def protocol_of(checkpoint: Checkpoint, run: Run) -> Protocol:
     """Tokenize the evaluation text with the checkpoint's own tokenizer."""
     windows = run.windows("heldout", checkpoint)
-    items = tasks.items("heldout", ITEMS) if run.options.eval_data == "zoo" else ()
+    items = tasks.items("heldout", ITEMS) if windows.description["source"] == "zoo" else ()
     text = {**windows.description, "fingerprint": windows.fingerprint}
     values = {
         "version": VERSION,

@@ -69,7 +69,7 @@ def score_hidden(
     model: PreTrainedModel, hidden_NSD: Tensor, windows: Windows, original: Original | None = None
 ) -> Measurement:
     """Norm and head over final hidden states, in chunks, reduced per document."""
-    where = (windows.mask_NS[:, :-1] & windows.mask_NS[:, 1:]).nonzero()
+    where = windows.predictions()
     target_P = windows.ids_NS[where[:, 0], where[:, 1] + 1]
     document_P = windows.document_NS[where[:, 0], where[:, 1] + 1]
     domain_P = windows.domain_N[where[:, 0]]

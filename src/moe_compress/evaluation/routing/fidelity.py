@@ -100,7 +100,7 @@ def sampled_documents(windows: Windows) -> Tensor:
     """Which document each token of a sample is from."""
     total = windows.tokens
     chosen = evenly_T(0, total, min(SAMPLE, total), total, torch.device("cpu"))
-    return windows.document_NS[windows.mask_NS][chosen]
+    return windows.document_NS[windows.counted_NS][chosen]
 
 
 def token_values(before: Sample, after: Sample, place: Sequence[int]) -> dict[str, Tensor]:

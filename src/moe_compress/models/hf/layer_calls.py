@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_compress.models.hf.long_attention import (
+    WholeMaskNeeded,
+    blockwise_attention,
+    lazy_masks,
+    with_whole_masks,
+)
 from moe_compress.models.hf.skeleton import quiet, stack
 
 
@@ -85,7 +91,11 @@ def enter(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None) -> tup
     buffers need to be real: masks that alternate by layer come out right because the model itself makes them.
     """
     with _stand_ins(model) as recorders, quiet():
-        model(ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
+        try:
+            with lazy_masks(ids_BS.shape[1]):
+                model(ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
+        except WholeMaskNeeded:
+            model(ids_BS, attention_mask=mask_BS, use_cache=False, logits_to_keep=1)
     calls = [recorder.call for recorder in recorders]
     assert recorders[0].entered is not None and None not in calls
     return recorders[0].entered, [call for call in calls if call is not None]
@@ -121,5 +131,9 @@ def run_layer(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
 
 def layer_output(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
     """The same, with gradients where they are enabled."""
-    out = layer(hidden_BSD, *call.args, **call.kwargs)
+    with blockwise_attention(hidden_BSD.shape[1]):
+        try:
+            out = layer(hidden_BSD, *call.args, **call.kwargs)
+        except WholeMaskNeeded:
+            out = layer(hidden_BSD, *with_whole_masks(call.args), **with_whole_masks(call.kwargs))
     return out[0] if isinstance(out, tuple) else out
