@@ -93,6 +93,8 @@ def require_command(words: list[str]) -> None:
     if command == "export" and given[0] in EXPORTS:
         command, positional, _ = EXPORTS[given.pop(0)]
         count = len(positional)
+    if command == "data":
+        command, given = "show_data", given[1:]
     if command in ("table", "report"):
         count = sum("=" not in word for word in given)
     places, pairs = given[:count], option_pairs(given[count:])

@@ -6,6 +6,7 @@ what is wrong with a word is said before torch is imported: commands import what
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -15,7 +16,6 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_compress import __version__
 from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import FUNCTIONS, WithWords
@@ -45,7 +45,7 @@ ModelWords = Annotated[list[str], typer.Argument(metavar="MODEL [WORDS]")]
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(__version__)
+        typer.echo(importlib.import_module("moe_compress").__version__)
         raise typer.Exit
 
 
