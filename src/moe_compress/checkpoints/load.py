@@ -68,7 +68,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     names = block_names(model)
     for index in (None, *range(checkpoint.num_layers)):
         with checkpoint.read(checkpoint.keys(index)) as tensors:
-            packed = {key: entry for key, entry in tensors.items() if isinstance(entry, PackedWeight)}
+            packed = {key: entry for key, entry in tensors.items() if _stays_packed(entry)}
             places = stored_matrices(model, index) if packed and index is not None else {}
             strange = sorted(packed.keys() - places.keys())
             if strange:
@@ -87,6 +87,10 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
+
+
+def _stays_packed(entry: Any) -> bool:
+    return isinstance(entry, PackedWeight) and entry.stays_packed
 
 
 def _pack(

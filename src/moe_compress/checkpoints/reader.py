@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
-from moe_compress.checkpoints.quantization_config import require_readable
+from moe_compress.checkpoints.quantization_config import require_readable, with_export
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
 from moe_compress.models import hf
@@ -104,8 +104,8 @@ class Checkpoint:
 
     @property
     def packed(self) -> list[str]:
-        """Names of the matrices that are stored packed."""
-        return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight)]
+        """Names of the matrices that are stored packed, and stay so in memory."""
+        return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight) and entry.stays_packed]
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
@@ -177,7 +177,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
-    values = hf.read_values(folder)
+    values = with_export(folder, hf.read_values(folder))
     require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)

@@ -186,7 +186,7 @@ def test_published_sizes_are_forecast():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"weight_block_size": None}, "is stored in fp8 format, which is not read"),
+        ({"weight_block_size": [128]}, "is stored in fp8 format, which is not read"),
         ({"fmt": "e5m2"}, "is stored in fp8 format, which is not read"),
         ({}, "weight is missing beside"),
     ],

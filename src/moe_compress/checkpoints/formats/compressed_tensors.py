@@ -1,6 +1,7 @@
-"""compressed-tensors' `pack-quantized`: codes packed into int32 words along the inputs, a scale a group; symmetric.
+"""compressed-tensors: whole codes packed into int32 words along the inputs, one code an element, or two FP4 in a byte.
 
-Experts have one scheme, all other linear maps another: that is as far as stock loaders tell schemes apart.
+Written are symmetric packed ones (`pack-quantized`). Experts have one scheme, all other linear maps another: that is as
+far as stock loaders tell schemes apart. O outputs, I inputs, G groups of inputs, W words.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoints.formats.element_layouts import ElementWeight, Fp4Weight
 from moe_compress.checkpoints.formats.registry import (
     Config,
     Format,
@@ -23,30 +25,73 @@ from moe_compress.checkpoints.formats.registry import (
     Request,
     Writer,
     common_bits,
+    Verdict,
     storage_format,
     vllm_integers,
 )
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight
-from moe_compress.models.modeling.bit_packing import WORD, pack
+from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
 
+# How groups of weights may be stored: the type of their numbers, and bits.
+FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "pack-quantized": ("int", tuple(range(2, 9))),
+    "int-quantized": ("int", (8,)),
+    "naive-quantized": ("int", (8,)),
+    "float-quantized": ("float", (8,)),
+    "nvfp4-pack-quantized": ("float", (4,)),
+    "mxfp4-pack-quantized": ("float", (4,)),
+    "mxfp8-quantized": ("float", (8,)),
+}
+MIXED = "mixed-precision"
+ONE_BYTE = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+GROUPED = ("group", "tensor_group")
+STRATEGIES = ("tensor", "channel", "block", *GROUPED)
+SCALE_BYTES = 2
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsWeight(PackedWeight):
-    """`X.weight_packed` int32 [O, W], `X.weight_scale` [O, G] and `X.weight_shape` for `X.weight`."""
+    """`X.weight_packed` int32 [O, W], `X.weight_scale` [O, G] and `X.weight_shape` for `X.weight`.
+
+    With zero points `X.weight_zero_point` [O', G], packed along the outputs; with act-order the group of every input,
+    `X.weight_g_idx` [I]. Both are made dense in memory.
+    """
 
     scale: Any
     words: Any
     shape: Any
+    zeros: Any = None
+    g_idx: Any = None
 
     NAMES: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight_packed", ".weight_shape")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (".weight_zero_point", ".weight_g_idx")
     SIGN: ClassVar[str] = ".weight_packed"
+
+    @property
+    def stays_packed(self) -> bool:
+        """Where a code and a scale say all."""
+        return self.zeros is None and self.g_idx is None
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """Words int32 [O, W], scales [O, G], bits and inputs."""
         words_OW, inputs = self.words[...], int(self.shape[...][1])
         return words_OW, self.scale[...], self.bits or words_OW.shape[1] * WORD // inputs, inputs
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The weights [O, I]."""
+        codes_OI, scale_OG, bits = self.codes()
+        if self.stays_packed:
+            return dequantized(codes_OI, scale_OG)
+        groups = scale_OG.shape[1]
+        group_I = torch.arange(codes_OI.shape[1]) // (codes_OI.shape[1] // groups)
+        if self.g_idx is not None and bool((self.g_idx[...] >= 0).all()):
+            group_I = self.g_idx[...].long()
+        number_OI = codes_OI.to(scale_OG.dtype)
+        if self.zeros is not None:
+            zeros_OG = unpack(self.zeros[...].T.contiguous(), bits, len(codes_OI)).T
+            number_OI = number_OI - zeros_OG.to(scale_OG.dtype)[:, group_I]
+        return number_OI * scale_OG[:, group_I]
 
     def disagreement(self, grids: Sequence[Grid]) -> str:
         """What of its shapes lies on none of these grids; empty if they fit."""
@@ -69,28 +114,56 @@ def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> CompressedTensorsWe
 
 
 def _unreadable(config: Config) -> str:
-    if config.get("format") != "pack-quantized":
+    if config.get("format") not in (*FORMATS, MIXED):
         return "which is not read"
     groups = config.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") or {}
-        if not weights.get("symmetric", True):
-            return f"which is not read with zero points (group {name!r})"
-        if weights.get("num_bits") not in range(2, 9) or not group.get("targets"):
-            return f"whose group {name!r} lacks num_bits or targets"
-        if weights.get("strategy") not in ("channel", "group") or (weights["strategy"] == "group") != bool(
-            weights.get("group_size")
-        ):
-            return f"whose group {name!r} says no strategy and group_size that are read"
-    return "" if groups else "whose config_groups are missing"
+    if not isinstance(groups, Mapping) or not groups:
+        return "whose config_groups are missing"
+    return next((reason for name, group in groups.items() if (reason := _odd(config, name, group))), "")
+
+
+def _odd(config: Config, name: str, group: Any) -> str:
+    """Why a group of weights is not read; empty if it is."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(weights.get("num_bits"), int) or not group.get("targets"):
+        return f"whose group {name!r} lacks num_bits or targets"
+    kind, widths = FORMATS.get(str(group.get("format") or config.get("format")), ("", ()))
+    if weights.get("type", "int") != kind or weights["num_bits"] not in widths:
+        return f"which is not read with {weights.get('type', 'int')} of {weights['num_bits']} bits (group {name!r})"
+    strategy = weights.get("strategy")
+    if strategy not in STRATEGIES or (strategy in GROUPED) != bool(weights.get("group_size")):
+        return f"whose group {name!r} says no strategy and group_size that are read"
+    return "" if strategy != "block" or weights.get("block_structure") else f"whose group {name!r} says no block"
 
 
 def _grids(config: Config) -> list[Grid]:
-    pairs = [(group["targets"], group["weights"]) for group in config["config_groups"].values()]
+    """What every group says, without those that `ignore` names."""
+    ignore = tuple(config.get("ignore") or ())
     return [
-        Grid(bits=weights["num_bits"], group_size=weights.get("group_size") or 0, targets=tuple(targets))
-        for targets, weights in pairs
+        Grid(
+            bits=group["weights"]["num_bits"],
+            group_size=group["weights"].get("group_size") or (group["weights"].get("block_structure") or (0, 0))[1],
+            targets=tuple(group["targets"]),
+            ignore=ignore,
+        )
+        for group in config["config_groups"].values()
     ]
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """The width of codes, and blocks that share a scale."""
+    blocks = {tuple(b) for g in config["config_groups"].values() if (b := g["weights"].get("block_structure"))}
+    return {**common_bits(_grids(config)), "block": blocks.pop() if len(blocks) == 1 else None}
+
+
+def _scale_bytes(config: Config) -> float | None:
+    """A byte for FP4's and MXFP8's; beside others, what a zero point takes, if there are any."""
+    group = next(iter(config["config_groups"].values()))
+    kind = group.get("format") or config["format"]
+    if kind in ONE_BYTE:
+        return 1.0
+    bits = group["weights"]["num_bits"]
+    return None if group["weights"].get("symmetric", True) else SCALE_BYTES + bits / 8
 
 
 def _config(packing: Packing) -> dict[str, Any]:
@@ -102,7 +175,11 @@ def _config(packing: Packing) -> dict[str, Any]:
         groups["experts"] = {"targets": [EXPERTS], "weights": schemes[True]}
     if False in schemes:
         names = {matrix.name for _, matrix in matrices if matrix.kind != "experts" and matrix.name}
-        groups["others"] = {"targets": [_target(name) for name in sorted(names)], "weights": schemes[False]}
+        others = [_target(name) for name in sorted(names)]
+        if groups and schemes[True] == schemes[False]:  # llama.cpp's converter takes one group alone
+            groups["experts"]["targets"] += others
+        else:
+            groups["others"] = {"targets": others, "weights": schemes[False]}
     for group in groups.values():
         group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
     return {
@@ -125,6 +202,14 @@ def _target(name: str) -> str:
     return r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$"
 
 
+def _llama_cpp(config: Config) -> Verdict:
+    """Its converter takes one group, or several that are all NVFP4."""
+    groups = config.get("config_groups") or {}
+    if len(groups) > 1 and any(group.get("format") != "nvfp4-pack-quantized" for group in groups.values()):
+        return False, f"its converter takes one config group, and here are {len(groups)}: use where=experts"
+    return True, "not tried: convert_hf_to_gguf.py makes the weights dense"
+
+
 def _refuses(request: Request) -> str:
     return "" if "experts" in request.kinds else "is read by stock transformers only where experts are packed, too"
 
@@ -133,16 +218,16 @@ def _refuses(request: Request) -> str:
 def compressed_tensors() -> Format:
     """`pack-quantized` of compressed-tensors, symmetric."""
     return Format(
-        layouts=(CompressedTensorsWeight,),
-        described="compressed-tensors pack-quantized",
+        layouts=(Fp4Weight, CompressedTensorsWeight, ElementWeight),
+        described=f"compressed-tensors ({', '.join(FORMATS)})",
         unreadable=_unreadable,
         grids=_grids,
-        settings=lambda config: common_bits(_grids(config)),
-        foreign=("weight_zero_point", "weight_g_idx", "weight_global_scale"),
+        settings=_settings,
+        scale_bytes=_scale_bytes,
         loaders=Loaders(
             transformers=(True, "with compressed-tensors installed; weights are made dense"),
             vllm=vllm_integers,
-            llama_cpp=(True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
+            llama_cpp=_llama_cpp,
         ),
         writer=Writer(
             parts=_parts,

@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, powers_of_two
 from moe_compress.checkpoints.formats.registry import Format, Grid, Loaders, storage_format
 from moe_compress.checkpoints.formats.stored_weight import StackedWeight
 
-# Numbers of 4 bits with 2 of exponent, by code.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E8M0_BIAS = 127
 BITS, BLOCK = 4, 32
 
 
@@ -36,10 +33,8 @@ class Mxfp4Weight(StackedWeight):
 
     def __getitem__(self, _everything: Any) -> Tensor:
         """The numbers [E, I, O]."""
-        octets, exponent_EOB = self.codes[...], self.scale[...].int() - E8M0_BIAS
-        value = torch.tensor([*E2M1, *(-number for number in E2M1)])
-        number = torch.stack([value[(octets & 15).int()], value[(octets >> 4).int()]], -1).flatten(-2)
-        return torch.ldexp(number, exponent_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
+        number_EOBI, scale_EOB = e2m1_numbers(self.codes[...]), powers_of_two(self.scale[...])
+        return (number_EOBI * scale_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
 
 
 @storage_format("mxfp4", written=False)

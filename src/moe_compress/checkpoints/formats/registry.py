@@ -32,6 +32,8 @@ QUANTIZATION = "quantization_config"
 DENSE, EDITED_PACKED = "dense", "packed"
 # Widths of whole codes that vLLM's fused experts take.
 VLLM_FUSED_BITS = (4, 8)
+# What compressed-tensors and its relatives call all linear maps at once, experts' included.
+LINEAR = "Linear"
 Config = Mapping[str, Any]
 Verdict = tuple[bool, str]
 
@@ -40,13 +42,15 @@ Verdict = tuple[bool, str]
 class Grid:
     """Weights of few bits as a quantization_config tells of them.
 
-    group_size: inputs that share a scale, 0 for a whole row; targets: patterns (`re:...`) of the names of modules that
-    are stored one by one; kinds: parts of a layer whose stacks are stored whole.
+    group_size: inputs that share a scale, 0 for a whole row; targets: names, patterns (`re:...`) of names, or the class
+    of modules that are stored one by one; ignore: the same of those that are none all the same; kinds: parts of a layer
+    whose stacks are stored whole.
     """
 
     bits: int
     group_size: int
     targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
 
 
@@ -130,6 +134,10 @@ def _not_tried(_bits: Sequence[int]) -> Verdict:
     return True, "not tried: by its loaders"
 
 
+def _by_converter(_config: Config) -> Verdict:
+    return True, "not tried: by convert_hf_to_gguf.py"
+
+
 def vllm_integers(bits: Sequence[int]) -> Verdict:
     """What vLLM makes of whole codes of these widths."""
     if not set(bits) <= set(VLLM_FUSED_BITS):
@@ -141,20 +149,20 @@ def vllm_integers(bits: Sequence[int]) -> Verdict:
 class Loaders:
     """Which programs load a plain checkpoint in a format, and how or why not, each as (whether, how or why not).
 
-    vllm: asked with the widths of the grids; vllm and llama_cpp: for families that they know; card: what stock
-    transformers makes of packed weights, in the words of a model card.
+    vllm: asked with the widths of the grids; llama_cpp: with the config; both for families that they know; card: what
+    stock transformers makes of packed weights, in the words of a model card.
     """
 
     transformers: Verdict = (True, "as any other model of its family")
     vllm: Callable[[Sequence[int]], Verdict] = _not_tried
-    llama_cpp: Verdict = (True, "not tried: by convert_hf_to_gguf.py")
+    llama_cpp: Callable[[Config], Verdict] = _by_converter
     card: str = "stock transformers needs `pip install compressed-tensors` and makes them dense"
 
 
 OURS_ALONE = Loaders(
     transformers=(False, "it knows no such format: use moe_compress.load"),
     vllm=lambda _: (False, "it knows no such format: use format=dense"),
-    llama_cpp=(False, "its converter knows no such format: use format=dense"),
+    llama_cpp=lambda _: (False, "its converter knows no such format: use format=dense"),
     card="no other program reads them",
 )
 

@@ -58,4 +58,4 @@ def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
         return False, "GGUF files say one number of experts for all layers"
     if not family_named(values["model_type"]).llama_cpp:
         return False, f"{values['model_type']} is not known to its converter as far as this package knows"
-    return format_in(values).loaders.llama_cpp
+    return format_in(values).loaders.llama_cpp(values.get(QUANTIZATION) or {})
