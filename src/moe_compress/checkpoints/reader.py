@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
+from moe_compress.checkpoints.formats.registry import format_in
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.quantization_config import require_readable, with_export
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
@@ -106,6 +107,12 @@ class Checkpoint:
     def packed(self) -> list[str]:
         """Names of the matrices that are stored packed, and stay so in memory."""
         return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight) and entry.stays_packed]
+
+    @property
+    def loads_as_stock(self) -> bool:
+        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for."""
+        stored = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
+        return not stored or format_in(self.values).kept_by_stock
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""

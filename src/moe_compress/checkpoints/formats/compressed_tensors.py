@@ -157,13 +157,16 @@ def _settings(config: Config) -> dict[str, Any]:
 
 
 def _scale_bytes(config: Config) -> float | None:
-    """A byte for FP4's and MXFP8's; beside others, what a zero point takes, if there are any."""
+    """A byte for FP4's and MXFP8's; others with what a zero point takes, or shared by outputs; None for plain ones."""
     group = next(iter(config["config_groups"].values()))
-    kind = group.get("format") or config["format"]
-    if kind in ONE_BYTE:
+    weights = group["weights"]
+    if (group.get("format") or config["format"]) in ONE_BYTE:
         return 1.0
-    bits = group["weights"]["num_bits"]
-    return None if group["weights"].get("symmetric", True) else SCALE_BYTES + bits / 8
+    if weights["strategy"] == "block":
+        return SCALE_BYTES / float(weights["block_structure"][0])
+    if weights["strategy"] == "tensor":
+        return 0.0
+    return None if weights.get("symmetric", True) else SCALE_BYTES + weights["num_bits"] / 8
 
 
 def _config(packing: Packing) -> dict[str, Any]:

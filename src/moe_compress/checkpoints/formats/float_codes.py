@@ -24,7 +24,9 @@ def e2m1_numbers(octets: Tensor) -> Tensor:
 def e2m1_octets(number: Tensor) -> Tensor:
     """The same backwards, for numbers that are all on the grid: [..., I] -> uint8 [..., I / 2]."""
     value = torch.tensor(E2M1, device=number.device)
-    code = torch.searchsorted(value, number.float().abs().contiguous()).to(torch.uint8) | (number < 0).to(torch.uint8) << 3
+    code = (
+        torch.searchsorted(value, number.float().abs().contiguous()).to(torch.uint8) | (number < 0).to(torch.uint8) << 3
+    )
     return (code[..., ::2] | code[..., 1::2] << 4).contiguous()
 
 

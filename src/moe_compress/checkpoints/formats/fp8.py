@@ -77,5 +77,6 @@ def fp8() -> Format:
         grids=_grids,
         settings=lambda config: {"block": _block(config)},
         scale_bytes=_scale_bytes,
+        kept_by_stock=True,
         loaders=Loaders(),
     )

@@ -29,6 +29,7 @@ from moe_compress.checkpoints.formats.stored_weight import PackedWeight
 from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
 
 KEPT = "-:"
+SCALE_BYTES = 2
 # By the name of the layout: what zero points are stored less by.
 LESS = {"gptq": 1, "gptq_v2": 0}
 
@@ -149,6 +150,8 @@ def gptq() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         settings=_settings,
+        # fp16, and a zero point of as many bits as a weight.
+        scale_bytes=lambda config: SCALE_BYTES + config["bits"] / 8,
         loaders=Loaders(
             transformers=(
                 False,

@@ -95,13 +95,20 @@ def _grid(algorithm: str, group_size: Any, targets: tuple[str, ...], ignore: tup
 
 def _pattern(name: str) -> str:
     """A module or, with `*`, many of them; what is inside them goes with them."""
-    return rf"re:(?:{fnmatch.translate(name)}|{fnmatch.translate(name + '.*')})" if "*" in name else (
-        rf"re:{re.escape(name)}(?:\.|$)"
+    return (
+        rf"re:(?:{fnmatch.translate(name)}|{fnmatch.translate(name + '.*')})"
+        if "*" in name
+        else (rf"re:{re.escape(name)}(?:\.|$)")
     )
 
 
 def _settings(config: Config) -> dict[str, Any]:
     return {"block": (128, 128)} if "FP8_PB_WO" in _algorithms(config) else {}
+
+
+def _scale_bytes(config: Config) -> float:
+    """NVFP4's take a byte, and so do MXFP8's; FP8's are few."""
+    return 1.0 if any(ALGORITHMS[name][1] for name in _algorithms(config)) else 0.0
 
 
 @storage_format(METHOD, written=False)
@@ -112,8 +119,7 @@ def modelopt() -> Format:
         described="modelopt (NVFP4, FP8, MXFP8)",
         unreadable=_unreadable,
         grids=_grids,
-        # NVFP4's take a byte, and so do MXFP8's; FP8's are few.
-        scale_bytes=lambda _: 1.0,
+        scale_bytes=_scale_bytes,
         foreign=("pre_quant_scale",),
         loaders=Loaders(
             transformers=(False, "it knows no ModelOpt format: use moe_compress.load, or vLLM"),

@@ -45,5 +45,6 @@ def mxfp4() -> Format:
         described="mxfp4",
         grids=lambda _: [Grid(bits=BITS, group_size=BLOCK, kinds=("experts",))],
         scale_bytes=lambda _: 1.0,
+        kept_by_stock=True,
         loaders=Loaders(),
     )

@@ -179,6 +179,9 @@ class Format:
     keywords of the layouts; scale_bytes: what a scale takes of a file, where it is not one number of the model's dtype
     for a group of inputs; foreign: endings of tensors beside the codes of its relatives that are not read.
 
+    kept_by_stock: whether stock transformers has kernels of its own for it, and loads whole models; else this package
+    does, and makes dense in memory what has no kernel.
+
     loaders: which programs load it, none but moe_compress.load unless it is said; writer: how it is written, None for a
     format that is only read.
     """
@@ -191,6 +194,7 @@ class Format:
     settings: Callable[[Config], dict[str, Any]] = lambda _: {}
     scale_bytes: Callable[[Config], float | None] = lambda _: None
     foreign: tuple[str, ...] = ()
+    kept_by_stock: bool = False
     loaders: Loaders = OURS_ALONE
     writer: Writer | None = None
 
