@@ -25,7 +25,7 @@ EXPORT = "hf_quant_config.json"
 
 
 def with_export(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json values, with what a `hf_quant_config.json` beside it says where they say nothing of packed weights."""
+    """config.json values; where they say nothing of packed weights, with what `hf_quant_config.json` beside it says."""
     path = folder / EXPORT
     if values.get(QUANTIZATION) or not path.is_file():
         return dict(values)
@@ -82,7 +82,9 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
         if kind not in known:
             known[kind] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
         alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
-        found = _room(layer_matrices(layer, family_of(model.config)), index, alone, grids)
+        stem = f"{hf.layers_prefix(model)}{index}."
+        here = [grid for grid in grids if not (grid.kinds and _left_out(stem, grid))]
+        found = _room(layer_matrices(layer, family_of(model.config)), index, alone, here)
         if found is not None:
             edits.append(found)
     return edits
@@ -106,6 +108,11 @@ def _room(
             bits.setdefault(name, []).append(found.bits)
             group_sizes[name] = math.gcd(found.group_size, widths[name])
     return PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes) if bits else None
+
+
+def _left_out(stem: str, grid: Grid) -> bool:
+    """Whether a layer's stacks are left out of a grid by the name of their module."""
+    return any(name.startswith(stem) and name.endswith(".experts") for name in grid.ignore)
 
 
 def grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:

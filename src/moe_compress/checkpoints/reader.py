@@ -99,6 +99,12 @@ class Checkpoint:
         return floating.pop() if len(floating) == 1 else torch.float32
 
     @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype of its weights where they are plain numbers."""
+        packed = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
+        return hf.stored_dtype(self.values) if packed else self.stored_dtype
+
+    @property
     def bytes(self) -> int:
         """Stored size of all tensors."""
         return sum(region.bytes for entry in self.tensors.values() for region in regions_of(entry))

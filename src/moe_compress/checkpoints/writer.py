@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -101,11 +102,12 @@ class CheckpointWriter:
 
     def write(self, layer: int, tensors: Mapping[str, Tensor | StoredWeight]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""
-        default = self.source.tensors[self.source.keys(layer)[0]]
-        found: dict[str, Any] = {}
+        entries = [self.source.tensors[key] for key in self.source.keys(layer)]
+        default = next((entry for entry in entries if not isinstance(entry, StoredWeight)), entries[0])
+        found, dense = dict[str, Any](), self.source.dense_dtype
         for key, tensor in tensors.items():
             like = self.source.tensors.get(key, default)
-            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(tensor, like)
+            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(tensor, like, dense)
         self._put(layer, found)
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
@@ -147,7 +149,10 @@ class CheckpointWriter:
         remove_scratch(self.out)
 
 
-def _as_stored(tensor: Tensor, like: Entry) -> Tensor:
+def _as_stored(tensor: Tensor, like: Entry, dense: torch.dtype) -> Tensor:
+    """In the dtype of the tensor that it takes the place of; where that was packed, in that of plain weights."""
+    if isinstance(like, StoredWeight):
+        return tensor.to(dense) if tensor.is_floating_point() else tensor
     regions = regions_of(like)
     return tensor.to(STORED_DTYPES[regions[0].dtype]) if regions and tensor.is_floating_point() else tensor
 

@@ -21,16 +21,17 @@ from moe_compress.checkpoints.folder import (
     stage_folder,
 )
 from moe_compress.checkpoints.lock import exclusive_output
-from moe_compress.checkpoints.quantization_config import packed_edits
+from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import _identity, _preflight, _read_texts, default_name
+from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
-from moe_compress.edits.apply import apply_edits, check_edits
+from moe_compress.edits.apply import check_edits
 from moe_compress.edits.edits import Edit, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config
@@ -140,11 +141,12 @@ def _short(value: float | None) -> float | None:
 
 def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:
     """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
+    values: Mapping[str, Any] = job.source.values
     if job.edits:
         skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
-        apply_edits(skeleton, packed_edits(skeleton, job.source.values))
+        values = after_edits(values, skeleton, job.edits)
         check_edits(skeleton, job.edits)
-    after = resulting_config(job.source.values, job.edits)
+    after = resulting_config(values, job.edits)
     cpu = torch.device("cpu")
     reset_peak_memory(cpu)
     started = time.perf_counter()
@@ -156,9 +158,11 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         if job.weight_stage is not None:
             done_stage = run_weight_stage(job.weight_stage, job.source, run, writer, progress)
             job.report[-1] |= done_stage.report
-            after = resulting_config({**job.source.values, **done_stage.values}, done_stage.edits)
+            after = resulting_config(done_stage.values, done_stage.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
+        rounded = times_rounded(job.source, job.report[-1])
+        job.report[-1] |= {"rounded": rounded} if rounded else {}
         cost = {"surgery_seconds": time.perf_counter() - started, "peak_bytes": peak_memory_bytes(cpu)}
         form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
         manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}

@@ -53,7 +53,7 @@ def test_numbers_are_those_of_its_own_decoder(family, format, made_by):
 
 @pytest.mark.parametrize(("family", "format"), CASES)
 def test_trimming_moves_its_bytes(family, format, made_by, options):
-    folder, numbers = made_by(family, format)
+    folder, _ = made_by(family, format)
     result = moe_compress.compress("expert_drop score=weight_norm keep=6", model=str(folder), eval=False, **options)
     before, after = stored(folder), stored(result.folder)
     known = {

@@ -12,7 +12,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from moe_compress.checkpoints.formats.registry import LINEAR, Config, Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.registry import (
+    LINEAR,
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    leave_out_modules,
+    storage_format,
+)
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.models.modeling.bit_packing import parts_of_bytes
 
@@ -78,6 +86,7 @@ def awq() -> Format:
         described="awq (GEMM, 4 bits)",
         unreadable=_unreadable,
         grids=_grids,
+        leave_out=leave_out_modules,
         scale_bytes=lambda _: SCALE_BYTES,
         loaders=Loaders(
             transformers=(False, "fused experts are not loaded from AWQ's layout: use moe_compress.load or vLLM"),

@@ -23,9 +23,9 @@ from moe_compress.checkpoints.formats.registry import (
     Loaders,
     Packing,
     Request,
+    Verdict,
     Writer,
     common_bits,
-    Verdict,
     storage_format,
     vllm_integers,
 )
@@ -47,6 +47,7 @@ ONE_BYTE = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 GROUPED = ("group", "tensor_group")
 STRATEGIES = ("tensor", "channel", "block", *GROUPED)
 SCALE_BYTES = 2
+INSIDE = "re:"
 EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
@@ -169,6 +170,28 @@ def _scale_bytes(config: Config) -> float | None:
     return None if weights.get("symmetric", True) else SCALE_BYTES + weights["num_bits"] / 8
 
 
+def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """With more names in `ignore`, where experts stand as patterns of all that is inside them."""
+    left = [f"{INSIDE}{name}[.].*" if name.endswith("experts") else name for name in names]
+    return {**config, "ignore": [*(config.get("ignore") or ()), *left]}
+
+
+def _joined(before: Config, new: Config) -> dict[str, Any] | None:
+    """The groups of both; None where what is left out before would be left out of the new ones."""
+    taken = {target for group in new["config_groups"].values() for target in group["targets"]}
+    groups = {f"before {name}": group for name, group in before["config_groups"].items()}
+    if any(taken & {*group["targets"]} for group in groups.values()):
+        return None
+    formats = {group.get("format") or before["format"] for group in groups.values()} | {new["format"]}
+    ignore = [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])]
+    return {
+        **new,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "config_groups": {**new["config_groups"], **groups},
+        "ignore": ignore,
+    }
+
+
 def _config(packing: Packing) -> dict[str, Any]:
     """One scheme for experts, one for all other linear maps, where there are any."""
     matrices = [(index, matrix) for index, found in packing.matrices.items() for matrix in found]
@@ -227,6 +250,8 @@ def compressed_tensors() -> Format:
         grids=_grids,
         settings=_settings,
         scale_bytes=_scale_bytes,
+        leave_out=_leave_out,
+        joined=_joined,
         loaders=Loaders(
             transformers=(True, "with compressed-tensors installed; weights are made dense"),
             vllm=vllm_integers,

@@ -43,7 +43,7 @@ def exponents(scale: Tensor) -> Tensor:
 def spread(scale: Tensor, shape: torch.Size, block: tuple[int, int] | None = None) -> Tensor:
     """A scale of a matrix [O, I], its rows, groups of inputs or blocks, so that it goes with every number.
 
-    block: outputs and inputs of a block; those at the edges are cut off. Raises ValueError for a scale of another shape.
+    block: outputs and inputs of a block; those at the edges are cut off. ValueError for a scale of another shape.
     """
     outputs, inputs = shape
     if scale.numel() == 1:

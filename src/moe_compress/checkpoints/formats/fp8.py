@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
 from moe_compress.checkpoints.formats.float_codes import spread
-from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Loaders, leave_out_modules, storage_format
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 SCALE_BYTES = 4
@@ -76,6 +76,7 @@ def fp8() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         settings=lambda config: {"block": _block(config)},
+        leave_out=leave_out_modules,
         scale_bytes=_scale_bytes,
         kept_by_stock=True,
         loaders=Loaders(),

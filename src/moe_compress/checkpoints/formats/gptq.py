@@ -141,6 +141,11 @@ def _config(packing: Packing) -> dict[str, Any]:
     }
 
 
+def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    left: dict[str, Any] = {rf"{KEPT}.*{re.escape(name)}(?:\..*)?": {} for name in names}
+    return {**config, "dynamic": {**(config.get("dynamic") or {}), **left}}
+
+
 @storage_format("gptq")
 def gptq() -> Format:
     """GPTQ's own layout, written symmetric and without act-order; scales are fp16, all that it knows."""
@@ -150,6 +155,7 @@ def gptq() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         settings=_settings,
+        leave_out=_leave_out,
         # fp16, and a zero point of as many bits as a weight.
         scale_bytes=lambda config: SCALE_BYTES + config["bits"] / 8,
         loaders=Loaders(

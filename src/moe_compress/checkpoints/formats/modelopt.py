@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -106,6 +106,13 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"block": (128, 128)} if "FP8_PB_WO" in _algorithms(config) else {}
 
 
+def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    said = _said(config)
+    key = "exclude_modules" if "exclude_modules" in said else "ignore"
+    left = {**said, key: [*(said.get(key) or ()), *(f"{name}*" for name in names)]}
+    return {**config, INNER: left} if INNER in config else left
+
+
 def _scale_bytes(config: Config) -> float:
     """NVFP4's take a byte, and so do MXFP8's; FP8's are few."""
     return 1.0 if any(ALGORITHMS[name][1] for name in _algorithms(config)) else 0.0
@@ -119,6 +126,7 @@ def modelopt() -> Format:
         described="modelopt (NVFP4, FP8, MXFP8)",
         unreadable=_unreadable,
         grids=_grids,
+        leave_out=_leave_out,
         scale_bytes=_scale_bytes,
         foreign=("pre_quant_scale",),
         loaders=Loaders(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, powers_of_two
-from moe_compress.checkpoints.formats.registry import Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Loaders, leave_out_modules, storage_format
 from moe_compress.checkpoints.formats.stored_weight import StackedWeight
 
 BITS, BLOCK = 4, 32
@@ -37,13 +37,21 @@ class Mxfp4Weight(StackedWeight):
         return (number_EOBI * scale_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
 
 
+def _grids(config: Config) -> list[Grid]:
+    """The experts of all layers but those that are left out by name."""
+    return [
+        Grid(bits=BITS, group_size=BLOCK, ignore=tuple(config.get("modules_to_not_convert") or ()), kinds=("experts",))
+    ]
+
+
 @storage_format("mxfp4", written=False)
 def mxfp4() -> Format:
     """Floating-point numbers of 4 bits; families that publish in it keep experts in one stack a layer."""
     return Format(
         layouts=(Mxfp4Weight,),
         described="mxfp4",
-        grids=lambda _: [Grid(bits=BITS, group_size=BLOCK, kinds=("experts",))],
+        grids=_grids,
+        leave_out=leave_out_modules,
         scale_bytes=lambda _: 1.0,
         kept_by_stock=True,
         loaders=Loaders(),

@@ -159,6 +159,15 @@ class Loaders:
     card: str = "stock transformers needs `pip install compressed-tensors` and makes them dense"
 
 
+def _not_left_out(_config: Config, names: Sequence[str]) -> dict[str, Any]:
+    raise ValueError(f"what says that weights are packed cannot leave out {names[0]}: use a bf16 copy.")
+
+
+def leave_out_modules(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """The config of a format that lists plain modules as transformers does."""
+    return {**config, "modules_to_not_convert": [*(config.get("modules_to_not_convert") or ()), *names]}
+
+
 OURS_ALONE = Loaders(
     transformers=(False, "it knows no such format: use moe_compress.load"),
     vllm=lambda _: (False, "it knows no such format: use format=dense"),
@@ -176,8 +185,10 @@ class Format:
     layouts: how the tensors of a stored weight lie and are read, none for a format that no quantization_config names;
     described: what of it is read, in messages; unreadable: why a quantization_config is not read, as the rest of a
     sentence, empty if it is; grids: what it says is packed; settings: what it alone knows of a stored weight, as
-    keywords of the layouts; scale_bytes: what a scale takes of a file, where it is not one number of the model's dtype
-    for a group of inputs; foreign: endings of tensors beside the codes of its relatives that are not read.
+    keywords of the layouts that have them; scale_bytes: what a scale takes of a file, where it is not one number of the
+    model's dtype for a group of inputs; leave_out: the config once modules of these names, and what is inside them, are
+    plain numbers; joined: one config for what is packed before and anew, None where none can say that; foreign: endings
+    of tensors beside the codes of its relatives that are not read.
 
     kept_by_stock: whether stock transformers has kernels of its own for it, and loads whole models; else this package
     does, and makes dense in memory what has no kernel.
@@ -193,6 +204,8 @@ class Format:
     grids: Callable[[Config], list[Grid]] = lambda _: []
     settings: Callable[[Config], dict[str, Any]] = lambda _: {}
     scale_bytes: Callable[[Config], float | None] = lambda _: None
+    leave_out: Callable[[Config, Sequence[str]], dict[str, Any]] = _not_left_out
+    joined: Callable[[Config, Config], dict[str, Any] | None] = lambda _before, _new: None
     foreign: tuple[str, ...] = ()
     kept_by_stock: bool = False
     loaders: Loaders = OURS_ALONE

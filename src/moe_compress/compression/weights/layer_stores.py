@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.registry import LayerToStore, Writer
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.rescaling import Rescale
@@ -46,6 +47,7 @@ class LayerStore:
         self.format = format
         self.layers, self.writer, self.kinds = layers, writer, kinds
         self.rescales: list[Rescale] = []
+        self.source = source
         self.modules: dict[str, Tensor] = {}
         self.model, self.family = layers.model, family_of(source.config)
         # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
@@ -62,10 +64,24 @@ class LayerStore:
         with self.changed(index, layer, changes) as (model, stored):
             if self.format.layer is not None:
                 self.modules = self.format.layer(LayerToStore(model, index, stored, packed))
-                self.writer.write(index, self.modules)
+                self.writer.write(index, {**self.modules, **self._still_packed(index, changes)})
                 return
             tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
-        self.writer.write(index, {**tensors, **self._parts(index, packed)})
+        self.writer.write(index, {**tensors, **self._still_packed(index, changes), **self._parts(index, packed)})
+
+    def _still_packed(self, index: int, changes: Sequence[MatrixChange]) -> dict[str, StoredWeight]:
+        """What is packed in the source and does not change, as it lies there."""
+        entries = {key: self.source.tensors[key] for key in self.source.keys(index)}
+        held = {key: entry for key, entry in entries.items() if isinstance(entry, StoredWeight)}
+        if not held:
+            return {}
+        changed, places = {change.matrix.name for change in changes}, stored_matrices(self.model, index)
+        stacked = any(change.matrix.kind == "experts" for change in changes)
+        return {
+            key: entry
+            for key, entry in held.items()
+            if not (places[key][0] in changed if key in places else stacked and ".experts." in key)
+        }
 
     def _parts(self, index: int, packed: Mapping[str, QuantizedMatrices]) -> dict[str, Any]:
         """What stands for packed matrices, by the names that stock checkpoints give to them."""

@@ -121,8 +121,9 @@ class WeightStage:
         self.storage = storage_for(self.matrices)
         warn_of_skipped(self.storage.group_sizes)
         self.store = LayerStore(self.storage.writer, source, layers, writer, self.kinds)
-        writer.values = {**source.values, **self.storage.form()[1]}
-        self.stored_dtype = self.storage.writer.scale_dtype or source.stored_dtype
+        self.values = self.storage.values(source.values)
+        writer.values = self.values
+        self.stored_dtype = self.storage.writer.scale_dtype or source.dense_dtype
         self.sparsities: dict[int, Tensor] = {}
         self.bits: Bits | None = None
         self.tokens = 0
@@ -299,4 +300,4 @@ class WeightStage:
         allocated = {i: [round(s, 6) for s in sparsity_E.tolist()] for i, sparsity_E in self.sparsities.items()}
         found = {**report, **weights_report(self.stage, self.kinds, changed, self.storage.group_sizes)}
         found["allocated"] = allocated or self.bits or {}
-        return WeightStageResult(found, *self.storage.form(self.bits))
+        return WeightStageResult(found, self.storage.edits(self.bits), self.values)
