@@ -127,9 +127,10 @@ def grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:
 def _rank(stored: str, name: str, grid: Grid) -> int | None:
     """How narrowly a grid's targets name a linear map, 0 the most; None if they do not, or it is left out."""
     targets, ignored = _Names.of(grid.targets), _Names.of(grid.ignore)
-    if ignored.rank(stored) is not None:
+    own = f".layers.0.{name}"
+    if ignored.rank(stored) is not None or ignored.rank(own) is not None:
         return None
-    return targets.rank(stored) if targets.rank(stored) is not None else targets.rank(f".layers.0.{name}")
+    return targets.rank(stored) if targets.rank(stored) is not None else targets.rank(own)
 
 
 class _Names:
@@ -163,4 +164,4 @@ def says_packed(values: Mapping[str, Any]) -> bool:
 
 def scale_bytes(values: Mapping[str, Any]) -> float | None:
     """What a scale takes of a file, where it is not one number of the model's dtype for a group of inputs."""
-    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {})
+    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {}, hf.stored_dtype(values).itemsize)

@@ -14,17 +14,21 @@ from torch import Tensor
 
 from moe_compress.checkpoints.formats.registry import (
     LINEAR,
+    CodedMatrix,
     Config,
     Format,
     Grid,
     Loaders,
+    Packing,
+    Request,
+    Writer,
     leave_out_modules,
     storage_format,
 )
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.models.modeling.bit_packing import parts_of_bytes
 
-BITS = 4
+BITS, HALF = 4, 8
 # Which of eight neighbours lies in which place of a word, low bits first.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # fp16 beside a zero point of 4 bits.
@@ -78,7 +82,32 @@ def _grids(config: Config) -> list[Grid]:
     return [Grid(bits=BITS, group_size=max(config["group_size"], 0), targets=(LINEAR,), ignore=ignore)]
 
 
-@storage_format("awq", written=False)
+def _parts(matrix: CodedMatrix) -> AwqWeight:
+    """Codes and zero points from 0 up, eight outputs a word."""
+    assert matrix.zero_OG is not None
+    codes, zeros = (words_of(each.T.contiguous() + HALF) for each in (matrix.codes_OI, matrix.zero_OG))
+    return AwqWeight(matrix.scale_OG.T.contiguous(), codes, zeros)
+
+
+def _config(packing: Packing) -> dict[str, Any]:
+    """All that stays plain is left out by name."""
+    packed = {matrix.name for found in packing.matrices.values() for matrix in found}
+    group_size = next(size for (_, name), size in packing.group_sizes.items() if name in packed)
+    return {
+        "quant_method": "awq",
+        "bits": BITS,
+        "group_size": -1 if packing.whole_rows else group_size,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head", *packing.plain],
+    }
+
+
+def _refuses(request: Request) -> str:
+    return "" if request.bits == BITS else f"holds {BITS} bits (bits={BITS})"
+
+
+@storage_format("awq")
 def awq() -> Format:
     """AWQ's own layout, 4 bits with zero points, of the version that engines read (GEMM)."""
     return Format(
@@ -87,11 +116,22 @@ def awq() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         leave_out=leave_out_modules,
-        scale_bytes=lambda _: SCALE_BYTES,
+        scale_bytes=lambda _config, _itemsize: SCALE_BYTES,
         loaders=Loaders(
-            transformers=(False, "fused experts are not loaded from AWQ's layout: use moe_compress.load or vLLM"),
+            transformers=lambda _: (
+                False,
+                "fused experts are not loaded from AWQ's layout: use moe_compress.load or vLLM",
+            ),
             vllm=lambda _: (True, "not tried: by its AWQ kernels (a GPU)"),
             llama_cpp=lambda _: (False, "its converter knows no AWQ layout"),
             card="stock transformers does not load fused experts from them",
+        ),
+        writer=Writer(
+            parts=_parts,
+            numbers="asymmetric",
+            config=_config,
+            shared={"its matrices": lambda _: True},
+            scale_dtype=torch.float16,
+            refuses=_refuses,
         ),
     )

@@ -7,7 +7,6 @@ far as stock loaders tell schemes apart. O outputs, I inputs, G groups of inputs
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoints.formats.compressed_schemes import ALIKE, refuses, scheme_config
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight, Fp4Weight
 from moe_compress.checkpoints.formats.registry import (
+    CodedMatrix,
     Config,
     Format,
     Grid,
     Loaders,
-    Packing,
-    Request,
     Verdict,
     Writer,
     common_bits,
@@ -46,9 +45,7 @@ MIXED = "mixed-precision"
 ONE_BYTE = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 GROUPED = ("group", "tensor_group")
 STRATEGIES = ("tensor", "channel", "block", *GROUPED)
-SCALE_BYTES = 2
 INSIDE = "re:"
-EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +107,12 @@ def on_a_grid(scales: Sequence[int], words: Sequence[int], grids: Sequence[Grid]
     )
 
 
-def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> CompressedTensorsWeight:
-    return CompressedTensorsWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape), bits=bits)
+def packed_parts(matrix: CodedMatrix) -> CompressedTensorsWeight:
+    """Words, scales and shape, and zero points where there are any."""
+    codes_OI, bits = matrix.codes_OI, matrix.bits
+    zeros = None if matrix.zero_OG is None else pack(matrix.zero_OG.T.contiguous(), bits).T.contiguous()
+    shape, scale_OG = torch.tensor(codes_OI.shape), matrix.scale_OG.contiguous()
+    return CompressedTensorsWeight(scale_OG, pack(codes_OI, bits), shape, zeros, bits=bits)
 
 
 def _unreadable(config: Config) -> str:
@@ -157,17 +158,17 @@ def _settings(config: Config) -> dict[str, Any]:
     return {**common_bits(_grids(config)), "block": blocks.pop() if len(blocks) == 1 else None}
 
 
-def _scale_bytes(config: Config) -> float | None:
+def _scale_bytes(config: Config, itemsize: int) -> float | None:
     """A byte for FP4's and MXFP8's; others with what a zero point takes, or shared by outputs; None for plain ones."""
     group = next(iter(config["config_groups"].values()))
     weights = group["weights"]
     if (group.get("format") or config["format"]) in ONE_BYTE:
         return 1.0
     if weights["strategy"] == "block":
-        return SCALE_BYTES / float(weights["block_structure"][0])
+        return itemsize / float(weights["block_structure"][0])
     if weights["strategy"] == "tensor":
         return 0.0
-    return None if weights.get("symmetric", True) else SCALE_BYTES + weights["num_bits"] / 8
+    return None if weights.get("symmetric", True) else itemsize + weights["num_bits"] / 8
 
 
 def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
@@ -192,40 +193,17 @@ def _joined(before: Config, new: Config) -> dict[str, Any] | None:
     }
 
 
-def _config(packing: Packing) -> dict[str, Any]:
-    """One scheme for experts, one for all other linear maps, where there are any."""
-    matrices = [(index, matrix) for index, found in packing.matrices.items() for matrix in found]
-    schemes = {m.kind == "experts": _scheme(packing, packing.group_sizes[index, m.name]) for index, m in matrices}
-    groups: dict[str, Any] = {}
-    if True in schemes:
-        groups["experts"] = {"targets": [EXPERTS], "weights": schemes[True]}
-    if False in schemes:
-        names = {matrix.name for _, matrix in matrices if matrix.kind != "experts" and matrix.name}
-        others = [_target(name) for name in sorted(names)]
-        if groups and schemes[True] == schemes[False]:  # llama.cpp's converter takes one group alone
-            groups["experts"]["targets"] += others
-        else:
-            groups["others"] = {"targets": others, "weights": schemes[False]}
-    for group in groups.values():
-        group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
-    }
-
-
-def _scheme(packing: Packing, group_size: int) -> dict[str, Any]:
-    """A symmetric grid of whole numbers as compressed-tensors says it."""
-    strategy = {"strategy": "channel"} if packing.whole_rows else {"strategy": "group", "group_size": group_size}
-    return {"num_bits": packing.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
-
-
-def _target(name: str) -> str:
-    """The linear maps of this name. A target with `experts` in it would be taken for that of experts."""
-    return r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$"
+def _transformers(config: Config) -> Verdict:
+    """It makes experts of packed whole numbers, FP8 and MXFP4 dense."""
+    group = next(iter((config.get("config_groups") or {"": {}}).values()))
+    kind, instead = group.get("format") or config.get("format"), "use moe_compress.load or vLLM"
+    if not group.get("weights", {}).get("symmetric", True):
+        return False, f"its loader leaves out the zero points of experts: {instead}"
+    if kind == "nvfp4-pack-quantized":
+        return False, f"its loader leaves out the global scales of experts, without a word: {instead}"
+    if kind in ("int-quantized", "naive-quantized"):
+        return False, f"its loader fuses no experts of whole numbers that are not packed: {instead}"
+    return True, "with compressed-tensors installed; weights are made dense"
 
 
 def _llama_cpp(config: Config) -> Verdict:
@@ -234,10 +212,6 @@ def _llama_cpp(config: Config) -> Verdict:
     if len(groups) > 1 and any(group.get("format") != "nvfp4-pack-quantized" for group in groups.values()):
         return False, f"its converter takes one config group, and here are {len(groups)}: use where=experts"
     return True, "not tried: convert_hf_to_gguf.py makes the weights dense"
-
-
-def _refuses(request: Request) -> str:
-    return "" if "experts" in request.kinds else "is read by stock transformers only where experts are packed, too"
 
 
 @storage_format("compressed-tensors")
@@ -253,17 +227,14 @@ def compressed_tensors() -> Format:
         leave_out=_leave_out,
         joined=_joined,
         loaders=Loaders(
-            transformers=(True, "with compressed-tensors installed; weights are made dense"),
+            transformers=_transformers,
             vllm=vllm_integers,
             llama_cpp=_llama_cpp,
         ),
         writer=Writer(
-            parts=_parts,
-            config=_config,
-            shared={
-                "the experts": lambda kind: kind == "experts",
-                "the other linear maps": lambda kind: kind != "experts",
-            },
-            refuses=_refuses,
+            parts=packed_parts,
+            config=scheme_config,
+            shared=ALIKE,
+            refuses=refuses,
         ),
     )

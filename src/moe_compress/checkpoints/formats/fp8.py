@@ -9,14 +9,28 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
 from moe_compress.checkpoints.formats.float_codes import spread
-from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Loaders, leave_out_modules, storage_format
+from moe_compress.checkpoints.formats.registry import (
+    LINEAR,
+    CodedMatrix,
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    Packing,
+    Request,
+    Writer,
+    leave_out_modules,
+    storage_format,
+)
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 SCALE_BYTES = 4
+BITS, BLOCK = 8, (128, 128)
 # How configs spell the numbers.
 FMT = ("e4m3", "float8_e4m3fn")
 
@@ -50,10 +64,10 @@ def _unreadable(config: Config) -> str:
 
 
 def _grids(config: Config) -> list[Grid]:
-    """Every linear map but those that are left out."""
+    """Every linear map but those that are left out, and what is inside them."""
     kept = "|".join(re.escape(name) for name in config.get("modules_to_not_convert") or ())
-    target = rf"re:(?!(?:.*\.)?(?:{kept})(?:\.|$)).*" if kept else "re:.*"
-    return [Grid(bits=8, group_size=(config.get("weight_block_size") or (0, 0))[1], targets=(target,))]
+    ignore = (rf"re:(?:.*\.)?(?:{kept})(?:\.|$)",) if kept else ()
+    return [Grid(bits=8, group_size=(config.get("weight_block_size") or (0, 0))[1], targets=(LINEAR,), ignore=ignore)]
 
 
 def _block(config: Config) -> tuple[int, int] | None:
@@ -61,13 +75,35 @@ def _block(config: Config) -> tuple[int, int] | None:
     return None if blocks is None else (int(blocks[0]), int(blocks[1]))
 
 
-def _scale_bytes(config: Config) -> float:
+def _scale_bytes(config: Config, _itemsize: int) -> float:
     """One in fp32, for a block of outputs as well."""
     block = _block(config)
     return SCALE_BYTES / float(block[0]) if block else SCALE_BYTES
 
 
-@storage_format("fp8", written=False)
+def _parts(matrix: CodedMatrix) -> Fp8Weight:
+    """Codes, and the scale of every block in fp32; in memory all of its rows repeat it."""
+    return Fp8Weight(matrix.scale_OG[:: BLOCK[0]].float().contiguous(), matrix.codes_OI.contiguous())
+
+
+def _config(packing: Packing) -> dict[str, Any]:
+    """DeepSeek-V3's, with all that stays plain left out by name."""
+    return {
+        "quant_method": "fp8",
+        "fmt": FMT[0],
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(BLOCK),
+        "modules_to_not_convert": ["lm_head", *packing.plain],
+    }
+
+
+def _refuses(request: Request) -> str:
+    if request.bits != BITS:
+        return f"holds {BITS} bits (bits={BITS})"
+    return "" if request.group_size == BLOCK[1] else f"has blocks of {BLOCK[0]} x {BLOCK[1]} (group_size={BLOCK[1]})"
+
+
+@storage_format("fp8", implies={"bits": "8"})
 def fp8() -> Format:
     """Floating-point numbers e4m3 with a factor for every block."""
     return Format(
@@ -80,4 +116,12 @@ def fp8() -> Format:
         scale_bytes=_scale_bytes,
         kept_by_stock=True,
         loaders=Loaders(),
+        writer=Writer(
+            parts=_parts,
+            numbers="fp8 blocks",
+            inputs=BLOCK[1],
+            config=_config,
+            scale_dtype=torch.float32,
+            refuses=_refuses,
+        ),
     )

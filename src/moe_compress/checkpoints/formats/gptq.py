@@ -15,6 +15,8 @@ from torch import Tensor
 
 from moe_compress.checkpoints.formats.compressed_tensors import on_a_grid
 from moe_compress.checkpoints.formats.registry import (
+    LINEAR,
+    CodedMatrix,
     Config,
     Format,
     Grid,
@@ -95,7 +97,8 @@ def _middle(groups: int, outputs: int, bits: int, less: int = 1) -> Tensor:
     return pack(torch.full((groups, outputs), -less, dtype=torch.int8), bits)
 
 
-def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
+def _parts(matrix: CodedMatrix) -> GptqWeight:
+    codes_OI, scale_OG, bits = matrix.codes_OI, matrix.scale_OG, matrix.bits
     (outputs, inputs), groups = codes_OI.shape, scale_OG.shape[1]
     index_I = torch.arange(inputs, dtype=torch.int32) // (inputs // groups)
     words_WO = pack(codes_OI, bits).T.contiguous()
@@ -116,8 +119,8 @@ def _unreadable(config: Config) -> str:
 def _grids(config: Config) -> list[Grid]:
     """Every linear map but those that are left out."""
     kept = "|".join(name.removeprefix(KEPT) for name in config.get("dynamic") or () if name.startswith(KEPT))
-    target = rf"re:(?!(?:{kept})$).*" if kept else "re:.*"
-    return [Grid(bits=config["bits"], group_size=max(config["group_size"], 0), targets=(target,))]
+    ignore = (rf"re:(?:{kept})$",) if kept else ()
+    return [Grid(bits=config["bits"], group_size=max(config["group_size"], 0), targets=(LINEAR,), ignore=ignore)]
 
 
 def _settings(config: Config) -> dict[str, Any]:
@@ -157,9 +160,9 @@ def gptq() -> Format:
         settings=_settings,
         leave_out=_leave_out,
         # fp16, and a zero point of as many bits as a weight.
-        scale_bytes=lambda config: SCALE_BYTES + config["bits"] / 8,
+        scale_bytes=lambda config, _: SCALE_BYTES + config["bits"] / 8,
         loaders=Loaders(
-            transformers=(
+            transformers=lambda _: (
                 False,
                 "fused experts are not loaded from GPTQ's layout: use moe_compress.load, gptqmodel or vLLM",
             ),

@@ -113,7 +113,7 @@ def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {**config, INNER: left} if INNER in config else left
 
 
-def _scale_bytes(config: Config) -> float:
+def _scale_bytes(config: Config, _itemsize: int) -> float:
     """NVFP4's take a byte, and so do MXFP8's; FP8's are few."""
     return 1.0 if any(ALGORITHMS[name][1] for name in _algorithms(config)) else 0.0
 
@@ -130,7 +130,7 @@ def modelopt() -> Format:
         scale_bytes=_scale_bytes,
         foreign=("pre_quant_scale",),
         loaders=Loaders(
-            transformers=(False, "it knows no ModelOpt format: use moe_compress.load, or vLLM"),
+            transformers=lambda _: (False, "it knows no ModelOpt format: use moe_compress.load, or vLLM"),
             vllm=lambda _: (True, "not tried: by its ModelOpt loaders (a GPU)"),
             llama_cpp=lambda _: (True, "not tried: by convert_hf_to_gguf.py of a version that knows ModelOpt"),
             card="stock transformers does not load them",

@@ -5,16 +5,32 @@ E experts, O outputs, I inputs, B blocks.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
 
-from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, powers_of_two
-from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Loaders, leave_out_modules, storage_format
+from moe_compress.checkpoints.formats.compressed_schemes import scheme_config
+from moe_compress.checkpoints.formats.element_layouts import Fp4Weight
+from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, e2m1_octets, exponents, powers_of_two
+from moe_compress.checkpoints.formats.registry import (
+    CodedMatrix,
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    Writer,
+    leave_out_modules,
+    storage_format,
+)
+from moe_compress.checkpoints.formats.served_schemes import only
 from moe_compress.checkpoints.formats.stored_weight import StackedWeight
 
 BITS, BLOCK = 4, 32
+# As compressed-tensors says it of matrices that are stored one by one.
+MX = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": BLOCK}
+MX |= {"scale_dtype": "torch.uint8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +60,31 @@ def _grids(config: Config) -> list[Grid]:
     ]
 
 
-@storage_format("mxfp4", written=False)
+def _parts(matrix: CodedMatrix) -> Fp4Weight:
+    return Fp4Weight(exponents(matrix.scale_OG), e2m1_octets(matrix.codes_OI.float()))
+
+
+def _writer(inputs: dict[str, Any] | None) -> Writer:
+    """Matrices stored one by one, in compressed-tensors' words. inputs: how engines round activations."""
+    weights = {**MX, "dynamic": False}
+    return Writer(
+        parts=_parts,
+        numbers="mxfp4",
+        inputs=BLOCK,
+        config=functools.partial(
+            scheme_config, weights=lambda _packing, _size: weights, inputs=inputs, format="mxfp4-pack-quantized"
+        ),
+        refuses=functools.partial(only, BITS),
+    )
+
+
+@storage_format("mxfp4a16", implies={"group_size": BLOCK})
+def mxfp4a16() -> Format:
+    """MXFP4, activations as they are."""
+    return Format(writer=_writer(None))
+
+
+@storage_format("mxfp4", implies={"group_size": BLOCK})
 def mxfp4() -> Format:
     """Floating-point numbers of 4 bits; families that publish in it keep experts in one stack a layer."""
     return Format(
@@ -52,7 +92,8 @@ def mxfp4() -> Format:
         described="mxfp4",
         grids=_grids,
         leave_out=leave_out_modules,
-        scale_bytes=lambda _: 1.0,
+        scale_bytes=lambda _config, _itemsize: 1.0,
         kept_by_stock=True,
         loaders=Loaders(),
+        writer=_writer({**MX, "dynamic": True}),
     )

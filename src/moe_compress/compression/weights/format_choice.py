@@ -108,6 +108,16 @@ class Storage:
         assert self.matrices.grid is not None
         return self.matrices.grid
 
+    def _plain(self) -> list[str]:
+        """The modules that hold matrices that stay plain numbers."""
+        model, found = self.matrices.model, dict[str, None]()
+        family, prefix = family_of(model.config), hf.layers_prefix(model)
+        for index, layer in enumerate(hf.decoder_layers(model)):
+            packed = {m.name for m in self.matrices.packable.get(index, ()) if self.group_sizes[index, m.name]}
+            names = (m.name for m in layer_matrices(layer, family) if m.name not in packed)
+            found |= dict.fromkeys(f"{prefix}{index}.{_module(name)}" for name in names)
+        return list(found)
+
     def _packing(self) -> Packing:
         """What is to be packed into a plain format."""
         chosen, model = self.matrices.packable, self.matrices.model
@@ -117,7 +127,13 @@ class Storage:
         return Packing(
             bits=self._grid.bits, whole_rows=not self._grid.group_size, matrices=chosen, group_sizes=self.group_sizes,
             others=frozenset(every - packed),
+            plain=self._plain(),
         )  # fmt: skip
+
+
+def _module(name: str) -> str:
+    """The module that holds a matrix; of experts, all of them."""
+    return name.rpartition(".")[0] if ".experts." in name else name
 
 
 def storage_for(matrices: StageMatrices) -> Storage:
@@ -203,6 +219,9 @@ def _without_names(matrices: StageMatrices) -> str:
 def _group_sizes(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> GroupSizes:
     """In a plain format, one number has to do for every matrix of a scheme."""
     found = [(i, m) for chosen in (matrices.packable, matrices.routers) for i, each in chosen.items() for m in each]
+    if writer.inputs is not None:
+        widths = {(i, m.name): m.weight_BOI.shape[2] for i, m in found}
+        return {key: 0 if width % (writer.inputs or width) else writer.inputs or width for key, width in widths.items()}
     sizes = {(i, m.name): group_size_for([m.weight_BOI.shape[2]], grid.group_size) for i, m in found}
     for alike in _alike(matrices.packable, writer).values() if grid.group_size else ():
         common = group_size_for([m.weight_BOI.shape[2] for _, m in alike], grid.group_size) if alike else 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.registry import LayerToStore, Writer
+from moe_compress.checkpoints.formats.registry import CodedMatrix, LayerToStore, Writer
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -89,7 +89,7 @@ class LayerStore:
         if make is None:
             return {}
         return {
-            name: make(packed[matrix].codes[b].cpu(), packed[matrix].scale[b].cpu(), packed[matrix].bits[b])
+            name: make(_coded(packed[matrix], b))
             for name, (matrix, b) in stored_matrices(self.model, index).items()
             if matrix in packed
         }
@@ -140,15 +140,20 @@ class LayerStore:
                 assert same, f"layer {index}: {name} is not what was packed"
 
 
+def _coded(stack: QuantizedMatrices, number: int) -> CodedMatrix:
+    """One matrix of a stack, on the CPU."""
+    zero = None if stack.zero is None else stack.zero[number].cpu()
+    divisor = None if stack.divisor is None else stack.divisor[number].cpu()
+    return CodedMatrix(stack.codes[number].cpu(), stack.scale[number].cpu(), stack.bits[number], zero, divisor)
+
+
 class MatrixDraft:
     """A stack of matrices while it is being changed, a part of its experts at a time."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self.result = torch.empty_like(matrix.weight_BOI)
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.bits = [0] * len(self.result)
+        self.quantized: QuantizedMatrices | None = None
 
     def take(self, part: slice, stay_B: Tensor, changed: NewMatrices, number: int) -> None:
         """Take in what a method made of the part; experts that are to stay do."""
@@ -156,16 +161,28 @@ class MatrixDraft:
         self.result[part] = torch.where(stay_B[:, None, None], before_BOI, new_BOI.to(before_BOI))
         if changed.quantized:
             found = changed.quantized[number]
-            if self.codes is None or self.scale is None:
-                self.codes = torch.empty_like(self.result, dtype=torch.int8)
-                self.scale = found.scale.new_empty(*self.result.shape[:2], found.scale.shape[2])
-            self.codes[part], self.scale[part] = found.codes, found.scale
-            self.bits[part] = found.bits
+            if self.quantized is None:
+                self.quantized = _room(found, len(self.result))
+            for mine, new in zip(_tensors(self.quantized), _tensors(found), strict=True):
+                mine[part] = new
+            self.quantized.bits[part] = found.bits
 
     def change(self) -> MatrixChange:
         """The stack as it will be."""
-        if self.codes is None or self.scale is None or self.matrix.kind == "router":
-            return MatrixChange(
-                self.matrix, self.result
-            )  # routers are no linear maps: they are stored as plain numbers
-        return MatrixChange(self.matrix, self.result, QuantizedMatrices(self.codes, self.scale, self.bits))
+        # Routers are no linear maps: they are stored as plain numbers.
+        return MatrixChange(self.matrix, self.result, None if self.matrix.kind == "router" else self.quantized)
+
+
+def _room(like: QuantizedMatrices, count: int) -> QuantizedMatrices:
+    """Room for so many matrices like these."""
+    codes, scale, zero, divisor = (
+        None if each is None else each.new_empty(count, *each.shape[1:])
+        for each in (like.codes, like.scale, like.zero, like.divisor)
+    )
+    assert codes is not None and scale is not None
+    return QuantizedMatrices(codes, scale, [0] * count, zero, divisor)
+
+
+def _tensors(stack: QuantizedMatrices) -> list[Tensor]:
+    """Codes, scales, and what else there is."""
+    return [each for each in (stack.codes, stack.scale, stack.zero, stack.divisor) if each is not None]

@@ -246,6 +246,7 @@ class WeightStage:
                     [list(self.bits[index][draft.matrix.name][part]) for draft in group] if self.bits else None,
                     group_size=self.storage.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
+                    numbers=self.storage.writer.numbers,
                 ),
                 **self.own,
             )

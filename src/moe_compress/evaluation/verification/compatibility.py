@@ -36,7 +36,7 @@ def compatibility(checkpoint: Checkpoint) -> list[Verdict]:
 
 
 def _transformers(values: Mapping[str, Any]) -> tuple[bool, str]:
-    loads, how = format_in(values).loaders.transformers
+    loads, how = format_in(values).loaders.transformers(values.get(QUANTIZATION) or {})
     if not loads or "moe_compress" not in values:
         return loads, how
     if values.get(QUANTIZATION):
