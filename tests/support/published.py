@@ -196,6 +196,9 @@ def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
             continue
         parts, numbers[name] = pack(tensor)
         found |= {f"{name.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
+    if config["quant_method"] == "modelopt":  # an export has scales of a cache of keys and values, which nothing reads
+        layers = {int(name.split(".layers.")[1].split(".")[0]) for name in numbers}
+        found |= {f"model.layers.{i}.self_attn.k_proj.k_scale": torch.tensor(0.5 + i) for i in layers}
     save_file(found, folder / "model.safetensors", {"format": "pt"})
     values = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
     if config["quant_method"] == "modelopt" and config["quant_algo"] == "NVFP4":  # as its older versions export

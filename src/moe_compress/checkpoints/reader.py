@@ -21,7 +21,7 @@ from moe_compress.checkpoints.formats.registry import format_in
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.quantization_config import require_readable, with_export
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
-from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
+from moe_compress.checkpoints.stored_tensors import beside_weights, require_agreement, with_weights
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.utils.files import read_json
@@ -56,7 +56,8 @@ def regions_of(entry: Entry) -> list[FileRegion]:
 class Checkpoint:
     """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one.
 
-    tensors: by name; a packed matrix is one tensor, under the name of its weights.
+    tensors: by name; a packed matrix is one tensor, under the name of its weights; beside: what no module holds, but
+    engines read (scales of a cache).
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class Checkpoint:
     values: dict[str, Any]
     tensors: dict[str, Entry] = field(repr=False)
     commit: str | None = None
+    beside: dict[str, FileRegion] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
@@ -107,7 +109,8 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         """Stored size of all tensors."""
-        return sum(region.bytes for entry in self.tensors.values() for region in regions_of(entry))
+        entries = [*self.tensors.values(), *self.beside.values()]
+        return sum(region.bytes for entry in entries for region in regions_of(entry))
 
     @property
     def packed(self) -> list[str]:
@@ -177,7 +180,8 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     require_agreement(folder, values, tensors)
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
-    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
+    beside = {key: stored[key] for key in beside_weights(stored, values)}
+    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, beside)
     _require_layers(checkpoint)
     return checkpoint
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in, formats
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+
+# Scales of a cache of keys and values that engines keep in few bits: no module of the model has them.
+CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
+
+
+def beside_weights(names: Iterable[str], values: Mapping[str, Any]) -> list[str]:
+    """Tensors that a quantization_config has beside the model's own: they go with their layers as they are."""
+    return [name for name in names if name.endswith(CACHE_SCALES)] if values.get(QUANTIZATION) else []
 
 
 def stored_parts(name: str, weight: StoredWeight) -> dict[str, Any]:
@@ -27,7 +35,8 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
         if packed is not None:
             raise ValueError(f"{packed} is packed, but config.json has no quantization_config that says how.")
         return dict(tensors)
-    format, found = format_in(values), dict(tensors)
+    format, beside = format_in(values), {*beside_weights(tensors, values)}
+    found = {name: tensor for name, tensor in tensors.items() if name not in beside}
     settings = format.settings(config)
     for name in tensors:
         if format.foreign and name.endswith(format.foreign):

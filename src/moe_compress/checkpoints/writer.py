@@ -26,6 +26,7 @@ from moe_compress.checkpoints.folder import (
     partial_folder,
     remove_scratch,
 )
+from moe_compress.checkpoints.formats.registry import QUANTIZATION
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import INDEX, Checkpoint, DerivedTensor, Entry, regions_of
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_regions, write_shard
@@ -112,6 +113,8 @@ class CheckpointWriter:
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
         """Write a shard, its tensors named by the place that the layer will have."""
+        beside = {key: entry for key, entry in self.source.beside.items() if hf.layer_of(key) == layer}
+        tensors = {**tensors, **(beside if self.values.get(QUANTIZATION) else {})}
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}

@@ -155,6 +155,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         writer = CheckpointWriter(
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
+        writer.values = values
         if job.weight_stage is not None:
             done_stage = run_weight_stage(job.weight_stage, job.source, run, writer, progress)
             job.report[-1] |= done_stage.report

@@ -23,7 +23,7 @@ class MatrixGroup:
     inputs [B, I] or their mean outer products [B, I, I], None where the method asked for neither; sparsity_B: of the
     weights of each, what the allocation says, None where it says nothing; bits: the same for quantization, B widths of
     each matrix; group_size: inputs that share a scale; stored: what scales are stored in; numbers: on which they are
-    rounded, as the storage format calls them.
+    rounded, as the storage format calls them; reach_B: the largest magnitude of each one's inputs, where seen.
     """
 
     names: list[str]
@@ -34,13 +34,15 @@ class MatrixGroup:
     group_size: int = 0
     stored: torch.dtype = torch.float32
     numbers: str = "int"
+    reach_B: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrices:
     """Codes [B, O, I] of `bits` each, int8 or FP8, which FP4's fit in, and their scales [B, O, G] as they are stored.
 
-    zero: codes of the weight 0 [B, O, G] where that is not 0; divisor: what the scales are divided by [B] (NVFP4).
+    zero: codes of the weight 0 [B, O, G] where that is not 0; divisor: what the scales are divided by [B] (NVFP4);
+    input_divisor: the same of the scales that engines find for the inputs.
     """
 
     codes: Tensor
@@ -48,6 +50,7 @@ class QuantizedMatrices:
     bits: list[int]
     zero: Tensor | None = None
     divisor: Tensor | None = None
+    input_divisor: Tensor | None = None
 
     def dense(self) -> Tensor:
         """The weights that they stand for, in the dtype in which they are read."""

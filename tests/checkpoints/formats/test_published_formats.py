@@ -62,6 +62,9 @@ def test_trimming_moves_its_bytes(family, format, made_by, options):
     experts = {n: t for n, t in after.items() if ".experts." in n}
     assert all(t.contiguous().flatten().view(torch.uint8).numpy().tobytes() in known for t in experts.values())
     assert len(experts) * 8 == 6 * sum(".experts." in name for name in before)
+    assert {n: t for n, t in before.items() if n.endswith("k_scale")} == {
+        n: t for n, t in after.items() if n.endswith("k_scale")
+    }
     config = json.loads((result.folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == published.FORMATS[format][0]["quant_method"]
     assert logits_of(moe_compress.load(result.folder, torch.float32)).isfinite().all()

@@ -84,7 +84,8 @@ class Packing:
 class CodedMatrix:
     """One matrix on a grid: codes [O, I], int8 or FP8 (which FP4 fits in), scales [O, G] as they are stored, and bits.
 
-    zero: codes of the weight 0 [O, G] where these are not 0; divisor: a number that divides all scales (NVFP4).
+    zero: codes of the weight 0 [O, G] where these are not 0; divisor: a number that divides all scales (NVFP4);
+    input_divisor: the same of scales that engines find for the inputs.
     """
 
     codes_OI: Tensor
@@ -92,6 +93,7 @@ class CodedMatrix:
     bits: int
     zero_OG: Tensor | None = None
     divisor: Tensor | None = None
+    input_divisor: Tensor | None = None
 
 
 class PackedStack(Protocol):

@@ -6,6 +6,7 @@ Each is a format to write; what is written is read as compressed-tensors. O outp
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 from moe_compress.checkpoints.formats.compressed_schemes import ALIKE, integers, refuses, scheme_config
@@ -24,7 +25,8 @@ from moe_compress.checkpoints.formats.registry import (
 EIGHT = {"num_bits": 8, "symmetric": True}
 # Every row of activations is rounded by its own largest number.
 TOKENS = {"strategy": "token", "dynamic": True, **EIGHT}
-NVFP4 = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group", "group_size": 16}
+NVFP4: dict[str, Any] = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "tensor_group"}
+NVFP4 |= {"group_size": 16, "scale_dtype": "torch.float8_e4m3fn"}
 
 
 def elements(matrix: CodedMatrix) -> ElementWeight:
@@ -37,6 +39,12 @@ def fp4_parts(matrix: CodedMatrix) -> Fp4Weight:
     assert matrix.divisor is not None
     octets = e2m1_octets(matrix.codes_OI.float())
     return Fp4Weight(matrix.scale_OG.contiguous(), octets, matrix.divisor.reshape(1))
+
+
+def fp4_parts_with_inputs(matrix: CodedMatrix) -> Fp4Weight:
+    """The same with what divides the scales of inputs."""
+    assert matrix.input_divisor is not None
+    return replace(fp4_parts(matrix), input_divisor=matrix.input_divisor.reshape(1))
 
 
 def only(bits: int, request: Request) -> str:
@@ -92,19 +100,26 @@ def fp8_dynamic() -> Format:
     )
 
 
+def _nvfp4(inputs: dict[str, Any] | None) -> Writer:
+    weights = {**NVFP4, "dynamic": False}
+    return Writer(
+        parts=fp4_parts if inputs is None else fp4_parts_with_inputs,
+        numbers="nvfp4",
+        inputs=NVFP4["group_size"],
+        config=functools.partial(
+            scheme_config, weights=lambda _packing, _size: weights, inputs=inputs, format="nvfp4-pack-quantized"
+        ),
+        refuses=functools.partial(only, 4),
+    )
+
+
+@storage_format("nvfp4", implies={"group_size": 16})
+def nvfp4() -> Format:
+    """NVFP4, weights and activations: those in groups as they pass, under a number that calibration text tells."""
+    return Format(writer=_nvfp4({**NVFP4, "dynamic": "local"}))
+
+
 @storage_format("nvfp4a16", implies={"group_size": 16})
 def nvfp4a16() -> Format:
     """NVFP4: FP4 with an E4M3 scale for 16 inputs and a number for every matrix; activations as they are."""
-    return Format(
-        writer=Writer(
-            parts=fp4_parts,
-            numbers="nvfp4",
-            inputs=16,
-            config=functools.partial(
-                scheme_config,
-                weights=lambda _packing, _size: {**NVFP4, "dynamic": False, "scale_dtype": "torch.float8_e4m3fn"},
-                format="nvfp4-pack-quantized",
-            ),
-            refuses=functools.partial(only, 4),
-        )
-    )
+    return Format(writer=_nvfp4(None))

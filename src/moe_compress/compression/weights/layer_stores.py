@@ -142,9 +142,8 @@ class LayerStore:
 
 def _coded(stack: QuantizedMatrices, number: int) -> CodedMatrix:
     """One matrix of a stack, on the CPU."""
-    zero = None if stack.zero is None else stack.zero[number].cpu()
-    divisor = None if stack.divisor is None else stack.divisor[number].cpu()
-    return CodedMatrix(stack.codes[number].cpu(), stack.scale[number].cpu(), stack.bits[number], zero, divisor)
+    more = [None if each is None else each[number].cpu() for each in (stack.zero, stack.divisor, stack.input_divisor)]
+    return CodedMatrix(stack.codes[number].cpu(), stack.scale[number].cpu(), stack.bits[number], *more)
 
 
 class MatrixDraft:
@@ -175,14 +174,15 @@ class MatrixDraft:
 
 def _room(like: QuantizedMatrices, count: int) -> QuantizedMatrices:
     """Room for so many matrices like these."""
-    codes, scale, zero, divisor = (
+    codes, scale = (each.new_empty(count, *each.shape[1:]) for each in (like.codes, like.scale))
+    more = [
         None if each is None else each.new_empty(count, *each.shape[1:])
-        for each in (like.codes, like.scale, like.zero, like.divisor)
-    )
-    assert codes is not None and scale is not None
-    return QuantizedMatrices(codes, scale, [0] * count, zero, divisor)
+        for each in (like.zero, like.divisor, like.input_divisor)
+    ]
+    return QuantizedMatrices(codes, scale, [0] * count, *more)
 
 
 def _tensors(stack: QuantizedMatrices) -> list[Tensor]:
     """Codes, scales, and what else there is."""
-    return [each for each in (stack.codes, stack.scale, stack.zero, stack.divisor) if each is not None]
+    every = (stack.codes, stack.scale, stack.zero, stack.divisor, stack.input_divisor)
+    return [each for each in every if each is not None]

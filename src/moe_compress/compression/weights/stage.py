@@ -247,6 +247,7 @@ class WeightStage:
                     group_size=self.storage.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
                     numbers=self.storage.writer.numbers,
+                    reach_B=seen[source].most_B if source in seen else None,
                 ),
                 **self.own,
             )

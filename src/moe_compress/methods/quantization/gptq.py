@@ -30,7 +30,7 @@ def gptq(
     damping: float = 0.01,
     divisor_B: Tensor | None = None,
 ) -> tuple[list[Solved], list[int]]:
-    """Codes [B, O, I], scales fp32 and zero points [B, O, G] of each matrix, and for whom the damping was raised.
+    """Codes [B, O, I], scales and zero points [B, O, G] of each matrix, and for whom the damping was raised.
 
     gram_BII: second moments of the inputs; divisor_B: of NVFP4's scales. Scales are found when a group's first column
     is reached; with `act_order`, which takes inputs by their moments, before any of them, in the order of the file, and
@@ -55,7 +55,8 @@ def gptq(
     if order_BI is not None:
         codes_BIR = _sorted(codes_BIR.view(torch.int8), order_BI.argsort(1)).view(codes_BIR.dtype)
     sizes = [weight.shape[1] for weight in weights]
-    found = [codes_BIR, grid.scale_BGR, grid.zero_BGR]
+    scale_BGR = grid.scale_BGR if numbers.own_scales else grid.scale_BGR.to(dtype)
+    found = [codes_BIR, scale_BGR, grid.zero_BGR]
     by_matrix = [[None] * len(sizes) if t is None else t.transpose(1, 2).split(sizes, 1) for t in found]
     return [_contiguous(*each) for each in zip(*by_matrix, strict=True)], raised
 

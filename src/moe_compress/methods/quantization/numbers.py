@@ -48,6 +48,10 @@ class Numbers(Protocol):
     def outputs(self) -> int:
         """Rows of a block that share a scale."""
 
+    @property
+    def own_scales(self) -> bool:
+        """Whether scales are held in fp32, for they are no numbers of the model's dtype."""
+
     def scales(
         self, weight_YGR: Tensor, dtype: torch.dtype, clip: Clip, weighs_YG: Tensor | None, divisor_Y: Tensor | None
     ) -> Offer:
@@ -67,6 +71,7 @@ class Integers:
     bits: int
     code_dtype: torch.dtype = torch.int8
     outputs: int = 1
+    own_scales: bool = False
 
     def scales(
         self, weight_YGR: Tensor, dtype: torch.dtype, clip: Clip, weighs_YG: Tensor | None, divisor_Y: Tensor | None
@@ -96,6 +101,7 @@ class AsymmetricIntegers:
     bits: int
     code_dtype: torch.dtype = torch.int8
     outputs: int = 1
+    own_scales: bool = False
 
     def scales(
         self, weight_YGR: Tensor, dtype: torch.dtype, clip: Clip, weighs_YG: Tensor | None, divisor_Y: Tensor | None
@@ -125,6 +131,7 @@ class Fp8:
     outputs: int = 1
     bits: int = 8
     code_dtype: torch.dtype = E4M3
+    own_scales: bool = False
 
     def scales(
         self, weight_YGR: Tensor, dtype: torch.dtype, clip: Clip, weighs_YG: Tensor | None, divisor_Y: Tensor | None
@@ -154,6 +161,7 @@ class Fp4:
     bits: int = 4
     code_dtype: torch.dtype = E4M3
     outputs: int = 1
+    own_scales: bool = True
 
     def scales(
         self, weight_YGR: Tensor, dtype: torch.dtype, clip: Clip, weighs_YG: Tensor | None, divisor_Y: Tensor | None
@@ -238,6 +246,11 @@ def nvfp4_divisor(weights: list[Tensor]) -> Tensor:
     One for all stacks, since kernels run gate and up as one matrix.
     """
     most_B = torch.stack([weight.float().abs().flatten(1).amax(1) for weight in weights]).amax(0)
+    return nvfp4_full(most_B)
+
+
+def nvfp4_full(most_B: Tensor) -> Tensor:
+    """What divides scales so that numbers up to this one are reached by the largest of both."""
     return E4M3_MAX * E2M1_MAX / torch.where(most_B > 0, most_B, 1.0)
 
 
@@ -258,7 +271,7 @@ def found_scales(
     weight_YgR = padded.view(experts, blocks, shared, groups, group).permute(0, 3, 2, 4, 1).flatten(2, 3).flatten(0, 1)
     weighs_Yg = None
     if weighs_BI is not None:
-        weighs_Yg = weighs_BI.float().view(experts * groups, 1, group).expand(-1, shared, -1).flatten(1)
+        weighs_Yg = weighs_BI.float().reshape(experts * groups, 1, group).expand(-1, shared, -1).flatten(1)
     divisor_Y = None if divisor_B is None else divisor_B.repeat_interleave(groups)
     found = numbers.scales(weight_YgR.contiguous(), dtype, clip, weighs_Yg, divisor_Y)
     scale_BOG, zero_BOG = (

@@ -27,6 +27,7 @@ from moe_compress.methods.quantization.numbers import (
     Numbers,
     nearest,
     nvfp4_divisor,
+    nvfp4_full,
 )
 from moe_compress.methods.registry import Need, weight_method
 from moe_compress.methods.weight_method import (
@@ -57,12 +58,15 @@ NUMBERS: dict[str, Callable[[int], Numbers]] = {
     NVFP4: lambda _: Fp4(powers=False),
     MXFP4: lambda _: Fp4(powers=True),
 }
+# Formats in which something of the inputs is a number that text has to tell.
+STATIC_INPUTS = ("nvfp4",)
 NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     router = "router" in kinds_of(parameters["where"], parameters["spare"])
     blind = parameters["method"] == "rtn" and parameters["bits"] != "auto" and not router
+    blind = blind and parameters["format"] not in STATIC_INPUTS
     return "nothing" if blind else NEEDS[parameters["method"]]
 
 
@@ -214,7 +218,8 @@ class _How:
         """Codes and scales as they will lie in a file; powers of two are held in fp32."""
         if self.divisor_B is not None:
             divided = (scale * self.divisor_B[:, None, None]).to(torch.float8_e4m3fn)
-            return QuantizedMatrices(codes, divided, widths, divisor=self.divisor_B)
+            inputs_B = None if group.reach_B is None else nvfp4_full(group.reach_B)
+            return QuantizedMatrices(codes, divided, widths, divisor=self.divisor_B, input_divisor=inputs_B)
         scale = scale if group.numbers == MXFP4 else scale.to(group.stored)
         return QuantizedMatrices(codes, scale, widths, None if zero is None else zero.to(torch.int8))
 
