@@ -41,7 +41,8 @@ FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {
     "mxfp4-pack-quantized": ("float", (4,)),
     "mxfp8-quantized": ("float", (8,)),
 }
-MIXED = "mixed-precision"
+MIXED, NVFP4 = "mixed-precision", "nvfp4-pack-quantized"
+UNCONVERTED = {"mxfp4-pack-quantized", "mxfp8-quantized"}
 ONE_BYTE = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
 GROUPED = ("group", "tensor_group")
 STRATEGIES = ("tensor", "channel", "block", *GROUPED)
@@ -199,19 +200,34 @@ def _transformers(config: Config) -> Verdict:
     kind, instead = group.get("format") or config.get("format"), "use moe_compress.load or vLLM"
     if not group.get("weights", {}).get("symmetric", True):
         return False, f"its loader leaves out the zero points of experts: {instead}"
-    if kind == "nvfp4-pack-quantized":
+    if kind == NVFP4:
         return False, f"its loader leaves out the global scales of experts, without a word: {instead}"
     if kind in ("int-quantized", "naive-quantized"):
         return False, f"its loader fuses no experts of whole numbers that are not packed: {instead}"
     return True, "with compressed-tensors installed; weights are made dense"
 
 
+def _vllm(config: Config) -> Verdict:
+    """Its fused experts take no zero points."""
+    groups = (config.get("config_groups") or {}).values()
+    if any(not group["weights"].get("symmetric", True) for group in groups):
+        return False, "its fused experts take no zero points in this layout: use format=awq"
+    return vllm_integers([grid.bits for grid in _grids(config)])
+
+
 def _llama_cpp(config: Config) -> Verdict:
-    """Its converter takes one group, or several that are all NVFP4."""
-    groups = config.get("config_groups") or {}
-    if len(groups) > 1 and any(group.get("format") != "nvfp4-pack-quantized" for group in groups.values()):
+    """Its converter takes one group, or several that are all NVFP4; packed whole numbers only in groups of inputs."""
+    groups = list((config.get("config_groups") or {}).values())
+    formats = {str(group.get("format") or config.get("format")) for group in groups}
+    if len(groups) > 1 and formats != {NVFP4}:
         return False, f"its converter takes one config group, and here are {len(groups)}: use where=experts"
-    return True, "not tried: convert_hf_to_gguf.py makes the weights dense"
+    if formats & UNCONVERTED:
+        return False, f"its converter knows no {', '.join(sorted(formats))}: use format=nvfp4a16, or dense"
+    if formats == {"pack-quantized"} and groups[0]["weights"].get("strategy") != "group":
+        return False, "its converter takes packed whole numbers with scales of groups, not of rows: use group_size=128"
+    return True, "not tried: by convert_hf_to_gguf.py" + (
+        " of a version that knows NVFP4" if formats == {NVFP4} else ""
+    )
 
 
 @storage_format("compressed-tensors")
@@ -228,7 +244,7 @@ def compressed_tensors() -> Format:
         joined=_joined,
         loaders=Loaders(
             transformers=_transformers,
-            vllm=vllm_integers,
+            vllm=_vllm,
             llama_cpp=_llama_cpp,
         ),
         writer=Writer(

@@ -166,7 +166,7 @@ def gptq() -> Format:
                 False,
                 "fused experts are not loaded from GPTQ's layout: use moe_compress.load, gptqmodel or vLLM",
             ),
-            vllm=vllm_integers,
+            vllm=lambda config: vllm_integers([config["bits"]]),
             llama_cpp=lambda _: (True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
         ),
         writer=Writer(parts=_parts, config=_config, shared={"its matrices": lambda _: True}, scale_dtype=torch.float16),

@@ -86,7 +86,7 @@ def mxfp4a16() -> Format:
 
 @storage_format("mxfp4", implies={"group_size": BLOCK})
 def mxfp4() -> Format:
-    """Floating-point numbers of 4 bits; families that publish in it keep experts in one stack a layer."""
+    """MXFP4: FP4 with a power of two for 32 inputs, weights and activations; GPT-OSS publishes stacks of experts so."""
     return Format(
         layouts=(Mxfp4Weight,),
         described="mxfp4",

@@ -151,7 +151,7 @@ def common_bits(grids: Sequence[Grid]) -> dict[str, Any]:
     return {"bits": found.pop()} if len(found) == 1 else {}
 
 
-def _not_tried(_bits: Sequence[int]) -> Verdict:
+def _not_tried(_config: Config) -> Verdict:
     return True, "not tried: by its loaders"
 
 
@@ -174,12 +174,12 @@ def vllm_integers(bits: Sequence[int]) -> Verdict:
 class Loaders:
     """Which programs load a plain checkpoint in a format, and how or why not, each as (whether, how or why not).
 
-    vllm: asked with the widths of the grids, the others with the config; it and llama_cpp for families that they know;
+    All are asked with the config, vllm and llama_cpp for families that they know;
     card: what stock transformers makes of packed weights, in the words of a model card.
     """
 
     transformers: Callable[[Config], Verdict] = _as_its_family
-    vllm: Callable[[Sequence[int]], Verdict] = _not_tried
+    vllm: Callable[[Config], Verdict] = _not_tried
     llama_cpp: Callable[[Config], Verdict] = _by_converter
     card: str = "stock transformers needs `pip install compressed-tensors` and makes them dense"
 

@@ -49,8 +49,7 @@ def _vllm(values: Mapping[str, Any]) -> tuple[bool, str]:
         return False, "its layers differ, and vLLM's models are alike in all layers"
     if not family_named(values["model_type"]).vllm:
         return False, f"{values['model_type']} is not known to it as far as this package knows"
-    format = format_in(values)
-    return format.loaders.vllm(format.widths(values.get(QUANTIZATION) or {}))
+    return format_in(values).loaders.vllm(values.get(QUANTIZATION) or {})
 
 
 def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
