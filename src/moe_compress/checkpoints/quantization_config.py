@@ -128,7 +128,8 @@ def _rank(stored: str, name: str, grid: Grid) -> int | None:
     """How narrowly a grid's targets name a linear map, 0 the most; None if they do not, or it is left out."""
     targets, ignored = _Names.of(grid.targets), _Names.of(grid.ignore)
     own = f".layers.0.{name}"
-    if ignored.rank(stored) is not None or ignored.rank(own) is not None:
+    # Experts have no names of their own in a layer: `experts.gate` would be taken for a router.
+    if any(ignored.rank(each) is not None for each in ([stored] if ".experts." in own else [stored, own])):
         return None
     return targets.rank(stored) if targets.rank(stored) is not None else targets.rank(own)
 

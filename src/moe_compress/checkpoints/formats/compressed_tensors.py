@@ -212,7 +212,7 @@ def _vllm(config: Config) -> Verdict:
     groups = (config.get("config_groups") or {}).values()
     if any(not group["weights"].get("symmetric", True) for group in groups):
         return False, "its fused experts take no zero points in this layout: use format=awq"
-    return vllm_integers([grid.bits for grid in _grids(config)])
+    return vllm_integers(sorted({grid.bits for grid in _grids(config)}))
 
 
 def _llama_cpp(config: Config) -> Verdict:

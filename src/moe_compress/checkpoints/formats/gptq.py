@@ -32,6 +32,8 @@ from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, un
 
 KEPT = "-:"
 SCALE_BYTES = 2
+# What this package calls all matrices of one kind of a layer's experts.
+PART = re.compile(r"experts\\\.(gate|up|down)\$$")
 # By the name of the layout: what zero points are stored less by.
 LESS = {"gptq": 1, "gptq_v2": 0}
 
@@ -118,7 +120,8 @@ def _unreadable(config: Config) -> str:
 
 def _grids(config: Config) -> list[Grid]:
     """Every linear map but those that are left out."""
-    kept = "|".join(name.removeprefix(KEPT) for name in config.get("dynamic") or () if name.startswith(KEPT))
+    left = [name.removeprefix(KEPT) for name in config.get("dynamic") or () if name.startswith(KEPT)]
+    kept = "|".join(PART.sub(r"experts\\..*$", pattern) for pattern in left)
     ignore = (rf"re:(?:{kept})$",) if kept else ()
     return [Grid(bits=config["bits"], group_size=max(config["group_size"], 0), targets=(LINEAR,), ignore=ignore)]
 

@@ -236,10 +236,6 @@ class Format:
     loaders: Loaders = OURS_ALONE
     writer: Writer | None = None
 
-    def widths(self, config: Config) -> list[int]:
-        """Bits of the grids of a quantization_config."""
-        return sorted({grid.bits for grid in self.grids(config)})
-
 
 _FORMATS: dict[str, Format] = {}
 
