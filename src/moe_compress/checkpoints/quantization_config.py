@@ -20,6 +20,7 @@ from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
 from moe_compress.utils.files import read_json
 
 PATTERN = "re:"
+ONE_EXPERT = re.compile(r"experts\\?\.\d")
 # Where NVIDIA's exports say what is packed, if not in config.json.
 EXPORT = "hf_quant_config.json"
 
@@ -102,8 +103,12 @@ def _room(
             if matrix.kind in grid.kinds:
                 bits[matrix.name], group_sizes[matrix.name] = [grid.bits] * count, math.gcd(grid.group_size, inputs)
     widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in matrices}
+    each = any(ONE_EXPERT.search(word) for grid in grids for word in (*grid.targets, *grid.ignore))
+    first: dict[str, Grid | None] = {}
     for stored, (name, _number) in alone.items():
-        found = grid_of(stored.removesuffix(".weight"), name, grids)
+        if each or name not in first:  # one expert stands for all, unless any is named by its number
+            first[name] = grid_of(stored.removesuffix(".weight"), name, grids)
+        found = first[name]
         if found is not None and name in widths:
             bits.setdefault(name, []).append(found.bits)
             group_sizes[name] = math.gcd(found.group_size, widths[name])
