@@ -225,9 +225,8 @@ def _llama_cpp(config: Config) -> Verdict:
         return False, f"its converter knows no {', '.join(sorted(formats))}: use format=nvfp4a16, or dense"
     if formats == {"pack-quantized"} and groups[0]["weights"].get("strategy") != "group":
         return False, "its converter takes packed whole numbers with scales of groups, not of rows: use group_size=128"
-    return True, "not tried: by convert_hf_to_gguf.py" + (
-        " of a version that knows NVFP4" if formats == {NVFP4} else ""
-    )
+    how = "of a version that knows NVFP4" if formats == {NVFP4} else "makes the weights dense"
+    return True, f"not tried: convert_hf_to_gguf.py {how}"
 
 
 @storage_format("compressed-tensors")
