@@ -51,7 +51,12 @@ def test_numbers_are_those_of_its_own_decoder(family, format, made_by):
             assert torch.equal(found.to(expected), expected), name
 
 
-@pytest.mark.parametrize(("family", "format"), CASES)
+TRIMMED = {("deepseek_v3", "int4 asymmetric"), ("mixtral", "modelopt nvfp4"), ("qwen3_moe", "awq")}
+
+
+@pytest.mark.parametrize(
+    ("family", "format"), slow_unless(lambda *case: case in TRIMMED, published.WIDE, published.FORMATS)
+)
 def test_trimming_moves_its_bytes(family, format, made_by, options):
     folder, _ = made_by(family, format)
     result = moe_compress.compress("expert_drop score=weight_norm keep=6", model=str(folder), eval=False, **options)
