@@ -80,7 +80,7 @@ def test_it_changes_as_a_dense_copy_does(family, format, sentence, pair, options
         for name in ours.tensors:
             one, other = found[name][...], expected[name][...]
             if sentence.startswith("quantize") and ".experts." in name:  # on scales of the dtype that each is stored in
-                assert float((one - other).norm()) < 0.04 * float(other.norm()), name
+                assert float((one - other).norm()) < 0.06 * float(other.norm()), name
             else:
                 assert torch.equal(one.bfloat16(), other.bfloat16()), name
     # What is not touched stays packed, byte for byte; what is, is stored as the plain weights of the model are.
