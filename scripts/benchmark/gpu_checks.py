@@ -29,6 +29,7 @@ from moe_compress.engine.observer import BatchInfo, Observer
 from moe_compress.methods.pruning.prune import prune
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import Clip
+from moe_compress.methods.quantization.numbers import Integers
 from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -130,7 +131,9 @@ def quantized(size: Size) -> dict[str, float]:
     names, found = [""] * 8, {}
     for act_order in (False, True):
         sides = [
-            gptq([weight_BOI.to(d)], gram_BII.to(d), 4, 128, torch.bfloat16, names, act_order=act_order)[0][0][0].cpu()
+            gptq([weight_BOI.to(d)], gram_BII.to(d), Integers(4), 128, torch.bfloat16, names, act_order=act_order)[0][
+                0
+            ][0].cpu()
             for d in (CPU, size.device)
         ]
         found["act_order" if act_order else "in order"] = float((sides[0] == sides[1]).float().mean())
@@ -141,7 +144,7 @@ def quantized(size: Size) -> dict[str, float]:
     for clip in clips:
         reset_peak_memory(size.device)
         started = time.perf_counter()
-        gptq(weights, gram_BII, 4, 128, torch.bfloat16, names, clip=clip)
+        gptq(weights, gram_BII, Integers(4), 128, torch.bfloat16, names, clip=clip)
         synchronize(size.device)
         found[f"seconds, clip={clip}"] = time.perf_counter() - started
         found[f"peak_bytes, clip={clip}"] = peak_memory_bytes(size.device)

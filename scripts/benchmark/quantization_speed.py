@@ -29,6 +29,7 @@ from moe_compress.evaluation.speed.benchmark import Setting, compare_speed
 from moe_compress.evaluation.speed.paired_timing import TimingBudget
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import Clip, rtn
+from moe_compress.methods.quantization.numbers import Integers
 from moe_compress.models.modeling.activation_rounding import round_inputs
 from moe_compress.models.modeling.bit_packing import dequantized
 from moe_compress.models.modeling.expert_forward import experts_forward, separate
@@ -140,9 +141,9 @@ def solver(name: str, clip: Clip, size: pruning_speed.Size) -> dict[str, Any]:
 
     def ours() -> None:
         found["ours"] = [
-            pair
+            pair[:2]
             for weights, rows in work
-            for pair in gptq(weights, moments(rows), BITS, GROUP, torch.float32, names, clip=clip)[0]
+            for pair in gptq(weights, moments(rows), Integers(BITS), GROUP, torch.float32, names, clip=clip)[0]
         ]
 
     seconds = fastest({"plain": plain, "ours": ours}, size.rounds)

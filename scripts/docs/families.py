@@ -91,7 +91,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
 def verdict(sentence: str, config: PreTrainedConfig, model: PreTrainedModel) -> tuple[str, str]:
     """(plain, edited or no; why not) for a recipe on a skeleton, which stays as it is."""
     try:
-        found = dry_run(parse(sentence, (), {"model": config.model_type}), copy.deepcopy(model))
+        found = dry_run(parse(sentence, (), {"model": config.model_type}), copy.deepcopy(model), config.to_dict())
     except ValueError as error:
         return "no", str(error)
     return ("plain" if resulting_config(config.to_dict(), found.edits).plain else "edited"), ""

@@ -4,8 +4,8 @@
 
 A block stands between `<!-- generated: KIND NAME -->` and `<!-- end generated -->`. `parameters METHOD`: a method's
 parameters and presets; `scores`: the scores of expert_drop; `words COMMAND`: the own words of a harness or of another
-command; `options`: the options of a run. --check writes nothing, names stale pages, and ends in exit code 1 if there
-are any.
+command; `options`: the options of a run; `formats`: the storage formats of weights. --check writes nothing, names stale
+pages, and ends in exit code 1 if there are any.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from moe_compress.cli.catalogue import choices, recipe_words, word
 from moe_compress.cli.help import FUNCTIONS
@@ -90,11 +93,52 @@ def options(_name: str) -> str:
     )
 
 
+def formats(_name: str) -> str:
+    """What every storage format is, whether it is read and written, and who loads what is written of experts."""
+    # Only here: what a config says is asked of the formats themselves, which need torch.
+    from moe_compress.checkpoints.formats import registry as stored
+
+    titles = ("format", "what it is", "read", "written", "stock transformers", "vLLM", "llama.cpp")
+    said = {str(each.positional[0]): each for each in declarations(stored.PACKAGE, "storage_format")}
+    return table(titles, ([f"`{n}`", said[n].summary.rstrip("."), *_format_cells(n, said[n])] for n in sorted(said)))
+
+
+def _format_cells(name: str, declaration: Declaration) -> list[str]:
+    """The rest of the row."""
+    from moe_compress.checkpoints.formats import registry as stored
+
+    format = stored.formats()[name]
+    config = _config_of_experts(format, int(declaration.keywords.get("implies", {}).get("bits", 4)))
+    reader = stored.format_in({stored.QUANTIZATION: config}) if config else format
+    asked = (ask(config) for ask in (reader.loaders.transformers, reader.loaders.vllm, reader.loaders.llama_cpp))
+    read = "yes" if format.layouts or name in (stored.DENSE, stored.EDITED_PACKED) else f"as `{reader.name}`"
+    cells = ["yes: " + why if yes else "no: " + why for yes, why in asked]
+    if name == stored.EDITED_PACKED:
+        cells = ["yes: with trust_remote_code=True, or behind `import moe_compress`", *(2 * ["no: its layers differ"])]
+    return [read, "yes" if format.writer is not None else "no", *cells]
+
+
+def _config_of_experts(format: Any, bits: int) -> dict[str, Any]:
+    """What config.json says where experts are packed in it; nothing for a format that no config names."""
+    from moe_compress.checkpoints.formats.registry import Packing
+    from moe_compress.models.matrices import Matrix
+
+    if format.writer is None or format.writer.config is None:
+        return {}
+    experts = Matrix("mlp.experts.up", "experts", "routed", torch.empty(0, device="meta"))
+    sizes, whole = {(0, experts.name): 128}, format.writer.inputs == 0
+    config: dict[str, Any] = format.writer.config(
+        Packing(bits=bits, whole_rows=whole, matrices={0: [experts]}, group_sizes=sizes)
+    )
+    return config
+
+
 KINDS: dict[str, Callable[[str], str]] = {
     "parameters": parameters,
     "scores": scores,
     "words": words,
     "options": options,
+    "formats": formats,
 }
 
 

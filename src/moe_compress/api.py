@@ -265,7 +265,7 @@ def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -
     Packed weights stay packed in memory, and run in torch's int4 and int8 kernels where the activations are bfloat16.
     """
     checkpoint = resolve_model(str(model))
-    if not checkpoint.packed:
+    if checkpoint.loads_as_stock:
         return load_model(checkpoint.folder, dtype, **keywords)
     device = torch.device(str(keywords.pop("device_map", "cpu")))
     attn = keywords.pop("attn_implementation", None)

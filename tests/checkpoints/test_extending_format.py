@@ -121,8 +121,7 @@ def test_no_other_program_is_said_to_load_it(folder):
 
 
 def test_words_of_other_formats_are_offered_with_it(lab):
-    allowed = "auto, compressed-tensors, gptq, rows-q8, packed, dense"
-    with pytest.raises(ValueError, match=f"allowed: {allowed}"):
+    with pytest.raises(ValueError, match=r"allowed: auto, .*compressed-tensors, .*gptq, .*rows-q8, packed, dense"):
         moe_compress.compress("quantize format=unheard", **lab("mixtral"))
 
 

@@ -28,13 +28,15 @@ PENDING = 8192
 class Moments:
     """Sums over the rows that reach one source: of squares, [B, I], or of outer products, [B, I, I].
 
-    count_B: rows of each expert; pooled, pooled_count: the same over all experts of the layer.
+    count_B: rows of each expert; pooled, pooled_count: the same over all experts of the layer; most_B: the largest
+    magnitude in the rows of each expert, over all of them for one without rows.
     """
 
     count_B: Tensor
     total: Tensor
     pooled: Tensor
     pooled_count: int
+    most_B: Tensor | None = None
 
     def mean(self, shrink: float, rare_B: Tensor, use_pooled: bool) -> Tensor:
         """Mean moments of each expert, with `shrink` tokens of the pooled mean mixed in.
@@ -59,12 +61,15 @@ class RunningSums:
         self.statistic = statistic
         self.total = torch.zeros(groups, *shape, device=device)
         self.count_B = torch.zeros(groups, dtype=torch.long, device=device)
+        self.most_B = torch.zeros(groups, device=device)
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.waiting = 0
 
     def add(self, x_RI: Tensor, group_R: Tensor) -> None:
         """Take rows in; group_R is ascending."""
         x_RI = x_RI.float()
+        if len(x_RI):
+            self.most_B.scatter_reduce_(0, group_R, x_RI.abs().amax(1), "amax")
         if self.statistic == "input_squares":
             self.count_B += torch.bincount(group_R, minlength=len(self.count_B))
             self.total.index_add_(0, group_R, x_RI.square())
@@ -169,5 +174,7 @@ class InputMomentCollector:
             sums.flush()
         for source, sums in self.sums.items():
             pooled = self.pooled.get(source, sums)
-            self.found[source] = Moments(sums.count_B, sums.total, pooled.total.sum(0), int(pooled.count_B.sum()))
+            most_B = torch.where(sums.most_B > 0, sums.most_B, pooled.most_B.max())
+            count = int(pooled.count_B.sum())
+            self.found[source] = Moments(sums.count_B, sums.total, pooled.total.sum(0), count, most_B)
         return {}

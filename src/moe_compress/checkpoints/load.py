@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_compress.checkpoints.formats.edited_packed import packed_matrix
-from moe_compress.checkpoints.formats.stored_weight import PackedWeight
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
@@ -57,7 +58,7 @@ def load_as_run(
     checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None = None
 ) -> PreTrainedModel:
     """The whole model in memory; what is packed stays packed."""
-    if checkpoint.packed:
+    if not checkpoint.loads_as_stock:
         return load_packed(checkpoint, dtype, device, attn)
     keywords = {"attn_implementation": attn} if attn else {}
     return load_model(checkpoint.folder, dtype, device_map=str(device), **keywords)
@@ -65,16 +66,16 @@ def load_as_run(
 
 @torch.no_grad()
 def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None) -> PreTrainedModel:
-    """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole."""
+    """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole.
+
+    What cannot stay packed is made dense, with a warning.
+    """
     model = hf.skeleton(checkpoint.config, dtype, attn)
     names = block_names(model)
     for index in (None, *range(checkpoint.num_layers)):
         with checkpoint.read(checkpoint.keys(index)) as tensors:
-            packed = {key: entry for key, entry in tensors.items() if isinstance(entry, PackedWeight)}
-            places = stored_matrices(model, index) if packed and index is not None else {}
-            strange = sorted(packed.keys() - places.keys())
-            if strange:
-                raise ValueError(f"{strange[0]} of {checkpoint.name} is packed, but is no matrix of a layer.")
+            places = stored_matrices(model, index) if index is not None and checkpoint.packed else {}
+            packed = {key: entry for key, entry in tensors.items() if key in places and _stays_packed(entry)}
             if index is not None:
                 _pack(
                     hf.decoder_layers(model)[index], names, {places[key]: packed[key] for key in packed}, dtype, device
@@ -82,6 +83,12 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
             hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
         return_memory()
     hf.tie(model)
+    dense = [key for key, entry in checkpoint.tensors.items() if isinstance(entry, StoredWeight)]
+    if len(dense) > len(checkpoint.packed):
+        warnings.warn(
+            f"weights of {checkpoint.name} are made dense in memory: no kernel multiplies them as they are stored.",
+            stacklevel=2,
+        )
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_meta:
             raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")
@@ -89,6 +96,10 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
     if (checkpoint.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
     return model.eval()
+
+
+def _stays_packed(entry: Any) -> bool:
+    return isinstance(entry, PackedWeight) and entry.stays_packed
 
 
 def _pack(

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.registry import DENSE, QUANTIZATION, Format, Grid, format_in, formats
+from moe_compress.checkpoints.formats.modelopt import exported_config
+from moe_compress.checkpoints.formats.registry import DENSE, LINEAR, QUANTIZATION, Format, Grid, format_in, formats
 from moe_compress.edits.edits import PackMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
-from moe_compress.models.matrices import layer_matrices, stored_matrices
+from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
+from moe_compress.utils.files import read_json
+
+PATTERN = "re:"
+ONE_EXPERT = re.compile(r"experts\\?\.\d")
+# Where NVIDIA's exports say what is packed, if not in config.json.
+EXPORT = "hf_quant_config.json"
+
+
+def with_export(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values; where they say nothing of packed weights, with what `hf_quant_config.json` beside it says."""
+    path = folder / EXPORT
+    if values.get(QUANTIZATION) or not path.is_file():
+        return dict(values)
+    exported = exported_config(read_json(path))
+    return {**values, QUANTIZATION: exported} if exported else dict(values)
 
 
 def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
@@ -25,12 +42,23 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
     if not isinstance(config, Mapping):
         raise ValueError(f"{folder}: the quantization_config of config.json is no object.")
     kind, known = str(config.get("quant_method", "quantized")), {each.name: each for each in _read()}
-    reason = known[kind].unreadable(config) if kind in known else "which is not read"
+    reason = _unreadable(known[kind], config) if kind in known else "which is not read"
     if reason:
         stored, read = " ".join([kind, str(config.get("format", ""))]).strip(), [each.described for each in _read()]
         raise ValueError(
             f"{folder} is stored in {stored} format, {reason}: use a bf16 or fp32 copy, or {', '.join(read)}."
         )
+
+
+def _unreadable(format: Format, config: Mapping[str, Any]) -> str:
+    """Why a config is not read, patterns that are none included; empty if it is."""
+    try:
+        reason = format.unreadable(config)
+        for grid in () if reason else format.grids(config):
+            _Names.of(grid.targets), _Names.of(grid.ignore)
+    except (re.error, TypeError, AttributeError, KeyError, ValueError) as error:
+        return f"whose settings say nothing that is known ({error})"
+    return reason
 
 
 def _read() -> list[Format]:
@@ -46,24 +74,27 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     """
     config = values.get(QUANTIZATION)
     grids = format_in(values).grids(config) if config else []
-    edits: list[PackMatrices] = []
     layers = list(hf.decoder_layers(model)) if grids else []
-    # Layers of the same modules have the same room, unless a pattern tells them apart by their numbers.
-    alike = not any(re.search(r"\d", target.replace("\\d", "")) for grid in grids for target in grid.targets)
-    known: dict[Any, PackMatrices | None] = {}
+    # Names of matrices, found once for all layers of the same modules.
+    known: dict[Any, dict[str, tuple[str, int]]] = {}
+    edits: list[PackMatrices] = []
     for index, layer in enumerate(layers):
-        kind = hf.layer_kind(layer) if alike else index
+        kind = hf.layer_kind(layer)
         if kind not in known:
-            known[kind] = _room(model, index, grids)
-        found = known[kind]
+            known[kind] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
+        alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
+        stem = f"{hf.layers_prefix(model)}{index}."
+        here = [grid for grid in grids if not (grid.kinds and _left_out(stem, grid))]
+        found = _room(layer_matrices(layer, family_of(model.config)), index, alone, here)
         if found is not None:
-            edits.append(replace(found, layer=index))
+            edits.append(found)
     return edits
 
 
-def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatrices | None:
-    """The same for one layer."""
-    matrices = layer_matrices(hf.decoder_layers(model)[index], family_of(model.config))
+def _room(
+    matrices: Sequence[Matrix], index: int, alone: Mapping[str, tuple[str, int]], grids: Sequence[Grid]
+) -> PackMatrices | None:
+    """The same for one layer. alone: tensors that hold one matrix each."""
     bits: dict[str, list[int]] = {}
     group_sizes: dict[str, int] = {}
     for matrix in matrices:
@@ -72,23 +103,64 @@ def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatr
             if matrix.kind in grid.kinds:
                 bits[matrix.name], group_sizes[matrix.name] = [grid.bits] * count, math.gcd(grid.group_size, inputs)
     widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in matrices}
-    alone = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
+    each = any(ONE_EXPERT.search(word) for grid in grids for word in (*grid.targets, *grid.ignore))
+    first: dict[str, Grid | None] = {}
     for stored, (name, _number) in alone.items():
-        found = _grid_of(stored.removesuffix(".weight"), name, grids)
+        if each or name not in first:  # one expert stands for all, unless any is named by its number
+            first[name] = grid_of(stored.removesuffix(".weight"), name, grids)
+        found = first[name]
         if found is not None and name in widths:
             bits.setdefault(name, []).append(found.bits)
-            group_sizes[name] = found.group_size or widths[name]
+            group_sizes[name] = math.gcd(found.group_size, widths[name])
     return PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes) if bits else None
 
 
-def _grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:
-    """The grid whose targets name a matrix that is stored alone."""
-    for grid in grids:
-        for target in grid.targets:
-            pattern = target.removeprefix("re:")
-            if target.startswith("re:") and any(re.match(pattern, each) for each in (stored, f".layers.0.{name}")):
-                return grid
-    return None
+def _left_out(stem: str, grid: Grid) -> bool:
+    """Whether a layer's stacks are left out of a grid by the name of their module."""
+    return any(name.startswith(stem) and name.endswith(".experts") for name in grid.ignore)
+
+
+def grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:
+    """The grid of a linear map that is stored alone under `stored` and called `name` in its layer; None for no grid.
+
+    As compressed-tensors matches: a name itself goes before patterns, these before the class of all linear maps.
+    """
+    ranks = {rank: grid for grid in reversed(grids) if (rank := _rank(stored, name, grid)) is not None}
+    return ranks[min(ranks)] if ranks else None
+
+
+def _rank(stored: str, name: str, grid: Grid) -> int | None:
+    """How narrowly a grid's targets name a linear map, 0 the most; None if they do not, or it is left out."""
+    targets, ignored = _Names.of(grid.targets), _Names.of(grid.ignore)
+    own = f".layers.0.{name}"
+    # Experts have no names of their own in a layer: `experts.gate` would be taken for a router.
+    if any(ignored.rank(each) is not None for each in ([stored] if ".experts." in own else [stored, own])):
+        return None
+    return targets.rank(stored) if targets.rank(stored) is not None else targets.rank(own)
+
+
+class _Names:
+    """Names, patterns of names, and the class of all linear maps, ready to be asked."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        patterns = [word.removeprefix(PATTERN) for word in words if word.startswith(PATTERN)]
+        self.exact = frozenset(word for word in words if not word.startswith(PATTERN))
+        self.pattern = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
+
+    @classmethod
+    @functools.cache
+    def of(cls, words: tuple[str, ...]) -> _Names:
+        """The same words are made ready once."""
+        return cls(words)
+
+    @functools.cache  # noqa: B019 - as few as there are formats' words
+    def rank(self, name: str) -> int | None:
+        """0 for a name itself, 1 for a pattern, 2 for the class."""
+        if name in self.exact:
+            return 0
+        if self.pattern is not None and self.pattern.match(name):
+            return 1
+        return 2 if LINEAR in self.exact else None
 
 
 def says_packed(values: Mapping[str, Any]) -> bool:
@@ -98,4 +170,4 @@ def says_packed(values: Mapping[str, Any]) -> bool:
 
 def scale_bytes(values: Mapping[str, Any]) -> float | None:
     """What a scale takes of a file, where it is not one number of the model's dtype for a group of inputs."""
-    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {})
+    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {}, hf.stored_dtype(values).itemsize)

@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
 from moe_compress.checkpoints.file_digests import Stamp, digests, stamp
+from moe_compress.checkpoints.formats.registry import format_in
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
-from moe_compress.checkpoints.quantization_config import require_readable
+from moe_compress.checkpoints.quantization_config import require_readable, with_export
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
-from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
+from moe_compress.checkpoints.stored_tensors import beside_weights, require_agreement, with_weights
 from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -60,7 +61,8 @@ def regions_of(entry: Entry) -> list[FileRegion]:
 class Checkpoint:
     """A checkpoint on disk. `name` is what the user called it, `commit` its hub revision if it has one.
 
-    tensors: by name; a packed matrix is one tensor, under the name of its weights; stamps: of its files, when opened.
+    tensors: by name; a packed matrix is one tensor, under the name of its weights; stamps: of its files, when opened;
+    beside: what no module holds, but engines read (scales of a cache).
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Checkpoint:
     tensors: dict[str, Entry] = field(repr=False)
     commit: str | None = None
     stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False, compare=False)
+    beside: dict[str, FileRegion] = field(default_factory=dict, repr=False)
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
@@ -104,14 +107,27 @@ class Checkpoint:
         return floating.pop() if len(floating) == 1 else torch.float32
 
     @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype of its weights where they are plain numbers."""
+        packed = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
+        return hf.stored_dtype(self.values) if packed else self.stored_dtype
+
+    @property
     def bytes(self) -> int:
         """Stored size of all tensors."""
-        return sum(region.bytes for entry in self.tensors.values() for region in regions_of(entry))
+        entries = [*self.tensors.values(), *self.beside.values()]
+        return sum(region.bytes for entry in entries for region in regions_of(entry))
 
     @property
     def packed(self) -> list[str]:
-        """Names of the matrices that are stored packed."""
-        return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight)]
+        """Names of the matrices that are stored packed, and stay so in memory."""
+        return [key for key, entry in self.tensors.items() if isinstance(entry, PackedWeight) and entry.stays_packed]
+
+    @property
+    def loads_as_stock(self) -> bool:
+        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for."""
+        stored = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
+        return not stored or format_in(self.values).kept_by_stock
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
@@ -181,8 +197,9 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     values = _as_stock_ties(folder, values, tensors)
-    files = {folder / "config.json", *(region.file for region in stored.values())}
-    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, {path: stamp(path) for path in files})
+    stamps = {path: stamp(path) for path in {folder / "config.json", *(region.file for region in stored.values())}}
+    beside = {key: stored[key] for key in beside_weights(stored, values)}
+    checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)
     _require_layers(checkpoint)
     return checkpoint
 
@@ -216,7 +233,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
-    values = hf.read_values(folder)
+    values = with_export(folder, hf.read_values(folder))
     require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from huggingface_hub import constants, get_session, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -17,6 +19,7 @@ from huggingface_hub.errors import (
 
 from moe_compress import zoo
 from moe_compress.checkpoints.model_names import local_folder, require_model_name
+from moe_compress.checkpoints.quantization_config import EXPORT
 from moe_compress.checkpoints.reader import Checkpoint, architecture_values, open_checkpoint
 from moe_compress.models import hf
 from moe_compress.utils.choices import nearest
@@ -39,8 +42,8 @@ def resolve_model(model: str, revision: str | None = None) -> Checkpoint:
     require_model_name(model)
     cached_only = not hub_answers()
     with _hub_errors(model, revision):
-        config = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
-    architecture_values(Path(config).parent)  # refuses what cannot be read, before gigabytes are fetched
+        config = _fetch_config(model, revision, cached_only)
+    architecture_values(config)  # refuses what cannot be read, before gigabytes are fetched
     with _hub_errors(model, revision):
         path = snapshot_download(model, revision=revision, allow_patterns=list(FILES), local_files_only=cached_only)
     folder = Path(path)
@@ -73,7 +76,14 @@ def config_folder(model: str, revision: str | None = None) -> Path:
     require_model_name(model)
     cached_only = not hub_answers()
     with _hub_errors(model, revision):
-        path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
+        return _fetch_config(model, revision, cached_only)
+
+
+def _fetch_config(model: str, revision: str | None, cached_only: bool) -> Path:
+    """The folder of a hub model's config.json, and of what NVIDIA's exports have beside it."""
+    path = hf_hub_download(model, "config.json", revision=revision, local_files_only=cached_only)
+    with contextlib.suppress(EntryNotFoundError):  # which an entry that is not in the cache is, too
+        hf_hub_download(model, EXPORT, revision=revision, local_files_only=cached_only)
     return Path(path).parent
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from moe_compress.checkpoints.folder import (
     partial_folder,
     remove_scratch,
 )
+from moe_compress.checkpoints.formats.registry import QUANTIZATION
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import INDEX, Checkpoint, DerivedTensor, Entry, regions_of
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_regions, write_shard
@@ -97,15 +99,18 @@ class CheckpointWriter:
 
     def write(self, layer: int, tensors: Mapping[str, Tensor | StoredWeight]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""
-        default = self.source.tensors[self.source.keys(layer)[0]]
-        found: dict[str, Any] = {}
+        entries = [self.source.tensors[key] for key in self.source.keys(layer)]
+        default = next((entry for entry in entries if not isinstance(entry, StoredWeight)), entries[0])
+        found, dense = dict[str, Any](), self.source.dense_dtype
         for key, tensor in tensors.items():
             like = self.source.tensors.get(key, default)
-            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(key, tensor, like)
+            found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(key, tensor, like, dense)
         self._put(layer, found)
 
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
         """Write a shard, its tensors named by the place that the layer will have."""
+        beside = {key: entry for key, entry in self.source.beside.items() if hf.layer_of(key) == layer}
+        tensors = {**tensors, **(beside if self.values.get(QUANTIZATION) else {})}
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
@@ -144,12 +149,16 @@ class CheckpointWriter:
         remove_scratch(self.out)
 
 
-def _as_stored(key: str, tensor: Tensor, like: Entry) -> Tensor:
-    """In the dtype of the tensor whose place it takes; ValueError for NaN and infinity, which no reader expects."""
+def _as_stored(key: str, tensor: Tensor, like: Entry, dense: torch.dtype) -> Tensor:
+    """In the dtype of the tensor that it takes the place of; where that was packed, in that of plain weights.
+
+    ValueError for NaN and infinity, which no reader expects.
+    """
     if not tensor.is_floating_point():
         return tensor
     regions = regions_of(like)
-    stored = tensor.to(STORED_DTYPES[regions[0].dtype]) if regions else tensor
+    kept = STORED_DTYPES[regions[0].dtype] if regions else tensor.dtype
+    stored = tensor.to(dense if isinstance(like, StoredWeight) else kept)
     if not bool(stored.isfinite().all()):
         raise ValueError(f"{key} would hold NaN or infinity: nothing is written. Look at the plan, or at the original.")
     return stored

@@ -2,44 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from moe_compress.compression.weights.checks import check_weights, gram_bytes
+from moe_compress.checkpoints.partly_packed import after_edits
+from moe_compress.compression.weights.checks import check_weights, gram_bytes, require_rescalable
 from moe_compress.compression.weights.format_choice import pack_skeleton, storage_for
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import Edit
 from moe_compress.methods import registry
-from moe_compress.models.modeling.packed_linear import is_packed
 from moe_compress.models.shape import model_shape
 from moe_compress.recipes.recipe import Recipe, Stage
 
 
 @dataclass
 class DryRun:
-    """All edits of a recipe, with arbitrary experts in the right numbers, and the largest Gram matrices it holds."""
+    """What a recipe would do.
 
+    values: config.json's, up to date in what is packed; edits: all, with arbitrary experts in the right numbers;
+    gram_bytes: the largest Gram matrices it holds.
+    """
+
+    values: dict[str, Any]
     edits: list[Edit] = field(default_factory=list)
     gram_bytes: int = 0
 
 
-def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> DryRun:
-    """Carry the recipe out on a skeleton, which is then as the recipe leaves it. packed: so is the model, and plain.
+def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -> DryRun:
+    """Carry the recipe out on a skeleton, which is then as the recipe leaves it, in plain numbers.
 
-    Raises ValueError for whatever can be known to fail before a weight is read.
+    values: config.json's, which say what of it is packed in a plain format. Raises ValueError for whatever can be known
+    to fail before a weight is read.
     """
-    found, pattern = DryRun(), ""
+    found, pattern = DryRun(dict(values)), ""
     for number, stage in enumerate(recipe.stages, 1):
         try:
             if pattern and registry.find(stage.method).breaks_patterns:
                 raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
             if registry.find(stage.method).scope == "weight":
-                packed = _dry_weights(stage, model, packed, found)
+                _dry_weights(stage, model, found)
             else:
-                found.edits += _dry_stage(stage, model)
+                found.edits += _dry_stage(stage, model, found)
             pattern = stage.parameters.get(registry.find(stage.method).leaves_pattern) or pattern
         except ValueError as error:
             if len(recipe.stages) == 1:
@@ -48,26 +55,21 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> Dry
     return found
 
 
-def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryRun) -> bool:
-    """The same for one stage that changes weights; whether the model is then packed in a plain format."""
+def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
+    """The same for one stage that changes weights."""
     refuse_if_uneditable(model.config)
-    if packed:
-        raise ValueError(
-            "weights beside those that are packed in a plain format do not change any more: put this stage before the "
-            "one that made them so, or pack with format=packed (of a model that is published so, use a bf16 copy)."
-        )
     matrices = StageMatrices(stage, model)
     check_weights(stage, matrices)
     storage = storage_for(matrices)
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(matrices).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
-    edits = pack_skeleton(storage)
-    found.edits += edits
-    return storage.writer.parts is not None and is_packed(model)
+    found.values = storage.values(found.values)
+    require_rescalable(stage, model, found.values)
+    found.edits += pack_skeleton(storage)
 
 
-def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
+def _dry_stage(stage: Stage, model: PreTrainedModel, found: DryRun) -> Sequence[Edit]:
     """The same for one stage that changes the structure."""
     method = registry.find(stage.method)
     if method.check is None:
@@ -81,5 +83,6 @@ def _dry_stage(stage: Stage, model: PreTrainedModel) -> Sequence[Edit]:
             "router=sum, hold constants or skip experts: put this stage before that one."
         )
     planned: list[Edit] = method.check(shape, **stage.parameters).edits
+    found.values = after_edits(found.values, model, planned)
     check_edits(model, planned)
     return planned

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.registry import QUANTIZATION
 from moe_compress.checkpoints.quantization_config import packed_edits, scale_bytes
 from moe_compress.checkpoints.reader import architecture_values
 from moe_compress.compression.dry_run import DryRun, dry_run
@@ -60,23 +64,26 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     itemsize = torch.finfo(compute).bits // 8
     layer = max(sum(t.numel() for t in layer.state_dict().values()) for layer in hf.decoder_layers(model))
     inside = sum(t.numel() for layer in hf.decoder_layers(model) for t in layer.state_dict().values())
-    room = packed_edits(model, values)
-    apply_for_counting(model, room)
-    scale = scale_bytes(values)
-    before = sizes(model, options.length, stored, scale)
-    dry = dry_run(recipe, model, packed=bool(room))
-    form = resulting_config(values, dry.edits)
+    before = _sizes(hf.skeleton(config, stored) if values.get(QUANTIZATION) else model, values, options.length, stored)
+    dry = dry_run(recipe, model, values)
+    form = resulting_config(dry.values, dry.edits)
     left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
     return Forecast(
         model=options.model,
         before=before,
-        after=sizes(left, options.length, stored, scale),
+        after=_sizes(left, dry.values, options.length, stored),
         form="plain" if form.plain else "edited",
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
         notes=_notes(recipe, dry),
     )
+
+
+def _sizes(model: PreTrainedModel, values: Mapping[str, Any], context: int, stored: torch.dtype) -> Sizes:
+    """Counts of a skeleton in plain numbers, which is then packed as the config says."""
+    apply_for_counting(model, packed_edits(model, values))
+    return sizes(model, context, stored, scale_bytes(values))
 
 
 def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:

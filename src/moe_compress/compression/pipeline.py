@@ -21,16 +21,17 @@ from moe_compress.checkpoints.folder import (
 )
 from moe_compress.checkpoints.gguf.base_model import shape_values
 from moe_compress.checkpoints.lock import exclusive_output
-from moe_compress.checkpoints.quantization_config import packed_edits
+from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
+from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
-from moe_compress.edits.apply import apply_edits, check_edits
+from moe_compress.edits.apply import check_edits
 from moe_compress.edits.edits import Edit, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config
@@ -140,23 +141,27 @@ def _short(value: float | None) -> float | None:
 
 def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: Run) -> None:
     """Write the edited checkpoint: plain where stock transformers can express it, else edited."""
+    values: Mapping[str, Any] = job.source.values
     if job.edits:
         skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
-        apply_edits(skeleton, packed_edits(skeleton, job.source.values))
+        values = after_edits(values, skeleton, job.edits)
         check_edits(skeleton, job.edits)
-    after = resulting_config(job.source.values, job.edits)
+    after = resulting_config(values, job.edits)
     cpu = torch.device("cpu")
     with measured_cost(cpu) as measured, progress_bar("writing") as progress:
         layers = kept_layers([to_json(edit) for edit in job.edits], job.source.num_layers)
         writer = CheckpointWriter(
             job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
         )
+        writer.values = values
         if job.weight_stage is not None:
             done_stage = run_weight_stage(job.weight_stage, job.source, run, writer, progress)
             job.report[-1] |= done_stage.report
-            after = resulting_config({**job.source.values, **done_stage.values}, done_stage.edits)
+            after = resulting_config(done_stage.values, done_stage.edits)
         else:
             rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
+    rounded = times_rounded(job.source, job.report[-1])
+    job.report[-1] |= {"rounded": rounded} if rounded else {}
     cost = {"surgery_seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"]}
     form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
     manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StackedWeight, StoredWeight
+from moe_compress.checkpoints.partly_packed import NEW_NUMBERS
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.edits.apply import apply_edit, edits_by_layer
@@ -62,7 +63,7 @@ def _edited(
     edits: Sequence[Edit],
     added: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """The tensors of a layer after its edits; what was packed stays so."""
+    """The tensors of a layer after its edits; what was packed stays so, unless it has new numbers."""
     packed = any(isinstance(checkpoint.tensors[key], StoredWeight) for key in checkpoint.keys(index))
     before = stored_matrices(model, index) if packed else {}
     for edit in edits:
@@ -84,9 +85,12 @@ def _still_packed(
 ) -> dict[str, StoredWeight]:
     """What is packed in the source and left after the edits, by its new name: the same bytes, never quantized again."""
     entries = {place: checkpoint.tensors.get(key) for key, place in before.items()}
+    new = any(edit.edit in NEW_NUMBERS for edit in edits)
     found: dict[str, StoredWeight] = {}
     for key, (name, number) in stored_matrices(model, index).items():
         if name.rpartition(".")[0] == names.get("experts"):
+            if new:
+                continue
             number = _number_before(edits, number)
         entry = entries.get((name, number))
         if isinstance(entry, StoredWeight):
@@ -97,7 +101,8 @@ def _still_packed(
 def _still_stacked(checkpoint: Checkpoint, keys: Sequence[str], edits: Sequence[Edit]) -> dict[str, Any]:
     """The same of experts that are packed in one stack: those that are left of it."""
     cuts = [edit for edit in edits if isinstance(edit, KeepExperts)]
-    stacks = [key for key in keys if isinstance(checkpoint.tensors[key], StackedWeight)]
+    new = any(edit.edit in NEW_NUMBERS for edit in edits)
+    stacks = [] if new else [key for key in keys if isinstance(checkpoint.tensors[key], StackedWeight)]
     if not cuts or not stacks:
         return {key: checkpoint.tensors[key] for key in stacks}
     left = [_number_before(cuts, number) for number in range(len(cuts[-1].experts))]

@@ -53,7 +53,8 @@ def apply_for_counting(model: PreTrainedModel, edits: Sequence[PackMatrices]) ->
     names, family = block_names(model) if edits else {}, family_of(model.config)
     for edit in edits:
         view = moe_view(hf.decoder_layers(model)[edit.layer], family)
-        if view is None or view.unfused or not edit.alike:
+        experts = view is not None and any(name.startswith(f"{view.names['experts']}.") for name in edit.bits)
+        if view is None or not experts or view.unfused or not edit.alike:
             apply_edit(model, names, edit)
             continue
         count = view.num_experts

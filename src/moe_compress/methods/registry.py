@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_compress.utils.choices import coerce, nearest, one_of
-from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, declarations, of_function
+from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Registered, declarations, of_function
 
 if TYPE_CHECKING:
     from moe_compress.methods.weight_method import BitAllocation, GridOptions, InputRescaling
@@ -97,7 +97,8 @@ class Method:
         """Typed and complete parameters: unknown names and bad values are errors, defaults are filled in."""
         typed = self._typed(given)
         bound = {name: parameter.default for name, parameter in self.parameters.items()}
-        bound |= self._preset(given.get("preset"))
+        preset = self._preset(given.get("preset"))
+        bound |= {**self._implied({**bound, **preset, **typed}), **preset}
         for group in self.exclusive:
             named = [name for name in group if typed.get(name) is not None]
             if len(named) > 1:
@@ -108,6 +109,14 @@ class Method:
             if value is REQUIRED:
                 raise ValueError(f"{self.name} needs {name}=.")
         return bound
+
+    def _implied(self, bound: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults that the chosen word of a registry brings along: `format=` of one of 8 bits, for one, bits=8."""
+        found: dict[str, Any] = {}
+        for name, parameter in self.parameters.items():
+            for registered in getattr(parameter.hint, "__metadata__", ()):
+                found |= registered.implied(bound[name]) if isinstance(registered, Registered) else {}
+        return found
 
     def displaced_by(self, given: Mapping[str, Any]) -> set[str]:
         """Parameters that give way to later words: whatever a preset sets, and what excludes all that is set."""

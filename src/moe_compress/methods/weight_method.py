@@ -22,7 +22,8 @@ class MatrixGroup:
     names: of the B experts (or the one matrix), for messages; weights: [B, O, I] each; moment: mean squares of the
     inputs [B, I] or their mean outer products [B, I, I], None where the method asked for neither; sparsity_B: of the
     weights of each, what the allocation says, None where it says nothing; bits: the same for quantization, B widths of
-    each matrix; group_size: inputs that share a scale; stored: what scales are stored in.
+    each matrix; group_size: inputs that share a scale; stored: what scales are stored in; numbers: on which they are
+    rounded, as the storage format calls them; reach_B: the largest magnitude of each one's inputs, where seen.
     """
 
     names: list[str]
@@ -32,19 +33,35 @@ class MatrixGroup:
     bits: list[list[int]] | None = None
     group_size: int = 0
     stored: torch.dtype = torch.float32
+    numbers: str = "int"
+    reach_B: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedMatrices:
-    """Codes int8 [B, O, I] of `bits` each, and their scales [B, O, G] in the dtype that is stored."""
+    """Codes [B, O, I] of `bits` each, int8 or FP8, which FP4's fit in, and their scales [B, O, G] as they are stored.
+
+    zero: codes of the weight 0 [B, O, G] where that is not 0; divisor: what the scales are divided by [B] (NVFP4);
+    input_divisor: the same of the scales that engines find for the inputs.
+    """
 
     codes: Tensor
     scale: Tensor
     bits: list[int]
+    zero: Tensor | None = None
+    divisor: Tensor | None = None
+    input_divisor: Tensor | None = None
 
     def dense(self) -> Tensor:
-        """The weights that they stand for, in the scales' dtype."""
-        return dequantized(self.codes, self.scale)
+        """The weights that they stand for, in the dtype in which they are read."""
+        if self.divisor is not None:
+            scale = self.scale.float() / self.divisor[:, None, None]
+            return dequantized(self.codes, scale).bfloat16()
+        if self.zero is None:
+            return dequantized(self.codes, self.scale)
+        zero_BOG1, scale_BOG1 = self.zero.to(self.scale.dtype).unsqueeze(3), self.scale.unsqueeze(3)
+        number_BOGg = self.codes.to(self.scale.dtype).unflatten(2, (self.scale.shape[2], -1))
+        return ((number_BOGg - zero_BOG1) * scale_BOG1).flatten(2)
 
 
 @dataclass(frozen=True, slots=True)

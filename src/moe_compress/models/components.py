@@ -135,9 +135,8 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
             if parameter is None or (tied and module is head):
                 continue
             each = parameter.element_size() if name in PACKED else itemsize
-            held.bytes += count * round(
-                parameter.numel() * (scale_bytes if scale_bytes and name == PACKED[1] else each)
-            )
+            said = scale_bytes if scale_bytes is not None and name == PACKED[1] else each
+            held.bytes += count * round(parameter.numel() * said)
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]
             held.parameters += count * parameter.numel()

@@ -89,6 +89,11 @@ class Registered:
         declared = (each.positional[0] for each in found)
         return tuple(dict.fromkeys([*self.first, *declared, *_REGISTERED.get((self.package, self.decorator), ())]))
 
+    def implied(self, name: str) -> Mapping[str, Any]:
+        """What the decorator of one of them says that other parameters then have by default (`implies=`)."""
+        found = declarations(self.package, self.decorator)
+        return next((each.keywords.get("implies", {}) for each in found if each.positional[0] == name), {})
+
     def add(self, name: str) -> None:
         """Take in the name of a function that is being defined, here or elsewhere."""
         _REGISTERED.setdefault((self.package, self.decorator), []).append(name)

@@ -32,11 +32,13 @@ def grouped(**change: Any) -> dict[str, Any]:
     return {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, **change}}}}
 
 
-ZERO = {"model.layers.0.it.weight_zero_point": torch.zeros(1)}
 CONFIGS: list[Any] = [
-    (GPTQ, {}, "is stored in gptq format, which is not read with sym=False: use a bf16 or fp32 copy"),
-    ({**GPTQ, "sym": True, "desc_act": True}, {}, "is stored in gptq format, which is not read with desc_act=True"),
-    ({"quant_method": "fp8"}, {}, "is stored in fp8 format, which is not read"),
+    ({**GPTQ, "sym": None}, {}, "is stored in gptq format, which is not read with sym=None: use a bf16 or fp32 copy"),
+    ({**GPTQ, "desc_act": "yes"}, {}, "is stored in gptq format, which is not read with desc_act=yes"),
+    ({"quant_method": "fp8", "fmt": "e5m2"}, {}, "is stored in fp8 format, which is not read"),
+    ({"quant_method": "awq", "bits": 8}, {}, "is stored in awq format, which is not read with bits=8"),
+    ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, {}, "which is not read with quant_algo=W4A8_AWQ"),
+    ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}, {}, "whose quantized_layers are missing"),
     ({**PACKED, "format": "float-quantized"}, {}, "is stored in compressed-tensors float-quantized format, which is"),
     ({**PACKED, "config_groups": {}}, {}, "whose config_groups are missing"),
     (
@@ -44,18 +46,18 @@ CONFIGS: list[Any] = [
         {},
         "group 'a' lacks num_bits",
     ),
-    (
-        {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, "symmetric": False}}}},
-        {},
-        "not read with zero",
-    ),
+    ({**PACKED, "ignore": ["re:("]}, {}, "whose settings say nothing that is known"),
     (
         {**PACKED, "config_groups": {"a": {**TARGETS, "weights": {**GROUP, "group_size": None}}}},
         {},
         "no strategy and gro",
     ),
     ({**GPTQ, "sym": True, "group_size": 8, "dynamic": {"+:.*": {"bits": 8}}}, {}, "settings of their own for +:.*"),
-    (PACKED, ZERO, "model.layers.0.it is packed with weight_zero_point, which is not read: use a bf16 copy, or symm"),
+    (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"model.layers.0.it.pre_quant_scale": torch.zeros(1)},
+        "model.layers.0.it is packed with pre_quant_scale, which is not read: use a bf16 copy",
+    ),
     (PACKED, {"model.layers.0.it.weight_packed": torch.zeros(1)}, "weight_scale is missing beside model.layers.0.it"),
 ]
 

@@ -119,9 +119,12 @@ REFUSED: list[Any] = [
 
 
 @pytest.mark.parametrize(("family", "second", "said"), REFUSED)
-def test_packed_weights_do_not_change_any_more(family, second, said, wide_lab, wide_made, monkeypatch, tmp_path):
-    folder, calls = wide_made(family, BLIND), counting(monkeypatch, forward.hf, "run_layer")
-    sentence = refused(f"{BLIND} + {second}", wide_lab(family), tmp_path)
+def test_what_is_packed_in_modules_does_not_change_any_more(
+    family, second, said, wide_lab, wide_made, monkeypatch, tmp_path
+):
+    first = f"{BLIND} format=packed"
+    folder, calls = wide_made(family, first), counting(monkeypatch, forward.hf, "run_layer")
+    sentence = refused(f"{first} + {second}", wide_lab(family), tmp_path)
     assert sentence.startswith(f"stage 2 ({second.split()[0]}): ") and said in sentence
     assert said in refused(second, {**wide_lab(family), "model": str(folder)}, tmp_path) and not calls
 

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
         ("mixtral", "quantize damping=nan", "damping=nan: a share of the mean of the diagonal"),
         ("mixtral", "quantize method=rtn act_order=true", "act_order=true is GPTQ's, and method=rtn goes through no"),
         ("mixtral", "quantize method=foo", "quantize.method=foo: allowed: rtn, gptq, awq."),
-        ("mixtral", "quantize format=foo", "quantize.format=foo: allowed: auto, compressed-tensors"),
+        ("mixtral", "quantize format=foo", "quantize.format=foo: allowed: auto, awq, compressed-tensors"),
         ("mixtral", "quantize unseen=magnitude", "quantize.unseen=magnitude: allowed: rtn, pooled, error."),
         ("mixtral", "quantize experts_at_once=-1", "experts_at_once=-1 min_tokens=32: counts from 0 (all) and from 1"),
         ("gpt_oss", "quantize format=compressed-tensors", "gpt_oss stores mlp.experts.gate of layer 0 together with"),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import rtn
+from moe_compress.methods.quantization.numbers import Integers
 from support import naive_quantization as slow
 from support.quantized import BITS, correlated, random
 from support.slow import each_once, slow_unless
@@ -63,7 +64,7 @@ def test_gptq_is_that_of_the_paper(bits, grid, act_order):
     x[0, :, 3], weights[0][:, :, ::9] = 0, 0
     gram = x.transpose(1, 2) @ x / x.shape[1]
     keywords = {"clip": clip, "act_order": act_order, "damping": 0.02}
-    found, raised = gptq(weights, gram, bits, group, dtype, ["a", "b"], **keywords)
+    found, raised = gptq(weights, gram, Integers(bits), group, dtype, ["a", "b"], **keywords)
     assert raised == [] and bool((found[0][0][:, :, ::9] == 0).all())
     for b in range(2):
         both = torch.cat([weight[b] for weight in weights])
@@ -83,8 +84,8 @@ def test_inputs_that_are_always_zero_weigh_nothing(size):
     dead = torch.arange(64) % 8 == 3
     rows[:, dead] = 0
     weight, gram = random(1, 16, 64, seed=6), (rows.T @ rows / len(rows))[None]
-    ((codes, scale),), _ = gptq([weight], gram, 3, 32, torch.float32, ["it"])
-    ((alone, _),), _ = gptq([weight * ~dead], gram, 3, 32, torch.float32, ["it"])
+    ((codes, scale, _),), _ = gptq([weight], gram, Integers(3), 32, torch.float32, ["it"])
+    ((alone, _, _),), _ = gptq([weight * ~dead], gram, Integers(3), 32, torch.float32, ["it"])
     live = (codes[..., ~dead] == alone[..., ~dead]).double().mean()
     error = slow.output_error(weight[0], slow.dequantized(codes[0], scale[0].double()), gram[0])
     plain = slow.rtn(weight[0], 3, 32, torch.float32, "mse", gram[0].diagonal())
@@ -95,7 +96,7 @@ def test_inputs_that_are_always_zero_weigh_nothing(size):
 def test_groups_that_fit_no_block(inputs, group):
     x, weight = correlated(1, inputs, 6), random(1, 6, inputs, seed=7)
     gram = x.transpose(1, 2) @ x / x.shape[1]
-    ((codes, scale),), _ = gptq([weight], gram, 3, group, torch.float32, ["it"])
+    ((codes, scale, _),), _ = gptq([weight], gram, Integers(3), group, torch.float32, ["it"])
     expected = slow.gptq(weight[0], gram[0], 3, group, torch.float32)
     require_same((codes[0], scale[0]), expected, weight[0], gram[0], often=False)
 
@@ -104,10 +105,10 @@ def test_groups_that_fit_no_block(inputs, group):
 def test_making_up_for_rounding_pays(bits):
     x, weights = correlated(4, 64, 8), random(4, 16, 64, seed=9)
     gram = x.transpose(1, 2) @ x / x.shape[1]
-    (solved,), _ = gptq([weights], gram, bits, 16, torch.float32, list("abcd"))
+    (solved,), _ = gptq([weights], gram, Integers(bits), 16, torch.float32, list("abcd"))
     rounded = rtn(weights, bits, 16, torch.float32, "mse")
     for b, weight in enumerate(weights):
-        pair = [slow.dequantized(codes[b].long(), scale[b]) for codes, scale in (solved, rounded)]
+        pair = [slow.dequantized(codes[b].long(), scale[b]) for codes, scale in (solved[:2], rounded)]
         new, old = (slow.output_error(weight, each, gram[b]) for each in pair)
         assert new < 0.8 * old
 
@@ -115,7 +116,7 @@ def test_making_up_for_rounding_pays(bits):
 def test_damping_is_raised_once_and_said():
     gram = torch.eye(8).repeat(3, 1, 1)
     gram[1, 0, 0] = -0.05  # not definite with a damping of 0.01, definite with 0.1
-    assert gptq([random(3, 4, 8)], gram, 4, 8, torch.float32, ["a", "b", "c"])[1] == [1]
+    assert gptq([random(3, 4, 8)], gram, Integers(4), 8, torch.float32, ["a", "b", "c"])[1] == [1]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -5.0])
@@ -124,4 +125,4 @@ def test_a_gram_matrix_that_nothing_saves(wrong):
     gram[2, 4, 4] = wrong
     names = [f"expert {e} of layer 7" for e in range(3)]
     with pytest.raises(ValueError, match="the Gram matrix of expert 2 of layer 7 is singular or holds NaN"):
-        gptq([random(3, 4, 8)], gram, 4, 8, torch.float32, names)
+        gptq([random(3, 4, 8)], gram, Integers(4), 8, torch.float32, names)

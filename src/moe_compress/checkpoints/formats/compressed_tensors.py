@@ -1,12 +1,12 @@
-"""compressed-tensors' `pack-quantized`: codes packed into int32 words along the inputs, a scale a group; symmetric.
+"""compressed-tensors: whole codes packed into int32 words along the inputs, one code an element, or two FP4 in a byte.
 
-Experts have one scheme, all other linear maps another: that is as far as stock loaders tell schemes apart.
+Written are symmetric packed ones (`pack-quantized`). Experts have one scheme, all other linear maps another: that is as
+far as stock loaders tell schemes apart. O outputs, I inputs, G groups of inputs, W words.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,39 +14,83 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoints.formats.compressed_schemes import ALIKE, refuses, scheme_config
+from moe_compress.checkpoints.formats.element_layouts import ElementWeight, Fp4Weight
 from moe_compress.checkpoints.formats.registry import (
+    CodedMatrix,
     Config,
     Format,
     Grid,
     Loaders,
-    Packing,
-    Request,
+    Verdict,
     Writer,
     common_bits,
     storage_format,
     vllm_integers,
 )
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight
-from moe_compress.models.modeling.bit_packing import WORD, pack
+from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
 
-EXPERTS = r"re:.*\.experts\.\d+\..*"
+# How groups of weights may be stored: the type of their numbers, and bits.
+FORMATS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "pack-quantized": ("int", tuple(range(2, 9))),
+    "int-quantized": ("int", (8,)),
+    "naive-quantized": ("int", (8,)),
+    "float-quantized": ("float", (8,)),
+    "nvfp4-pack-quantized": ("float", (4,)),
+    "mxfp4-pack-quantized": ("float", (4,)),
+    "mxfp8-quantized": ("float", (8,)),
+}
+MIXED, NVFP4 = "mixed-precision", "nvfp4-pack-quantized"
+UNCONVERTED = {"mxfp4-pack-quantized", "mxfp8-quantized"}
+ONE_BYTE = ("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized")
+GROUPED = ("group", "tensor_group")
+STRATEGIES = ("tensor", "channel", "block", *GROUPED)
+INSIDE = "re:"
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsWeight(PackedWeight):
-    """`X.weight_packed` int32 [O, W], `X.weight_scale` [O, G] and `X.weight_shape` for `X.weight`."""
+    """`X.weight_packed` int32 [O, W], `X.weight_scale` [O, G] and `X.weight_shape` for `X.weight`.
+
+    With zero points `X.weight_zero_point` [O', G], packed along the outputs; with act-order the group of every input,
+    `X.weight_g_idx` [I]. Both are made dense in memory.
+    """
 
     scale: Any
     words: Any
     shape: Any
+    zeros: Any = None
+    g_idx: Any = None
 
     NAMES: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight_packed", ".weight_shape")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (".weight_zero_point", ".weight_g_idx")
     SIGN: ClassVar[str] = ".weight_packed"
+
+    @property
+    def stays_packed(self) -> bool:
+        """Where a code and a scale say all."""
+        return self.zeros is None and self.g_idx is None
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """Words int32 [O, W], scales [O, G], bits and inputs."""
         words_OW, inputs = self.words[...], int(self.shape[...][1])
         return words_OW, self.scale[...], self.bits or words_OW.shape[1] * WORD // inputs, inputs
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The weights [O, I]."""
+        codes_OI, scale_OG, bits = self.codes()
+        if self.stays_packed:
+            return dequantized(codes_OI, scale_OG)
+        groups = scale_OG.shape[1]
+        group_I = torch.arange(codes_OI.shape[1]) // (codes_OI.shape[1] // groups)
+        if self.g_idx is not None and bool((self.g_idx[...] >= 0).all()):
+            group_I = self.g_idx[...].long()
+        number_OI = codes_OI.to(scale_OG.dtype)
+        if self.zeros is not None:
+            zeros_OG = unpack(self.zeros[...].T.contiguous(), bits, len(codes_OI)).T
+            number_OI = number_OI - zeros_OG.to(scale_OG.dtype)[:, group_I]
+        return number_OI * scale_OG[:, group_I]
 
     def disagreement(self, grids: Sequence[Grid]) -> str:
         """What of its shapes lies on none of these grids; empty if they fit."""
@@ -64,93 +108,148 @@ def on_a_grid(scales: Sequence[int], words: Sequence[int], grids: Sequence[Grid]
     )
 
 
-def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> CompressedTensorsWeight:
-    return CompressedTensorsWeight(scale_OG.contiguous(), pack(codes_OI, bits), torch.tensor(codes_OI.shape), bits=bits)
+def packed_parts(matrix: CodedMatrix) -> CompressedTensorsWeight:
+    """Words, scales and shape, and zero points where there are any."""
+    codes_OI, bits = matrix.codes_OI, matrix.bits
+    zeros = None if matrix.zero_OG is None else pack(matrix.zero_OG.T.contiguous(), bits).T.contiguous()
+    shape, scale_OG = torch.tensor(codes_OI.shape), matrix.scale_OG.contiguous()
+    return CompressedTensorsWeight(scale_OG, pack(codes_OI, bits), shape, zeros, bits=bits)
 
 
 def _unreadable(config: Config) -> str:
-    if config.get("format") != "pack-quantized":
+    if config.get("format") not in (*FORMATS, MIXED):
         return "which is not read"
     groups = config.get("config_groups")
-    for name, group in groups.items() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") or {}
-        if not weights.get("symmetric", True):
-            return f"which is not read with zero points (group {name!r})"
-        if weights.get("num_bits") not in range(2, 9) or not group.get("targets"):
-            return f"whose group {name!r} lacks num_bits or targets"
-        if weights.get("strategy") not in ("channel", "group") or (weights["strategy"] == "group") != bool(
-            weights.get("group_size")
-        ):
-            return f"whose group {name!r} says no strategy and group_size that are read"
-    return "" if groups else "whose config_groups are missing"
+    if not isinstance(groups, Mapping) or not groups:
+        return "whose config_groups are missing"
+    return next((reason for name, group in groups.items() if (reason := _odd(config, name, group))), "")
+
+
+def _odd(config: Config, name: str, group: Any) -> str:
+    """Why a group of weights is not read; empty if it is."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping) or not isinstance(weights.get("num_bits"), int) or not group.get("targets"):
+        return f"whose group {name!r} lacks num_bits or targets"
+    kind, widths = FORMATS.get(str(group.get("format") or config.get("format")), ("", ()))
+    if weights.get("type", "int") != kind or weights["num_bits"] not in widths:
+        return f"which is not read with {weights.get('type', 'int')} of {weights['num_bits']} bits (group {name!r})"
+    strategy = weights.get("strategy")
+    if strategy not in STRATEGIES or (strategy in GROUPED) != bool(weights.get("group_size")):
+        return f"whose group {name!r} says no strategy and group_size that are read"
+    return "" if strategy != "block" or weights.get("block_structure") else f"whose group {name!r} says no block"
 
 
 def _grids(config: Config) -> list[Grid]:
-    pairs = [(group["targets"], group["weights"]) for group in config["config_groups"].values()]
+    """What every group says, without those that `ignore` names."""
+    ignore = tuple(config.get("ignore") or ())
     return [
-        Grid(bits=weights["num_bits"], group_size=weights.get("group_size") or 0, targets=tuple(targets))
-        for targets, weights in pairs
+        Grid(
+            bits=group["weights"]["num_bits"],
+            group_size=group["weights"].get("group_size") or (group["weights"].get("block_structure") or (0, 0))[1],
+            targets=tuple(group["targets"]),
+            ignore=ignore,
+        )
+        for group in config["config_groups"].values()
     ]
 
 
-def _config(packing: Packing) -> dict[str, Any]:
-    """One scheme for experts, one for all other linear maps, where there are any."""
-    matrices = [(index, matrix) for index, found in packing.matrices.items() for matrix in found]
-    schemes = {m.kind == "experts": _scheme(packing, packing.group_sizes[index, m.name]) for index, m in matrices}
-    groups: dict[str, Any] = {}
-    if True in schemes:
-        groups["experts"] = {"targets": [EXPERTS], "weights": schemes[True]}
-    if False in schemes:
-        names = {matrix.name for _, matrix in matrices if matrix.kind != "experts" and matrix.name}
-        groups["others"] = {"targets": [_target(name) for name in sorted(names)], "weights": schemes[False]}
-    for group in groups.values():
-        group |= {"input_activations": None, "output_activations": None, "format": "pack-quantized"}
+def _settings(config: Config) -> dict[str, Any]:
+    """The width of codes, and blocks that share a scale."""
+    blocks = {tuple(b) for g in config["config_groups"].values() if (b := g["weights"].get("block_structure"))}
+    return {**common_bits(_grids(config)), "block": blocks.pop() if len(blocks) == 1 else None}
+
+
+def _scale_bytes(config: Config, itemsize: int) -> float | None:
+    """A byte for FP4's and MXFP8's; others with what a zero point takes, or shared by outputs; None for plain ones."""
+    group = next(iter(config["config_groups"].values()))
+    weights = group["weights"]
+    if (group.get("format") or config["format"]) in ONE_BYTE:
+        return 1.0
+    if weights["strategy"] == "block":
+        return itemsize / float(weights["block_structure"][0])
+    if weights["strategy"] == "tensor":
+        return 0.0
+    return None if weights.get("symmetric", True) else itemsize + weights["num_bits"] / 8
+
+
+def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """With more names in `ignore`, where experts stand as patterns of all that is inside them."""
+    left = [f"{INSIDE}{name}[.].*" if name.endswith("experts") else name for name in names]
+    return {**config, "ignore": [*(config.get("ignore") or ()), *left]}
+
+
+def _joined(before: Config, new: Config) -> dict[str, Any] | None:
+    """The groups of both; None where what is left out before would be left out of the new ones."""
+    taken = {target for group in new["config_groups"].values() for target in group["targets"]}
+    groups = {f"before {name}": group for name, group in before["config_groups"].items()}
+    if any(taken & {*group["targets"]} for group in groups.values()):
+        return None
+    formats = {group.get("format") or before["format"] for group in groups.values()} | {new["format"]}
+    ignore = [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])]
     return {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": ["lm_head"],
+        **new,
+        "format": formats.pop() if len(formats) == 1 else MIXED,
+        "config_groups": {**new["config_groups"], **groups},
+        "ignore": ignore,
     }
 
 
-def _scheme(packing: Packing, group_size: int) -> dict[str, Any]:
-    """A symmetric grid of whole numbers as compressed-tensors says it."""
-    strategy = {"strategy": "channel"} if packing.whole_rows else {"strategy": "group", "group_size": group_size}
-    return {"num_bits": packing.bits, "type": "int", "symmetric": True, "dynamic": False, **strategy}
+def _transformers(config: Config) -> Verdict:
+    """It makes experts of packed whole numbers, FP8 and MXFP4 dense."""
+    group = next(iter((config.get("config_groups") or {"": {}}).values()))
+    kind, instead = group.get("format") or config.get("format"), "use moe_compress.load or vLLM"
+    if not group.get("weights", {}).get("symmetric", True):
+        return False, f"its loader leaves out the zero points of experts: {instead}"
+    if kind == NVFP4:
+        return False, f"its loader leaves out the global scales of experts, without a word: {instead}"
+    if kind in ("int-quantized", "naive-quantized"):
+        return False, f"its loader fuses no experts of whole numbers that are not packed: {instead}"
+    return True, "with compressed-tensors installed; weights are made dense"
 
 
-def _target(name: str) -> str:
-    """The linear maps of this name. A target with `experts` in it would be taken for that of experts."""
-    return r"re:.*layers\.\d+\." + re.escape(name).replace("experts", "expert[s]") + "$"
+def _vllm(config: Config) -> Verdict:
+    """Its fused experts take no zero points."""
+    groups = (config.get("config_groups") or {}).values()
+    if any(not group["weights"].get("symmetric", True) for group in groups):
+        return False, "its fused experts take no zero points in this layout: use format=awq"
+    return vllm_integers(sorted({grid.bits for grid in _grids(config)}))
 
 
-def _refuses(request: Request) -> str:
-    return "" if "experts" in request.kinds else "is read by stock transformers only where experts are packed, too"
+def _llama_cpp(config: Config) -> Verdict:
+    """Its converter takes one group, or several that are all NVFP4; packed whole numbers only in groups of inputs."""
+    groups = list((config.get("config_groups") or {}).values())
+    formats = {str(group.get("format") or config.get("format")) for group in groups}
+    if len(groups) > 1 and formats != {NVFP4}:
+        return False, f"its converter takes one config group, and here are {len(groups)}: use where=experts"
+    if formats & UNCONVERTED:
+        return False, f"its converter knows no {', '.join(sorted(formats))}: use format=nvfp4a16, or dense"
+    if formats == {"pack-quantized"} and groups[0]["weights"].get("strategy") != "group":
+        return False, "its converter takes packed whole numbers with scales of groups, not of rows: use group_size=128"
+    how = "of a version that knows NVFP4" if formats == {NVFP4} else "makes the weights dense"
+    return True, f"not tried: convert_hf_to_gguf.py {how}"
 
 
 @storage_format("compressed-tensors")
 def compressed_tensors() -> Format:
     """`pack-quantized` of compressed-tensors, symmetric."""
     return Format(
-        layouts=(CompressedTensorsWeight,),
-        described="compressed-tensors pack-quantized",
+        layouts=(Fp4Weight, CompressedTensorsWeight, ElementWeight),
+        described=f"compressed-tensors ({', '.join(FORMATS)})",
         unreadable=_unreadable,
         grids=_grids,
-        settings=lambda config: common_bits(_grids(config)),
-        foreign=("weight_zero_point", "weight_g_idx", "weight_global_scale"),
+        settings=_settings,
+        scale_bytes=_scale_bytes,
+        leave_out=_leave_out,
+        joined=_joined,
         loaders=Loaders(
-            transformers=(True, "with compressed-tensors installed; weights are made dense"),
-            vllm=vllm_integers,
-            llama_cpp=(True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
+            transformers=_transformers,
+            vllm=_vllm,
+            llama_cpp=_llama_cpp,
         ),
         writer=Writer(
-            parts=_parts,
-            config=_config,
-            shared={
-                "the experts": lambda kind: kind == "experts",
-                "the other linear maps": lambda kind: kind != "experts",
-            },
-            refuses=_refuses,
+            parts=packed_parts,
+            config=scheme_config,
+            shared=ALIKE,
+            refuses=refuses,
         ),
     )

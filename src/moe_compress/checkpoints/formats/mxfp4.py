@@ -5,19 +5,32 @@ E experts, O outputs, I inputs, B blocks.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from moe_compress.checkpoints.formats.registry import Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.compressed_schemes import scheme_config
+from moe_compress.checkpoints.formats.element_layouts import Fp4Weight
+from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, e2m1_octets, exponents, powers_of_two
+from moe_compress.checkpoints.formats.registry import (
+    CodedMatrix,
+    Config,
+    Format,
+    Grid,
+    Loaders,
+    Writer,
+    leave_out_modules,
+    storage_format,
+)
+from moe_compress.checkpoints.formats.served_schemes import only
 from moe_compress.checkpoints.formats.stored_weight import StackedWeight
 
-# Numbers of 4 bits with 2 of exponent, by code.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E8M0_BIAS = 127
 BITS, BLOCK = 4, 32
+# As compressed-tensors says it of matrices that are stored one by one.
+MX = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": "group", "group_size": BLOCK}
+MX |= {"scale_dtype": "torch.uint8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +49,51 @@ class Mxfp4Weight(StackedWeight):
 
     def __getitem__(self, _everything: Any) -> Tensor:
         """The numbers [E, I, O]."""
-        octets, exponent_EOB = self.codes[...], self.scale[...].int() - E8M0_BIAS
-        value = torch.tensor([*E2M1, *(-number for number in E2M1)])
-        number = torch.stack([value[(octets & 15).int()], value[(octets >> 4).int()]], -1).flatten(-2)
-        return torch.ldexp(number, exponent_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
+        number_EOBI, scale_EOB = e2m1_numbers(self.codes[...]), powers_of_two(self.scale[...])
+        return (number_EOBI * scale_EOB.unsqueeze(-1)).flatten(-2).transpose(1, 2).bfloat16()
 
 
-@storage_format("mxfp4", written=False)
+def _grids(config: Config) -> list[Grid]:
+    """The experts of all layers but those that are left out by name."""
+    return [
+        Grid(bits=BITS, group_size=BLOCK, ignore=tuple(config.get("modules_to_not_convert") or ()), kinds=("experts",))
+    ]
+
+
+def _parts(matrix: CodedMatrix) -> Fp4Weight:
+    return Fp4Weight(exponents(matrix.scale_OG), e2m1_octets(matrix.codes_OI.float()))
+
+
+def _writer(inputs: dict[str, Any] | None) -> Writer:
+    """Matrices stored one by one, in compressed-tensors' words. inputs: how engines round activations."""
+    weights = {**MX, "dynamic": False}
+    return Writer(
+        parts=_parts,
+        numbers="mxfp4",
+        inputs=BLOCK,
+        config=functools.partial(
+            scheme_config, weights=lambda _packing, _size: weights, inputs=inputs, format="mxfp4-pack-quantized"
+        ),
+        refuses=functools.partial(only, BITS),
+    )
+
+
+@storage_format("mxfp4a16", implies={"group_size": BLOCK})
+def mxfp4a16() -> Format:
+    """MXFP4, activations as they are."""
+    return Format(writer=_writer(None))
+
+
+@storage_format("mxfp4", implies={"group_size": BLOCK})
 def mxfp4() -> Format:
-    """Floating-point numbers of 4 bits; families that publish in it keep experts in one stack a layer."""
+    """MXFP4: FP4 with a power of two for 32 inputs, weights and activations; GPT-OSS publishes stacks of experts so."""
     return Format(
         layouts=(Mxfp4Weight,),
         described="mxfp4",
-        grids=lambda _: [Grid(bits=BITS, group_size=BLOCK, kinds=("experts",))],
-        scale_bytes=lambda _: 1.0,
+        grids=_grids,
+        leave_out=leave_out_modules,
+        scale_bytes=lambda _config, _itemsize: 1.0,
+        kept_by_stock=True,
         loaders=Loaders(),
+        writer=_writer({**MX, "dynamic": True}),
     )

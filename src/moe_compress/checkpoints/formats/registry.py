@@ -32,6 +32,8 @@ QUANTIZATION = "quantization_config"
 DENSE, EDITED_PACKED = "dense", "packed"
 # Widths of whole codes that vLLM's fused experts take.
 VLLM_FUSED_BITS = (4, 8)
+# What compressed-tensors and its relatives call all linear maps at once, experts' included.
+LINEAR = "Linear"
 Config = Mapping[str, Any]
 Verdict = tuple[bool, str]
 
@@ -40,13 +42,15 @@ Verdict = tuple[bool, str]
 class Grid:
     """Weights of few bits as a quantization_config tells of them.
 
-    group_size: inputs that share a scale, 0 for a whole row; targets: patterns (`re:...`) of the names of modules that
-    are stored one by one; kinds: parts of a layer whose stacks are stored whole.
+    group_size: inputs that share a scale, 0 for a whole row; targets: names, patterns (`re:...`) of names, or the class
+    of modules that are stored one by one; ignore: the same of those that are none all the same; kinds: parts of a layer
+    whose stacks are stored whole.
     """
 
     bits: int
     group_size: int
     targets: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     kinds: tuple[Kind, ...] = ()
 
 
@@ -64,7 +68,8 @@ class Packing:
     """What a stage packs into a plain format.
 
     matrices: by layer; group_sizes: inputs that share a scale, by layer and name of the matrix; whole_rows: one scale a
-    row was asked for; others: names of the matrices that stay plain numbers, routers among them.
+    row was asked for; others: names of the matrices that stay plain numbers, routers among them; plain: the
+    modules of all layers that hold these, by their full names.
     """
 
     bits: int
@@ -72,6 +77,23 @@ class Packing:
     matrices: Mapping[int, Sequence[Matrix]]
     group_sizes: Mapping[tuple[int, str], int]
     others: frozenset[str] = frozenset()
+    plain: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CodedMatrix:
+    """One matrix on a grid: codes [O, I], int8 or FP8 (which FP4 fits in), scales [O, G] as they are stored, and bits.
+
+    zero: codes of the weight 0 [O, G] where these are not 0; divisor: a number that divides all scales (NVFP4);
+    input_divisor: the same of scales that engines find for the inputs.
+    """
+
+    codes_OI: Tensor
+    scale_OG: Tensor
+    bits: int
+    zero_OG: Tensor | None = None
+    divisor: Tensor | None = None
+    input_divisor: Tensor | None = None
 
 
 class PackedStack(Protocol):
@@ -101,8 +123,9 @@ class LayerToStore:
 class Writer:
     """How matrices on a grid are stored; with no field set, as the plain numbers that their codes stand for.
 
-    A plain format has `parts`: what is stored of one matrix, from codes int8 [O, I], scales [O, G] and bits, under the
-    names that stock checkpoints give to it. Its matrices have one width.
+    A plain format has `parts`: what is stored of one matrix, under the names that stock checkpoints give to it. Its
+    matrices have one width. numbers: what it rounds to, in the words of `quantize`'s table; inputs: that share a scale,
+    whatever else is asked for (0: a whole row), None for what the recipe says.
     config: the quantization_config of config.json; shared: which matrices have to have one group size, by what messages
     call them: whether a kind of matrix is one of them; refuses: why it does not hold what is asked for, as the rest of
     a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for that of the
@@ -112,7 +135,9 @@ class Writer:
     Edits say what is packed, and each matrix may have a width of its own.
     """
 
-    parts: Callable[[Tensor, Tensor, int], StoredWeight] | None = None
+    parts: Callable[[CodedMatrix], StoredWeight] | None = None
+    numbers: str = "int"
+    inputs: int | None = None
     config: Callable[[Packing], dict[str, Any]] | None = None
     shared: Mapping[str, Callable[[Kind], bool]] = field(default_factory=dict)
     refuses: Callable[[Request], str] = lambda _: ""
@@ -126,8 +151,16 @@ def common_bits(grids: Sequence[Grid]) -> dict[str, Any]:
     return {"bits": found.pop()} if len(found) == 1 else {}
 
 
-def _not_tried(_bits: Sequence[int]) -> Verdict:
+def _not_tried(_config: Config) -> Verdict:
     return True, "not tried: by its loaders"
+
+
+def _as_its_family(_config: Config) -> Verdict:
+    return True, "as any other model of its family"
+
+
+def _by_converter(_config: Config) -> Verdict:
+    return True, "not tried: by convert_hf_to_gguf.py"
 
 
 def vllm_integers(bits: Sequence[int]) -> Verdict:
@@ -141,20 +174,29 @@ def vllm_integers(bits: Sequence[int]) -> Verdict:
 class Loaders:
     """Which programs load a plain checkpoint in a format, and how or why not, each as (whether, how or why not).
 
-    vllm: asked with the widths of the grids; vllm and llama_cpp: for families that they know; card: what stock
-    transformers makes of packed weights, in the words of a model card.
+    All are asked with the config, vllm and llama_cpp for families that they know;
+    card: what stock transformers makes of packed weights, in the words of a model card.
     """
 
-    transformers: Verdict = (True, "as any other model of its family")
-    vllm: Callable[[Sequence[int]], Verdict] = _not_tried
-    llama_cpp: Verdict = (True, "not tried: by convert_hf_to_gguf.py")
+    transformers: Callable[[Config], Verdict] = _as_its_family
+    vllm: Callable[[Config], Verdict] = _not_tried
+    llama_cpp: Callable[[Config], Verdict] = _by_converter
     card: str = "stock transformers needs `pip install compressed-tensors` and makes them dense"
 
 
+def _not_left_out(_config: Config, names: Sequence[str]) -> dict[str, Any]:
+    raise ValueError(f"what says that weights are packed cannot leave out {names[0]}: use a bf16 copy.")
+
+
+def leave_out_modules(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """The config of a format that lists plain modules as transformers does."""
+    return {**config, "modules_to_not_convert": [*(config.get("modules_to_not_convert") or ()), *names]}
+
+
 OURS_ALONE = Loaders(
-    transformers=(False, "it knows no such format: use moe_compress.load"),
+    transformers=lambda _: (False, "it knows no such format: use moe_compress.load"),
     vllm=lambda _: (False, "it knows no such format: use format=dense"),
-    llama_cpp=(False, "its converter knows no such format: use format=dense"),
+    llama_cpp=lambda _: (False, "its converter knows no such format: use format=dense"),
     card="no other program reads them",
 )
 
@@ -168,8 +210,13 @@ class Format:
     layouts: how the tensors of a stored weight lie and are read, none for a format that no quantization_config names;
     described: what of it is read, in messages; unreadable: why a quantization_config is not read, as the rest of a
     sentence, empty if it is; grids: what it says is packed; settings: what it alone knows of a stored weight, as
-    keywords of the layouts; scale_bytes: what a scale takes of a file, where it is not one number of the model's dtype
-    for a group of inputs; foreign: endings of tensors beside the codes of its relatives that are not read.
+    keywords of the layouts that have them; scale_bytes: what a scale takes of a file, from the config and the size of
+    the model's dtype, None where it is one number of that for a group of inputs; leave_out: the config once modules of
+    these names, and what is inside them, are plain numbers; joined: one config for what is packed before and anew, None
+    where none can say that; foreign: endings of tensors beside the codes of its relatives that are not read.
+
+    kept_by_stock: whether stock transformers has kernels of its own for it, and loads whole models; else this package
+    does, and makes dense in memory what has no kernel.
 
     loaders: which programs load it, none but moe_compress.load unless it is said; writer: how it is written, None for a
     format that is only read.
@@ -181,26 +228,26 @@ class Format:
     unreadable: Callable[[Config], str] = lambda _: ""
     grids: Callable[[Config], list[Grid]] = lambda _: []
     settings: Callable[[Config], dict[str, Any]] = lambda _: {}
-    scale_bytes: Callable[[Config], float | None] = lambda _: None
+    scale_bytes: Callable[[Config, int], float | None] = lambda _config, _itemsize: None
+    leave_out: Callable[[Config, Sequence[str]], dict[str, Any]] = _not_left_out
+    joined: Callable[[Config, Config], dict[str, Any] | None] = lambda _before, _new: None
     foreign: tuple[str, ...] = ()
+    kept_by_stock: bool = False
     loaders: Loaders = OURS_ALONE
     writer: Writer | None = None
-
-    def widths(self, config: Config) -> list[int]:
-        """Bits of the grids of a quantization_config."""
-        return sorted({grid.bits for grid in self.grids(config)})
 
 
 _FORMATS: dict[str, Format] = {}
 
 
 def storage_format(
-    name: str, *, written: bool = True, fallback: int = 0
+    name: str, *, written: bool = True, fallback: int = 0, implies: Mapping[str, Any] | None = None
 ) -> Callable[[Callable[[], Format]], Callable[[], Format]]:
     """Register the format that a function describes; see `Format`.
 
-    written: whether `format=` may ask for it; fallback: above 0 for one that holds whatever others do not: it is listed
-    behind them. Both are read from the source, before torch is imported.
+    implies: what other parameters of a recipe then are by default, such as bits; written: whether `format=` may ask for
+    it; fallback: above 0 for one that holds whatever others do not: it is listed behind them. All are read from the
+    source, before torch is imported.
     """
 
     def register(describe: Callable[[], Format]) -> Callable[[], Format]:

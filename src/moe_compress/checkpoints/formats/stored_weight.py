@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,14 +18,18 @@ if TYPE_CHECKING:
 class StoredWeight:
     """A weight of several tensors, which are read when they are asked for; `[...]` is its numbers.
 
-    Its fields are its tensors, in the order of NAMES; keyword-only fields are what config.json alone knows of it.
+    Its fields are its tensors, in the order of NAMES and OPTIONAL; keyword-only fields are what config.json alone knows
+    of it.
 
-    NAMES: how the names of its tensors end, that which tells the dtype first; SIGN: the one by which it is known; END:
-    how the name of the weight ends that they stand for.
+    NAMES: how the names of its tensors end, that which tells the dtype first; OPTIONAL: the same of tensors that it may
+    have, None where it has not; SIGN: the one by which it is known; DTYPES: that SIGN's tensor has, in the words of
+    safetensors, where relatives have the same names; END: how the name of the weight ends that they stand for.
     """
 
     NAMES: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
     SIGN: ClassVar[str] = ""
+    DTYPES: ClassVar[tuple[str, ...]] = ()
     END: ClassVar[str] = ".weight"
 
     def __getitem__(self, _everything: Any) -> Tensor:
@@ -40,6 +44,16 @@ class StoredWeight:
         """What of its shapes lies on none of these grids ("has scales ..."); empty if they fit, as far as is known."""
         return ""
 
+    @property
+    def stays_packed(self) -> bool:
+        """Whether `moe_compress.load` keeps it packed in memory."""
+        return False
+
+    @classmethod
+    def reads(cls, dtypes: Mapping[str, str]) -> bool:
+        """Whether tensors of these dtypes, by how their names end, are such a weight; SIGN's is one of them."""
+        return not cls.DTYPES or dtypes[cls.SIGN] in cls.DTYPES
+
     @classmethod
     def stem(cls, name: str) -> str:
         """What the names of its tensors begin with, from the name of the weight."""
@@ -51,11 +65,13 @@ class StoredWeight:
 
     def parts(self) -> dict[str, Any]:
         """What it is made of, by how the names end."""
-        return dict(zip(self.NAMES, (getattr(self, name) for name in self._held), strict=True))
+        held = zip((*self.NAMES, *self.OPTIONAL), (getattr(self, name) for name in self._held), strict=True)
+        return {end: part for end, part in held if part is not None}
 
     def each(self, change: Callable[[Any], Any]) -> Self:
         """The same with something else in place of each part."""
-        return replace(self, **{name: change(getattr(self, name)) for name in self._held})
+        held = {name: getattr(self, name) for name in self._held}
+        return replace(self, **{name: change(part) for name, part in held.items() if part is not None})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,11 @@ class PackedWeight(StoredWeight):
     """
 
     bits: int | None = field(default=None, kw_only=True)
+
+    @property
+    def stays_packed(self) -> bool:
+        """It does, unless a layout says otherwise of some."""
+        return True
 
     def packed(self) -> tuple[Tensor, Tensor, int, int]:
         """Words int32 [O, W], packed along the inputs, scales [O, G], bits and inputs."""

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoints.formats.registry import QUANTIZATION as PLAIN
+from moe_compress.checkpoints.partly_packed import packed_kinds
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.methods import registry
+from moe_compress.models.matrices import kinds_of
 from moe_compress.recipes.recipe import Stage
 
 # Tables as large as a Gram matrix that a solver holds beside it, for one source at a time.
@@ -23,6 +31,22 @@ def check_weights(stage: Stage, matrices: StageMatrices) -> None:
         raise ValueError("where=router compares the routing on the compressed stream: use propagate=compressed.")
     if not 0 <= options.shrink < float("inf"):
         raise ValueError(f"shrink={options.shrink}: a number of tokens from 0 up is needed.")
+
+
+def require_rescalable(stage: Stage, model: PreTrainedModel, values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a method that makes inputs larger where what else reads them stays packed.
+
+    values: config.json's of what the stage leaves.
+    """
+    if registry.find(stage.method).implementation.rescales_inputs(stage.parameters) is None or not values.get(PLAIN):
+        return
+    kinds = kinds_of(stage.parameters["where"], stage.parameters["spare"])
+    stays = sorted(packed_kinds(model, values) - {*kinds})
+    if stays:
+        raise ValueError(
+            f"method=awq changes all that reads a norm, but {', '.join(stays)} would stay packed: use method=gptq, or "
+            "where=all."
+        )
 
 
 def gram_bytes(chosen: StageMatrices) -> dict[int, tuple[int, int]]:

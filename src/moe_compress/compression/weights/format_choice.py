@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moe_compress.checkpoints.formats.registry import (
@@ -13,8 +13,11 @@ from moe_compress.checkpoints.formats.registry import (
     Packing,
     Request,
     Writer,
+    format_in,
     formats,
 )
+from moe_compress.checkpoints.partly_packed import packed_kinds, unpacked
+from moe_compress.checkpoints.quantization_config import grid_of
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
@@ -45,11 +48,44 @@ class Storage:
         """How the format is written."""
         return _writer(self.format)
 
-    def checkpoint_form(self, bits: Bits | None = None) -> tuple[list[PackMatrices], dict[str, Any]]:
-        """(edits, config.json values) of the checkpoint. bits: where they differ."""
-        if self.writer.layer is not None:
-            return self.packing_edits(bits), {}
-        return [], {} if self.writer.config is None else {QUANTIZATION: self.writer.config(self._packing())}
+    def edits(self, bits: Bits | None = None) -> list[PackMatrices]:
+        """The edits of the checkpoint. bits: where they differ."""
+        return self.packing_edits(bits) if self.writer.layer is not None else []
+
+    def values(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """Its config.json values, from those of its source.
+
+        Raises ValueError where something else stays packed, and no config says both.
+        """
+        changed = {i: [m.name for m in found] for i, found in self.matrices.by_layer.items()}
+        values = unpacked(before, self.matrices.model, changed)
+        if self.writer.config is None:
+            return values
+        new, old = self.writer.config(self._packing()), values.get(QUANTIZATION)
+        if old is None:
+            return {**values, QUANTIZATION: new}
+        stays = sorted(packed_kinds(self.matrices.model, values))
+        same = old["quant_method"] == new["quant_method"]
+        joined = {**values, QUANTIZATION: format_in(values).joined(old, new) if same else None}
+        if joined[QUANTIZATION] is None or not self._said(joined, new):
+            raise ValueError(
+                f"{', '.join(stays)}: what stays packed there and what format={self.format} packs cannot be said in "
+                "one config: choose where=all, or format=dense."
+            )
+        return joined
+
+    def _said(self, values: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+        """Whether a config for old and new means the new grids where matrices are packed anew."""
+        everything, model = format_in(values).grids(values[QUANTIZATION]), self.matrices.model
+        wanted = format_in(values).grids(new)
+        for index, found in self.matrices.packable.items():
+            names = {matrix.name for matrix in found if self.group_sizes[index, matrix.name]}
+            for stored, (name, _) in stored_matrices(model, index).items():
+                stem = stored.removesuffix(".weight")
+                grid, meant = grid_of(stem, name, everything), grid_of(stem, name, wanted)
+                if name in names and (grid is None or meant is None or replace(grid, ignore=meant.ignore) != meant):
+                    return False
+        return True
 
     def packing_edits(self, bits: Bits | None = None) -> list[PackMatrices]:
         """The edits that make room for codes, layer by layer."""
@@ -72,6 +108,16 @@ class Storage:
         assert self.matrices.grid is not None
         return self.matrices.grid
 
+    def _plain(self) -> list[str]:
+        """The modules that hold matrices that stay plain numbers."""
+        model, found = self.matrices.model, dict[str, None]()
+        family, prefix = family_of(model.config), hf.layers_prefix(model)
+        for index, layer in enumerate(hf.decoder_layers(model)):
+            packed = {m.name for m in self.matrices.packable.get(index, ()) if self.group_sizes[index, m.name]}
+            names = (m.name for m in layer_matrices(layer, family) if m.name not in packed)
+            found |= dict.fromkeys(f"{prefix}{index}.{_module(name)}" for name in names)
+        return list(found)
+
     def _packing(self) -> Packing:
         """What is to be packed into a plain format."""
         chosen, model = self.matrices.packable, self.matrices.model
@@ -81,7 +127,13 @@ class Storage:
         return Packing(
             bits=self._grid.bits, whole_rows=not self._grid.group_size, matrices=chosen, group_sizes=self.group_sizes,
             others=frozenset(every - packed),
+            plain=self._plain(),
         )  # fmt: skip
+
+
+def _module(name: str) -> str:
+    """The module that holds a matrix; of experts, all of them."""
+    return name.rpartition(".")[0] if ".experts." in name else name
 
 
 def storage_for(matrices: StageMatrices) -> Storage:
@@ -167,6 +219,9 @@ def _without_names(matrices: StageMatrices) -> str:
 def _group_sizes(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> GroupSizes:
     """In a plain format, one number has to do for every matrix of a scheme."""
     found = [(i, m) for chosen in (matrices.packable, matrices.routers) for i, each in chosen.items() for m in each]
+    if writer.inputs is not None:
+        widths = {(i, m.name): m.weight_BOI.shape[2] for i, m in found}
+        return {key: 0 if width % (writer.inputs or width) else writer.inputs or width for key, width in widths.items()}
     sizes = {(i, m.name): group_size_for([m.weight_BOI.shape[2]], grid.group_size) for i, m in found}
     for alike in _alike(matrices.packable, writer).values() if grid.group_size else ():
         common = group_size_for([m.weight_BOI.shape[2] for _, m in alike], grid.group_size) if alike else 0
@@ -175,9 +230,10 @@ def _group_sizes(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> 
 
 
 def pack_skeleton(storage: Storage) -> Sequence[Edit]:
-    """Make room for codes in a skeleton that is only counted; returns the edits that a checkpoint will carry."""
-    if storage.format == DENSE:
-        return []
-    edits = storage.packing_edits()
+    """Make room for codes in a skeleton that is only counted; returns the edits that a checkpoint will carry.
+
+    In a plain format there are none: its config says what is packed.
+    """
+    edits = storage.edits()
     apply_for_counting(storage.matrices.model, edits)
-    return edits if storage.writer.layer is not None else []
+    return edits

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.registry import LayerToStore, Writer
+from moe_compress.checkpoints.formats.registry import CodedMatrix, LayerToStore, Writer
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.rescaling import Rescale
@@ -46,6 +47,7 @@ class LayerStore:
         self.format = format
         self.layers, self.writer, self.kinds = layers, writer, kinds
         self.rescales: list[Rescale] = []
+        self.source = source
         self.modules: dict[str, Tensor] = {}
         self.model, self.family = layers.model, family_of(source.config)
         # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
@@ -62,10 +64,24 @@ class LayerStore:
         with self.changed(index, layer, changes) as (model, stored):
             if self.format.layer is not None:
                 self.modules = self.format.layer(LayerToStore(model, index, stored, packed))
-                self.writer.write(index, self.modules)
+                self.writer.write(index, {**self.modules, **self._still_packed(index, changes)})
                 return
             tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
-        self.writer.write(index, {**tensors, **self._parts(index, packed)})
+        self.writer.write(index, {**tensors, **self._still_packed(index, changes), **self._parts(index, packed)})
+
+    def _still_packed(self, index: int, changes: Sequence[MatrixChange]) -> dict[str, StoredWeight]:
+        """What is packed in the source and does not change, as it lies there."""
+        entries = {key: self.source.tensors[key] for key in self.source.keys(index)}
+        held = {key: entry for key, entry in entries.items() if isinstance(entry, StoredWeight)}
+        if not held:
+            return {}
+        changed, places = {change.matrix.name for change in changes}, stored_matrices(self.model, index)
+        stacked = any(change.matrix.kind == "experts" for change in changes)
+        return {
+            key: entry
+            for key, entry in held.items()
+            if not (places[key][0] in changed if key in places else stacked and ".experts." in key)
+        }
 
     def _parts(self, index: int, packed: Mapping[str, QuantizedMatrices]) -> dict[str, Any]:
         """What stands for packed matrices, by the names that stock checkpoints give to them."""
@@ -73,7 +89,7 @@ class LayerStore:
         if make is None:
             return {}
         return {
-            name: make(packed[matrix].codes[b].cpu(), packed[matrix].scale[b].cpu(), packed[matrix].bits[b])
+            name: make(_coded(packed[matrix], b))
             for name, (matrix, b) in stored_matrices(self.model, index).items()
             if matrix in packed
         }
@@ -124,15 +140,19 @@ class LayerStore:
                 assert same, f"layer {index}: {name} is not what was packed"
 
 
+def _coded(stack: QuantizedMatrices, number: int) -> CodedMatrix:
+    """One matrix of a stack, on the CPU."""
+    more = [None if each is None else each[number].cpu() for each in (stack.zero, stack.divisor, stack.input_divisor)]
+    return CodedMatrix(stack.codes[number].cpu(), stack.scale[number].cpu(), stack.bits[number], *more)
+
+
 class MatrixDraft:
     """A stack of matrices while it is being changed, a part of its experts at a time."""
 
     def __init__(self, matrix: Matrix) -> None:
         self.matrix = matrix
         self.result = torch.empty_like(matrix.weight_BOI)
-        self.codes: Tensor | None = None
-        self.scale: Tensor | None = None
-        self.bits = [0] * len(self.result)
+        self.quantized: QuantizedMatrices | None = None
 
     def take(self, part: slice, stay_B: Tensor, changed: NewMatrices, number: int) -> None:
         """Take in what a method made of the part; experts that are to stay do."""
@@ -140,16 +160,29 @@ class MatrixDraft:
         self.result[part] = torch.where(stay_B[:, None, None], before_BOI, new_BOI.to(before_BOI))
         if changed.quantized:
             found = changed.quantized[number]
-            if self.codes is None or self.scale is None:
-                self.codes = torch.empty_like(self.result, dtype=torch.int8)
-                self.scale = found.scale.new_empty(*self.result.shape[:2], found.scale.shape[2])
-            self.codes[part], self.scale[part] = found.codes, found.scale
-            self.bits[part] = found.bits
+            if self.quantized is None:
+                self.quantized = _room(found, len(self.result))
+            for mine, new in zip(_tensors(self.quantized), _tensors(found), strict=True):
+                mine[part] = new
+            self.quantized.bits[part] = found.bits
 
     def change(self) -> MatrixChange:
         """The stack as it will be."""
-        if self.codes is None or self.scale is None or self.matrix.kind == "router":
-            return MatrixChange(
-                self.matrix, self.result
-            )  # routers are no linear maps: they are stored as plain numbers
-        return MatrixChange(self.matrix, self.result, QuantizedMatrices(self.codes, self.scale, self.bits))
+        # Routers are no linear maps: they are stored as plain numbers.
+        return MatrixChange(self.matrix, self.result, None if self.matrix.kind == "router" else self.quantized)
+
+
+def _room(like: QuantizedMatrices, count: int) -> QuantizedMatrices:
+    """Room for so many matrices like these."""
+    codes, scale = (each.new_empty(count, *each.shape[1:]) for each in (like.codes, like.scale))
+    more = [
+        None if each is None else each.new_empty(count, *each.shape[1:])
+        for each in (like.zero, like.divisor, like.input_divisor)
+    ]
+    return QuantizedMatrices(codes, scale, [0] * count, *more)
+
+
+def _tensors(stack: QuantizedMatrices) -> list[Tensor]:
+    """Codes, scales, and what else there is."""
+    every = (stack.codes, stack.scale, stack.zero, stack.divisor, stack.input_divisor)
+    return [each for each in every if each is not None]

@@ -143,8 +143,8 @@ class WeightStage:
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
         self.rescaling = self.method.implementation.rescales_inputs(stage.parameters)
         self.store = LayerStore(storage.writer, source, layers, writer, self.kinds)
-        self.stored_dtype = storage.writer.scale_dtype or source.stored_dtype
-        writer.values = {**source.values, **storage.checkpoint_form()[1]}
+        self.stored_dtype = storage.writer.scale_dtype or source.dense_dtype
+        self.values = writer.values = storage.values(source.values)
         warn_of_skipped(storage.group_sizes)
 
     def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
@@ -252,6 +252,8 @@ class WeightStage:
                     self._bits(index, group, part),
                     group_size=self.storage.group_sizes.get((index, group[0].matrix.name), 0),
                     stored=self.stored_dtype,
+                    numbers=self.storage.writer.numbers,
+                    reach_B=seen[source].most_B if source in seen else None,
                 ),
                 **self.own,
             )
@@ -300,4 +302,4 @@ class WeightStage:
         allocated = {i: [round(s, 6) for s in sparsity_E.tolist()] for i, sparsity_E in self.shared.sparsities.items()}
         found = {**report, **weights_report(self.stage, self.kinds, changed, self.storage.group_sizes)}
         found["allocated"] = allocated or self.shared.bits or {}
-        return WeightStageResult(found, *self.storage.checkpoint_form(self.shared.bits))
+        return WeightStageResult(found, self.storage.edits(self.shared.bits), self.values)

@@ -38,7 +38,7 @@ def compatibility(checkpoint: Checkpoint) -> list[Verdict]:
 
 
 def _transformers(values: Mapping[str, Any]) -> tuple[bool, str]:
-    loads, how = format_in(values).loaders.transformers
+    loads, how = format_in(values).loaders.transformers(values.get(QUANTIZATION) or {})
     if not loads or "moe_compress" not in values:
         return loads, how
     if values.get(QUANTIZATION):
@@ -51,8 +51,7 @@ def _vllm(values: Mapping[str, Any]) -> tuple[bool, str]:
         return False, "its layers differ, and vLLM's models are alike in all layers"
     if not family_named(values["model_type"]).vllm:
         return False, f"{values['model_type']} is not known to it as far as this package knows"
-    format = format_in(values)
-    return format.loaders.vllm(format.widths(values.get(QUANTIZATION) or {}))
+    return format_in(values).loaders.vllm(values.get(QUANTIZATION) or {})
 
 
 def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
@@ -66,4 +65,4 @@ def _llama_cpp(values: Mapping[str, Any]) -> tuple[bool, str]:
     if deepseek2 and bool(values.get("q_lora_rank")) == has_plain_queries(layers, words):
         rank = "no q_lora_rank" if has_plain_queries(layers, words) else "a q_lora_rank"
         return False, f"its loader expects {rank} of a model of {layers} layers"
-    return format_in(values).loaders.llama_cpp
+    return format_in(values).loaders.llama_cpp(values.get(QUANTIZATION) or {})

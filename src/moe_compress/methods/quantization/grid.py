@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Clip = Literal["mse", "max"]
+Clip = Literal["mse", "max", "signed"]
 BITS = (2, 3, 4, 8)
 # Scales that are tried for a group: the full range times 1, 0.98, ..., 0.2.
 SHRINKS = 41
@@ -39,7 +39,7 @@ def group_scale(
     full_YR = weight_YGR.abs().amax(1) / (2 ** (bits - 1) - 0.5)
     full_YR = torch.where(full_YR > 0, full_YR, 1.0)
     if clip == "max":
-        return _rounded(full_YR, dtype)
+        return stored_scale(full_YR, dtype)
     weighs_YG = weight_YGR.new_ones(weight_YGR.shape[:2]) if importance_YG is None else importance_YG.float()
     scale_YR = torch.empty_like(full_YR)
     count, size, rows = weight_YGR.shape
@@ -64,7 +64,7 @@ def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype
     low, high = code_range(bits)
     for n in range(SHRINKS):
         if n in CHECKED[bits]:
-            scale_Y1R = _rounded(full_YR * (1 - SHRINK_STEP * n), dtype).unsqueeze(1)
+            scale_Y1R = stored_scale(full_YR * (1 - SHRINK_STEP * n), dtype).unsqueeze(1)
             torch.abs(weight_YGR, out=off_YGR).add_(low * scale_Y1R).relu_().square_()
             open_R = (torch.bmm(weighs_YG.unsqueeze(1), off_YGR).squeeze(1) < least_YR).any(0)
             share = float(open_R.float().mean())
@@ -75,7 +75,7 @@ def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype
                 off_YGR = torch.empty_like(weight_YGR)
             if not share:
                 break
-        scale_YR = _rounded(full_YR * (1 - SHRINK_STEP * n), dtype)
+        scale_YR = stored_scale(full_YR * (1 - SHRINK_STEP * n), dtype)
         scale_Y1R = scale_YR.unsqueeze(1)
         torch.div(weight_YGR, scale_Y1R, out=off_YGR)
         off_YGR.round_().clamp_(low, high).mul_(scale_Y1R).sub_(weight_YGR).square_()
@@ -86,7 +86,7 @@ def _searched(weight_YGR: Tensor, full_YR: Tensor, bits: int, dtype: torch.dtype
     return found_YR
 
 
-def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
+def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """As it will be stored, but never zero."""
     return scale.to(dtype).clamp_min(torch.finfo(dtype).smallest_normal).float()
 

@@ -8,7 +8,7 @@ B experts, O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,18 @@ from torch import Tensor
 
 from moe_compress.methods.quantization.awq import awq_scale
 from moe_compress.methods.quantization.bit_allocation import bit_cost_by_use, choose
-from moe_compress.methods.quantization.gptq import gptq
+from moe_compress.methods.quantization.gptq import Solved, gptq
 from moe_compress.methods.quantization.grid import BITS, Clip, rtn
+from moe_compress.methods.quantization.numbers import (
+    AsymmetricIntegers,
+    Fp4,
+    Fp8,
+    Integers,
+    Numbers,
+    nearest,
+    nvfp4_divisor,
+    nvfp4_full,
+)
 from moe_compress.methods.registry import Need, weight_method
 from moe_compress.methods.weight_method import (
     NARROWEST,
@@ -40,12 +50,25 @@ FORMATS = Registered(
 )
 # More than any model's matrices have inputs.
 WIDEST = 1 << 20
+INTEGERS, NVFP4, MXFP4 = "int", "nvfp4", "mxfp4"
+# What storage formats round to, by what they call it; of so many bits where these may differ.
+NUMBERS: dict[str, Callable[[int], Numbers]] = {
+    INTEGERS: Integers,
+    "asymmetric": AsymmetricIntegers,
+    "fp8": lambda _: Fp8(),
+    "fp8 blocks": lambda _: Fp8(outputs=128),
+    NVFP4: lambda _: Fp4(powers=False),
+    MXFP4: lambda _: Fp4(powers=True),
+}
+# Formats in which something of the inputs is a number that text has to tell.
+STATIC_INPUTS = ("nvfp4",)
 NEEDS: dict[str, Need] = {"rtn": "input_squares", "gptq": "input_grams", "awq": "input_grams"}
 
 
 def _needs(parameters: Mapping[str, Any]) -> Need:
     router = "router" in kinds_of(parameters["where"], parameters["spare"])
     blind = parameters["method"] == "rtn" and parameters["bits"] != "auto" and not router
+    blind = blind and parameters["format"] not in STATIC_INPUTS
     return "nothing" if blind else NEEDS[parameters["method"]]
 
 
@@ -157,10 +180,10 @@ def quantize(  # noqa: PLR0913 - these are the recipe's parameters
     if not group.group_size:
         return NewMatrices(group.weights, {})
     widths = group.bits or [[int(bits)] * len(group.names) for _ in group.weights]
-    how = _How(method, clip, act_order, damping)
+    how = _How(method, clip, act_order, damping, nvfp4_divisor(group.weights) if group.numbers == NVFP4 else None)
     if method == "gptq" and len({width for each in widths for width in each}) == 1:
         solved, damped = how.gptq(group, group.weights, widths[0][0])
-        found = [QuantizedMatrices(codes, scale, widths[0]) for codes, scale in solved]
+        found = [how.stored(group, *each, widths[0]) for each in solved]
     else:
         parts = [how.by_width(group, weight_BOI, each) for weight_BOI, each in zip(group.weights, widths, strict=True)]
         found, damped = [part[0] for part in parts], [b for part in parts for b in part[1]]
@@ -175,37 +198,58 @@ class _How:
     clip: Clip
     act_order: bool
     damping: float
+    divisor_B: Tensor | None = None
 
-    def gptq(
-        self, group: MatrixGroup, weights: Sequence[Tensor], bits: int
-    ) -> tuple[list[tuple[Tensor, Tensor]], list[int]]:
+    def gptq(self, group: MatrixGroup, weights: Sequence[Tensor], bits: int) -> tuple[list[Solved], list[int]]:
         """All matrices of the group, which share one factorisation."""
         assert group.moment is not None
         return gptq(
-            weights, group.moment, bits, group.group_size, group.stored, group.names,
-            clip=self.clip, act_order=self.act_order, damping=self.damping,
+            weights, group.moment, NUMBERS[group.numbers](bits), group.group_size, group.stored, group.names,
+            clip=self.clip, act_order=self.act_order, damping=self.damping, divisor_B=self.divisor_B,
         )  # fmt: skip
+
+    def nearest(self, group: MatrixGroup, weight_BOI: Tensor, bits: int, weighs_BI: Tensor | None) -> Solved:
+        """Every weight of one stack rounded alone."""
+        if group.numbers == INTEGERS and self.clip != "signed":
+            codes, scale = rtn(weight_BOI, bits, group.group_size, group.stored, self.clip, weighs_BI)
+            return codes, scale, None
+        numbers = NUMBERS[group.numbers](bits)
+        return nearest(numbers, weight_BOI, group.group_size, group.stored, self.clip, weighs_BI, self.divisor_B)
+
+    def stored(
+        self, group: MatrixGroup, codes: Tensor, scale: Tensor, zero: Tensor | None, widths: list[int]
+    ) -> QuantizedMatrices:
+        """Codes and scales as they will lie in a file; powers of two are held in fp32."""
+        if self.divisor_B is not None:
+            divided = (scale * self.divisor_B[:, None, None]).to(torch.float8_e4m3fn)
+            inputs_B = None if group.reach_B is None else nvfp4_full(group.reach_B)
+            return QuantizedMatrices(codes, divided, widths, divisor=self.divisor_B, input_divisor=inputs_B)
+        scale = scale if group.numbers == MXFP4 else scale.to(group.stored)
+        return QuantizedMatrices(codes, scale, widths, None if zero is None else zero.to(torch.int8))
 
     def by_width(
         self, group: MatrixGroup, weight_BOI: Tensor, widths: Sequence[int]
     ) -> tuple[QuantizedMatrices, list[int]]:
         """One matrix of every expert, experts of one width at a time; and for whom the damping was raised."""
-        codes_BOI = torch.empty_like(weight_BOI, dtype=torch.int8)
-        scale_BOG = weight_BOI.new_empty(
-            *weight_BOI.shape[:2], weight_BOI.shape[2] // group.group_size, dtype=group.stored
-        )
         raised: list[int] = []
+        parts: list[tuple[list[int], Solved]] = []
         for bits in sorted(set(widths)):
             mine = [b for b, width in enumerate(widths) if width == bits]
             part = replace(
                 group, names=[group.names[b] for b in mine], moment=None if group.moment is None else group.moment[mine]
             )
             if self.method == "gptq":
-                ((codes, scale),), damped = self.gptq(part, [weight_BOI[mine]], bits)
+                (solved,), damped = self.gptq(part, [weight_BOI[mine]], bits)
                 raised += [mine[b] for b in damped]
             else:
                 weighs = part.moment if self.method == "awq" else None
                 diagonal = weighs if weighs is None else weighs.diagonal(dim1=1, dim2=2)
-                codes, scale = rtn(weight_BOI[mine], bits, group.group_size, group.stored, self.clip, diagonal)
-            codes_BOI[mine], scale_BOG[mine] = codes, scale
-        return QuantizedMatrices(codes_BOI, scale_BOG, list(widths)), raised
+                solved = self.nearest(part, weight_BOI[mine], bits, diagonal)
+            parts.append((mine, solved))
+        order = torch.tensor([b for mine, _ in parts for b in mine], device=weight_BOI.device).argsort()
+        codes, scale, zero = (
+            None if any(each is None for each in column) else torch.cat(column)[order]
+            for column in zip(*(solved for _, solved in parts), strict=True)
+        )
+        assert codes is not None and scale is not None
+        return self.stored(group, codes, scale, zero, list(widths)), raised

@@ -1,0 +1,210 @@
+"""Tiny models as others publish them: weights packed by the compressed-tensors library, or by the formats' formulas.
+
+Each format has the numbers that its own decoder makes of it beside it. O outputs, I inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from support import readers
+
+Parts = dict[str, Tensor]
+LINEAR = re.compile(r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
+IGNORE = ["lm_head", r"re:.*gate$", r"re:.*kv_b_proj$"]
+LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+FP8_MAX, FP4_MAX = 448.0, 6.0
+
+
+def _groups(weight_OI: Tensor, size: int) -> Tensor:
+    return weight_OI.float().unflatten(-1, (-1, size))
+
+
+# --- compressed-tensors: the library packs, and unpacks ----------------------------------------------------------
+
+
+def _scales(weight_OI: Tensor, args: QuantizationArgs) -> Parts:
+    """Scales (and zero points) as a recipe of llm-compressor would find them: by the largest weight."""
+    most = {8: FP8_MAX, 4: FP4_MAX}[args.num_bits] if args.type == "float" else 2.0 ** (args.num_bits - 1) - 0.5
+    strategy = next(word for word in ("tensor", "channel", "group", "block", "tensor_group") if args.strategy == word)
+    if strategy == "block":
+        rows, columns = args.block_structure
+        padded = torch.nn.functional.pad(weight_OI, (0, -weight_OI.shape[1] % columns, 0, -weight_OI.shape[0] % rows))
+        blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
+        return {"weight_scale": (blocks.abs().amax((1, 3)) / FP8_MAX).bfloat16()}
+    grouped = {"tensor": weight_OI.reshape(1, 1, -1), "channel": weight_OI.unsqueeze(1)}.get(strategy)
+    grouped = _groups(weight_OI, args.group_size or 1) if grouped is None else grouped
+    if not args.symmetric:
+        low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+        scale, half = ((high - low) / (2.0**args.num_bits - 1)).bfloat16(), 2 ** (args.num_bits - 1)
+        return {"weight_scale": scale, "weight_zero_point": (-half - low / scale).round().to(torch.int8)}
+    scale = grouped.abs().amax(-1) / most
+    if strategy == "tensor_group":
+        divisor = FP8_MAX * FP4_MAX / weight_OI.abs().max()
+        return {
+            "weight_scale": (scale * divisor).to(torch.float8_e4m3fn).float(),
+            "weight_global_scale": divisor.reshape(1),
+        }
+    if args.scale_dtype == torch.uint8:
+        scale = scale.log2().ceil().exp2()
+    return {"weight_scale": scale.bfloat16().reshape(1) if strategy == "tensor" else scale.bfloat16()}
+
+
+def library(format: str, **weights: Any) -> tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]]]:
+    """A config of llm-compressor's kind, and what packs a matrix: the tensors, and the numbers they stand for."""
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), format=format)
+    compressor = BaseCompressor.get_value_from_registry(format)
+
+    def packed(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+        state = {"weight": weight_OI.float(), **_scales(weight_OI.float(), scheme.weights)}
+        parts = compressor.compress(state, scheme)
+        return parts, compressor.decompress(dict(parts), scheme)["weight"]
+
+    group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": format}
+    config = {"quant_method": "compressed-tensors", "format": format, "ignore": IGNORE}
+    return {**config, "quantization_status": "compressed", "config_groups": {"group_0": group}}, packed
+
+
+# --- others: by their formulas -----------------------------------------------------------------------------------
+
+
+def _fp4(scaled: Tensor) -> tuple[Tensor, Tensor]:
+    """Octets of the nearest codes, and their numbers."""
+    nearest = scaled.abs().unsqueeze(-1).sub(LEVELS).abs().argmin(-1)
+    code = (nearest + 8 * (scaled < 0)).to(torch.uint8)
+    return code[..., ::2] | code[..., 1::2] << 4, LEVELS[nearest] * scaled.sign()
+
+
+def modelopt_nvfp4(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """`weight`, `weight_scale`, `weight_scale_2` and `input_scale`."""
+    factor = weight_OI.abs().max().float() / (FP8_MAX * FP4_MAX)
+    scale_OG = (_groups(weight_OI, 16).abs().amax(-1) / FP4_MAX / factor).to(torch.float8_e4m3fn)
+    real_OG = scale_OG.float() * factor
+    octets, number = _fp4((_groups(weight_OI, 16) / real_OG.clamp_min(1e-9).unsqueeze(-1)).flatten(-2))
+    parts = {"weight": octets, "weight_scale": scale_OG, "weight_scale_2": factor, "input_scale": torch.tensor(0.5)}
+    return parts, (number.unflatten(-1, (-1, 16)) * real_OG.unsqueeze(-1)).flatten(-2)
+
+
+def modelopt_fp8(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """`weight` and one number for it; inputs are rounded by a number found beforehand."""
+    scale = weight_OI.abs().max().float() / FP8_MAX
+    codes = (weight_OI.float() / scale).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, codes.float() * scale
+
+
+def _asymmetric(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes 0 to 15 [O, I], scales fp16 and zero points [O, G]."""
+    grouped = _groups(weight_OI, size)
+    low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
+    scale_OG = ((high - low) / 15).half()
+    zero_OG = (-low / scale_OG.float()).round().clamp(1, 15)
+    codes = (grouped / scale_OG.float().unsqueeze(-1) + zero_OG.unsqueeze(-1)).round().clamp(0, 15)
+    return codes.flatten(-2).int(), scale_OG, zero_OG.int()
+
+
+def _words(codes: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Eight codes a word, along the last dimension, the first of `order` in the low bits."""
+    parts = codes.unflatten(-1, (-1, 8)).long()
+    word = sum(parts[..., column] << 4 * place for place, column in enumerate(order))
+    return torch.where(word >= 2**31, word - 2**32, word).int().contiguous()
+
+
+def awq(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """AWQ's GEMM: packed along the outputs, neighbours interleaved."""
+    codes_OI, scale_OG, zero_OG = _asymmetric(weight_OI, 16)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    parts = {
+        "qweight": _words(codes_OI.T, order),
+        "qzeros": _words(zero_OG.T, order),
+        "scales": scale_OG.T.contiguous(),
+    }
+    number = (codes_OI.unflatten(-1, (-1, 16)) - zero_OG.unsqueeze(-1)).half() * scale_OG.unsqueeze(-1)
+    return parts, number.flatten(-2)
+
+
+def gptq(weight_OI: Tensor, act_order: bool = False, less: int = 1) -> tuple[Parts, Tensor]:
+    """GPTQ's: packed along the inputs, zero points `less` than they are, the group of every input beside them."""
+    inputs = weight_OI.shape[1]
+    order_I = torch.randperm(inputs, generator=torch.Generator().manual_seed(1)) if act_order else torch.arange(inputs)
+    codes_OI, scale_OG, zero_OG = _asymmetric(weight_OI[:, order_I], 16)
+    index_I = torch.empty(inputs, dtype=torch.int32)
+    index_I[order_I] = torch.arange(inputs, dtype=torch.int32) // 16
+    codes_OI = codes_OI[:, order_I.argsort()]
+    straight = tuple(range(8))
+    parts = {
+        "qweight": _words(codes_OI, straight).T.contiguous(),
+        "qzeros": _words((zero_OG - less).T, straight),
+        "scales": scale_OG.T.contiguous(),
+        "g_idx": index_I,
+    }
+    place = index_I.long()
+    return parts, (codes_OI - zero_OG[:, place]).half() * scale_OG[:, place]
+
+
+GROUP = {"strategy": "group", "group_size": 16}
+MODELOPT = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head", "*kv_b_proj"]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "dynamic": {"-:.*kv_b_proj$": {}}}
+FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]]]] = {
+    "int4": library("pack-quantized", num_bits=4, **GROUP),
+    "int4 asymmetric": library("pack-quantized", num_bits=4, symmetric=False, **GROUP),
+    "int3 asymmetric rows": library("pack-quantized", num_bits=3, symmetric=False, strategy="channel"),
+    "int8": library("int-quantized", num_bits=8, strategy="channel"),
+    "fp8 rows": library("float-quantized", num_bits=8, type="float", strategy="channel"),
+    "fp8 matrix": library("float-quantized", num_bits=8, type="float", strategy="tensor"),
+    "fp8 blocks": library("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[16, 16]),
+    "nvfp4": library("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
+    "mxfp4": library(
+        "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
+    ),
+    "modelopt nvfp4": ({**MODELOPT, "quant_algo": "NVFP4", "group_size": 16}, modelopt_nvfp4),
+    "modelopt fp8": ({**MODELOPT, "quant_algo": "FP8"}, modelopt_fp8),
+    "awq": (
+        {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm",
+         "modules_to_not_convert": ["kv_b_proj"]},
+        awq,
+    ),
+    "gptq": ({**GPTQ, "desc_act": False, "checkpoint_format": "gptq"}, gptq),
+    "gptq act-order": (
+        {**GPTQ, "desc_act": True, "checkpoint_format": "gptq_v2"}, functools.partial(gptq, act_order=True, less=0)
+    ),
+}  # fmt: skip
+# Widths that all groups divide.
+WIDE = {"mixtral": {"intermediate_size": 64}, "deepseek_v3": {"moe_intermediate_size": 64}, "qwen3_moe": {
+    "moe_intermediate_size": 64}}  # fmt: skip
+
+
+def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
+    """A tiny model whose linear maps but a few are in this format; the numbers that they stand for, by name."""
+    readers.save_model(family, folder, **WIDE[family])
+    config, pack = FORMATS[format]
+    found: dict[str, Tensor] = {}
+    numbers: dict[str, Tensor] = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if not LINEAR.search(name) or "kv_b_proj" in name:
+            found[name] = tensor.bfloat16()
+            continue
+        parts, numbers[name] = pack(tensor)
+        found |= {f"{name.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
+    if config["quant_method"] == "modelopt":  # an export has scales of a cache of keys and values, which nothing reads
+        layers = {int(name.split(".layers.")[1].split(".")[0]) for name in numbers}
+        found |= {f"model.layers.{i}.self_attn.k_proj.k_scale": torch.tensor(0.5 + i) for i in layers}
+    save_file(found, folder / "model.safetensors", {"format": "pt"})
+    values = json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"}
+    if config["quant_method"] == "modelopt" and config["quant_algo"] == "NVFP4":  # as its older versions export
+        inner = {"exclude_modules" if key == "ignore" else key: value for key, value in config.items()}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": inner}))
+    else:
+        values["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(values))
+    return numbers
