@@ -18,11 +18,13 @@ from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
+from moe_compress.checkpoints.numbering import require_numbering
 from moe_compress.checkpoints.quantization_config import require_readable
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
+from moe_compress.models.prediction_layers import module_pattern
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
 
@@ -75,20 +77,27 @@ class Checkpoint:
         return hf.num_layers(self.config)
 
     def keys(self, layer: int | None) -> list[str]:
-        """Tensor names of one layer; None: all that belong to no decoder layer."""
+        """Tensor names of one layer; None: all that belong to no decoder layer and predict no further tokens."""
         return self._keys_by_layer.get(layer, [])
 
     @functools.cached_property
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
         groups: dict[int | None, list[str]] = {}
+        apart = set(self.prediction_keys)
         for key in self.tensors:
-            groups.setdefault(hf.layer_of(key), []).append(key)
+            if key not in apart:
+                groups.setdefault(hf.layer_of(key), []).append(key)
         return groups
 
+    @functools.cached_property
+    def prediction_keys(self) -> list[str]:
+        """Tensor names of multi-token-prediction layers, which the model does not have."""
+        return [key for key in self.tensors if hf.is_prediction_key(key, self.num_layers)]
+
     @property
-    def extra_layers(self) -> list[int]:
-        """Indices of stored layers that the model does not have (multi-token prediction)."""
-        return sorted(i for i in self._keys_by_layer if i is not None and i >= self.num_layers)
+    def prediction_modules(self) -> list[str]:
+        """Patterns of the names of their modules."""
+        return [*dict.fromkeys(module_pattern(key, hf.layer_of(key)) for key in self.prediction_keys)]
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -166,6 +175,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
         tensors = _reexpressed(values, tensors)
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
     _require_layers(checkpoint)
+    require_numbering(folder, tensors, checkpoint.num_layers)
     return checkpoint
 
 

@@ -20,10 +20,14 @@ from moe_compress.recipes.recipe import Recipe, Stage
 
 @dataclass
 class DryRun:
-    """All edits of a recipe, with arbitrary experts in the right numbers, and the largest Gram matrices it holds."""
+    """All edits of a recipe, with arbitrary experts in the right numbers, and the largest Gram matrices it holds.
+
+    keeps_beside: whether modules that are stored beside the model's layers can stay.
+    """
 
     edits: list[Edit] = field(default_factory=list)
     gram_bytes: int = 0
+    keeps_beside: bool = True
 
 
 def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> DryRun:
@@ -40,6 +44,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, packed: bool = False) -> Dry
                 packed = _dry_weights(stage, model, packed, found)
             else:
                 found.edits += _dry_stage(stage, model)
+            found.keeps_beside &= not found.edits
             pattern = stage.parameters.get(registry.find(stage.method).leaves_pattern) or pattern
         except ValueError as error:
             if len(recipe.stages) == 1:
@@ -62,6 +67,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, packed: bool, found: DryR
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(matrices).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
+    found.keeps_beside &= storage.keeps_beside
     edits = pack_skeleton(storage)
     found.edits += edits
     return storage.writer.parts is not None and is_packed(model)

@@ -45,7 +45,7 @@ def pad_experts(checkpoint: Checkpoint, out: Path, progress: Progress | None = N
     require_disk(out.parent, 2 * checkpoint.bytes, "the padded checkpoint")
     identity = fingerprint("pad", checkpoint.fingerprint)
     with exclusive_output(out, [identity]):
-        writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
+        writer = CheckpointWriter(out, checkpoint, identity, keep_prediction_layers=False)
         count = _write_layers(checkpoint, writer, progress)
         writer.finish(values, {**_manifest(checkpoint), "identity": identity, "form": "plain", "padded_to": count})
     return out

@@ -17,11 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
-from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_named, family_of
+from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_of
 from moe_compress.models.modeling import edited_model
 from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.moe import inner_width, moe_views
+from moe_compress.models.prediction_layers import without_prediction_layers
 from moe_compress.models.sublayers import block_names
 
 # The narrowest dense MLP that stands in, all zeros, for a MoE block that is gone: 16-byte rows, TP of 8 in bf16.
@@ -43,10 +44,8 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
         return ResultingConfig(base, True, {})
-    predicting = family_named(base["model_type"]).prediction_layers_key
-    if base.get(predicting):
-        # Their experts are not cut, and engines read one expert count for all layers: they are left out.
-        base[predicting] = 0
+    # Prediction layers are left out: their experts are not cut, and engines read one expert count for all layers.
+    base = without_prediction_layers(base)
     config = hf.config_from(base)
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)

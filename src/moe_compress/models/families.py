@@ -59,8 +59,6 @@ class Family:
     top_k_key: str = ""
     # Decoder layers.
     layers_key: str = "num_hidden_layers"
-    # Extra layers behind them that predict further tokens.
-    prediction_layers_key: str = "num_nextn_predict_layers"
     # Inner width of an expert, likeliest first, and how many routed experts' widths the shared one has.
     width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     shared_count_keys: tuple[str, ...] = (

@@ -110,7 +110,7 @@ def _config(packing: Packing) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in packing.beside)],
     }
 
 
@@ -152,5 +152,6 @@ def compressed_tensors() -> Format:
                 "the other linear maps": lambda kind: kind != "experts",
             },
             refuses=_refuses,
+            excepts=True,
         ),
     )

@@ -118,10 +118,11 @@ class WeightStage:
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
         self.rescaling = self.method.implementation.rescales_inputs(stage.parameters)
         self.bit_allocation = self.method.implementation.allocates_bits(stage.parameters)
-        self.storage = storage_for(self.matrices)
+        self.storage = storage_for(self.matrices, source.prediction_modules)
         warn_of_skipped(self.storage.group_sizes)
         self.store = LayerStore(self.storage.writer, source, layers, writer, self.kinds)
         writer.values = {**source.values, **self.storage.form()[1]}
+        writer.keep_prediction_layers = self.storage.keeps_beside
         self.stored_dtype = self.storage.writer.scale_dtype or source.stored_dtype
         self.sparsities: dict[int, Tensor] = {}
         self.bits: Bits | None = None

@@ -44,6 +44,8 @@ from moe_compress.models.hf.skeleton import (
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
+    is_prediction_key,
+    knows_prediction_layers,
     layer_of,
     layer_state,
     materialize,
@@ -70,6 +72,8 @@ __all__ = [
     "gate_on_input",
     "head",
     "head_rows",
+    "is_prediction_key",
+    "knows_prediction_layers",
     "layer_kind",
     "layer_of",
     "layer_output",

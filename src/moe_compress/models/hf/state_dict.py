@@ -24,16 +24,31 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet
+from moe_compress.models.prediction_layers import predicts_further
 
 LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def layer_of(key: str) -> int | None:
-    """Which decoder layer a checkpoint tensor belongs to; None for embeddings, final norm and head."""
-    found = LAYER_KEY.search(key)
+    """Which decoder layer a checkpoint tensor belongs to; None for embeddings, final norm and head.
+
+    Layers inside a module of prediction layers are numbered for themselves: they are none of these.
+    """
+    found = None if predicts_further(key) else LAYER_KEY.search(key)
     return int(found.group(1)) if found else None
+
+
+def is_prediction_key(key: str, num_layers: int) -> bool:
+    """Whether a checkpoint tensor belongs to a multi-token-prediction layer of a model of `num_layers` layers."""
+    return predicts_further(key) or (layer_of(key) or 0) >= num_layers
+
+
+def knows_prediction_layers(model: PreTrainedModel) -> bool:
+    """Whether the architecture is published with multi-token-prediction layers, which its classes then pass over."""
+    return any("mtp" in pattern for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def renumbered(key: str, layer: int) -> str:
@@ -60,6 +75,8 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             _convert(model, mapping, {k: t for found in by_pattern.values() for k, t in found.items()}, device)
             continue
         if name not in expected:
+            if _is_ignored(model, name):
+                continue
             raise ValueError(f"the checkpoint's tensor for {name} fits nothing in {type(model).__name__}.")
         target = expected[name]
         value = torch.empty(target.shape, dtype=target.dtype, device=device)
@@ -71,6 +88,13 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         _assign(model, name, value)
     used = [conversion for conversion in mapping if conversion.was_used()]
     model.__dict__["_weight_conversions"] = used
+
+
+def _is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether stock transformers passes over a stored tensor that fits nothing (buffers that a model makes itself)."""
+    found = LoadStateDictInfo(set(), {name}, set(), error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+    model._adjust_missing_and_unexpected_keys(found)
+    return not found.unexpected_keys
 
 
 def _by_parameter(
