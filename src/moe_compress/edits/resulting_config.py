@@ -132,12 +132,12 @@ def _narrower(config: PreTrainedConfig, family: Family, model: PreTrainedModel) 
     Where shared experts are as wide as a number of routed ones, that number grows as these shrink.
     """
     widths = {inner_width(view) for view in moe_views(model).values()}
-    stored = config.to_dict()
+    stored = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
     if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in family.width_keys):
         return [{}]
     width, found = widths.pop(), []
-    for key in [key for key in family.width_keys if isinstance(stored.get(key), int)]:
-        shared = [(name, stored[key] * (stored.get(name) or 0)) for name in family.shared_count_keys]
+    for key in [key for key in family.width_keys if key in stored]:
+        shared = [(name, stored[key] * stored.get(name, 0)) for name in family.shared_count_keys]
         found.append({key: width, **{name: total // width for name, total in shared if total and total % width == 0}})
     return found or [{}]
 

@@ -34,7 +34,7 @@ from moe_compress.models.component_map import (
     recurrent_mixers,
     step_flops,
 )
-from moe_compress.models.families import family_of
+from moe_compress.models.families import experts_per_token, family_of
 from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
 from moe_compress.models.modeling.rerouting import NOVICES, REROUTE
 from moe_compress.models.moe import moe_views
@@ -114,7 +114,7 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
+    active, top_k = _active_experts(model, executed), float(experts_per_token(model.config))
     itemsize, times = stored.itemsize, _times(model)
     for prefix, module in model.named_modules():
         held, count = sums[place[prefix]], times.get(id(module), 1)
@@ -174,7 +174,7 @@ def _text_decides(model: PreTrainedModel) -> bool:
 def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[float, int | None]]:
     """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
     found: dict[int, tuple[float, int | None]] = {}
-    default = float(getattr(model.config, family_of(model.config).top_k_key))
+    default = float(experts_per_token(model.config))
     for view in moe_views(model).values():
         active = default if view.active is None else view.active
         if executed and hf.gate_on_input(view.experts) and not view.unfused:

@@ -230,6 +230,12 @@ def family_of(config: PreTrainedConfig) -> Family:
     return replace(family, count_key=count_key, top_k_key=top_k_key, paper_gate=origin.paper_gate)
 
 
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan)."""
+    said = getattr(config, family_of(config).top_k_key)
+    return int(max(said) if isinstance(said, list | tuple) else said)
+
+
 def family_named(model_type: str) -> Family:
     """What is known of an architecture by its name alone."""
     return FAMILIES.get(model_type, Family(model_type))

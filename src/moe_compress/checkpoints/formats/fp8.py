@@ -12,6 +12,8 @@ from moe_compress.checkpoints.formats.registry import Config, Format, Grid, Load
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 SCALE_BYTES = 4
+# How configs spell it: as DeepSeek does, as MiniMax does after torch's dtype.
+E4M3 = ("e4m3", "float8_e4m3fn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +38,7 @@ class Fp8Weight(StoredWeight):
 def _unreadable(config: Config) -> str:
     blocks = config.get("weight_block_size")
     two = isinstance(blocks, list | tuple) and len(blocks) == 2 and all(isinstance(size, int) for size in blocks)
-    return "" if two and config.get("fmt", "e4m3") == "e4m3" else "which is not read (e4m3 in blocks is)"
+    return "" if two and config.get("fmt", "e4m3") in E4M3 else "which is not read (e4m3 in blocks is)"
 
 
 def _grids(config: Config) -> list[Grid]:

@@ -69,7 +69,8 @@ def _parts(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> GptqWeight:
 
 
 def _unreadable(config: Config) -> str:
-    wanted = {"sym": (True,), "desc_act": (False, None), "checkpoint_format": ("gptq",)}
+    # Before writers said checkpoint_format, there was one.
+    wanted = {"sym": (True,), "desc_act": (False, None), "checkpoint_format": ("gptq", None)}
     for key, allowed in wanted.items():
         if config.get(key) not in allowed:
             return f"which is not read with {key}={config.get(key)}"

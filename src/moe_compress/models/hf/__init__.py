@@ -19,6 +19,7 @@ from moe_compress.models.hf.expert_taps import (
 )
 from moe_compress.models.hf.layer_calls import (
     LayerCall,
+    LayerOutput,
     called_alike,
     enter,
     head,
@@ -59,6 +60,7 @@ __all__ = [
     "EXPERTS_FUNCTION",
     "AllExperts",
     "LayerCall",
+    "LayerOutput",
     "RoutedRows",
     "all_experts",
     "buffers_to",
