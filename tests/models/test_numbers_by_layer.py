@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_compress
 from moe_compress.checkpoints.reader import open_checkpoint
@@ -47,3 +48,22 @@ def test_what_is_cut_loads_as_what_was_edited(top_k, edits, listed, tmp_path):
 def test_layers_with_experts_per_token_of_their_own(listed):
     shape = model_shape(original(listed([2, 1, 3])))
     assert [moe.top_k for moe in shape.moe] == [2, 1, 3]
+
+
+def test_groups_under_another_name(tmp_path):
+    """Bailing keeps `n_group` as an alias of a key of its own; it routes within groups all the same."""
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    sizes |= {"vocab_size": tiny.VOCAB, "hidden_size": tiny.HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "intermediate_size": 48, "moe_intermediate_size": tiny.INNER, "head_dim": 8}
+    sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("bailing_hybrid", **sizes, layer_group_size=2, first_k_dense_replace=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    source = open_checkpoint(tiny.save(model, tmp_path / "bailing"))
+    assert [(moe.groups, moe.groups_used) for moe in model_shape(original(source)).moe] == [(2, 1)] * 2
+    edits = [KeepExperts(layer, SIX) for layer in (1, 2)]
+    out = write(source, edits, tmp_path / "out")
+    assert out.config.model_type == "bailing_hybrid"
+    assert torch.equal(logits_of(original(out)), logits_of(cut(source, edits)))
+    with pytest.raises(ValueError, match="must keep equally many experts"):
+        write(source, [KeepExperts(1, (0, 1, 2, 4))], tmp_path / "uneven")

@@ -20,9 +20,10 @@ from support.blocks import VARIANTS, Block, applied, block_of, dense, made
 # Both keep equally many experts in each half, as two groups need.
 SIX, FOUR = (0, 2, 3, 5, 6, 7), (1, 2, 4, 7)
 # JetMoE's experts are of another kind (no view of them), PhiMoE's gates are no softmax over experts, and LongCat's
-# router also names experts that compute nothing. Llama-4's rule is an ordinary one: it is what the gate multiplies
+# router also names experts that compute nothing, as ZAYA's does. DeepSeek-V4 scores by the root of a softplus, and
+# Inkling's gates are shared with the shared experts. Llama-4's rule is an ordinary one: it is what the gate multiplies
 # that is not, and therefore an output sample does not use it (test_reconstruction.py).
-NOT_IDENTIFIED = ("phimoe", "longcat_flash", "jetmoe")
+NOT_IDENTIFIED = ("phimoe", "longcat_flash", "jetmoe", "deepseek_v4", "inkling_text", "zaya")
 IDENTIFIED = tuple(name for name in tiny.CONFIGS if name not in NOT_IDENTIFIED)
 
 RULES = [*IDENTIFIED, *VARIANTS]

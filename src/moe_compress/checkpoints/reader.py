@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
+from moe_compress.checkpoints.familiar_types import familiar_type, known_values, require_same_tensors
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.numbering import require_numbering
 from moe_compress.checkpoints.quantization_config import require_readable
@@ -176,6 +177,10 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit)
     _require_layers(checkpoint)
     require_numbering(folder, tensors, checkpoint.num_layers)
+    if familiar_type(read_json(folder / "config.json")) is not None:
+        apart = set(checkpoint.prediction_keys)
+        shapes = {key: getattr(entry, "shape", None) for key, entry in tensors.items() if key not in apart}
+        require_same_tensors(folder, values, shapes)
     return checkpoint
 
 
@@ -187,7 +192,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
-    values = hf.read_values(folder)
+    values = known_values(hf.read_values(folder))
     require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)

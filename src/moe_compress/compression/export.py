@@ -97,6 +97,10 @@ def _padded_values(checkpoint: Checkpoint) -> dict[str, Any]:
     edited_model.replay(model, {"moe": block_names(model), "edits": edits})
     count = _most(model)
     for view in moe_views(model).values():
+        if view.spare_rows:
+            raise ValueError(
+                f"the router of {config.model_type} has rows behind those of its experts: none can be added."
+            )
         if view.router_rows != view.num_experts:
             raise ValueError(f"{checkpoint.name} reroutes tokens behind its router, which no plain model does.")
         _pad(view, count)

@@ -93,7 +93,7 @@ def layer_lists(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]
     family = entry_of(config)
     names = {*config.to_dict(), *edited_model.LISTS} - {family.moe_list_key, family.dense_list_key}
     found: dict[str, Any] = {}
-    for name in sorted(name for name in names if "layer" in name and not name.startswith("mtp")):
+    for name in sorted(n for n in names if ("layer" in n or n.endswith("_types")) and not n.startswith("mtp")):
         value = getattr(config, name, None)
         if isinstance(value, list | tuple) and len(value) == count:
             found[name] = [value[i] for i in kept]

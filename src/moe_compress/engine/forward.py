@@ -67,9 +67,9 @@ class Batch:
 
 @dataclass(slots=True)
 class Stream:
-    """What passes from layer to layer: hidden states [N, S, D], and what layers hand on besides, by a batch's first row.
+    """What passes from layer to layer: hidden states [N, S, D], and by a batch's first row what is handed on besides.
 
-    What is handed on and whole (numbers of tokens) is kept in as few bytes as it fits into.
+    Of the latter, whole numbers (of tokens) are kept in as few bytes as they fit into.
     """
 
     hidden_NSD: Tensor

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 from moe_compress.models.hf.skeleton import quiet, stack
 
-
 # Stands in recorded calls for what a layer takes from the one before it.
 HANDED_ON = object()
 # Names of such parameters begin so: the experts' router states (ZAYA), the tokens that an indexer chose (GLM-5).

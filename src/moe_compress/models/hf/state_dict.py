@@ -29,6 +29,8 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet
 from moe_compress.models.prediction_layers import predicts_further
 
+# Set on a model that was read from names without the prefix of its base model (DeepSeek-V4): it is written so, too.
+BARE = "_stored_without_prefix"
 LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -88,6 +90,8 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         _assign(model, name, value)
     used = [conversion for conversion in mapping if conversion.was_used()]
     model.__dict__["_weight_conversions"] = used
+    if tensors:
+        model.__dict__[BARE] = not any(key.startswith(f"{model.base_model_prefix}.") for key in tensors)
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
@@ -181,7 +185,11 @@ def _convert(model: PreTrainedModel, mapping: list[Any], group: dict[str, Any], 
 
 def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by module name -> tensors by checkpoint name, as `save_pretrained` would write them."""
-    return revert_weight_conversion(model, dict(state))
+    return {_as_stored(model, name): tensor for name, tensor in revert_weight_conversion(model, dict(state)).items()}
+
+
+def _as_stored(model: PreTrainedModel, name: str) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.") if model.__dict__.get(BARE) else name
 
 
 def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
@@ -200,4 +208,4 @@ def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int
     stored = revert_weight_conversion(model, dict(tags))
     if used is not None:
         model.__dict__["_weight_conversions"] = used
-    return {int(tag): name for name, tag in stored.items() if tag.numel() == 1}
+    return {int(tag): _as_stored(model, name) for name, tag in stored.items() if tag.numel() == 1}
