@@ -24,7 +24,7 @@ from moe_compress.checkpoints.quantization_config import require_readable
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import require_agreement, with_weights
 from moe_compress.models import hf
-from moe_compress.models.families import family_of
+from moe_compress.models.families import REFUSED, family_of
 from moe_compress.models.prediction_layers import module_pattern
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
@@ -206,6 +206,9 @@ def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     absent = [key for key in ("edits", "moe", "base_model_type") if key not in manifest]
     if absent:
         raise ValueError(f"{folder / 'config.json'} lacks moe_compress.{absent[0]}: it was changed; make it anew.")
+    base_type = manifest["base_model_type"] or values.get("model_type")
+    if (reason := REFUSED.get(str(base_type))) is not None:
+        raise ValueError(f"{base_type} is not supported: {reason}.")
     try:
         family_of(hf.config_from(values))
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:

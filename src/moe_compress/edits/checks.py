@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
-from moe_compress.models.moe import MoEView, inner_width, learned_view, moe_views
+from moe_compress.models.moe import MoEView, inner_width, moe_view, moe_views
 from moe_compress.models.shape import MoEShape, moe_shape
 from moe_compress.models.sublayers import lost_part
 
@@ -25,9 +25,11 @@ def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:
 def view_of(model: PreTrainedModel, layer: int) -> MoEView:
     """The layer's MoE block; ValueError if it has none."""
     layers = hf.decoder_layers(model)
-    view = learned_view(layers[layer], family_of(model.config)) if 0 <= layer < len(layers) else None
+    view = moe_view(layers[layer], family_of(model.config)) if 0 <= layer < len(layers) else None
     if view is None:
         raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(moe_views(model))}.")
+    if view.by_table:
+        raise ValueError(f"the plan edits layer {layer}, whose experts are looked up by token: they stay as they are.")
     return view
 
 
