@@ -26,7 +26,7 @@ from moe_compress.models.prediction_layers import prediction_layers, without_pre
 from support import readers, tiny
 from support.editing import IDS, logits_of, original, write
 from support.identity import rewritten
-from support.slow import slow_after
+from support.slow import each_once, slow_after, slow_unless
 from support.tiny import windows_of
 
 # A family, how its checkpoints name such a layer, and what stands outside of it.
@@ -35,6 +35,7 @@ KINDS = [
     ("glm4_moe", "model.layers.3.", "model.layers.3.eh_proj.weight"),
 ]
 COUNT = "num_nextn_predict_layers"
+FORMATS = ("compressed-tensors", "gptq")
 
 
 def prediction_tensors(layer: str, joint: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def test_they_are_copied_where_nothing_is_edited(family, layer, joint, predictin
 
 
 @pytest.mark.parametrize("family, layer, joint", KINDS)
-@pytest.mark.parametrize("recipe", slow_after(2, ["expert_drop score=frequency keep=6", "layer_drop drop=1", "skip"]))
+@pytest.mark.parametrize("recipe", slow_after(1, ["expert_drop score=frequency keep=6", "layer_drop drop=1", "skip"]))
 def test_edits_leave_them_out(recipe, family, layer, joint, predicting, options, reader_folder, tmp_path):
     folder, _ = predicting(family, layer, joint)
     given = {**options, "eval": False}
@@ -133,10 +134,9 @@ def test_tensors_of_theirs_that_stock_does_not_load_are_no_problem():
     assert _wrong_tensors({"missing_keys": names[:1]}, 3) == [f"missing keys: {names[0]}"]
 
 
-@pytest.mark.parametrize("family, layer, joint", KINDS)
-@pytest.mark.parametrize("format", ["compressed-tensors", "gptq"])
-def test_a_packed_format_excepts_them(format, family, layer, joint, predicting, options, tmp_path):
-    folder, added = predicting(family, layer, joint)
+@pytest.mark.parametrize(("format", "kind"), slow_unless(each_once(FORMATS, KINDS), FORMATS, KINDS))
+def test_a_packed_format_excepts_them(format, kind, predicting, options, tmp_path):
+    folder, added = predicting(*kind)
     sentence = f"quantize method=rtn bits=4 group_size=8 format={format}"
     out = moe_compress.compress(sentence, model=folder, out=tmp_path / "out", **{**options, "eval": False}).folder
     assert all(stored(out)[key].equal(tensor) for key, tensor in added.items())

@@ -183,6 +183,7 @@ def test_selection_biases_are_found_and_logit_biases_are_not():
             found.add(family)
             assert torch.equal(bias_E, expected[0].reshape(-1)) and bias_E.abs().max() > 0
     assert found == {
-        "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2", "dots1", "nemotron_h", "afmoe", "lfm2_moe"
+        "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2", "dots1", "nemotron_h", "afmoe", "lfm2_moe",
+        "exaone_moe", "mimo_v2_flash", "glm_moe_dsa", "hy_v4", "inkling_text", "deepseek_v4",
     }  # fmt: skip
     assert made("gpt_oss").view.router.bias.abs().max() > 0
