@@ -237,7 +237,7 @@ def full_size_layer(hub_id: str, size: Size) -> dict[str, float]:
                 observer.begin(all_real(size.length, size.device))
             out = hf.run_layer(layer, hidden, calls[1])
             if observer is not None:
-                observer.end(out)
+                observer.end(out.hidden_BSD)
         synchronize(size.device)
         seconds[what] = time.perf_counter() - started
         if observer is not None:

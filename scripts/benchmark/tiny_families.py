@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -35,6 +36,7 @@ _MOE_INNER = {"intermediate_size": 48, "moe_intermediate_size": INNER}
 _LOCAL = {"num_local_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 _PLAIN = {"num_experts": EXPERTS, "num_experts_per_tok": TOP_K}
 _ROUTED = {"n_routed_experts": EXPERTS, "num_experts_per_tok": TOP_K}
+_INDEXER = {"index_n_heads": 4, "index_head_dim": 16, "index_topk": 6, "n_group": 1, "topk_group": 1}
 _LINEAR_ATTENTION = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
@@ -79,8 +81,29 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 16},
     "lfm2_moe": {**_MOE_INNER, **_PLAIN, "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"]},
     "jetmoe": {**_LOCAL, "kv_channels": 8, "intermediate_size": INNER},
+    "exaone_moe": {**_MOE_INNER, **_PLAIN, "head_dim": 8, "num_shared_experts": 1, "first_k_dense_replace": 1}
+    | {"n_group": 1, "topk_group": 1},
+    "mimo_v2_flash": {**_MOE_INNER, **_ROUTED, "head_dim": 8, "v_head_dim": 8, "sliding_window": 16}
+    | {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+    "glm_moe_dsa": {**_MLA, **_MOE_INNER, **_ROUTED, **_INDEXER, "n_shared_experts": 1, "head_dim": 8}
+    | {"mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full"] * LAYERS},
+    "hy_v4": {**_MLA, **_MOE_INNER, **_ROUTED, **_INDEXER, "n_shared_experts": 1, "head_dim": 8, "hc_mult": 2}
+    | {"mlp_layer_types": ["dense", "sparse", "sparse"], "indexer_types": ["full"] * LAYERS},
+    "inkling_text": {**_MOE_INNER, **_ROUTED, "n_shared_experts": 2, "head_dim": 8, "swa_head_dim": 8}
+    | {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "d_rel": 4, "rel_extent": 16}
+    | {"sliding_window_size": 8, "local_layer_ids": [0, 2], "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "deepseek_v4": {**_ROUTED, "moe_intermediate_size": INNER, "n_shared_experts": 1, "num_key_value_heads": 1}
+    | {"head_dim": 16, "partial_rotary_factor": 0.5, "q_lora_rank": 16, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 2}
+    | {"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4, "sliding_window": 8}
+    | {"layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]}
+    | {"mlp_layer_types": ["hash_moe", "moe", "moe"]}
+    | {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "zaya": {"moe_intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": 1, "head_dim": 8}
+    | {"router_hidden_size": 16},
 }
-NO_EXPERT_EDITS = ("jetmoe", "longcat_flash")
+NO_EXPERT_EDITS = ("jetmoe", "longcat_flash", "zaya")
+# Published under names without the prefix of the base model, which transformers writes but does not read back.
+_BARE = ("deepseek_v4",)
 EDITABLE = tuple(name for name in CONFIGS if name not in NO_EXPERT_EDITS)
 
 
@@ -102,6 +125,9 @@ def make(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
         for name, buffer in model.named_buffers():
             if name.endswith(("e_score_correction_bias", "expert_bias")):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.05)
+            if name.endswith("tid2eid"):  # which experts each token uses
+                noise = torch.rand(len(buffer), EXPERTS, generator=generator)
+                buffer.copy_(noise.topk(buffer.shape[1]).indices)
     return model.eval()
 
 
@@ -111,6 +137,10 @@ def save(model: PreTrainedModel, folder: Path, dtype: torch.dtype = torch.float3
     module.to(dtype)
     model.save_pretrained(folder)
     module.to(torch.float32)
+    if model.config.model_type in _BARE:
+        file, prefix = folder / "model.safetensors", f"{model.base_model_prefix}."
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
     return folder
 
 

@@ -57,6 +57,11 @@ SIZES: dict[str, Any] = {
     **{"attn_layer_period": 2, "attn_layer_offset": 0, "full_attention_interval": 2},
     "layers_block_type": ["moe", "attention"] * (LAYERS // 2),
 }
+# What some architectures are only with.
+OWN: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", *["moe"] * (LAYERS - 1)]},
+    "zaya": {"num_experts_per_tok": 1},
+}
 HEAD = """# Families
 
 What works with which architecture. `python scripts/docs/families.py` makes this page of what the code's own checks
@@ -77,7 +82,7 @@ def small_config(model_type: str) -> PreTrainedConfig:
     """A config of the architecture with few layers and narrow ones; what is no size stays as it is by default."""
     default: PreTrainedConfig = AutoConfig.for_model(model_type)
     stored = default.to_dict()
-    sizes = {key: value for key, value in SIZES.items() if key in stored}
+    sizes = {key: value for key, value in SIZES.items() if key in stored} | OWN.get(model_type, {})
     if (stored.get("n_group") or 1) > 1:
         sizes |= {"n_group": 2, "topk_group": 1}
     config: PreTrainedConfig = AutoConfig.for_model(model_type, **sizes)

@@ -15,7 +15,7 @@ from moe_compress.analysis.layer_info import MoEHooks
 from moe_compress.analysis.sizes import estimate_compressed_size, estimate_model_size, print_compression_summary
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.models import hf
-from moe_compress.models.moe import moe_views
+from moe_compress.models.moe import all_moe_views, moe_views
 from moe_compress.models.sizes import sizes
 from support import tiny
 from support.planted import FAMILIES, LAYER, PROMPTS, reader
@@ -28,7 +28,7 @@ def test_sizes_add_up(family):
     found = estimate_model_size(model)
     assert found["total"] == sum(found[part] for part in ("expert", "attention", "embeddings", "other"))
     assert found["total"] == sizes(model, 16, torch.float32).parameters
-    experts = sum(p.numel() for view in moe_views(model).values() for p in view.experts.parameters())
+    experts = sum(p.numel() for view in all_moe_views(model).values() for p in view.experts.parameters())
     assert found["expert"] == experts and found["attention"] > 0 and found["embeddings"] >= tiny.VOCAB * tiny.HIDDEN
 
 

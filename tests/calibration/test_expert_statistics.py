@@ -27,7 +27,7 @@ from support.slow import DIFFERENT, slow_families, slow_unless
 from support.tiny import windows_of
 
 # A norm stands between these families' experts and the stream, so EASY-EP's "before" is not defined for them.
-NORM_AFTER_EXPERTS = ("flex_olmo", "afmoe")
+NORM_AFTER_EXPERTS = ("flex_olmo", "afmoe", "deepseek_v4", "hy_v4", "inkling_text")
 MEANS = ("mean_output", "mean_gated_output")
 CANCELLING = (*MEANS, "logit_gram")
 

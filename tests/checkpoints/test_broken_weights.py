@@ -146,3 +146,30 @@ def test_what_fails_for_good_leaves_nothing(copy, options, tmp_path):
         with pytest.raises(ValueError, match="NaN"):
             moe_compress.compress(sentence, model=copy, **results)
         assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("number", ["-1", "8", "1000000000"])
+def test_experts_with_numbers_that_none_has(number, copy, refused):
+    name = rename_tensor(copy, "layers.1.block_sparse_moe.experts.7.w2", "experts.7.", f"experts.{number}.")
+    said = refused(model=copy)
+    assert name.rpartition(f".{number}.")[0] + f".{number}" in said and "fetch it again" in said
+
+
+@pytest.mark.parametrize("number", ["4", "1000000000"])
+def test_layers_with_numbers_that_none_has(number, copy, refused):
+    rename_tensor(copy, "layers.1.input_layernorm", "layers.1.", f"layers.{number}.")
+    said = refused(model=copy)
+    assert f"layers.{number}" in said and "numbered 0 to 3" in said
+
+
+def rename_tensor(folder: Path, part: str, before: str, after: str) -> str:
+    """Rename the first tensor whose name has `part`; returns its new name."""
+    index = json.loads((folder / INDEX).read_text())
+    key, shard = next((key, shard) for key, shard in index["weight_map"].items() if part in key)
+    tensors = load_file(folder / shard)
+    name = key.replace(before, after)
+    tensors[name] = tensors.pop(key)
+    save_file(tensors, folder / shard, metadata={"format": "pt"})
+    index["weight_map"][name] = index["weight_map"].pop(key)
+    (folder / INDEX).write_text(json.dumps(index))
+    return name

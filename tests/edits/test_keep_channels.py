@@ -23,7 +23,18 @@ from support.tiny import windows_of
 WIDTH = 16
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 # One width for all experts of a model is plain unless shared experts are measured in experts' widths: 24 * n / 16.
-EDITED = ("deepseek_v3", "glm4_moe", "dots1", "afmoe", "hunyuan_v1_moe", "llama4_text", "jamba")
+EDITED = (
+    "deepseek_v3",
+    "glm4_moe",
+    "dots1",
+    "afmoe",
+    "hunyuan_v1_moe",
+    "llama4_text",
+    "jamba",
+    "exaone_moe",
+    "glm_moe_dsa",
+)
+EDITED += ("hy_v4", "inkling_text", "deepseek_v4")
 
 
 def chosen(source: Checkpoint, width: int = WIDTH) -> list[Edit]:

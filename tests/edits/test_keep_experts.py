@@ -67,6 +67,9 @@ def activated(family: str, view: MoEView, index: int, x: Tensor) -> Tensor:
     if expert.gate is None:
         return view.experts.act_fn(up)
     gate = nn.functional.linear(x, expert.gate, expert.gate_bias)
+    if family == "hy_v4":
+        limit = view.experts.swiglu_limit
+        return nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)
     if family != "gpt_oss":
         return view.experts.act_fn(gate) * up
     gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
@@ -89,7 +92,7 @@ def test_expert_view_is_the_expert(family):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", slow_families(tiny.EDITABLE))
+@pytest.mark.parametrize("family", slow_families(name for name in tiny.EDITABLE if name != "deepseek_v4"))
 def test_uniform_cut_is_a_plain_checkpoint(family, sources, tmp_path):
     source = sources(family)
     written = write(source, uniform(source), tmp_path / "out")
@@ -286,7 +289,7 @@ def test_a_plan_that_does_not_fit_is_refused(edits, says, sources):
         check_edits(hf.skeleton(sources("deepseek_v3").config, torch.float32), edits)
 
 
-@pytest.mark.parametrize("family", [*tiny.NO_EXPERT_EDITS, "deepseek_v4"])
+@pytest.mark.parametrize("family", tiny.NO_EXPERT_EDITS)
 def test_families_that_cannot_be_cut_say_why(family):
     with pytest.raises(ValueError, match=f"experts of {family} cannot be changed: its"):
         refuse_if_uneditable(AutoConfig.for_model(family))

@@ -173,10 +173,11 @@ def silenced(module: nn.Module) -> None:
 
 
 def passing(module: nn.Module) -> None:
-    """A module that returns what it was given."""
+    """A module that returns what it was given, also of what the layer before hands on."""
 
-    def same(_module: nn.Module, args: Any, kwargs: Any, _output: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+    def same(_module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, kwargs["prev_topk_indices"]) if isinstance(output, tuple) else hidden
 
     module.register_forward_hook(same, with_kwargs=True)
 

@@ -22,7 +22,7 @@ def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
         expected = model(ids, use_cache=False).logits
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids))
-    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
+    logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
     assert torch.equal(logits, expected)
     _, resident = forward_layers(ResidentLayers(model), windows_of(ids))
     assert torch.equal(resident, hidden)
@@ -37,7 +37,7 @@ def test_fold_with_padding_equals_full_forward(family, family_folder, family_che
         expected = model(ids, attention_mask=mask.long(), use_cache=False).logits
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids, mask))
-    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
+    logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
     assert torch.equal(logits[mask], expected[mask])
 
 
@@ -52,5 +52,6 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     monkeypatch.setattr("moe_compress.engine.forward.TOKENS_PER_BATCH", 24)
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids))
-    logits = hf.head(layers.model, hidden.reshape(-1, hidden.shape[-1])).view_as(expected)
-    assert torch.equal(logits, expected)
+    logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
+    # DeepSeek-V4's sums depend on where in memory a batch begins.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6 if family == "deepseek_v4" else 0.0)

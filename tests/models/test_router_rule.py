@@ -20,9 +20,10 @@ from support.blocks import VARIANTS, Block, applied, block_of, dense, made
 # Both keep equally many experts in each half, as two groups need.
 SIX, FOUR = (0, 2, 3, 5, 6, 7), (1, 2, 4, 7)
 # JetMoE's experts are of another kind (no view of them), PhiMoE's gates are no softmax over experts, and LongCat's
-# router also names experts that compute nothing. Llama-4's rule is an ordinary one: it is what the gate multiplies
+# router also names experts that compute nothing, as ZAYA's does. DeepSeek-V4 scores by the root of a softplus, and
+# Inkling's gates are shared with the shared experts. Llama-4's rule is an ordinary one: it is what the gate multiplies
 # that is not, and therefore an output sample does not use it (test_output_sample.py).
-NOT_IDENTIFIED = ("phimoe", "longcat_flash", "jetmoe")
+NOT_IDENTIFIED = ("phimoe", "longcat_flash", "jetmoe", "deepseek_v4", "inkling_text", "zaya")
 IDENTIFIED = tuple(name for name in tiny.CONFIGS if name not in NOT_IDENTIFIED)
 
 RULES = [*IDENTIFIED, *VARIANTS]
@@ -182,6 +183,7 @@ def test_selection_biases_are_found_and_logit_biases_are_not():
             found.add(family)
             assert torch.equal(bias_E, expected[0].reshape(-1)) and bias_E.abs().max() > 0
     assert found == {
-        "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2", "dots1", "nemotron_h", "afmoe", "lfm2_moe"
+        "deepseek_v3", "glm4_moe", "ernie4_5_moe", "minimax_m2", "dots1", "nemotron_h", "afmoe", "lfm2_moe",
+        "exaone_moe", "mimo_v2_flash", "glm_moe_dsa", "hy_v4", "inkling_text", "deepseek_v4",
     }  # fmt: skip
     assert made("gpt_oss").view.router.bias.abs().max() > 0

@@ -137,4 +137,6 @@ def is_edited(family: str, kind: str) -> bool:
     if kind in ("skip moe", "skip last moe"):
         ends = {"ernie4_5_moe"}  # an interval of layers with experts
         return family not in (PLAIN_LAYER_DROP if kind == "skip moe" else PLAIN_ANYWHERE | ends)
-    return kind not in ALWAYS_PLAIN or (family, kind) in EDITED_BLOCK_DROP
+    # DeepSeek-V4 keeps all experts in the layers that look them up; its config has one number of them for all layers.
+    by_table = family == "deepseek_v4" and kind in EXPERTS_ONLY
+    return kind not in ALWAYS_PLAIN or (family, kind) in EDITED_BLOCK_DROP or by_table

@@ -91,6 +91,20 @@ def _topk_then_sigmoid(config: Any, logits: Tensor, bias: Any) -> Routing:
     return Routing(ids, [s[i] for i in ids], s / sum(s))
 
 
+def _root_of_softplus(config: Any, logits: Tensor, bias: Any) -> Routing:
+    s = torch.sqrt(torch.log(1 + torch.exp(logits)))
+    ids = _best(s + bias, config.num_experts_per_tok)
+    gates = [g * config.routed_scaling_factor for g in _renormalised([s[i] for i in ids])]
+    return Routing(ids, gates, _softmax(logits))
+
+
+def _beside_shared(config: Any, logits: Tensor, bias: Any) -> Routing:
+    s, routed = 1 / (1 + torch.exp(-logits)), len(logits) - config.n_shared_experts
+    ids = _best(s[:routed] + bias, config.num_experts_per_tok)
+    gates = _renormalised([s[i] for i in [*ids, *range(routed, len(logits))]])[: len(ids)]
+    return Routing(ids, [g * config.route_scale for g in gates], s[:routed] / sum(s[:routed]))
+
+
 def _sparsemixer(config: Any, logits: Tensor, bias: Any) -> Routing:
     ids, gates, left = [], [], list(range(len(logits)))
     for _ in range(2):
@@ -109,6 +123,9 @@ ROUTE: dict[str, Router] = {
     **dict.fromkeys(("mixtral", "minimax"), _softmax_then_topk(True)),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "flex_olmo"), _IF_ASKED),
     **dict.fromkeys(("deepseek_v3", "glm4_moe", "dots1", "nemotron_h", "lfm2_moe"), _V3),
+    **dict.fromkeys(("exaone_moe", "mimo_v2_flash", "glm_moe_dsa", "hy_v4"), _V3),
+    "deepseek_v4": _root_of_softplus,
+    "inkling_text": _beside_shared,
     **dict.fromkeys(("gpt_oss", "granitemoe", "granitemoeshared"), _topk_then_softmax),
     "deepseek_v2": _softmax_then_topk(False, scale="routed_scaling_factor"),
     "jamba": _softmax_then_topk(False),
@@ -216,7 +233,7 @@ def _captured(model: PreTrainedModel, family: str, ids: Tensor, mask: Tensor) ->
     handles = []
     for index, layer in enumerate(model.model.layers):
         block = getattr(layer, BLOCK.get(family, "mlp"))
-        if not hasattr(block, "experts"):
+        if not hasattr(block, "experts") or getattr(block, "is_hash", False):
             continue
         slot = seen.setdefault(index, {})
 
@@ -269,9 +286,9 @@ def reference(
         router = block.get_submodule(ROUTER.get(family, "gate"))
         named = [*block.named_buffers(), *block.named_parameters()]
         bias = sum(b.reshape(-1) for n, b in named if n.endswith(("e_score_correction_bias", "expert_bias")))
-        count = len(router.weight)
+        count = block.experts.num_experts if family == "inkling_text" else len(router.weight)
         experts = [expert(family, config, block.experts, e) for e in range(count)]
-        layer = found[index] = LayerReference(count, weights=_weight_scores(router.weight, experts))
+        layer = found[index] = LayerReference(count, weights=_weight_scores(router.weight[:count], experts))
         for token in mask.reshape(-1).nonzero()[:, 0].tolist():
             x = seen["entering"][token]
             logits = router.weight @ x + (router.bias if family == "gpt_oss" else 0)

@@ -31,7 +31,7 @@ Made = Callable[[str, str], Path]
 WORDS = torch.randint(3, readers.VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
 PER_MATRIX = tiny.HIDDEN * tiny.INNER
 FAMILIES = tiny.EDITABLE
-NAMES = re.compile(r"experts\.(gate_up_proj|up_proj|down_proj)$")
+NAMES = re.compile(r"(?<!shared_)experts\.(gate_up_proj|up_proj|down_proj)$")
 
 
 @functools.cache

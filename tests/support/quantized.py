@@ -28,8 +28,15 @@ WIDE = 40
 # The largest weight sets the scale: searching for a better one takes most of the time.
 FEW = "quantize group_size=8 min_tokens=4 clip=max"
 BLIND = "quantize method=rtn group_size=8 clip=max"
-FUSED = ("gpt_oss", "llama4_text", "granitemoe", "granitemoeshared")  # no matrix of an expert is stored alone
-EXPERTS = re.compile(r"experts\.(gate_up|up|down)_proj(_bias)?$")
+FUSED = (
+    "gpt_oss",
+    "llama4_text",
+    "granitemoe",
+    "granitemoeshared",
+    "hy_v4",
+    "inkling_text",
+)  # no matrix of an expert is stored alone
+EXPERTS = re.compile(r"(?<!shared_)experts\.(gate_up|up|down)_proj(_bias)?$")
 
 
 def wide(family: str, folder: Path, width: int = WIDE) -> Path:

@@ -30,7 +30,7 @@ from moe_compress.engine.observer import BatchInfo, Observer, evenly_T
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.hf import RoutedRows
-from moe_compress.models.moe import moe_view
+from moe_compress.models.moe import learned_view
 from moe_compress.models.shape import MoEShape, moe_shapes
 from moe_compress.run.progress import progress_bar
 
@@ -58,7 +58,7 @@ class BlockInputs:
 
     def enter(self, index: int, layer: nn.Module) -> None:
         """Listen to the block."""
-        view = moe_view(layer, self.family)
+        view = learned_view(layer, self.family)
         self.passed, self.parts = 0, list[Tensor]()
         self.hook = view.block.register_forward_pre_hook(self._keep, with_kwargs=True) if view else None
 

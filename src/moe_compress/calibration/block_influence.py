@@ -85,8 +85,8 @@ class BlockInfluence:
 
     def end(self, hidden_BSD: Tensor) -> None:
         """Add up this batch."""
-        kept = {key: value.reshape(-1, value.shape[-1])[self.batch.real_T] for key, value in self.kept.items()}
-        out_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[self.batch.real_T]
+        kept = {key: self._real(value, hidden_BSD) for key, value in self.kept.items()}
+        out_TD = self._real(hidden_BSD, hidden_BSD)
         pairs: dict[str, tuple[Tensor | None, Tensor | None]] = {
             "block": (kept["in"], out_TD),
             "moe": (kept.get("moe"), out_TD),
@@ -97,11 +97,16 @@ class BlockInfluence:
         component_T = self.batch.component_T[self.batch.real_T]
         self.sums["tokens"].index_add_(0, component_T, torch.ones_like(component_T, dtype=torch.float64))
         for name, (before, after) in pairs.items():
-            if before is None or after is None:
+            if before is None or after is None or before.shape != after.shape:
                 self.sums[name].fill_(torch.nan)
             else:
                 self.sums[name].index_add_(0, component_T, cosine_distance(before, after).double())
         self._sample(kept["in"], out_TD)
+
+    def _real(self, part: Tensor, hidden_BSD: Tensor) -> Tensor:
+        """The rows of real tokens; several streams side by side (hyper-connections) are one."""
+        tokens = hidden_BSD.shape[0] * hidden_BSD.shape[1]
+        return part.reshape(tokens, -1)[self.batch.real_T]
 
     def _sample(self, in_TD: Tensor, out_TD: Tensor) -> None:
         chosen_T = evenly_T(self.seen_tokens, len(in_TD), self.sample, self.real_tokens, in_TD.device)

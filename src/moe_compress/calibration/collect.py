@@ -32,7 +32,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import BatchInfo
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
-from moe_compress.models.moe import MoEView, moe_view, moe_views
+from moe_compress.models.moe import MoEView, learned_view, moe_views
 from moe_compress.models.shape import model_shape
 from moe_compress.run.context import Run
 from moe_compress.run.progress import progress_bar
@@ -75,7 +75,7 @@ class Weights:
     def view(self, index: int) -> Iterator[MoEView]:
         """The experts of one layer."""
         with self.layers.layer(index) as layer:
-            found = moe_view(layer, family_of(self.checkpoint.config))
+            found = learned_view(layer, family_of(self.checkpoint.config))
             assert found is not None
             yield found
 
@@ -165,7 +165,7 @@ def _noise_sample(layers: StreamedLayers, index: int) -> OutputSample:
     with layers.layer(index) as layer:
         observer.enter(index, layer)
         observer.begin(BatchInfo(real_T, torch.zeros(NOISE_TOKENS, dtype=torch.long, device=layers.device)))
-        view = moe_view(layer, family_of(config))
+        view = learned_view(layer, family_of(config))
         assert view is not None
         view.block(noise_TD[None])
         return OutputSample.from_tensors(observer.leave())
@@ -188,7 +188,7 @@ def _weight_sums(checkpoint: Checkpoint) -> dict[int, dict[str, Tensor]]:
     found: dict[int, dict[str, Tensor]] = {}
     for index in range(checkpoint.num_layers):
         with layers.layer(index) as layer:
-            view = moe_view(layer, family)
+            view = learned_view(layer, family)
             if view is not None:
                 found[index] = {f"weight_{name}": value for name, value in weight_sums(view).items()}
     return found

@@ -18,7 +18,7 @@ from moe_compress.engine.observer import BatchInfo
 from moe_compress.models import hf
 from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
-from moe_compress.models.moe import MoEView, by_expert, moe_view, router_logits
+from moe_compress.models.moe import MoEView, by_expert, learned_view, router_logits
 
 ROW_SUMS = ("count", "gate", "norm", "norm_square", "gated_norm")
 RATIO_BINS = 256
@@ -44,7 +44,7 @@ class ExpertStatistics:
     def enter(self, index: int, layer: nn.Module) -> None:
         """Start with empty sums and listen to the layer's experts and router."""
         self.index = index
-        self.view = moe_view(layer, self.family)
+        self.view = learned_view(layer, self.family)
         if self.view is None:
             return
         device = self.view.router_rows_ED.device

@@ -18,9 +18,9 @@ from torch.nn.functional import normalize
 
 from moe_compress.engine.observer import BatchInfo, evenly_T
 from moe_compress.models import hf
-from moe_compress.models.families import Family, groups_of
+from moe_compress.models.families import Family, experts_per_token, groups_of
 from moe_compress.models.hf import RoutedRows
-from moe_compress.models.moe import MoEView, moe_view, router_logits
+from moe_compress.models.moe import MoEView, learned_view, router_logits
 from moe_compress.models.router_rule import RouterRule, fit_router_rule, selection_bias
 
 SAMPLE_TOKENS = 4096
@@ -111,14 +111,14 @@ class OutputSampler:
     def enter(self, index: int, layer: nn.Module) -> None:
         """Listen to the layer's experts and router; ValueError where experts went but the router stayed whole."""
         self.index = index
-        self.view = moe_view(layer, self.family)
+        self.view = learned_view(layer, self.family)
         if self.view is None:
             return
         if self.view.router_rows != self.view.num_experts:
             raise ValueError(
                 f"layer {index}: its router leads several ways to one expert or to none, which no sample describes."
             )
-        self.top_k = self.view.top_k or int(getattr(self.config, self.family.top_k_key))
+        self.top_k = self.view.top_k or experts_per_token(self.config)
         self.rule = self._rule(self.view)
         self.passed = self.taken = 0
         self.parts: dict[str, list[Tensor]] = defaultdict(list)

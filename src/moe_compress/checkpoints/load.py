@@ -33,6 +33,9 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     for parameter in model.parameters() if dtype is not None else ():
         # Weights that transformers makes of codes have the dtype of their scales.
         parameter.data = parameter.data.to(dtype) if parameter.is_floating_point() else parameter.data
+    # Of all prediction layers, classes name only the published models' own, which they then do not speak of.
+    count = hf.num_layers(model.config)
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not hf.is_prediction_key(key, count)]
     wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
     if wrong:
         kind, names = next(iter(wrong.items()))

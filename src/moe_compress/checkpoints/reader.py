@@ -17,16 +17,19 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moe_compress.checkpoints import deepseek_v1
+from moe_compress.checkpoints.familiar_types import familiar_type, known_values, require_same_tensors
 from moe_compress.checkpoints.file_digests import Stamp, digests, stamp
 from moe_compress.checkpoints.formats.registry import format_in
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
+from moe_compress.checkpoints.numbering import require_numbering
 from moe_compress.checkpoints.quantization_config import require_readable, with_export
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import beside_weights, require_agreement, with_weights
 from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
-from moe_compress.models.families import family_of
+from moe_compress.models.families import REFUSED, family_of
 from moe_compress.models.modeling.edited_model import PREFIX
+from moe_compress.models.prediction_layers import module_pattern
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
@@ -84,20 +87,27 @@ class Checkpoint:
         return hf.num_layers(self.config)
 
     def keys(self, layer: int | None) -> list[str]:
-        """Tensor names of one layer; None: all that belong to no decoder layer."""
+        """Tensor names of one layer; None: all that belong to no decoder layer and predict no further tokens."""
         return self._keys_by_layer.get(layer, [])
 
     @functools.cached_property
     def _keys_by_layer(self) -> dict[int | None, list[str]]:
         groups: dict[int | None, list[str]] = {}
+        apart = set(self.prediction_keys)
         for key in self.tensors:
-            groups.setdefault(hf.layer_of(key), []).append(key)
+            if key not in apart:
+                groups.setdefault(hf.layer_of(key), []).append(key)
         return groups
 
+    @functools.cached_property
+    def prediction_keys(self) -> list[str]:
+        """Tensor names of multi-token-prediction layers, which the model does not have."""
+        return [key for key in self.tensors if hf.is_prediction_key(key, self.num_layers)]
+
     @property
-    def extra_layers(self) -> list[int]:
-        """Indices of stored layers that the model does not have (multi-token prediction)."""
-        return sorted(i for i in self._keys_by_layer if i is not None and i >= self.num_layers)
+    def prediction_modules(self) -> list[str]:
+        """Patterns of the names of their modules."""
+        return [*dict.fromkeys(module_pattern(key, hf.layer_of(key)) for key in self.prediction_keys)]
 
     @property
     def stored_dtype(self) -> torch.dtype:
@@ -201,6 +211,11 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     beside = {key: stored[key] for key in beside_weights(stored, values)}
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)
     _require_layers(checkpoint)
+    require_numbering(folder, tensors, checkpoint.num_layers)
+    if familiar_type(read_json(folder / "config.json")) is not None:
+        apart = set(checkpoint.prediction_keys)
+        shapes = {key: getattr(entry, "shape", None) for key, entry in tensors.items() if key not in apart}
+        require_same_tensors(folder, values, shapes)
     return checkpoint
 
 
@@ -233,7 +248,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
-    values = with_export(folder, hf.read_values(folder))
+    values = with_export(folder, known_values(hf.read_values(folder)))
     require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)
@@ -249,6 +264,9 @@ def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         said = str(error).rstrip(".")
         raise ValueError(f"{folder / 'config.json'}: {said}: it was changed; make the checkpoint anew.") from error
+    base_type = (values.get("moe_compress") or {}).get("base_model_type") or values.get("model_type")
+    if (reason := REFUSED.get(str(base_type))) is not None:
+        raise ValueError(f"{base_type} is not supported: {reason}.")
     try:
         family_of(hf.config_from(values))
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:

@@ -32,6 +32,7 @@ from moe_compress.checkpoints.reader import INDEX, Checkpoint, DerivedTensor, En
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_regions, write_shard
 from moe_compress.checkpoints.stored_tensors import stored_parts, with_weights
 from moe_compress.models import hf
+from moe_compress.models.prediction_layers import PREDICTION_COUNT, without_prediction_layers
 from moe_compress.utils.files import write_json
 
 
@@ -39,6 +40,7 @@ class CheckpointWriter:
     """Writes one checkpoint beside its final place; `identity` says which run the partial work belongs to.
 
     `layers`: the layers of the source that it will have, in order (None: all); methods take the source's numbers.
+    Multi-token-prediction layers are copied beside them, or left out, which config.json then says.
     """
 
     def __init__(
@@ -47,11 +49,11 @@ class CheckpointWriter:
         source: Checkpoint,
         identity: str,
         *,
-        keep_extra_layers: bool = True,
+        keep_prediction_layers: bool = True,
         layers: Sequence[int] | None = None,
     ) -> None:
         self.out = out
-        self.extra = source.extra_layers if keep_extra_layers else []
+        self.keep_prediction_layers = keep_prediction_layers
         self.source = source
         self.partial = partial_folder(out)
         # What config.json will say; until it is known, what the source's says.
@@ -89,9 +91,9 @@ class CheckpointWriter:
 
     def copy(self, layer: int | None) -> None:
         """Pass one layer through untouched, byte for byte."""
-        keys = list(self.source.keys(layer))
-        for extra in self.extra if layer is None else ():
-            keys += self.source.keys(extra)
+        keys = [*self.source.keys(layer)]
+        if layer is None and self.keep_prediction_layers:
+            keys += self.source.prediction_keys
         stored = {key: self.source.tensors[key] for key in keys}
         made = [key for key, entry in stored.items() if isinstance(entry, DerivedTensor)]
         with self.source.read(made) as values:
@@ -131,6 +133,8 @@ class CheckpointWriter:
         files: texts by file name; arrays: tensors by file name (none where there are none).
         """
         self.source.require_unchanged()
+        if self.source.prediction_keys and not self.keep_prediction_layers:
+            values = {PREDICTION_COUNT: 0, **without_prediction_layers(values)}
         for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
             (self.partial / name).write_text(text, encoding="utf-8")
         for name, tensors in (arrays or {}).items():

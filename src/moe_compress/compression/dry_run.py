@@ -24,12 +24,14 @@ class DryRun:
     """What a recipe would do.
 
     values: config.json's, up to date in what is packed; edits: all, with arbitrary experts in the right numbers;
-    gram_bytes: the largest Gram matrices it holds.
+    gram_bytes: the largest Gram matrices it holds; keeps_beside: whether modules that are stored beside the model's
+    layers can stay.
     """
 
     values: dict[str, Any]
     edits: list[Edit] = field(default_factory=list)
     gram_bytes: int = 0
+    keeps_beside: bool = True
 
 
 def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -> DryRun:
@@ -47,6 +49,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
                 _dry_weights(stage, model, found)
             else:
                 found.edits += _dry_stage(stage, model, found)
+            found.keeps_beside &= not found.edits
             pattern = stage.parameters.get(registry.find(stage.method).leaves_pattern) or pattern
         except ValueError as error:
             if len(recipe.stages) == 1:
@@ -67,6 +70,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
     found.values = storage.values(found.values)
     require_rescalable(stage, model, found.values)
     found.edits += pack_skeleton(storage)
+    found.keeps_beside &= storage.keeps_beside
 
 
 def _dry_stage(stage: Stage, model: PreTrainedModel, found: DryRun) -> Sequence[Edit]:

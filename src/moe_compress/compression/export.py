@@ -45,7 +45,7 @@ def pad_experts(checkpoint: Checkpoint, out: Path, progress: Progress | None = N
     require_disk(out.parent, 2 * checkpoint.bytes, "the padded checkpoint")
     identity = fingerprint("pad", checkpoint.fingerprint)
     with exclusive_output(out, [identity]):
-        writer = CheckpointWriter(out, checkpoint, identity, keep_extra_layers=False)
+        writer = CheckpointWriter(out, checkpoint, identity, keep_prediction_layers=False)
         count = _write_layers(checkpoint, writer, progress)
         writer.finish(values, {**_manifest(checkpoint), "identity": identity, "form": "plain", "padded_to": count})
     return out
@@ -97,6 +97,10 @@ def _padded_values(checkpoint: Checkpoint) -> dict[str, Any]:
     edited_model.replay(model, {"moe": block_names(model), "edits": edits})
     count = _most(model)
     for view in moe_views(model).values():
+        if view.spare_rows:
+            raise ValueError(
+                f"the router of {config.model_type} has rows behind those of its experts: none can be added."
+            )
         if view.router_rows != view.num_experts:
             raise ValueError(f"{checkpoint.name} reroutes tokens behind its router, which no plain model does.")
         _pad(view, count)

@@ -19,6 +19,7 @@ from moe_compress.edits.edits import KeepExperts, SkipExperts
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.methods import registry
 from moe_compress.models import hf
+from moe_compress.models.prediction_layers import prediction_layers
 from moe_compress.models.sizes import Sizes, sizes
 from moe_compress.recipes.recipe import Recipe
 from moe_compress.utils.devices import resolve_device, resolve_dtype
@@ -76,7 +77,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
         boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
-        notes=_notes(recipe, dry),
+        notes=(*_notes(recipe, dry), *_prediction_notes(values, hf.knows_prediction_layers(model), dry)),
     )
 
 
@@ -100,6 +101,18 @@ def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
             "How many tokens meet a mean output depends on the text: what that saves per token is not counted."
         )
     return tuple(notes)
+
+
+def _prediction_notes(values: Mapping[str, Any], known: bool, dry: DryRun) -> list[str]:
+    """What becomes of multi-token-prediction layers, where the config counts some, or the architecture knows them."""
+    count = prediction_layers(values)
+    if not count and not known:
+        return []
+    which = f"Its multi-token-prediction layers ({count} by its config) are"
+    if not count:
+        which = "Multi-token-prediction layers, if it stores any, are"
+    fate = "copied as they are" if dry.keeps_beside else "left out, and its config will say so"
+    return [f"{which} not counted here; they are {fate}."]
 
 
 def as_markdown(found: Forecast) -> str:

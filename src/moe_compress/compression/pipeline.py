@@ -151,7 +151,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     with measured_cost(cpu) as measured, progress_bar("writing") as progress:
         layers = kept_layers([to_json(edit) for edit in job.edits], job.source.num_layers)
         writer = CheckpointWriter(
-            job.target, job.source, str(about["identity"]), keep_extra_layers=not job.edits, layers=layers
+            job.target, job.source, str(about["identity"]), keep_prediction_layers=not job.edits, layers=layers
         )
         writer.values = values
         if job.weight_stage is not None:

@@ -25,7 +25,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import Observer
 from moe_compress.methods import registry
 from moe_compress.models.families import family_of
-from moe_compress.models.moe import moe_view
+from moe_compress.models.moe import learned_view
 from moe_compress.models.shape import ModelShape, moe_shape
 from moe_compress.models.sublayers import block_names
 from moe_compress.recipes.recipe import Stage
@@ -67,7 +67,7 @@ class _Planner:
 
     def visit(self, index: int, layer: nn.Module, original: LayerPass, compressed: LayerPass) -> None:
         """One layer: the original stream first, then the compressed one before and after the edits."""
-        view = moe_view(layer, self.family)
+        view = learned_view(layer, self.family)
         if view is None:
             original([], True)
             compressed([], True)

@@ -28,6 +28,8 @@ def view_of(model: PreTrainedModel, layer: int) -> MoEView:
     view = moe_view(layers[layer], family_of(model.config)) if 0 <= layer < len(layers) else None
     if view is None:
         raise ValueError(f"the plan edits layer {layer}, which has no experts; MoE layers: {list(moe_views(model))}.")
+    if view.by_table:
+        raise ValueError(f"the plan edits layer {layer}, whose experts are looked up by token: they stay as they are.")
     return view
 
 
@@ -42,6 +44,18 @@ def require_other_moe(model: PreTrainedModel, layer: int) -> None:
     """Raise ValueError if no other layer has experts."""
     if list(moe_views(model)) == [layer]:
         raise ValueError(f"layer {layer} is the only layer left with experts: without it this would be no MoE.")
+
+
+def require_earlier_choice(model: PreTrainedModel, layer: int, what: str) -> None:
+    """Raise ValueError if, without the layer's attention, one behind it would use what no indexer has chosen."""
+    attentions = [getattr(each, "self_attn", None) for each in hf.decoder_layers(model)]
+    choosing = [index for index, each in enumerate(attentions) if getattr(each, "indexer", None) is not None]
+    using = [index for index, each in enumerate(attentions) if getattr(each, "skip_topk", False)]
+    left = [index for index in choosing if index != layer]
+    if any(index != layer and (not left or index < left[0]) for index in using):
+        raise ValueError(
+            f"layer {layer} chooses the tokens that layer {layer + 1} attends to: {what} cannot go unless that does."
+        )
 
 
 def require_other_part(model: PreTrainedModel, layer: int) -> None:

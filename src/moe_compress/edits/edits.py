@@ -21,6 +21,7 @@ from moe_compress.edits.checks import (
     require_active,
     require_alike,
     require_channels,
+    require_earlier_choice,
     require_layer,
     require_other_moe,
     require_other_part,
@@ -161,6 +162,7 @@ class SkipSublayer(_OnLayer):
             )
         require_other_attention(model, self.layer)
         require_other_part(model, self.layer)
+        require_earlier_choice(model, self.layer, "its attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +176,7 @@ class DropLayer(_OnLayer):
         require_layer(model, self.layer)
         require_other_moe(model, self.layer)
         require_other_attention(model, self.layer)
+        require_earlier_choice(model, self.layer, "it")
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
-from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_named, family_of
+from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_of
 from moe_compress.models.modeling import edited_model
 from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.moe import inner_width, moe_views
+from moe_compress.models.prediction_layers import without_prediction_layers
 from moe_compress.models.sublayers import block_names
 
 # The narrowest dense MLP that stands in, all zeros, for a MoE block that is gone: 16-byte rows, TP of 8 in bf16.
@@ -43,10 +44,8 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
         return ResultingConfig(base, True, {})
-    predicting = family_named(base["model_type"]).prediction_layers_key
-    if base.get(predicting):
-        # Their experts are not cut, and engines read one expert count for all layers: they are left out.
-        base[predicting] = 0
+    # Prediction layers are left out: their experts are not cut, and engines read one expert count for all layers.
+    base = without_prediction_layers(base)
     config = hf.config_from(base)
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
@@ -97,7 +96,7 @@ def layer_lists(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]
     family = entry_of(config)
     names = {*config.to_dict(), *edited_model.LISTS} - {family.moe_list_key, family.dense_list_key}
     found: dict[str, Any] = {}
-    for name in sorted(name for name in names if "layer" in name and not name.startswith("mtp")):
+    for name in sorted(n for n in names if ("layer" in n or n.endswith("_types")) and not n.startswith("mtp")):
         value = getattr(config, name, None)
         if isinstance(value, list | tuple) and len(value) == count:
             found[name] = [value[i] for i in kept]
@@ -136,12 +135,12 @@ def _narrower(config: PreTrainedConfig, family: Family, model: PreTrainedModel) 
     Where shared experts are as wide as a number of routed ones, that number grows as these shrink.
     """
     widths = {inner_width(view) for view in moe_views(model).values()}
-    stored = config.to_dict()
+    stored = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
     if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in family.width_keys):
         return [{}]
     width, found = widths.pop(), []
-    for key in [key for key in family.width_keys if isinstance(stored.get(key), int)]:
-        shared = [(name, stored[key] * (stored.get(name) or 0)) for name in family.shared_count_keys]
+    for key in [key for key in family.width_keys if key in stored]:
+        shared = [(name, stored[key] * stored.get(name, 0)) for name in family.shared_count_keys]
         found.append({key: width, **{name: total // width for name, total in shared if total and total % width == 0}})
     return found or [{}]
 

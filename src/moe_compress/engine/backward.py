@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import Batch, Progress, embed_windows, run_batches
+from moe_compress.engine.forward import Batch, Progress, Stream, embed_windows, run_batches
 from moe_compress.engine.layers import Layers
 from moe_compress.engine.observer import Observer
 from moe_compress.models import hf
@@ -35,17 +35,20 @@ def backward(
     """
     count = len(hf.decoder_layers(layers.model))
     with torch.no_grad():
-        batches, hidden_NSD = embed_windows(layers, windows)
-        entered_LNSD = _kept_on_disk((count, *hidden_NSD.shape), hidden_NSD.dtype, scratch)
+        batches, stream = embed_windows(layers, windows)
+        entered_LNSD = _kept_on_disk((count, *stream.hidden_NSD.shape), stream.hidden_NSD.dtype, scratch)
+        handed: list[dict[int, Tensor]] = []
         for index in range(count):
-            entered_LNSD[index] = hidden_NSD.cpu()
+            entered_LNSD[index] = stream.hidden_NSD.cpu()
+            handed.append(dict(stream.handed))
             with layers.layer(index) as layer:
-                run_batches(index, layer, hidden_NSD, batches, (), hidden_NSD)
-        gradient_NSD = _at_the_end(layers, hidden_NSD, windows)
+                run_batches(index, layer, stream, batches, (), go_on=True)
+        gradient_NSD = _at_the_end(layers, stream.hidden_NSD, windows)
     seen: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for index in reversed(range(count)):
         with layers.layer(index) as layer:
-            seen[index] = _back(index, layer, entered_LNSD[index], gradient_NSD, batches, observer)
+            entered = Stream(entered_LNSD[index], handed[index])
+            seen[index] = _back(index, layer, entered, gradient_NSD, batches, observer)
         if progress is not None:
             progress(count - index, count)
     return seen
@@ -54,7 +57,7 @@ def backward(
 def _back(
     index: int,
     layer: nn.Module,
-    entered_NSD: Tensor,
+    entered: Stream,
     gradient_NSD: Tensor,
     batches: Sequence[Batch],
     observer: Observer,
@@ -65,8 +68,9 @@ def _back(
         observer.begin(batch.info)
         here_BSD = gradient_NSD[batch.rows]
         with torch.enable_grad():
-            hidden_BSD = entered_NSD[batch.rows].to(here_BSD.device).requires_grad_()
-            torch.autograd.backward(hf.layer_output(layer, hidden_BSD, batch.calls[index]), here_BSD)
+            hidden_BSD = entered.hidden_NSD[batch.rows].to(here_BSD.device).requires_grad_()
+            output = hf.layer_output(layer, hidden_BSD, batch.calls[index], entered.handed_to(batch))
+            torch.autograd.backward(output.hidden_BSD, here_BSD)
         assert hidden_BSD.grad is not None
         gradient_NSD[batch.rows] = hidden_BSD.grad
     return observer.leave()

@@ -44,17 +44,17 @@ def forward_layers(
     norm). With `state`, finished layers and the hidden states between layers are kept there, so that a killed
     run goes on where it stopped.
     """
-    batches, hidden_NSD = embed_windows(layers, windows)
-    seen, start = _resume(state, hidden_NSD, len(observers))
+    batches, stream = embed_windows(layers, windows)
+    seen, start = _resume(state, stream, len(observers))
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
-            seen.append(run_batches(index, layer, hidden_NSD, batches, observers, hidden_NSD))
+            seen.append(run_batches(index, layer, stream, batches, observers, go_on=True))
         if state is not None:
-            _save(state, index, seen[-1], hidden_NSD)
+            _save(state, index, seen[-1], stream)
         if progress is not None:
             progress(index + 1, count)
-    return seen, hidden_NSD
+    return seen, stream.hidden_NSD
 
 
 @dataclass(slots=True)
@@ -66,25 +66,62 @@ class Batch:
     calls: list[hf.LayerCall] = field(default_factory=list)
 
 
+@dataclass(slots=True)
+class Stream:
+    """What passes from layer to layer: hidden states [N, S, D], and by a batch's first row what is handed on besides.
+
+    Of the latter, whole numbers (of tokens) are kept in as few bytes as they fit into.
+    """
+
+    hidden_NSD: Tensor
+    handed: dict[int, Tensor] = field(default_factory=dict)
+
+    def handed_to(self, batch: Batch) -> Tensor | None:
+        """What the layer before hands on to the rows of a batch."""
+        handed = self.handed.get(batch.rows.start)
+        return handed if handed is None or handed.is_floating_point() else handed.long()
+
+    def take(self, batch: Batch, output: hf.LayerOutput) -> None:
+        """Let what left a layer be what enters the next one."""
+        self.hidden_NSD[batch.rows] = output.hidden_BSD
+        if output.handed is None:
+            self.handed.pop(batch.rows.start, None)
+        else:
+            self.handed[batch.rows.start] = _narrow(output.handed, self.hidden_NSD.shape[1])
+
+    def copy(self) -> Stream:
+        """The same in tensors of its own."""
+        return Stream(self.hidden_NSD.clone(), {row: each.clone() for row, each in self.handed.items()})
+
+
+def _narrow(handed: Tensor, length: int) -> Tensor:
+    """Numbers of tokens of a window of this length in few bytes; numbers of other kinds as they are."""
+    if handed.is_floating_point():
+        return handed
+    return handed.to(torch.int16 if length <= torch.iinfo(torch.int16).max else torch.int32)
+
+
 def run_batches(
     index: int,
     layer: nn.Module,
-    hidden_NSD: Tensor,
+    stream: Stream,
     batches: Sequence[Batch],
     observers: Sequence[Observer],
-    out_NSD: Tensor | None,
+    *,
+    go_on: bool,
 ) -> list[dict[str, Tensor]]:
-    """Run one layer on every batch; what leaves it goes to `out_NSD`, which may be where it came from."""
+    """Run one layer on every batch; `go_on`: what leaves it takes the place of what entered."""
     for observer in observers:
         observer.enter(index, layer)
     for batch in batches:
         for observer in observers:
             observer.begin(batch.info)
-        out_BSD = hf.run_layer(layer, hidden_NSD[batch.rows], batch.calls[index])
+        rows_BSD = stream.hidden_NSD[batch.rows]
+        output = hf.run_layer(layer, rows_BSD, batch.calls[index], stream.handed_to(batch))
         for observer in observers:
-            observer.end(out_BSD)
-        if out_NSD is not None:
-            out_NSD[batch.rows] = out_BSD
+            observer.end(output.hidden_BSD)
+        if go_on:
+            stream.take(batch, output)
     return [observer.leave() for observer in observers]
 
 
@@ -113,32 +150,31 @@ def walk_layers(
     Each has to go on once.
     With `state`, the streams between two layers are kept there, so that a killed run goes on where it stopped.
     """
-    batches, hidden_NSD = embed_windows(layers, windows)
-    streams_XNSD = [hidden_NSD]
-    streams_XNSD += [streams_XNSD[0].clone() for _ in range(streams - 1)]
-    start = _resume_streams(state, streams_XNSD)
+    batches, stream = embed_windows(layers, windows)
+    all_streams = [stream, *(stream.copy() for _ in range(streams - 1))]
+    start = _resume_streams(state, all_streams)
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
 
             def run(
-                hidden_NSD: Tensor, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
+                stream: Stream, observers: Sequence[Observer], go_on: bool, first_batch: bool = False
             ) -> list[dict[str, Tensor]]:
                 some = batches[:1] if first_batch else batches
-                return run_batches(index, layer, hidden_NSD, some, observers, hidden_NSD if go_on else None)  # noqa: B023
+                return run_batches(index, layer, stream, some, observers, go_on=go_on)  # noqa: B023
 
-            visit(index, layer, *(functools.partial(run, hidden_NSD) for hidden_NSD in streams_XNSD))
+            visit(index, layer, *(functools.partial(run, each) for each in all_streams))
         if state is not None:
-            _save_streams(state, index + 1, streams_XNSD)
+            _save_streams(state, index + 1, all_streams)
         if progress is not None:
             progress(index + 1, count)
 
 
-def embed_windows(layers: Layers, windows: Windows) -> tuple[list[Batch], Tensor]:
-    """The windows in batches, and the hidden states [N, S, D] that enter the first layer."""
+def embed_windows(layers: Layers, windows: Windows) -> tuple[list[Batch], Stream]:
+    """The windows in batches, and what enters the first layer."""
     size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
     batches = [Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
-    return batches, _enter(layers, windows, batches)
+    return batches, Stream(_enter(layers, windows, batches))
 
 
 def _enter(layers: Layers, windows: Windows, batches: Sequence[Batch]) -> Tensor:
@@ -167,30 +203,34 @@ def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchIn
 # --- resuming -----------------------------------------------------------------------------------------------
 
 
-def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], hidden_NSD: Tensor) -> None:
-    """First what was seen of the layer, then the hidden states that leave it: a kill in between repeats it."""
+def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], stream: Stream) -> None:
+    """First what was seen of the layer, then what leaves it: a kill in between repeats it."""
     write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
-    _save_streams(state, index + 1, [hidden_NSD])
+    _save_streams(state, index + 1, [stream])
 
 
-def _save_streams(state: Path, following: int, streams_XNSD: Sequence[Tensor]) -> None:
+def _save_streams(state: Path, following: int, streams: Sequence[Stream]) -> None:
     """Keep the streams that enter layer `following`."""
-    named = {f"hidden.{i}": hidden_NSD for i, hidden_NSD in enumerate(streams_XNSD)}
-    write_shard(state / BOUNDARY, {"next": torch.tensor(following), **named})
+    named = {f"hidden.{i}": stream.hidden_NSD for i, stream in enumerate(streams)}
+    handed = {f"handed.{i}.{row}": each for i, stream in enumerate(streams) for row, each in stream.handed.items()}
+    write_shard(state / BOUNDARY, {"next": torch.tensor(following), **named, **handed})
 
 
-def _resume_streams(state: Path | None, streams_XNSD: Sequence[Tensor]) -> int:
+def _resume_streams(state: Path | None, streams: Sequence[Stream]) -> int:
     """Read the streams back in place; returns the layer that they enter. A file that is broken counts for nothing."""
     if state is None or not (state / BOUNDARY).is_file():
         return 0
     try:
         with safe_open(state / BOUNDARY, "pt") as kept:
-            found = [kept.get_tensor(f"hidden.{i}") for i in range(len(streams_XNSD))]
-            following = int(kept.get_tensor("next"))
-    except SafetensorError:
+            found = {key: kept.get_tensor(key) for key in kept.keys()}  # noqa: SIM118
+            hidden = [found[f"hidden.{i}"] for i in range(len(streams))]
+    except (SafetensorError, KeyError):
         return 0
-    for hidden_NSD, kept_NSD in zip(streams_XNSD, found, strict=True):
-        hidden_NSD.copy_(kept_NSD)
+    for i, stream in enumerate(streams):
+        stream.hidden_NSD.copy_(hidden[i])
+        rows = {key: key.removeprefix(f"handed.{i}.") for key in found if key.startswith(f"handed.{i}.")}
+        stream.handed = {int(row): found[key].to(stream.hidden_NSD.device) for key, row in rows.items()}
+    following = int(found["next"])
     log.info("going on behind layer %d, as an earlier run was stopped.", following - 1)
     return following
 
@@ -199,10 +239,10 @@ def _layer_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
-def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
-    """What was seen of finished layers, and the first layer to run; the hidden states are read back in place."""
-    resumed_NSD = hidden_NSD.clone()
-    start = _resume_streams(state, [resumed_NSD])
+def _resume(state: Path | None, stream: Stream, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
+    """What was seen of finished layers, and the first layer to run; the stream is read back in place."""
+    resumed = stream.copy()
+    start = _resume_streams(state, [resumed])
     seen = []
     try:
         for index in range(start):
@@ -214,5 +254,5 @@ def _resume(state: Path | None, hidden_NSD: Tensor, observers: int) -> tuple[lis
             seen.append([parts.get(i, {}) for i in range(observers)])
     except (SafetensorError, FileNotFoundError):
         return [], 0
-    hidden_NSD.copy_(resumed_NSD)
+    stream.hidden_NSD, stream.handed = resumed.hidden_NSD, resumed.handed
     return seen, start

@@ -60,8 +60,16 @@ class StreamedLayers:
         try:
             yield layer
         finally:
-            layer.to("meta")
+            _release(layer)
             return_memory()
+
+
+def _release(layer: nn.Module) -> None:
+    """Put back on the meta device all that a checkpoint holds; what a layer makes itself is made only once."""
+    own = [(m, name, m._buffers.get(name)) for m in layer.modules() for name in m._non_persistent_buffers_set]
+    layer.to("meta")
+    for module, name, buffer in own:
+        module._buffers[name] = buffer
 
 
 class ResidentLayers:

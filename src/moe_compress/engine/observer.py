@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moe_compress.models import hf
 from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
-from moe_compress.models.moe import MoEView, moe_view
+from moe_compress.models.moe import MoEView, learned_view
 
 
 class ExpertObserver:
@@ -33,7 +33,7 @@ class ExpertObserver:
 
     def enter(self, index: int, layer: nn.Module) -> None:
         """Listen to the layer's experts."""
-        self.view = moe_view(layer, self.family)
+        self.view = learned_view(layer, self.family)
         self.square = 0.0
         self.tokens = 0
         if self.view is not None:
@@ -46,7 +46,7 @@ class ExpertObserver:
 
     def end(self, hidden_BSD: Tensor) -> None:
         """Add up the stream's energy."""
-        real_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[self.real_T]
+        real_TD = hidden_BSD.flatten(0, 1).flatten(1)[self.real_T]
         self.square += float(real_TD.double().square().sum())
         self.tokens += len(real_TD)
 

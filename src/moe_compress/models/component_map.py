@@ -54,12 +54,13 @@ def component_of_modules(model: PreTrainedModel) -> dict[str, str]:
 
 def _place(layer: nn.Module, family: Family, view: MoEView | None, recurrent: list[str], name: str) -> str:
     module = layer.get_submodule(name)
-    if "Norm" in type(module).__name__:
+    steps = [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)]
+    kinds = [type(layer.get_submodule(step)).__name__ for step in steps]
+    if "Norm" in kinds[0] or any("HyperConnection" in kind for kind in kinds):
         return NORMS
     if view is not None and within(name, view.names["block"]):
         return _place_in_block(view, name, module)
-    steps = [name.rsplit(".", cut)[0] for cut in range(name.count(".") + 1)]
-    if any(type(layer.get_submodule(step)).__name__.endswith(ROUTER_WORDS) for step in steps):
+    if any(kind.endswith(ROUTER_WORDS) for kind in kinds):
         return ROUTERS
     first = name.partition(".")[0]
     if first in family.beside:

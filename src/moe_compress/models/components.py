@@ -27,6 +27,7 @@ from moe_compress.models.component_map import (
     HEAD,
     NORMS,
     PROJECTIONS,
+    RECURRENT,
     SCANS,
     SCORES,
     attentions_of,
@@ -34,10 +35,10 @@ from moe_compress.models.component_map import (
     recurrent_mixers,
     step_flops,
 )
-from moe_compress.models.families import family_of
+from moe_compress.models.families import experts_per_token, family_of
 from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
 from moe_compress.models.modeling.rerouting import NOVICES, REROUTE
-from moe_compress.models.moe import moe_views
+from moe_compress.models.moe import all_moe_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,8 @@ def components(
     seen = sum(each.pair * min(context, each.window or context) for each in attentions)
     again = 2 * sum(each.expansion for each in attentions) * (context - 1)
     extra = {SCORES: (tokens * pairs, seen), SCANS: (scans, scans), PROJECTIONS: (0, again)}
-    estimates = (SCANS, EXPERTS) if _text_decides(model) else (SCANS,)
+    estimates = {SCANS} | ({EXPERTS} if _text_decides(model) else set())
+    estimates |= {SCORES, RECURRENT} if family.rough_attention else set()
     found = []
     for name in COMPONENTS:
         held, (prefill, decode) = sums[name], extra.get(name, (0, 0))
@@ -127,7 +129,7 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
+    active, top_k = _active_experts(model, executed), float(experts_per_token(model.config))
     itemsize, times = stored.itemsize, _times(model)
     for prefix, module in model.named_modules():
         held, count = sums[place[prefix]], times.get(id(module), 1)
@@ -149,7 +151,8 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
             held.multiplied += used if _multiplies(place[prefix], name, parameter) else 0
         for name, buffer in module._buffers.items():
             lasts = buffer is not None and name not in module._non_persistent_buffers_set
-            held.bytes += buffer.numel() * itemsize if lasts else 0
+            each = itemsize if buffer is None or buffer.is_floating_point() else buffer.element_size()
+            held.bytes += buffer.numel() * each if lasts else 0
     if tied and isinstance(embedding, nn.Embedding):
         sums[HEAD].touched += embedding.weight.numel() - embedding.weight.shape[1]
         sums[HEAD].multiplied += embedding.weight.numel()
@@ -159,7 +162,7 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
 def _times(model: PreTrainedModel) -> dict[int, int]:
     """By module: how often it stands among the experts of a layer, where it is one of several that are alike."""
     found: dict[int, int] = {}
-    for view in moe_views(model).values():
+    for view in all_moe_views(model).values():
         if view.unfused:
             experts = view.experts.separate._modules.values()
             counts = Counter(map(id, experts))
@@ -178,7 +181,7 @@ def _text_decides(model: PreTrainedModel) -> bool:
     identities = family_of(model.config).identity_experts_key
     if identities and bool(getattr(model.config, identities, 0)):
         return True
-    experts = [view.experts for view in moe_views(model).values()]
+    experts = [view.experts for view in all_moe_views(model).values()]
     skipping = any(each.__dict__.get(REROUTE, {}).get("threshold") is not None for each in experts)
     return skipping or any(each._parameters.get(NOVICES) is not None for each in experts)
 
@@ -186,8 +189,8 @@ def _text_decides(model: PreTrainedModel) -> bool:
 def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[float, int | None]]:
     """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
     found: dict[int, tuple[float, int | None]] = {}
-    default = float(getattr(model.config, family_of(model.config).top_k_key))
-    for view in moe_views(model).values():
+    default = float(experts_per_token(model.config))
+    for view in all_moe_views(model).values():
         active = default if view.active is None else view.active
         if executed and hf.gate_on_input(view.experts) and not view.unfused:
             active = view.num_experts

@@ -59,8 +59,6 @@ class Family:
     top_k_key: str = ""
     # Decoder layers.
     layers_key: str = "num_hidden_layers"
-    # Extra layers behind them that predict further tokens.
-    prediction_layers_key: str = "num_nextn_predict_layers"
     # Inner width of an expert, likeliest first, and how many routed experts' widths the shared one has.
     width_keys: tuple[str, ...] = ("moe_intermediate_size", "intermediate_size")
     shared_count_keys: tuple[str, ...] = (
@@ -93,6 +91,8 @@ class Family:
     logits_at: int = 0
     # Fewest experts a group may keep, where routing is limited to groups (most add up the best two).
     min_per_group: int = 2
+    # The attribute of the router that counts its rows behind those of the experts (for shared experts); empty: none.
+    spare_rows: str = ""
     # The router is written for its number of experts per token.
     fixed_top_k: bool = False
     # Which gate mass the Unified-MoE-Compression code sums for this family.
@@ -114,9 +114,12 @@ class Family:
     # What a layer or mixer without attention over all tokens calls its kind, and the states of such mixers.
     recurrent_kinds: tuple[str, ...] = ("linear_attention", "conv", "mamba")
     recurrent_states: tuple[RecurrentState, ...] = RECURRENT_STATES
-    # How many values the MoE block returns.
+    # Its attention is counted roughly: convolutions inside, or caches of which some tokens are compressed.
+    rough_attention: bool = False
+    # How many values the MoE block returns, and the attention.
     block_outputs: int = 1
-    # A norm stands between the experts and the stream, so their share of it is not known.
+    attention_outputs: int = 2
+    # A norm, a convolution or streams side by side stand between the experts and the stream: their share is not known.
     normed_output: bool = False
 
     # --- what can be done with it ---
@@ -139,8 +142,8 @@ def _sigmoid(model_type: str, **more: Any) -> Family:
 
 _ALL: dict[str, Any] = {"tested": True, "vllm": True, "llama_cpp": True}
 _SIGMOID = (
-    "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "flint", "glm4_moe_lite",
-    "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna", "mimo_v2_flash", "minimax_m3_vl_text", "solar_open",
+    "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "flint", "glm4_moe_lite", "hy_v3",
+    "kimi_linear", "laguna", "minimax_m3_vl_text", "solar_open",
 )  # fmt: skip
 _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
@@ -151,18 +154,21 @@ _ENTRIES = (
     Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
     Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_ALL),
     _sigmoid("deepseek_v3", paper_gate="topk", **_ALL),
-    Family(
-        "deepseek_v4",
-        no_expert_edits="its first layers look experts up in a table of token ids, which no edit here rewrites yet",
-    ),
+    # Its first layers look their experts up in a table of token ids, and keep them all.
+    Family("deepseek_v4", normed_output=True, rough_attention=True, tested=True),
     _sigmoid("dots1", **_ALL),
     Family("ernie4_5_moe", moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"), **_ALL),
+    _sigmoid("exaone_moe", tested=True),
     Family("flex_olmo", normed_output=True, tested=True, vllm=True),
     _sigmoid("glm4_moe", **_ALL),
+    _sigmoid("glm5_next_text", attention_outputs=3, normed_output=True),
+    _sigmoid("glm_moe_dsa", attention_outputs=3, tested=True),
     Family("gpt_oss", block_outputs=2, **_ALL),
     Family("granitemoe", **_ALL),
     Family("granitemoeshared", tested=True, vllm=True),
     Family("hunyuan_v1_moe", tested=True),
+    _sigmoid("hy_v4", attention_outputs=3, normed_output=True, tested=True),
+    _sigmoid("inkling_text", spare_rows="n_shared_experts", normed_output=True, rough_attention=True, tested=True),
     Family("jamba", **_ALL),
     Family(
         "jetmoe",
@@ -195,7 +201,9 @@ _ENTRIES = (
         attention_factors=("attn_alpha_factor",),
         tested=True,
     ),
+    _sigmoid("mimo_v2_flash", tested=True),
     _sigmoid("minimax_m2", **_ALL),
+    _sigmoid("mistral_large4_text", attention_outputs=3),
     Family("mixtral", **_ALL),
     _sigmoid("nemotron_h", tested=True),
     Family("olmoe", **_ALL),
@@ -203,6 +211,13 @@ _ENTRIES = (
     Family("qwen2_moe", **_ALL),
     Family("qwen3_moe", **_ALL),
     Family("qwen3_next", **_ALL),
+    Family(
+        "zaya",
+        tested=True,
+        block_outputs=2,
+        rough_attention=True,
+        no_expert_edits="its router has a row for skipping all experts behind theirs, which no edit here keeps yet",
+    ),
 )
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 ALIASES = {family.model_type: family.read_as for family in _ENTRIES if family.read_as}
@@ -230,6 +245,12 @@ def family_of(config: PreTrainedConfig) -> Family:
         )
     origin = FAMILIES.get(getattr(config, ORIGIN_KEY, ""), family)
     return replace(family, count_key=count_key, top_k_key=top_k_key, paper_gate=origin.paper_gate)
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan)."""
+    said = getattr(config, family_of(config).top_k_key)
+    return int(max(said) if isinstance(said, list | tuple) else said)
 
 
 def family_named(model_type: str) -> Family:

@@ -35,12 +35,16 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class MoEView:
-    """The MoE block of one decoder layer."""
+    """The MoE block of one decoder layer.
+
+    spare_rows: rows of the router behind those that lead to experts.
+    """
 
     block: nn.Module
     experts: Any
     router: nn.Module
     names: dict[str, str]
+    spare_rows: int = 0
 
     @property
     def num_experts(self) -> int:
@@ -74,7 +78,13 @@ class MoEView:
     @property
     def router_rows_ED(self) -> Tensor:
         """The router's weight, one row an expert (several, or rows of novices, once experts were rerouted)."""
-        return next(p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == self.router_rows)
+        rows = self.router_rows
+        return next(p[:rows] for p in self.router.parameters() if p.dim() == 2 and len(p) == rows + self.spare_rows)
+
+    @property
+    def by_table(self) -> bool:
+        """Whether a table of token ids says which experts a token uses, and the router only how much of each."""
+        return any(buffer.dim() == 2 and not buffer.is_floating_point() for buffer in self.router.buffers())
 
     @property
     def widths(self) -> list[int]:
@@ -111,8 +121,15 @@ def moe_view(layer: nn.Module, family: Family) -> MoEView | None:
         block = layer.get_submodule(block_name)
         router_name = family.router or _router_child(block)
         names = {"block": block_name, "experts": name, "router": f"{block_name}.{router_name}"}
-        return MoEView(block, module, block.get_submodule(router_name), names)
+        router: Any = block.get_submodule(router_name)
+        return MoEView(block, module, router, names, getattr(router, family.spare_rows) if family.spare_rows else 0)
     return None
+
+
+def learned_view(layer: nn.Module, family: Family) -> MoEView | None:
+    """The same where the router chooses the experts: others cannot be cut, or told apart by what they are sent."""
+    view = moe_view(layer, family)
+    return None if view is None or view.by_table else view
 
 
 def _router_child(block: nn.Module) -> str:
@@ -129,7 +146,12 @@ def _router_child(block: nn.Module) -> str:
 
 
 def moe_views(model: PreTrainedModel) -> dict[int, MoEView]:
-    """The MoE blocks of a model by layer index."""
+    """The MoE blocks of a model whose routers choose, by layer index."""
+    return {index: view for index, view in all_moe_views(model).items() if not view.by_table}
+
+
+def all_moe_views(model: PreTrainedModel) -> dict[int, MoEView]:
+    """The same, with those whose experts are looked up."""
     family = family_of(model.config)
     views = {index: moe_view(layer, family) for index, layer in enumerate(decoder_layers(model))}
     return {index: view for index, view in views.items() if view is not None}

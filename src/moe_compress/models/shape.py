@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
-from moe_compress.models.families import family_of, groups_of
+from moe_compress.models.families import experts_per_token, family_of, groups_of
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.modeling.unfused_experts import model_width
 from moe_compress.models.moe import MoEView, inner_width, moe_views
@@ -133,7 +133,7 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
     return MoEShape(
         layer=index,
         num_experts=view.num_experts,
-        top_k=view.top_k or getattr(config, family.top_k_key),
+        top_k=view.top_k or experts_per_token(config),
         active=view.active,
         width=model_width(view.experts),
         inner=inner_width(view),

@@ -30,6 +30,7 @@ def sublayer_names(layer: nn.Module, family: Family, moe: dict[str, str]) -> dic
     return {
         **moe,
         "outputs": family.block_outputs,
+        **({"attention_outputs": family.attention_outputs} if family.attention_outputs != 2 else {}),
         "beside": [name for name in family.beside if name in children],
         "moe_norms": list(moe_norms),
         "attention": next((name for name in family.attention if name in children), family.attention[0]),
@@ -46,7 +47,8 @@ def is_whole_layer(layer: nn.Module, family: Family, names: dict[str, Any]) -> b
 def block_names(model: PreTrainedModel) -> dict[str, Any]:
     """Where, inside a decoder layer, the MoE block, its experts, its router, the attention and their norms are."""
     index, view = next(iter(moe_views(model).items()))
-    return sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
+    names = sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
+    return {**names, "spare_rows": view.spare_rows} if view.spare_rows else names
 
 
 def attention_layers(model: PreTrainedModel) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,3 +215,16 @@ def test_broken_ones_are_named(change, said, published, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=said):
         open_checkpoint(tmp_path)
+
+
+def test_the_other_name_of_the_same_codes_is_read(published, tmp_path):
+    """MiniMax-M2 calls them by torch's name."""
+    source = published("qwen3_moe")
+    shutil.copytree(source, tmp_path / "other")
+    values = json.loads((source / "config.json").read_text())
+    values["quantization_config"] = {**FP8, "fmt": "float8_e4m3fn"}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(values))
+    one, other = open_checkpoint(source), open_checkpoint(tmp_path / "other")
+    name = next(key for key in one.tensors if key.endswith("down_proj.weight"))
+    with one.read([name]) as here, other.read([name]) as there:
+        assert torch.equal(here[name][...], there[name][...])

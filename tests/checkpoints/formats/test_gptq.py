@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,3 +51,17 @@ def test_gptq_layout_reads_and_trims_like_the_others(made):
     assert len(open_checkpoint(folder).packed) == 3 * 6 * tiny.LAYERS
     assert bool(logits_of(moe_compress.load(folder, torch.float32)).isfinite().all())
     assert {view.num_experts for view in moe_views(moe_compress.load(folder)).values()} == {6}
+
+
+def test_files_from_before_there_was_a_checkpoint_format_are_read(made, tmp_path):
+    """There was one layout when quantizers did not name it yet."""
+    source = made("mixtral", "quantize method=rtn group_size=8 clip=max bits=4 format=gptq")
+    folder = Path(shutil.copytree(source, tmp_path / "old"))
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["checkpoint_format"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits_of(moe_compress.load(folder)), logits_of(moe_compress.load(source)))
+    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="is not read with checkpoint_format=gptq_v2"):
+        open_checkpoint(folder)

@@ -51,7 +51,12 @@ MIXED = {
     "qwen3_next": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "nemotron_h": {"layers_block_type": ["moe", "attention", "mamba"]},
 }
-SCANNING = ("qwen3_next", "nemotron_h", "jamba", "minimax", "lfm2_moe")
+SCANNING = ("qwen3_next", "nemotron_h", "jamba", "minimax", "lfm2_moe", "inkling_text", "zaya")
+# What mixes their streams is among what is not compared.
+STREAMS = ("deepseek_v4", "hy_v4")
+# Their attention is estimated.
+ESTIMATED = {SCORES, RECURRENT}
+ROUGH = ("deepseek_v4", "inkling_text", "zaya")
 WITHOUT_SKELETON = ("jetmoe", "longcat_flash")
 
 
@@ -103,10 +108,13 @@ def test_torchs_counter_agrees(family):
     found = check(model, LENGTH)
     compared = {(each.component, each.phase): each for each in found if each.compared}
     assert all(each.difference <= 1e-3 for each in compared.values()), found
-    loose = {each.component for each in found if not each.compared and each.analytic}
+    loose = {each.component for each in found if not each.compared and each.analytic} - (
+        ESTIMATED if family in ROUGH else set()
+    )
     assert loose == ({SCANS} if family in SCANNING else {EXPERTS} if family == "longcat_flash" else set())
-    assert {("head", "prefill"), ("head", "decode")} <= compared.keys()
-    if family not in SCANNING and not loose:
+    cached = family not in ("inkling_text", "zaya")  # whose convolutions are taken for a state
+    assert {("head", "prefill"), *([("head", "decode")] if cached else [])} <= compared.keys()
+    if family not in (*SCANNING, *STREAMS, *ROUGH) and not loose:
         analytic = sum(each.analytic for each in found if each.phase == "prefill")
         assert analytic == pytest.approx(sum(each.counted for each in found if each.phase == "prefill"), rel=1e-3)
 

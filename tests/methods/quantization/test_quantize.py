@@ -16,7 +16,7 @@ import moe_compress
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.engine import forward
-from moe_compress.models.moe import moe_views
+from moe_compress.models.moe import all_moe_views, moe_views
 from support import naive_pruning, tiny
 from support import naive_quantization as slow
 from support.editing import logits_of
@@ -53,7 +53,7 @@ def test_experts_are_quantized_and_nothing_else(family, wide_lab, wide_made):
     fake, layers, (low, high) = copy.deepcopy(before), moe_layers(model, family), slow.limits(3)
     assert len(packed_in(here)) == len(layers) * tiny.EXPERTS * (2 if family == "nemotron_h" else 3) > 0
     for layer in layers:
-        view, loaded = moe_views(here)[layer], naive_pruning.matrices(fake, family, layer)
+        view, loaded = all_moe_views(here)[layer], naive_pruning.matrices(fake, family, layer)
         for expert, matrices in zip(view.experts.separate, loaded, strict=True):
             for module, matrix in zip(expert.values(), matrices, strict=True):
                 codes = module.codes().long()

@@ -57,7 +57,7 @@ def scheme_config(
         "format": format,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in packing.beside)],
     }
 
 

@@ -251,5 +251,6 @@ def compressed_tensors() -> Format:
             config=scheme_config,
             shared=ALIKE,
             refuses=refuses,
+            excepts=True,
         ),
     )

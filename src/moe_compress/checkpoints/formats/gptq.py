@@ -135,6 +135,7 @@ def _config(packing: Packing) -> dict[str, Any]:
     """Linear maps that are not packed are left out by name."""
     packed = {matrix.name for found in packing.matrices.values() for matrix in found}
     group_size = next(size for (_, name), size in packing.group_sizes.items() if name in packed)
+    others = [rf".*layers\.\d+\.{re.escape(name)}$" for name in sorted(packing.others)]
     return {
         "quant_method": "gptq",
         "bits": packing.bits,
@@ -143,7 +144,7 @@ def _config(packing: Packing) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {rf"{KEPT}.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(packing.others)},
+        "dynamic": {f"{KEPT}{pattern}": {} for pattern in (*others, *packing.beside)},
     }
 
 
@@ -172,5 +173,11 @@ def gptq() -> Format:
             vllm=lambda config: vllm_integers([config["bits"]]),
             llama_cpp=lambda _: (True, "not tried: convert_hf_to_gguf.py makes the weights dense"),
         ),
-        writer=Writer(parts=_parts, config=_config, shared={"its matrices": lambda _: True}, scale_dtype=torch.float16),
+        writer=Writer(
+            parts=_parts,
+            config=_config,
+            shared={"its matrices": lambda _: True},
+            scale_dtype=torch.float16,
+            excepts=True,
+        ),
     )

@@ -69,7 +69,8 @@ class Packing:
 
     matrices: by layer; group_sizes: inputs that share a scale, by layer and name of the matrix; whole_rows: one scale a
     row was asked for; others: names of the matrices that stay plain numbers, routers among them; plain: the
-    modules of all layers that hold these, by their full names.
+    modules of all layers that hold these, by their full names; beside: patterns of the names of modules that are stored
+    beside the model's, as plain numbers.
     """
 
     bits: int
@@ -78,6 +79,7 @@ class Packing:
     group_sizes: Mapping[tuple[int, str], int]
     others: frozenset[str] = frozenset()
     plain: Sequence[str] = ()
+    beside: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +131,7 @@ class Writer:
     config: the quantization_config of config.json; shared: which matrices have to have one group size, by what messages
     call them: whether a kind of matrix is one of them; refuses: why it does not hold what is asked for, as the rest of
     a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for that of the
-    checkpoint's weights.
+    checkpoint's weights; excepts: whether `config` excepts modules beside the model's, which are left out otherwise.
 
     A format of an edited architecture has `layer` alone: the tensors of a layer by name, codes in modules of their own.
     Edits say what is packed, and each matrix may have a width of its own.
@@ -142,6 +144,7 @@ class Writer:
     shared: Mapping[str, Callable[[Kind], bool]] = field(default_factory=dict)
     refuses: Callable[[Request], str] = lambda _: ""
     scale_dtype: torch.dtype | None = None
+    excepts: bool = False
     layer: Callable[[LayerToStore], dict[str, Tensor]] | None = None
 
 

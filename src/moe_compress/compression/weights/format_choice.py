@@ -36,17 +36,23 @@ class Storage:
     """How a stage's matrices are stored.
 
     matrices: which; format: its name; group_sizes: by layer and name, inputs that share a scale, 0 for a matrix that is
-    left as it is.
+    left as it is; beside: patterns of the names of modules beside the model's (multi-token prediction).
     """
 
     matrices: StageMatrices
     format: str = DENSE
     group_sizes: GroupSizes = field(default_factory=dict)
+    beside: Sequence[str] = ()
 
     @property
     def writer(self) -> Writer:
         """How the format is written."""
         return _writer(self.format)
+
+    @property
+    def keeps_beside(self) -> bool:
+        """Whether what is stored beside the model's layers can stay: nothing claims it, or it is excepted."""
+        return self.format == DENSE or self.writer.excepts
 
     def edits(self, bits: Bits | None = None) -> list[PackMatrices]:
         """The edits of the checkpoint. bits: where they differ."""
@@ -128,6 +134,7 @@ class Storage:
             bits=self._grid.bits, whole_rows=not self._grid.group_size, matrices=chosen, group_sizes=self.group_sizes,
             others=frozenset(every - packed),
             plain=self._plain(),
+            beside=self.beside,
         )  # fmt: skip
 
 
@@ -136,13 +143,13 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] if ".experts." in name else name
 
 
-def storage_for(matrices: StageMatrices) -> Storage:
-    """How the matrices are to be stored. ValueError for a format that cannot hold them."""
+def storage_for(matrices: StageMatrices, beside: Sequence[str] = ()) -> Storage:
+    """How the matrices are to be stored, with others `beside` them. ValueError for a format that cannot hold them."""
     grid = matrices.grid
     if grid is None:
         return Storage(matrices)
     format = _format_of(matrices, grid)
-    return Storage(matrices, format, _group_sizes(matrices, grid, _writer(format)))
+    return Storage(matrices, format, _group_sizes(matrices, grid, _writer(format)), beside)
 
 
 def _writer(format: str) -> Writer:

@@ -69,7 +69,7 @@ def run_weight_stage(
 ) -> WeightStageResult:
     """Carry out a weight stage into `writer`."""
     layers = run.layers(source)
-    storage = storage_for(StageMatrices(stage, layers.model))
+    storage = storage_for(StageMatrices(stage, layers.model), source.prediction_modules)
     if stage.needs == "input_grams":
         _require_memory(storage.matrices, layers.device)
     shared = _shared_out(stage, storage, source, run, writer, progress)
@@ -146,6 +146,7 @@ class WeightStage:
         self.stored_dtype = storage.writer.scale_dtype or source.dense_dtype
         self.values = writer.values = storage.values(source.values)
         warn_of_skipped(storage.group_sizes)
+        writer.keep_prediction_layers = storage.keeps_beside
 
     def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
         """One layer: observe, change, write, verify, go on."""

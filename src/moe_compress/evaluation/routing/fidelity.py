@@ -180,7 +180,7 @@ def teacher_forced(
     original: Layers, other: Layers, ancestry: Ancestry, windows: Windows, progress: Progress | None = None
 ) -> tuple[dict[int, Sample], dict[int, Sample]]:
     """Samples by layer of the original and of the other, each layer of which runs on what enters its ancestor."""
-    batches, hidden_NSD = embed_windows(original, windows)
+    batches, stream = embed_windows(original, windows)
     theirs, _ = embed_windows(other, windows)
     before: dict[int, Sample] = {}
     after: dict[int, Sample] = {}
@@ -191,10 +191,10 @@ def teacher_forced(
             number = descendants[index]
             with other.layer(number) as layer:
                 watch = RoutingSample(family_of(other.model.config), windows)
-                (after[number],) = run_batches(number, layer, hidden_NSD, theirs, [watch], None)
+                (after[number],) = run_batches(number, layer, stream, theirs, [watch], go_on=False)
         with original.layer(index) as layer:
             watch = RoutingSample(family_of(original.model.config), windows)
-            (before[index],) = run_batches(index, layer, hidden_NSD, batches, [watch], hidden_NSD)
+            (before[index],) = run_batches(index, layer, stream, batches, [watch], go_on=True)
         if progress is not None:
             progress(index + 1, count)
     return _with_experts(before), _with_experts(after)

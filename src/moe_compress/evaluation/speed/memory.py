@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_compress.models import hf
 from moe_compress.models.modeling.packed_linear import PackedMatrix
-from moe_compress.models.moe import moe_views
+from moe_compress.models.moe import all_moe_views
 
 
 def cache_tensors(cache: Any) -> list[Tensor]:
@@ -39,7 +39,7 @@ def step_bytes(model: Any, batch: int) -> float:
     whole = {id(tensor): 1.0 for tensor in weight_tensors(model)}
     if table.weight is not getattr(model.get_output_embeddings(), "weight", None):
         whole[id(table.weight)] = batch / len(table.weight)
-    for view in moe_views(model).values():
+    for view in all_moe_views(model).values():
         every = hf.gate_on_input(view.experts) and not view.unfused  # as stock transformers runs Llama-4's
         used = view.num_experts if every or not view.active else min(view.active, view.num_experts)
         share = 1 - (1 - used / view.num_experts) ** batch

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ load = AutoModelForCausalLM.from_pretrained
 model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
 for parameter in model.parameters():  # what is made dense of codes, or kept as it was stored, is of 16 bits
     parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
-wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
+wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
 ids = load_file(ids)["ids"]
 with torch.no_grad():
     logits = model.eval()(ids, use_cache=False).logits.float()
@@ -116,7 +116,7 @@ def verification(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Ver
     try:
         if stock.loads:
             found = _in_fresh_process(checkpoint, trust_remote_code or _runs_our_code(checkpoint))
-        problems += [f"{kind.replace('_', ' ')}: {', '.join(names)}" for kind, names in found.get("wrong", {}).items()]
+        problems += _wrong_tensors(found.get("wrong", {}), checkpoint.num_layers)
         ours = _ours(checkpoint)
         distance = float((found["logits"] - ours).norm() / ours.norm()) if found else None
     except ValueError as error:
@@ -127,6 +127,15 @@ def verification(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Ver
         problems.append(f"generate's {found['made']} tokens are not the likeliest ones (by {found['behind']:.1e})")
     name = checkpoint.folder.name
     return Verification(name, form, found.get("class"), distance, TOLERANCE[form], problems, clients)
+
+
+def _wrong_tensors(found: Mapping[str, Sequence[str]], num_layers: int) -> list[str]:
+    """A sentence a kind of tensors that did not load; that prediction layers are not loaded is no problem."""
+    wrong = {
+        kind: [name for name in names if kind != "unexpected_keys" or not hf.is_prediction_key(name, num_layers)]
+        for kind, names in found.items()
+    }
+    return [f"{kind.replace('_', ' ')}: {', '.join(names[:3])}" for kind, names in wrong.items() if names]
 
 
 def checkpoint_kind(checkpoint: Checkpoint) -> str:

@@ -20,6 +20,7 @@ from moe_compress.models.hf.expert_taps import (
 )
 from moe_compress.models.hf.layer_calls import (
     LayerCall,
+    LayerOutput,
     called_alike,
     enter,
     head,
@@ -34,6 +35,7 @@ from moe_compress.models.hf.skeleton import (
     config_from,
     decoder_layers,
     encode_values,
+    is_architecture,
     layer_kind,
     layers_prefix,
     num_layers,
@@ -48,6 +50,8 @@ from moe_compress.models.hf.skeleton import (
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
+    is_prediction_key,
+    knows_prediction_layers,
     layer_of,
     layer_state,
     materialize,
@@ -62,6 +66,7 @@ __all__ = [
     "PROCESSORS",
     "AllExperts",
     "LayerCall",
+    "LayerOutput",
     "RoutedRows",
     "all_experts",
     "buffers_to",
@@ -77,6 +82,9 @@ __all__ = [
     "head",
     "head_rows",
     "imported_files",
+    "is_architecture",
+    "is_prediction_key",
+    "knows_prediction_layers",
     "layer_kind",
     "layer_of",
     "layer_output",

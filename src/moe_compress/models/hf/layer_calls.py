@@ -6,9 +6,10 @@ B sequences, S positions, T tokens, D model width, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,27 @@ from moe_compress.models.hf.long_attention import (
 )
 from moe_compress.models.hf.skeleton import quiet, stack
 
+# Stands in recorded calls for what a layer takes from the one before it.
+HANDED_ON = object()
+# Names of such parameters begin so: the experts' router states (ZAYA), the tokens that an indexer chose (GLM-5).
+FROM_BEFORE = "prev_"
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """How the model calls one of its layers: everything but the hidden states."""
+    """How the model calls one of its layers: everything but the hidden states, and HANDED_ON where the layer before it
+    gives something besides them.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+
+class LayerOutput(NamedTuple):
+    """What leaves a layer: the hidden states, and what it hands on to the next one besides."""
+
+    hidden_BSD: Tensor
+    handed: Tensor | None = None
 
 
 def called_alike(these: list[LayerCall], others: list[LayerCall]) -> bool:
@@ -51,7 +66,10 @@ def called_alike(these: list[LayerCall], others: list[LayerCall]) -> bool:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps the call and returns `output`, or what it was given."""
+    """Stands in for a decoder layer: keeps the call and returns `output`, or what it was given.
+
+    A layer that takes something from the one before it gives something to the next one, too.
+    """
 
     def __init__(self, layer: nn.Module, output: Tensor | None = None) -> None:
         super().__init__()
@@ -59,6 +77,7 @@ class _Recorder(nn.Module):
         self.call: LayerCall | None = None
         self.entered: Tensor | None = None
         self.output = output
+        self.hands_on = any(name.startswith(FROM_BEFORE) for name in inspect.signature(layer.forward).parameters)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -66,9 +85,10 @@ class _Recorder(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.call, self.entered = LayerCall(args, kwargs), hidden_states
-        return hidden_states if self.output is None else self.output
+        output = hidden_states if self.output is None else self.output
+        return (output, HANDED_ON) if self.hands_on else output
 
 
 @contextlib.contextmanager
@@ -124,16 +144,18 @@ def logits(model: PreTrainedModel, hidden_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def run_layer(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
-    """One decoder layer, called as the model would call it."""
-    return layer_output(layer, hidden_BSD, call)
+def run_layer(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall, handed: Tensor | None = None) -> LayerOutput:
+    """One decoder layer, called as the model would call it; `handed`: what the layer before it hands on."""
+    return layer_output(layer, hidden_BSD, call, handed)
 
 
-def layer_output(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall) -> Tensor:
+def layer_output(layer: nn.Module, hidden_BSD: Tensor, call: LayerCall, handed: Tensor | None = None) -> LayerOutput:
     """The same, with gradients where they are enabled."""
+    args = [handed if each is HANDED_ON else each for each in call.args]
+    kwargs = {name: handed if each is HANDED_ON else each for name, each in call.kwargs.items()}
     with blockwise_attention(hidden_BSD.shape[1]):
         try:
-            out = layer(hidden_BSD, *call.args, **call.kwargs)
+            out = layer(hidden_BSD, *args, **kwargs)
         except WholeMaskNeeded:
-            out = layer(hidden_BSD, *with_whole_masks(call.args), **with_whole_masks(call.kwargs))
-    return out[0] if isinstance(out, tuple) else out
+            out = layer(hidden_BSD, *with_whole_masks(tuple(args)), **with_whole_masks(kwargs))
+    return LayerOutput(*out[:2]) if isinstance(out, tuple) else LayerOutput(out)

@@ -49,6 +49,11 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
 
 
+def is_architecture(model_type: Any) -> bool:
+    """Whether transformers has an architecture of this name (or an edited one of ours)."""
+    return isinstance(model_type, str) and model_type.removeprefix(edited_model.PREFIX) in CONFIG_MAPPING
+
+
 def stored_dtype(values: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which config.json values say that weights are stored; bf16 where they do not say."""
     return DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)

@@ -24,16 +24,33 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils.loading_report import LoadStateDictInfo
 
 from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet
+from moe_compress.models.prediction_layers import predicts_further
 
+# Set on a model that was read from names without the prefix of its base model (DeepSeek-V4): it is written so, too.
+BARE = "_stored_without_prefix"
 LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def layer_of(key: str) -> int | None:
-    """Which decoder layer a checkpoint tensor belongs to; None for embeddings, final norm and head."""
-    found = LAYER_KEY.search(key)
+    """Which decoder layer a checkpoint tensor belongs to; None for embeddings, final norm and head.
+
+    Layers inside a module of prediction layers are numbered for themselves: they are none of these.
+    """
+    found = None if predicts_further(key) else LAYER_KEY.search(key)
     return int(found.group(1)) if found else None
+
+
+def is_prediction_key(key: str, num_layers: int) -> bool:
+    """Whether a checkpoint tensor belongs to a multi-token-prediction layer of a model of `num_layers` layers."""
+    return predicts_further(key) or (layer_of(key) or 0) >= num_layers
+
+
+def knows_prediction_layers(model: PreTrainedModel) -> bool:
+    """Whether the architecture is published with multi-token-prediction layers, which its classes then pass over."""
+    return any("mtp" in pattern for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def renumbered(key: str, layer: int) -> str:
@@ -60,6 +77,8 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
             _convert(model, mapping, {k: t for found in by_pattern.values() for k, t in found.items()}, device)
             continue
         if name not in expected:
+            if _is_ignored(model, name):
+                continue
             raise ValueError(f"the checkpoint's tensor for {name} fits nothing in {type(model).__name__}.")
         target = expected[name]
         value = torch.empty(target.shape, dtype=target.dtype, device=device)
@@ -71,6 +90,15 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         _assign(model, name, value)
     used = [conversion for conversion in mapping if conversion.was_used()]
     model.__dict__["_weight_conversions"] = used
+    if tensors:
+        model.__dict__[BARE] = not any(key.startswith(f"{model.base_model_prefix}.") for key in tensors)
+
+
+def _is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Whether stock transformers passes over a stored tensor that fits nothing (buffers that a model makes itself)."""
+    found = LoadStateDictInfo(set(), {name}, set(), error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
+    model._adjust_missing_and_unexpected_keys(found)
+    return not found.unexpected_keys
 
 
 def _by_parameter(
@@ -157,7 +185,11 @@ def _convert(model: PreTrainedModel, mapping: list[Any], group: dict[str, Any], 
 
 def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by module name -> tensors by checkpoint name, as `save_pretrained` would write them."""
-    return revert_weight_conversion(model, dict(state))
+    return {_as_stored(model, name): tensor for name, tensor in revert_weight_conversion(model, dict(state)).items()}
+
+
+def _as_stored(model: PreTrainedModel, name: str) -> str:
+    return name.removeprefix(f"{model.base_model_prefix}.") if model.__dict__.get(BARE) else name
 
 
 def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
@@ -176,4 +208,4 @@ def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int
     stored = revert_weight_conversion(model, dict(tags))
     if used is not None:
         model.__dict__["_weight_conversions"] = used
-    return {int(tag): name for name, tag in stored.items() if tag.numel() == 1}
+    return {int(tag): _as_stored(model, name) for name, tag in stored.items() if tag.numel() == 1}

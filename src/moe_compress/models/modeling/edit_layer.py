@@ -19,7 +19,7 @@ from .rerouting import NOVICES, hook_rerouting, rerouting_of
 from .unfused_experts import CHILDREN, UNFUSED, expert_count, is_separate, model_width, narrow, own_tensor
 from .unfused_experts import widths as widths_of
 
-COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "out_features")
+COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_total_experts", "out_features")
 WIDTHS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim")
 
 
@@ -125,8 +125,11 @@ def _retarget(layer: nn.Module, names: Mapping[str, Any], target: Mapping[int, i
     rows = [row for row in range(row_count) if led[row] in target]
     alias = [target[led[row]] for row in rows]
     _select(layer.get_submodule(names["block"]), row_count, rows, dims=(0,), flat_only=True)
+    spare = names.get("spare_rows", 0)
     for module in layer.get_submodule(names["router"]).modules():
         _select(module, row_count, rows, dims=(0, 1))
+        if spare:
+            _select(module, row_count + spare, [*rows, *range(row_count, row_count + spare)], dims=(0,))
     plain = alias == list(range(len(alias))) and len(alias) == ends and not _novice_count(layer, names)
     rerouted["alias"] = None if plain else alias
     hook_rerouting(layer.get_submodule(names["experts"]))
@@ -262,20 +265,24 @@ class ZeroSublayer(nn.Module):
         self.outputs = outputs
         self.layer_idx = layer_idx
 
-    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
-        """Zeros in the shape of the input, and None for whatever else the sub-layer returned."""
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **others: Any) -> Any:
+        """Zeros in the shape of the input, and None for whatever else the sub-layer returned.
+
+        What it would have handed on to the next layer (the tokens that an indexer chose) passes as it came.
+        """
         if self.layer_idx is not None and past_key_values is not None:
             empty = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
             past_key_values.update(empty, empty, self.layer_idx)
         zeros = torch.zeros_like(hidden_states)
-        return zeros if self.outputs == 1 else (zeros, *[None] * (self.outputs - 1))
+        before = next((value for name, value in others.items() if name.startswith("prev_")), None)
+        return zeros if self.outputs == 1 else (zeros, *[None] * (self.outputs - 2), before)
 
 
 def skip_sublayer(layer: nn.Module, names: Mapping[str, Any], *, part: str) -> None:
     """Remove the MoE block (with shared experts) or the attention of a layer, always with its norms."""
     if part == "attention":
         attention: Any = layer.get_submodule(names["attention"])
-        layer.set_submodule(names["attention"], ZeroSublayer(2, attention.layer_idx))
+        layer.set_submodule(names["attention"], ZeroSublayer(names.get("attention_outputs", 2), attention.layer_idx))
     else:
         layer.set_submodule(names["block"], ZeroSublayer(names["outputs"]))
         for beside in names["beside"]:
