@@ -152,7 +152,7 @@ def analyse_checkpoint(run: Run, layers: str = "", prompts: str = "", threshold:
 
 def _use_prompts(path: Path, checkpoint: Checkpoint, run: Run) -> None:
     """Let the run's calibration text be the prompts."""
-    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.folder, checkpoint.text_config.vocab_size)
     run.options = run.options.model_copy(update={"data": path.name})
     run.cut[text_spec(run.options, "calibration")] = prompt_windows(read_prompts(path), tokenizer, path.name)
 

@@ -25,7 +25,14 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
     if not isinstance(config, Mapping):
         raise ValueError(f"{folder}: the quantization_config of config.json is no object.")
     kind, known = str(config.get("quant_method", "quantized")), {each.name: each for each in _read()}
-    reason = known[kind].unreadable(config) if kind in known else "which is not read"
+    try:
+        reason = known[kind].unreadable(config) if kind in known else "which is not read"
+        if not reason:
+            known[kind].grids(config), known[kind].settings(config), known[kind].scale_bytes(config)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, ValueError, re.error) as error:
+        raise ValueError(
+            f"{folder}: the quantization_config of config.json is no {kind} config: {type(error).__name__}, {error}."
+        ) from error
     if reason:
         stored, read = " ".join([kind, str(config.get("format", ""))]).strip(), [each.described for each in _read()]
         raise ValueError(
@@ -51,18 +58,25 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     # Layers of the same modules have the same room, unless a pattern tells them apart by their numbers.
     alike = not any(re.search(r"\d", target.replace("\\d", "")) for grid in grids for target in grid.targets)
     known: dict[Any, PackMatrices | None] = {}
+    alone: dict[Any, dict[str, tuple[str, int]]] = {}
     for index, layer in enumerate(layers):
-        kind = hf.layer_kind(layer) if alike else index
+        parameters = hf.layer_kind(layer)
+        kind = parameters if alike else index
         if kind not in known:
-            known[kind] = _room(model, index, grids)
+            if parameters not in alone:
+                alone[parameters] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
+            named = {hf.renumbered(name, index): place for name, place in alone[parameters].items()}
+            known[kind] = _room(model, index, grids, named)
         found = known[kind]
         if found is not None:
             edits.append(replace(found, layer=index))
     return edits
 
 
-def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatrices | None:
-    """The same for one layer."""
+def _room(
+    model: PreTrainedModel, index: int, grids: Sequence[Grid], alone: Mapping[str, tuple[str, int]]
+) -> PackMatrices | None:
+    """The same for one layer; alone: its tensors that hold one matrix each, and which one."""
     matrices = layer_matrices(hf.decoder_layers(model)[index], family_of(model.config))
     bits: dict[str, list[int]] = {}
     group_sizes: dict[str, int] = {}
@@ -72,9 +86,13 @@ def _room(model: PreTrainedModel, index: int, grids: Sequence[Grid]) -> PackMatr
             if matrix.kind in grid.kinds:
                 bits[matrix.name], group_sizes[matrix.name] = [grid.bits] * count, math.gcd(grid.group_size, inputs)
     widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in matrices}
-    alone = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
-    for stored, (name, _number) in alone.items():
-        found = _grid_of(stored.removesuffix(".weight"), name, grids)
+    # Of hundreds of experts one is asked for, unless a pattern tells them apart by their numbers.
+    apart = any(re.search(r"experts\?\.\d", target) for grid in grids for target in grid.targets)
+    known: dict[Any, Grid | None] = {}
+    for stored, (name, number) in alone.items():
+        if (asked := (name, number * apart)) not in known:
+            known[asked] = _grid_of(stored.removesuffix(".weight"), name, grids)
+        found = known[asked]
         if found is not None and name in widths:
             bits.setdefault(name, []).append(found.bits)
             group_sizes[name] = found.group_size or widths[name]

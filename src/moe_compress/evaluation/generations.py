@@ -119,12 +119,12 @@ def compare_checkpoints(
     into memory together.
     """
     require_same_tokens(second, first)
-    positions = getattr(first.config, "max_position_embeddings", None) or max_tokens + 1
+    positions = getattr(first.text_config, "max_position_embeddings", None) or max_tokens + 1
     if not 0 < max_tokens < positions:
         raise ValueError(f"max_tokens={max_tokens}: a number from 1 to {positions - 1} is needed for {first.name}.")
     run = start(options)
     require_memory((first, second), run.dtype, run.device, "have to be whole to generate")
-    tokenizer = load_tokenizer(first.folder, first.config.vocab_size)
+    tokenizer = load_tokenizer(first.folder, first.text_config.vocab_size)
     given, windows = _prompts(prompts, first, tokenizer, run)
     with threads(options.threads), progress_bar("comparing") as progress:
         one, other = (load_as_run(each, run.dtype, run.device, options.attn) for each in (first, second))

@@ -29,6 +29,7 @@ from moe_compress.models.component_map import (
     PROJECTIONS,
     SCANS,
     SCORES,
+    TOWERS,
     attentions_of,
     component_of_modules,
     recurrent_mixers,
@@ -79,7 +80,7 @@ def components(
     scale_bytes: float | None = None,
     executed: bool = False,
 ) -> list[Component]:
-    """All components of a model or a skeleton, also those that it lacks, with the FLOPs of a prefill and a decode step.
+    """All components of a model or a skeleton, also those that it lacks (but for towers), with FLOPs of both phases.
 
     tokens: of each of `batch` sequences in the prefill; context: tokens that each new one sees; stored: dtype on disk;
     scale_bytes: what a scale of packed weights takes there, if not that; executed: count what stock transformers runs,
@@ -95,6 +96,8 @@ def components(
     estimates = (SCANS, EXPERTS) if _text_decides(model) else (SCANS,)
     found = []
     for name in COMPONENTS:
+        if name == TOWERS and not sums[name].parameters:
+            continue
         held, (prefill, decode) = sums[name], extra.get(name, (0, 0))
         found.append(
             Component(
@@ -114,7 +117,7 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    active, top_k = _active_experts(model, executed), float(getattr(model.config, family_of(model.config).top_k_key))
+    active, top_k = _active_experts(model, executed), _top_k(model)
     itemsize, times = stored.itemsize, _times(model)
     for prefix, module in model.named_modules():
         held, count = sums[place[prefix]], times.get(id(module), 1)
@@ -128,6 +131,8 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]
             held.parameters += count * parameter.numel()
+            if place[prefix] == TOWERS:
+                continue
             if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 held.touched += parameter.shape[1]
                 continue
@@ -164,17 +169,21 @@ def _multiplies(place: str, name: str, parameter: torch.Tensor) -> bool:
 def _text_decides(model: PreTrainedModel) -> bool:
     """Whether how many experts run depends on the text: some are skipped, or replaced by constants or by nothing."""
     identities = family_of(model.config).identity_experts_key
-    if identities and bool(getattr(model.config, identities, 0)):
+    if identities and bool(getattr(model.config.get_text_config(), identities, 0)):
         return True
     experts = [view.experts for view in moe_views(model).values()]
     skipping = any(each.__dict__.get(REROUTE, {}).get("threshold") is not None for each in experts)
     return skipping or any(each._parameters.get(NOVICES) is not None for each in experts)
 
 
+def _top_k(model: PreTrainedModel) -> float:
+    return float(getattr(model.config.get_text_config(), family_of(model.config).top_k_key))
+
+
 def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[float, int | None]]:
     """By module: experts that a token uses on average, and of how many (None: as many as the tensors have rows)."""
     found: dict[int, tuple[float, int | None]] = {}
-    default = float(getattr(model.config, family_of(model.config).top_k_key))
+    default = _top_k(model)
     for view in moe_views(model).values():
         active = default if view.active is None else view.active
         if executed and hf.gate_on_input(view.experts) and not view.unfused:

@@ -91,6 +91,8 @@ class Family:
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     # Which of the router's outputs, of those as wide as there are experts, are its logits.
     logits_at: int = 0
+    # Its outputs hold probabilities in place of logits.
+    gives_probabilities: bool = False
     # Fewest experts a group may keep, where routing is limited to groups (most add up the best two).
     min_per_group: int = 2
     # The router is written for its number of experts per token.
@@ -118,6 +120,8 @@ class Family:
     block_outputs: int = 1
     # A norm stands between the experts and the stream, so their share of it is not known.
     normed_output: bool = False
+    # Gate and up of the shared experts, which are stored apart, are one matrix in memory.
+    joins_shared: bool = False
 
     # --- what can be done with it ---
 
@@ -140,7 +144,7 @@ def _sigmoid(model_type: str, **more: Any) -> Family:
 _ALL: dict[str, Any] = {"tested": True, "vllm": True, "llama_cpp": True}
 _SIGMOID = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "exaone_moe", "flint", "glm4_moe_lite",
-    "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna", "mimo_v2_flash", "minimax_m3_vl_text", "solar_open",
+    "glm_moe_dsa", "hy_v3", "hy_v4", "kimi_linear", "laguna", "mimo_v2_flash", "solar_open",
 )  # fmt: skip
 _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
@@ -158,6 +162,14 @@ _ENTRIES = (
     _sigmoid("dots1", **_ALL),
     Family("ernie4_5_moe", moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"), **_ALL),
     Family("flex_olmo", normed_output=True, tested=True, vllm=True),
+    Family(
+        "gemma4_text",
+        top_k_key="top_k_experts",
+        router="router",
+        gives_probabilities=True,
+        fixed_top_k=True,
+        normed_output=True,
+    ),
     _sigmoid("glm4_moe", **_ALL),
     Family("gpt_oss", block_outputs=2, **_ALL),
     Family("granitemoe", **_ALL),
@@ -171,7 +183,6 @@ _ENTRIES = (
     ),
     _sigmoid("kolibri1", normed_output=True),
     _sigmoid("lfm2_moe", tested=True, llama_cpp=True),
-    Family("llama4", refused="it is a multimodal wrapper: extract its language model (model_type llama4_text) first"),
     _sigmoid(
         "llama4_text",
         logits_at=1,
@@ -196,6 +207,7 @@ _ENTRIES = (
         tested=True,
     ),
     _sigmoid("minimax_m2", **_ALL),
+    _sigmoid("minimax_m3_vl_text", joins_shared=True),
     Family("mixtral", **_ALL),
     _sigmoid("nemotron_h", tested=True),
     Family("olmoe", **_ALL),
@@ -217,6 +229,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
     Raises ValueError for an architecture that has no experts or is known not to work, with the reason.
     """
+    config = config.get_text_config()
     family = entry_of(config)
     if family.refused:
         raise ValueError(f"{family.model_type} is not supported: {family.refused}.")
@@ -238,12 +251,14 @@ def family_named(model_type: str) -> Family:
 
 
 def entry_of(config: PreTrainedConfig) -> Family:
-    """The same, of a config's architecture; of an edited model's, the one that was edited."""
+    """The same, of a config's architecture: of a wrapper's language model; of an edited model, the one it was."""
+    config = config.get_text_config()
     return family_named(getattr(config, "moe_compress", {}).get("base_model_type", config.model_type))
 
 
 def groups_of(config: PreTrainedConfig) -> tuple[int, int]:
     """(number of router groups, groups a token may use); (1, 1) where routing is not limited to groups."""
+    config = config.get_text_config()
     if getattr(config, "topk_method", None) == "greedy":
         return 1, 1
     family = entry_of(config)

@@ -49,9 +49,9 @@ class Run:
         """The calibration or the held-out text of this run in the tokens of the checkpoint, cut once."""
         spec = text_spec(self.options, use)
         if spec not in self.cut:
-            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.text_config.vocab_size)
             self.cut[spec] = make_windows(spec, tokenizer)
-            positions = getattr(checkpoint.config, "max_position_embeddings", None) or spec.length
+            positions = getattr(checkpoint.text_config, "max_position_embeddings", None) or spec.length
             if spec.length > positions:
                 log.warning("windows of %d tokens: %s was made for %d.", spec.length, checkpoint.name, positions)
         return self.cut[spec]

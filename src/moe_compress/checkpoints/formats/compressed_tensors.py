@@ -110,7 +110,7 @@ def _config(packing: Packing) -> dict[str, Any]:
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", *(rf"re:.*\b{re.escape(name)}\..*" for name in packing.towers)],
     }
 
 

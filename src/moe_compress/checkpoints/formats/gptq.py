@@ -98,7 +98,10 @@ def _config(packing: Packing) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {rf"{KEPT}.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(packing.others)},
+        "dynamic": {
+            **{rf"{KEPT}.*layers\.\d+\.{re.escape(name)}$": {} for name in sorted(packing.others)},
+            **{rf"{KEPT}.*\b{re.escape(name)}\..*": {} for name in packing.towers},
+        },
     }
 
 

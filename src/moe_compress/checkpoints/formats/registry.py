@@ -64,7 +64,8 @@ class Packing:
     """What a stage packs into a plain format.
 
     matrices: by layer; group_sizes: inputs that share a scale, by layer and name of the matrix; whole_rows: one scale a
-    row was asked for; others: names of the matrices that stay plain numbers, routers among them.
+    row was asked for; others: names of the matrices that stay plain numbers, routers among them; towers: names of the
+    modules beside the language model, which stay so, too.
     """
 
     bits: int
@@ -72,6 +73,7 @@ class Packing:
     matrices: Mapping[int, Sequence[Matrix]]
     group_sizes: Mapping[tuple[int, str], int]
     others: frozenset[str] = frozenset()
+    towers: tuple[str, ...] = ()
 
 
 class PackedStack(Protocol):

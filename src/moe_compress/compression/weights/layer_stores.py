@@ -64,8 +64,9 @@ class LayerStore:
                 self.modules = self.format.layer(LayerToStore(model, index, stored, packed))
                 self.writer.write(index, self.modules)
                 return
-            tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
-        self.writer.write(index, {**tensors, **self._parts(index, packed)})
+            parts = self._parts(index, packed)
+            tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index), apart=bool(parts))
+        self.writer.write(index, {**tensors, **parts})
 
     def _parts(self, index: int, packed: Mapping[str, QuantizedMatrices]) -> dict[str, Any]:
         """What stands for packed matrices, by the names that stock checkpoints give to them."""

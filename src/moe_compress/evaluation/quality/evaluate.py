@@ -109,7 +109,7 @@ def _measure(
             layers, protocol.windows, original, watch, state=state, progress=progress
         )
         if protocol.items:
-            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+            tokenizer = load_tokenizer(checkpoint.folder, checkpoint.text_config.vocab_size)
             correct = perplexity.answers(layers, protocol.items, tokenizer)
             measurement = dataclasses.replace(measurement, correct=correct)
     shutil.rmtree(state)

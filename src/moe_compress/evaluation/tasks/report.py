@@ -140,7 +140,7 @@ def task_report(
     """
     chosen = selection.choose(tasks, fewshot)
     for each in (base, checkpoint):
-        load_tokenizer(each.folder, each.config.vocab_size)
+        load_tokenizer(each.folder, each.text_config.vocab_size)
     settings = {
         "limit": limit,
         "fewshot": fewshot,
@@ -176,7 +176,7 @@ def _answers(
     missing = [each for each in chosen if not paths[each.name].is_file()]
     if missing:
         log.info("asking %s: %s.", checkpoint.name, ", ".join(each.name for each in missing))
-        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size)
+        tokenizer = load_tokenizer(checkpoint.folder, checkpoint.text_config.vocab_size)
         model, limit = _loaded(checkpoint, run), settings["limit"]
         with progress_bar("asking") as progress:
             found = lm_eval_runner.run_tasks(model, tokenizer, missing, batch=batch, limit=limit, progress=progress)

@@ -43,9 +43,9 @@ import json, sys
 sys.modules["moe_compress"] = None
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-folder, ids, out, trust, tokens = sys.argv[1:6]
-load = AutoModelForCausalLM.from_pretrained
+import transformers
+folder, ids, out, trust, tokens, kind = sys.argv[1:7]
+load = getattr(transformers, kind).from_pretrained
 model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
 wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names}
 ids = load_file(ids)["ids"]
@@ -134,7 +134,7 @@ def checkpoint_kind(checkpoint: Checkpoint) -> str:
 
 def _ids(checkpoint: Checkpoint) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, checkpoint.config.vocab_size, (ROWS, LENGTH), generator=generator)
+    return torch.randint(0, checkpoint.text_config.vocab_size, (ROWS, LENGTH), generator=generator)
 
 
 def _ours(checkpoint: Checkpoint) -> torch.Tensor:
@@ -155,7 +155,8 @@ def _in_fresh_process(checkpoint: Checkpoint, form: str) -> dict[str, Any]:
         ids, out = Path(place) / "ids.safetensors", Path(place) / "out"
         write_shard(ids, {"ids": _ids(checkpoint)})
         # -I: without the caller's folders, so that this package cannot help.
-        words = [sys.executable, "-I", "-c", STOCK, str(checkpoint.folder), str(ids), str(out), trust, str(NEW_TOKENS)]
+        asked = [str(checkpoint.folder), str(ids), str(out), trust, str(NEW_TOKENS), checkpoint.auto_class.__name__]
+        words = [sys.executable, "-I", "-c", STOCK, *asked]
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet)
         if done.returncode != 0:

@@ -1,9 +1,21 @@
 """The seam to transformers: the only files that touch its internals; pinned to 5.23, held by identity tests.
 
-skeleton: models without weights; architectures: edited model types; names: checkpoint tensors <-> parameters;
-calls: how each layer is called; experts: what was routed where.
+configs, config_checks: config.json values; skeleton: models without weights; edited_architectures: edited types;
+state_dict: checkpoint tensors <-> parameters; layer_calls: how layers are called; expert_taps: what was routed where.
 """
 
+from moe_compress.models.hf.configs import (
+    TEXT_KEYS,
+    auto_class,
+    config_from,
+    encode_values,
+    is_wrapper,
+    num_layers,
+    read_values,
+    stored_dtype,
+    text_values,
+    with_text_values,
+)
 from moe_compress.models.hf.edited_architectures import (
     edited_config_values,
     modelling_files,
@@ -12,6 +24,7 @@ from moe_compress.models.hf.expert_taps import (
     EXPERTS_FUNCTION,
     AllExperts,
     all_experts,
+    complete_experts,
     run_rows,
     tap,
     untap,
@@ -29,24 +42,23 @@ from moe_compress.models.hf.layer_calls import (
 )
 from moe_compress.models.hf.skeleton import (
     buffers_to,
-    config_from,
     decoder_layers,
-    encode_values,
     layer_kind,
     layers_prefix,
-    num_layers,
     quiet,
-    read_values,
     shapes,
     skeleton,
     stack,
-    stored_dtype,
+    text_prefixes,
+    tower_names,
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
+    holds_towers,
     layer_of,
     layer_state,
     materialize,
+    remember_names,
     renumbered,
     stored_names,
 )
@@ -55,13 +67,16 @@ from moe_compress.models.modeling.unfused_experts import gate_on_input
 
 __all__ = [
     "EXPERTS_FUNCTION",
+    "TEXT_KEYS",
     "AllExperts",
     "LayerCall",
     "RoutedRows",
     "all_experts",
+    "auto_class",
     "buffers_to",
     "called_alike",
     "checkpoint_tensors",
+    "complete_experts",
     "config_from",
     "decoder_layers",
     "edited_config_values",
@@ -70,6 +85,8 @@ __all__ = [
     "gate_on_input",
     "head",
     "head_rows",
+    "holds_towers",
+    "is_wrapper",
     "layer_kind",
     "layer_of",
     "layer_output",
@@ -81,6 +98,7 @@ __all__ = [
     "num_layers",
     "quiet",
     "read_values",
+    "remember_names",
     "renumbered",
     "run_layer",
     "run_rows",
@@ -90,6 +108,10 @@ __all__ = [
     "stored_dtype",
     "stored_names",
     "tap",
+    "text_prefixes",
+    "text_values",
+    "tower_names",
     "untap",
     "use_experts_function",
+    "with_text_values",
 ]
