@@ -9,6 +9,7 @@ config that it would leave is built and compared.
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from architectures import Small, default_values, lists, small_values
 from moe_compress.compression.dry_run import dry_run
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
@@ -52,16 +54,24 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("intermediate_size", "intermediate_size_mlp", "ffn_hidden_size"), 64),
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size"), 32),
     **dict.fromkeys(("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"), 8),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("first_k_dense_replace", "num_dense_layers", "n_shared_experts", "num_shared_experts"), 1),
     **{"attn_layer_period": 2, "attn_layer_offset": 0, "full_attention_interval": 2},
     "layers_block_type": ["moe", "attention"] * (LAYERS // 2),
 }
-# What some architectures are only with.
+# What else some need, because sizes in their defaults depend on each other, or because they have no experts by default.
+_GEMMA: dict[str, Any] = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32}
+_GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2), "num_kv_shared_layers": 0}
+_GEMMA |= {"hidden_size_per_layer_input": 0, "global_head_dim": 8}
 OWN: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA),
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", *["moe"] * (LAYERS - 1)]},
+    "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
+                  | {"partial_rotary_factor": 1.0}},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8},
+    "step3p7": {"sliding_window": 16},
     "zaya": {"num_experts_per_tok": 1},
-}
+}  # fmt: skip
 HEAD = """# Families
 
 What works with which architecture. `python scripts/docs/families.py` makes this page of what the code's own checks
@@ -97,9 +107,32 @@ def verdict(sentence: str, config: PreTrainedConfig, model: PreTrainedModel) -> 
     """(plain, edited or no; why not) for a recipe on a skeleton, which stays as it is."""
     try:
         found = dry_run(parse(sentence, (), {"model": config.model_type}), copy.deepcopy(model), config.to_dict())
+        return ("plain" if resulting_config(found.values, found.edits).plain else "edited"), ""
     except ValueError as error:
         return "no", str(error)
-    return ("plain" if resulting_config(config.to_dict(), found.edits).plain else "edited"), ""
+
+
+def sizes_of(text: Mapping[str, Any]) -> dict[str, Any]:
+    """The small sizes for whatever of them a language model's config values have, and whole numbers of groups."""
+    kept = (key for key in SIZES.keys() & text.keys() if key != "layers_block_type")
+    sizes = {key: [SIZES[key]] * len(text[key]) if isinstance(text[key], list) else SIZES[key] for key in kept}
+    return {**sizes, **({"n_group": 2, "topk_group": 1} if (text.get("n_group") or 1) > 1 else {})}
+
+
+def attempts(model_type: str) -> list[Small]:
+    """Small configs to try an architecture with: some need as many key-value heads as heads, and one width for all."""
+
+    def small(model_type: str, **other: Any) -> PreTrainedConfig:
+        own = OWN.get(model_type, {})
+        return hf.config_from(small_values(default_values(model_type), lambda text: {**sizes_of(text), **other, **own}))
+
+    tested = [small_config] if FAMILIES.get(model_type, Family(model_type)).tested else []
+    return [*tested, small, functools.partial(small, num_key_value_heads=4)]
+
+
+def refusals(config: PreTrainedConfig, model: PreTrainedModel) -> tuple[str, ...]:
+    """The recipes that are refused."""
+    return tuple(f"`{name}`" for name, sentence in RECIPES.items() if verdict(sentence, config, model)[0] == "no")
 
 
 def verdicts(family: Family) -> dict[str, tuple[str, str]]:
@@ -128,7 +161,7 @@ def others() -> str:
     """Families with an entry, but no test."""
     untested = [family for _, family in sorted(FAMILIES.items()) if not family.tested]
     plain = [f"`{f.model_type}`" for f in untested if not (f.refused or f.read_as or f.no_expert_edits)]
-    lines = ["## Others", "", f"With an entry, but without a tiny model among the tests: {', '.join(plain)}.", ""]
+    lines = ["## Entries without a test", "", f"Without a tiny model among the tests: {', '.join(plain)}.", ""]
     lines += [f"- `{f.model_type}`: read as `{f.read_as}`." for f in untested if f.read_as]
     lines += [f"- `{f.model_type}`: experts stay, {f.no_expert_edits}." for f in untested if f.no_expert_edits]
     lines += [f"- `{f.model_type}`: refused, {f.refused}." for f in untested if f.refused]
@@ -138,7 +171,7 @@ def others() -> str:
 def page() -> str:
     """The whole page."""
     found = {name: verdicts(family) for name, family in sorted(FAMILIES.items()) if family.tested}
-    return "\n".join([HEAD, table(found), "", others(), ""])
+    return "\n".join([HEAD, table(found), "", lists(attempts, refusals, OWN), "", others(), ""])
 
 
 if __name__ == "__main__":

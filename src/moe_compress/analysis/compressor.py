@@ -142,7 +142,7 @@ class ExpertCompressor:
             folder = self.checkpoint.folder if self.checkpoint else local_folder(self.model.config._name_or_path)
             if folder is None:
                 raise ValueError("text is needed and there is no tokenizer: ExpertCompressor(model, tokenizer).")
-            self.tokenizer = load_tokenizer(folder, self.model.config.vocab_size)
+            self.tokenizer = load_tokenizer(folder, self.model.config.get_text_config().vocab_size)
         return self.tokenizer
 
     # --- planning -------------------------------------------------------------------------------------------

@@ -59,6 +59,10 @@ class BlockInputs:
     def enter(self, index: int, layer: nn.Module) -> None:
         """Listen to the block."""
         view = learned_view(layer, self.family)
+        if view is not None and view.in_layer:
+            raise ValueError(
+                f"layer {index} has no MoE block of its own that could be run alone, as this analysis does."
+            )
         self.passed, self.parts = 0, list[Tensor]()
         self.hook = view.block.register_forward_pre_hook(self._keep, with_kwargs=True) if view else None
 
@@ -86,7 +90,7 @@ class BlockInputs:
 @contextlib.contextmanager
 def watched(model: PreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode, its experts run by the function that can be listened to; then as it was."""
-    training, function = model.training, model.config._experts_implementation
+    training, function = model.training, model.config.get_text_config()._experts_implementation
     model.eval()
     hf.use_experts_function(model)
     try:
@@ -98,7 +102,7 @@ def watched(model: PreTrainedModel) -> Iterator[None]:
 
 def observe(model: PreTrainedModel, windows: Windows) -> dict[int, Seen]:
     """One fold over all layers: what each MoE layer does with the text."""
-    family, config, domains = family_of(model.config), model.config, windows.domains
+    family, config, domains = family_of(model.config), model.config.get_text_config(), windows.domains
     observers: list[Observer] = [
         ExpertStatistics(family, config, len(domains) * FOLDS),
         OutputSampler(family, config, windows.tokens, SAMPLE),
@@ -157,7 +161,7 @@ def _routed(model: PreTrainedModel, layer: int, inputs_PD: Tensor) -> Tensor:
     with watched(model):
         hf.tap(view.block, view.experts, listen)
         try:
-            view.block(inputs_PD.to(view.router_rows_ED.device)[None])
+            view.run(inputs_PD.to(view.router_rows_ED.device))
         finally:
             hf.untap(view.block, view.experts, listen)
     return torch.cat(heard)

@@ -176,7 +176,7 @@ def calibrate(
     """One pass over the calibration text; resumed if an earlier one was interrupted; saved at `path`."""
     state = _state_folder(path) / ("probes" if output_samples else "sums")
     itemsize = torch.finfo(layers.model.dtype).bits // 8
-    boundary = windows.ids_NS.numel() * checkpoint.config.hidden_size * itemsize
+    boundary = windows.ids_NS.numel() * checkpoint.text_config.hidden_size * itemsize
     require_disk(path.parent, 2 * boundary, "the calibration pass")
     with measured_cost(layers.device) as cost:
         observers = observers_for(checkpoint, layers, windows, output_samples)
@@ -200,7 +200,7 @@ def calibrate(
 
 def observers_for(checkpoint: Checkpoint, layers: Layers, windows: Windows, output_samples: bool) -> list[Observer]:
     """Everything that one pass records."""
-    config, components = checkpoint.config, len(windows.domains) * FOLDS
+    config, components = checkpoint.text_config, len(windows.domains) * FOLDS
     family = family_of(config)
     names = block_names(layers.model)
     turns = BlockInfluence(names, components, checkpoint.num_layers, windows.tokens, config.hidden_size)

@@ -146,7 +146,7 @@ def channel_observed(checkpoint: Checkpoint, run: Run, gradients: bool) -> tuple
 def _require_gradient_memory(layers: StreamedLayers) -> None:
     """Raise ValueError if the outer products of the gradients at every expert's output would not fit."""
     counts = [view.num_experts for view in moe_views(layers.model).values()]
-    needed, free = 4 * max(counts) * layers.model.config.hidden_size**2, free_memory(layers.device)
+    needed, free = 4 * max(counts) * layers.model.config.get_text_config().hidden_size ** 2, free_memory(layers.device)
     if needed > free:
         raise ValueError(
             f"score=heapr holds an outer product of gradients for each of {max(counts)} experts of a layer, "
@@ -157,7 +157,7 @@ def _require_gradient_memory(layers: StreamedLayers) -> None:
 @torch.no_grad()
 def _noise_sample(layers: StreamedLayers, index: int) -> OutputSample:
     """An output sample of one block on NOISE_TOKENS inputs that depend on the layer's number alone."""
-    config = layers.checkpoint.config
+    config = layers.checkpoint.text_config
     generator = torch.Generator().manual_seed(index)
     noise_TD = torch.randn(NOISE_TOKENS, config.hidden_size, generator=generator).to(layers.device, layers.model.dtype)
     observer = OutputSampler(family_of(config), config, NOISE_TOKENS)
@@ -167,7 +167,7 @@ def _noise_sample(layers: StreamedLayers, index: int) -> OutputSample:
         observer.begin(BatchInfo(real_T, torch.zeros(NOISE_TOKENS, dtype=torch.long, device=layers.device)))
         view = learned_view(layer, family_of(config))
         assert view is not None
-        view.block(noise_TD[None])
+        view.run(noise_TD)
         return OutputSample.from_tensors(observer.leave())
 
 

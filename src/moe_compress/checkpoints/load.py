@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
-from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
 from moe_compress.models.modeling import edit_layer
@@ -25,7 +25,8 @@ from moe_compress.utils.files import gigabytes
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
     """Load a plain or edited checkpoint; transformers would fill missing tensors with noise, this raises."""
-    loader: Any = AutoModelForCausalLM
+    config = hf.config_from(hf.read_values(folder))
+    loader = open_checkpoint(folder).auto_class if hf.is_wrapper(config) else hf.auto_class(config)
     with hf.quiet():
         model, info = loader.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False, **keywords
@@ -40,6 +41,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
+    hf.complete_experts(model)
     return model.eval()
 
 
@@ -73,7 +75,7 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
 
     What cannot stay packed is made dense, with a warning.
     """
-    model = hf.skeleton(checkpoint.config, dtype, attn)
+    model = checkpoint.skeleton(dtype, attn)
     names = block_names(model)
     for index in (None, *range(checkpoint.num_layers)):
         with checkpoint.read(checkpoint.keys(index)) as tensors:
@@ -83,7 +85,8 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
                 _pack(
                     hf.decoder_layers(model)[index], names, {places[key]: packed[key] for key in packed}, dtype, device
                 )
-            hf.materialize(model, {key: tensor for key, tensor in tensors.items() if key not in packed}, device)
+            rest = {key: tensor for key, tensor in tensors.items() if key not in packed}
+            hf.materialize(model, rest, device, towers=True)
         return_memory()
     hf.tie(model)
     dense = [key for key, entry in checkpoint.tensors.items() if isinstance(entry, StoredWeight)]

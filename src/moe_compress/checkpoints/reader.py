@@ -14,7 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from moe_compress.checkpoints import deepseek_v1
 from moe_compress.checkpoints.familiar_types import familiar_type, known_values, require_same_tensors
@@ -81,6 +81,11 @@ class Checkpoint:
         """The config object."""
         return hf.config_from(self.values)
 
+    @property
+    def text_config(self) -> PreTrainedConfig:
+        """The config object of the language model: of a wrapper, the part that says of layers and words."""
+        return self.config.get_text_config()
+
     @functools.cached_property
     def num_layers(self) -> int:
         """Decoder layers (extra prediction layers behind them are not counted)."""
@@ -142,6 +147,23 @@ class Checkpoint:
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
         return sum(region.bytes for key in self.keys(layer) for region in regions_of(self.tensors[key]))
+
+    def skeleton(self, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
+        """The model without weights, which gives tensors the names that they have here."""
+        model = hf.skeleton(self.config, dtype, attn, towers=self.holds_towers)
+        hf.remember_names(model, self.tensors)
+        return model
+
+    @functools.cached_property
+    def auto_class(self) -> Any:
+        """The auto class by which stock transformers loads it."""
+        return hf.auto_class(self.config, self.holds_towers)
+
+    @functools.cached_property
+    def holds_towers(self) -> bool:
+        """Whether a wrapper holds anything beside its language model; some are published without."""
+        wrapped = hf.is_wrapper(self.config)
+        return wrapped and hf.holds_towers(hf.skeleton(self.config, self.stored_dtype), self.keys(None))
 
     @contextlib.contextmanager
     def read(self, keys: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -270,7 +292,8 @@ def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     try:
         family_of(hf.config_from(values))
     except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no {values['model_type']} config: {error}") from error
+        said = " ".join(str(error).split()[:40])
+        raise ValueError(f"{folder / 'config.json'} is no {values['model_type']} config: {said}") from error
 
 
 def _stored_tensors(folder: Path) -> dict[str, FileRegion]:

@@ -76,7 +76,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
         form="plain" if form.plain else "edited",
         layer_bytes=layer * itemsize,
         outer_bytes=(before.parameters - inside) * itemsize,
-        boundary_bytes=options.samples * options.length * config.hidden_size * itemsize,
+        boundary_bytes=options.samples * options.length * config.get_text_config().hidden_size * itemsize,
         notes=(*_notes(recipe, dry), *_prediction_notes(values, hf.knows_prediction_layers(model), dry)),
     )
 

@@ -51,7 +51,7 @@ class _Planner:
     """Visits the layers in turn and remembers what was decided."""
 
     def __init__(self, stage: Stage, checkpoint: Checkpoint, run: Run, layers: StreamedLayers) -> None:
-        self.stage, self.model, self.config = stage, layers.model, checkpoint.config
+        self.stage, self.model, self.config = stage, layers.model, checkpoint.text_config
         self.family = family_of(checkpoint.config)
         self.names = block_names(layers.model)
         self.total = checkpoint.num_layers

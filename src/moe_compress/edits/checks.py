@@ -58,6 +58,15 @@ def require_earlier_choice(model: PreTrainedModel, layer: int, what: str) -> Non
         )
 
 
+def require_block(model: PreTrainedModel, layer: int) -> None:
+    """Raise ValueError if the layer's experts are no block of their own, which could be removed."""
+    if view_of(model, layer).in_layer:
+        raise ValueError(
+            f"layer {layer} has its experts beside a dense MLP and in no block of their own, which could be removed: "
+            "drop the whole layer (block_drop)."
+        )
+
+
 def require_other_part(model: PreTrainedModel, layer: int) -> None:
     """Raise ValueError if the layer has lost a part already."""
     if lost_part(hf.decoder_layers(model)[layer]):

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from moe_compress.edits.checks import (
     require_active,
     require_alike,
+    require_block,
     require_channels,
     require_earlier_choice,
     require_layer,
@@ -150,6 +151,7 @@ class SkipSublayer(_OnLayer):
         """Raise ValueError if the layer has no such part, or the model no other layer with experts."""
         if self.part == "moe":
             shape_of(model, self.layer)
+            require_block(model, self.layer)
             require_other_part(model, self.layer)
             require_other_moe(model, self.layer)
             if is_whole_layer(hf.decoder_layers(model)[self.layer], family_of(model.config), block_names(model)):

@@ -39,7 +39,10 @@ class ResultingConfig:
 
 
 def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> ResultingConfig:
-    """config.json values after the edits, and whether they describe a plain checkpoint."""
+    """config.json values after the edits, and whether they describe a plain checkpoint.
+
+    Raises ValueError where a wrapper's language model would have layers that its config cannot say.
+    """
     base, earlier = split_values(values)
     everything = [*earlier, *map(to_json, edits)]
     if not everything:
@@ -52,10 +55,17 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     lists = layer_lists(config, kept_layers(everything, hf.num_layers(config)))
     # Modules that hold codes are no stock model's: hundreds of experts a layer are not made to find that out.
     if not any(edit["edit"] == "pack_matrices" for edit in everything):
-        edited_model.replay(model, {"moe": names, "edits": everything})
+        for edit in everything:
+            edited_model.apply(hf.stack(model), names, edit)
         plain = plain_form(base, config, model, lists)
         if plain is not None:
             return plain
+    if hf.is_wrapper(config):
+        raise ValueError(
+            f"the language model inside {config.model_type} would have layers that differ from what its config can "
+            "say, and a wrapper has no other form: choose the same number of experts, experts per token and neurons in "
+            "every layer, and a format that stock transformers reads."
+        )
     manifest = {"base_model_type": config.model_type, "moe": names, "edits": everything}
     runtime = {key: value for key, value in lists.items() if _settable(config, key)}
     manifest |= {"original": {key: getattr(config, key) for key in runtime}} if runtime else {}
@@ -90,10 +100,9 @@ def kept_layers(edits: Sequence[Mapping[str, Any]], count: int) -> list[int]:
 
 def layer_lists(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The layer count and every list by layer, for the layers that are left; nothing if all are."""
-    count = hf.num_layers(config)
+    count, family, config = hf.num_layers(config), entry_of(config), config.get_text_config()
     if len(kept) == count:
         return {}
-    family = entry_of(config)
     names = {*config.to_dict(), *edited_model.LISTS} - {family.moe_list_key, family.dense_list_key}
     found: dict[str, Any] = {}
     for name in sorted(n for n in names if ("layer" in n or n.endswith("_types")) and not n.startswith("mtp")):
@@ -119,14 +128,14 @@ def plain_form(
     active = {view.top_k for view in moe_views(model).values()}
     if len(counts) != 1 or len(active) != 1:
         return None
-    family = family_of(config)
-    values = {**base, **{key: value for key, value in lists.items() if key in config.to_dict()}}
-    values |= _renamed(base, config, family.count_key, COUNT_KEYS, counts.pop())
-    values |= _renamed(base, config, family.top_k_key, TOP_K_KEYS, active.pop())
+    family, config, text = family_of(config), config.get_text_config(), hf.text_values(base)
+    values = {**text, **{key: value for key, value in lists.items() if key in config.to_dict()}}
+    values |= _renamed(text, config, family.count_key, COUNT_KEYS, counts.pop())
+    values |= _renamed(text, config, family.top_k_key, TOP_K_KEYS, active.pop())
     if lists or _skipped(model):
         values |= _which_layers(config, family, model)
-    narrower = _narrower(config, family, model)
-    return next((form for more in narrower if (form := _if_equal({**values, **more}, model)) is not None), None)
+    tried = (hf.with_text_values(base, {**values, **more}) for more in _narrower(config, family, model))
+    return next((form for found in tried if (form := _if_equal(found, model)) is not None), None)
 
 
 def _narrower(config: PreTrainedConfig, family: Family, model: PreTrainedModel) -> list[dict[str, int]]:
@@ -161,7 +170,8 @@ def _if_equal(values: dict[str, Any], model: PreTrainedModel) -> ResultingConfig
     if fill and values.get("quantization_config"):
         return None
     # Zeros as wide as the family's real dense layers would be stored and multiplied with: better edited.
-    if any(tensor.numel() > 2 * STAND_IN_WIDTH * model.config.hidden_size for tensor in fill.values()):
+    widest = 2 * STAND_IN_WIDTH * model.config.get_text_config().hidden_size
+    if any(tensor.numel() > widest for tensor in fill.values()):
         return None
     return ResultingConfig(values, True, fill)
 

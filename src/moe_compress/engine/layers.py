@@ -33,12 +33,13 @@ class StreamedLayers:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
-        self.model = hf.skeleton(checkpoint.config, dtype, attn)
+        self.model = checkpoint.skeleton(dtype, attn)
         hf.use_experts_function(self.model)
         self._load(None)
         hf.tie(self.model)
         inside = hf.layers_prefix(self.model)
-        outer = {name: t for name, t in self.model.state_dict().items() if not name.startswith(inside)}
+        state, read = self.model.state_dict(), hf.text_prefixes(self.model)
+        outer = {name: t for name, t in state.items() if name.startswith(read) and not name.startswith(inside)}
         for name, tensor in outer.items():
             if tensor.is_meta:
                 raise ValueError(f"{checkpoint.name} holds no tensor for {name}.")

@@ -119,7 +119,7 @@ def compare_checkpoints(
     into memory together.
     """
     require_same_tokens(second, first)
-    positions = getattr(first.config, "max_position_embeddings", None) or max_tokens + 1
+    positions = getattr(first.text_config, "max_position_embeddings", None) or max_tokens + 1
     if not 0 < max_tokens < positions:
         raise ValueError(f"max_tokens={max_tokens}: a number from 1 to {positions - 1} is needed for {first.name}.")
     run = start(options)

@@ -29,7 +29,7 @@ def open_pair(
 
 def require_same_tokens(checkpoint: Checkpoint, base: Checkpoint) -> None:
     """ValueError for models of different vocabularies."""
-    words, others = base.config.vocab_size, checkpoint.config.vocab_size
+    words, others = base.text_config.vocab_size, checkpoint.text_config.vocab_size
     if words != others:
         raise ValueError(f"{checkpoint.name} has {others} tokens and {base.name} {words}: they cannot be compared.")
 

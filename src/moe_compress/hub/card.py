@@ -36,9 +36,9 @@ SIZES = {
     "flops_per_token": "FLOPs per token",
 }
 PLAIN = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained({name!r})
+model = {loader}.from_pretrained({name!r})
 tokenizer = AutoTokenizer.from_pretrained({name!r})
 ```"""
 EDITED = """Its layers differ from what the ordinary architecture can say, so that it has a `model_type` of its own.
@@ -77,10 +77,11 @@ def model_card(
 ) -> str:
     """The card as Markdown with a YAML head.
 
-    manifest: what moe_compress.json holds; record, original: of the evaluation, if there was one; name: the
-    checkpoint's; packed: whether its weights are of few bits; stock: what stock transformers then makes of them;
-    base_card, licence_text: README.md and LICENSE of the original, '' where it has none; licence_files: those that come
-    with this folder; sizes: this one's and the original's, where there is no record.
+    manifest: what moe_compress.json holds, and as `loader` an auto class that is not the usual one; record, original:
+    of the evaluation, if there was one; name: the checkpoint's; packed: whether its weights are of few bits; stock:
+    what stock transformers then makes of them; base_card, licence_text: README.md and LICENSE of the original, '' where it
+    has none; licence_files: those that come with this folder; sizes: this one's and the original's, where there is no
+    record.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
@@ -92,7 +93,7 @@ def model_card(
         f"`{base}`, compressed by moe-compress with the recipe\n\n"
         f"    {_line(sentence_of(manifest['stages'])) or 'of a plan'}",
         "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
-        "## How to load it\n\n" + _loading(name, edited, packed, stock),
+        "## How to load it\n\n" + _loading(name, edited, packed, stock, manifest.get("loader", "AutoModelForCausalLM")),
         *([_measured(record)] if record is not None else []),
         _sizes([each.sizes for each in (record, original) if each is not None] or sizes),
         _hashes(manifest, record),
@@ -154,8 +155,8 @@ def _head(manifest: Mapping[str, Any], licence: Mapping[str, str], methods: Sequ
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
-def _loading(name: str, edited: bool, packed: bool, stock: str) -> str:
-    words = (EDITED if edited else PLAIN).format(name=name)
+def _loading(name: str, edited: bool, packed: bool, stock: str, loader: str) -> str:
+    words = (EDITED if edited else PLAIN).format(name=name, loader=loader)
     return words + ("\n\n" + PACKED.format(name=name, stock=NO_STOCK if edited else stock) if packed else "")
 
 
@@ -230,7 +231,8 @@ def card_of(
     counted = () if record else [_sizes_from_config(base, each) for each in (values, base.values)]
     licences = [path for pattern in LICENCE_FILES for path in sorted(base.folder.glob(pattern))]
     return model_card(
-        manifest, record, original, name=name, packed=says_packed(values), stock=format_in(values).loaders.card,
+        {**manifest, "loader": base.auto_class.__name__}, record, original,
+        name=name, packed=says_packed(values), stock=format_in(values).loaders.card,
         base_card=_text(base.folder / CARD), licence_text=_text(licences[0]) if licences else "",
         licence_files=[path.name for path in licences], sizes=counted,
     )  # fmt: skip

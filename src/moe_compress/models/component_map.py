@@ -19,7 +19,9 @@ EMBEDDING, HEAD, NORMS = "embedding", "head", "norms and other"
 PROJECTIONS, SCORES = "attention projections", "attention scores and values"
 RECURRENT, SCANS = "recurrent projections", "recurrent scans and convolutions"
 ROUTERS, EXPERTS, SHARED, MLPS = "routers", "routed experts", "shared experts", "dense MLPs"
-COMPONENTS = (EMBEDDING, PROJECTIONS, SCORES, RECURRENT, SCANS, ROUTERS, EXPERTS, SHARED, MLPS, NORMS, HEAD)
+# What a wrapper has beside its language model, which no token of a text touches.
+TOWERS = "other towers"
+COMPONENTS = (EMBEDDING, PROJECTIONS, SCORES, RECURRENT, SCANS, ROUTERS, EXPERTS, SHARED, MLPS, NORMS, HEAD, TOWERS)
 # Linear maps that run inside the scan, and the one by which latent attention expands what it has cached.
 STEP_SIZE, EXPANDING = "dt_proj", "kv_b_proj"
 
@@ -41,7 +43,11 @@ class AttentionCost:
 def component_of_modules(model: PreTrainedModel) -> dict[str, str]:
     """The component of every module, by its name in the model."""
     ends = {id(model.get_input_embeddings()): EMBEDDING, id(model.get_output_embeddings()): HEAD}
-    found = {name: ends.get(id(module), NORMS) for name, module in model.named_modules()}
+    towers = hf.tower_names(model)
+    found = {
+        name: TOWERS if any(within(name, tower) for tower in towers) else ends.get(id(module), NORMS)
+        for name, module in model.named_modules()
+    }
     family, prefix = family_of(model.config), hf.layers_prefix(model)
     for index, layer in enumerate(hf.decoder_layers(model)):
         view = moe_view(layer, family)
@@ -58,7 +64,7 @@ def _place(layer: nn.Module, family: Family, view: MoEView | None, recurrent: li
     kinds = [type(layer.get_submodule(step)).__name__ for step in steps]
     if "Norm" in kinds[0] or any("HyperConnection" in kind for kind in kinds):
         return NORMS
-    if view is not None and within(name, view.names["block"]):
+    if view is not None and any(within(name, view.names[part]) for part in ("block", "experts", "router")):
         return _place_in_block(view, name, module)
     if any(kind.endswith(ROUTER_WORDS) for kind in kinds):
         return ROUTERS
@@ -125,7 +131,7 @@ def attentions_of(model: PreTrainedModel) -> Iterator[AttentionCost]:
     for layer in hf.decoder_layers(model):
         for path, mixer in _mixers(layer, family):
             if _is_attention(family, path, mixer) and not _is_recurrent(layer, family, mixer):
-                yield _attention(model.config, layer, mixer)
+                yield _attention(model.config.get_text_config(), layer, mixer)
 
 
 def _attention(config: Any, layer: nn.Module, mixer: Any) -> AttentionCost:

@@ -30,6 +30,7 @@ from moe_compress.models.component_map import (
     RECURRENT,
     SCANS,
     SCORES,
+    TOWERS,
     attentions_of,
     component_of_modules,
     recurrent_mixers,
@@ -80,7 +81,7 @@ def components(
     scale_bytes: float | None = None,
     executed: bool = False,
 ) -> list[Component]:
-    """All components of a model or a skeleton, also those that it lacks, with the FLOPs of a prefill and a decode step.
+    """All components of a model or a skeleton, also those that it lacks (but for towers), with FLOPs of both phases.
 
     tokens: of each of `batch` sequences in the prefill; context: tokens that each new one sees; stored: dtype on disk;
     scale_bytes: what a scale of packed weights takes there, if not that; executed: count what stock transformers runs,
@@ -97,6 +98,8 @@ def components(
     estimates |= {SCORES, RECURRENT} if family.rough_attention else set()
     found = []
     for name in COMPONENTS:
+        if name == TOWERS and not sums[name].parameters:
+            continue
         held, (prefill, decode) = sums[name], extra.get(name, (0, 0))
         found.append(
             Component(
@@ -142,6 +145,8 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]
             held.parameters += count * parameter.numel()
+            if place[prefix] == TOWERS:
+                continue
             if module is embedding or name == NOVICES:  # a token looks up a row, or one constant
                 held.touched += parameter.shape[1]
                 continue
@@ -179,7 +184,7 @@ def _multiplies(place: str, name: str, parameter: torch.Tensor) -> bool:
 def _text_decides(model: PreTrainedModel) -> bool:
     """Whether how many experts run depends on the text: some are skipped, or replaced by constants or by nothing."""
     identities = family_of(model.config).identity_experts_key
-    if identities and bool(getattr(model.config, identities, 0)):
+    if identities and bool(getattr(model.config.get_text_config(), identities, 0)):
         return True
     experts = [view.experts for view in all_moe_views(model).values()]
     skipping = any(each.__dict__.get(REROUTE, {}).get("threshold") is not None for each in experts)

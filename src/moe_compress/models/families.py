@@ -89,6 +89,8 @@ class Family:
     router_scores: Literal["softmax", "sigmoid"] = "softmax"
     # Which of the router's outputs, of those as wide as there are experts, are its logits.
     logits_at: int = 0
+    # Its outputs hold probabilities in place of logits.
+    gives_probabilities: bool = False
     # Fewest experts a group may keep, where routing is limited to groups (most add up the best two).
     min_per_group: int = 2
     # The attribute of the router that counts its rows behind those of the experts (for shared experts); empty: none.
@@ -121,6 +123,8 @@ class Family:
     attention_outputs: int = 2
     # A norm, a convolution or streams side by side stand between the experts and the stream: their share is not known.
     normed_output: bool = False
+    # Gate and up of the shared experts, which are stored apart, are one matrix in memory.
+    joins_shared: bool = False
 
     # --- what can be done with it ---
 
@@ -143,7 +147,7 @@ def _sigmoid(model_type: str, **more: Any) -> Family:
 _ALL: dict[str, Any] = {"tested": True, "vllm": True, "llama_cpp": True}
 _SIGMOID = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "flint", "glm4_moe_lite", "hy_v3",
-    "kimi_linear", "laguna", "minimax_m3_vl_text", "solar_open",
+    "kimi_linear", "laguna", "solar_open",
 )  # fmt: skip
 _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
@@ -160,6 +164,14 @@ _ENTRIES = (
     Family("ernie4_5_moe", moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"), **_ALL),
     _sigmoid("exaone_moe", tested=True),
     Family("flex_olmo", normed_output=True, tested=True, vllm=True),
+    Family(
+        "gemma4_text",
+        top_k_key="top_k_experts",
+        router="router",
+        gives_probabilities=True,
+        fixed_top_k=True,
+        normed_output=True,
+    ),
     _sigmoid("glm4_moe", **_ALL),
     _sigmoid("glm5_next_text", attention_outputs=3, normed_output=True),
     _sigmoid("glm_moe_dsa", attention_outputs=3, tested=True),
@@ -177,7 +189,6 @@ _ENTRIES = (
     ),
     _sigmoid("kolibri1", normed_output=True),
     _sigmoid("lfm2_moe", tested=True, llama_cpp=True),
-    Family("llama4", refused="it is a multimodal wrapper: extract its language model (model_type llama4_text) first"),
     _sigmoid(
         "llama4_text",
         logits_at=1,
@@ -204,6 +215,7 @@ _ENTRIES = (
     _sigmoid("mimo_v2_flash", tested=True),
     _sigmoid("minimax_m2", **_ALL),
     _sigmoid("mistral_large4_text", attention_outputs=3),
+    _sigmoid("minimax_m3_vl_text", joins_shared=True),
     Family("mixtral", **_ALL),
     _sigmoid("nemotron_h", tested=True),
     Family("olmoe", **_ALL),
@@ -232,6 +244,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
     Raises ValueError for an architecture that has no experts or is known not to work, with the reason.
     """
+    config = config.get_text_config()
     family = entry_of(config)
     if family.refused:
         raise ValueError(f"{family.model_type} is not supported: {family.refused}.")
@@ -249,7 +262,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def experts_per_token(config: PreTrainedConfig) -> int:
     """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan)."""
-    said = getattr(config, family_of(config).top_k_key)
+    said = getattr(config.get_text_config(), family_of(config).top_k_key)
     return int(max(said) if isinstance(said, list | tuple) else said)
 
 
@@ -259,12 +272,14 @@ def family_named(model_type: str) -> Family:
 
 
 def entry_of(config: PreTrainedConfig) -> Family:
-    """The same, of a config's architecture; of an edited model's, the one that was edited."""
+    """The same, of a config's architecture: of a wrapper's language model; of an edited model, the one it was."""
+    config = config.get_text_config()
     return family_named(getattr(config, "moe_compress", {}).get("base_model_type", config.model_type))
 
 
 def groups_of(config: PreTrainedConfig) -> tuple[int, int]:
     """(number of router groups, groups a token may use); (1, 1) where routing is not limited to groups."""
+    config = config.get_text_config()
     if getattr(config, "topk_method", None) == "greedy":
         return 1, 1
     family = entry_of(config)

@@ -35,7 +35,7 @@ class Expert:
 
 @dataclass(frozen=True, slots=True)
 class MoEView:
-    """The MoE block of one decoder layer.
+    """The MoE block of one decoder layer; the layer itself where router and experts lie in it directly (Gemma-4).
 
     spare_rows: rows of the router behind those that lead to experts.
     """
@@ -78,8 +78,11 @@ class MoEView:
     @property
     def router_rows_ED(self) -> Tensor:
         """The router's weight, one row an expert (several, or rows of novices, once experts were rerouted)."""
-        rows = self.router_rows
-        return next(p[:rows] for p in self.router.parameters() if p.dim() == 2 and len(p) == rows + self.spare_rows)
+        count, spare = self.router_rows, self.spare_rows
+        rows = [p for p in self.router.parameters() if p.dim() == 2 and p.shape[0] == count + spare]
+        if not rows:
+            raise ValueError(f"{type(self.router).__name__} holds no matrix with a row for each expert.")
+        return rows[0][:count] if spare else rows[0]
 
     @property
     def by_table(self) -> bool:
@@ -90,6 +93,19 @@ class MoEView:
     def widths(self) -> list[int]:
         """Inner neurons of every expert."""
         return widths(self.experts)
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether router and experts are no block of their own, which could be removed, or run alone."""
+        return not self.names["block"]
+
+    def run(self, hidden_TD: Tensor) -> None:
+        """Run the block on tokens as they enter it, for those who listen."""
+        if self.in_layer:
+            _, gate_TK, index_TK = self.router(hidden_TD)
+            self.experts(hidden_TD, index_TK, gate_TK)
+        else:
+            self.block(hidden_TD[None])
 
     @property
     def unfused(self) -> bool:
@@ -115,12 +131,12 @@ def moe_view(layer: nn.Module, family: Family) -> MoEView | None:
     for name, module in layer.named_modules():
         down = module._parameters.get("down_proj")
         fused = is_separate(module) or (down is not None and down.dim() == 3)
-        if not fused or name.count(".") < 1:
+        if not fused or ("." not in name and family.router not in dict(layer.named_children())):
             continue
         block_name = name.rpartition(".")[0]
         block = layer.get_submodule(block_name)
         router_name = family.router or _router_child(block)
-        names = {"block": block_name, "experts": name, "router": f"{block_name}.{router_name}"}
+        names = {"block": block_name, "experts": name, "router": f"{block_name}.{router_name}".lstrip(".")}
         router: Any = block.get_submodule(router_name)
         return MoEView(block, module, router, names, getattr(router, family.spare_rows) if family.spare_rows else 0)
     return None
@@ -190,7 +206,9 @@ def permute_neurons(view: MoEView, order_EF: Tensor) -> None:
 def router_logits(output: Any, rows: int, family: Family) -> Tensor:
     """What a router of `rows` rows gave each token before it scored and selected, [T, rows]."""
     found = [part for part in output if part.is_floating_point() and part.shape[-1] == rows]
-    return found[family.logits_at].reshape(-1, rows)
+    given_TR = found[family.logits_at].reshape(-1, rows)
+    # Logits that softmax makes these probabilities of.
+    return given_TR.clamp_min(torch.finfo(given_TR.dtype).tiny).log() if family.gives_probabilities else given_TR
 
 
 def by_expert(scores_TR: Tensor, view: MoEView) -> Tensor:

@@ -127,7 +127,7 @@ def moe_shapes(model: PreTrainedModel) -> list[MoEShape]:
 
 def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
     """One MoE block as numbers."""
-    config = model.config
+    config = model.config.get_text_config()
     family = family_of(config)
     groups, groups_used = groups_of(config)
     return MoEShape(

@@ -48,14 +48,14 @@ class Run:
 
     def tokenizer(self, checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; one that is code of its own only where the run trusts it."""
-        return load_tokenizer(checkpoint.folder, checkpoint.config.vocab_size, self.options.trust_remote_code)
+        return load_tokenizer(checkpoint.folder, checkpoint.text_config.vocab_size, self.options.trust_remote_code)
 
     def windows(self, use: Use, checkpoint: Checkpoint) -> Windows:
         """The calibration or the held-out text of this run in the tokens of the checkpoint, cut once."""
         spec = text_spec(self.options, use)
         if spec not in self.cut:
             self.cut[spec] = make_windows(spec, self.tokenizer(checkpoint))
-            positions = getattr(checkpoint.config, "max_position_embeddings", None) or spec.length
+            positions = getattr(checkpoint.text_config, "max_position_embeddings", None) or spec.length
             if spec.length > positions:
                 log.warning("windows of %d tokens: %s was made for %d.", spec.length, checkpoint.name, positions)
         return self.cut[spec]

@@ -52,12 +52,13 @@ def scheme_config(
             groups["others"] = {"targets": others, "weights": schemes[False]}
     for group in groups.values():
         group |= {"input_activations": inputs, "output_activations": None, "format": format}
+    towers = [rf".*\b{re.escape(name)}\..*" for name in packing.towers]
     return {
         "quant_method": "compressed-tensors",
         "format": format,
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in packing.beside)],
+        "ignore": ["lm_head", *(f"re:{pattern}" for pattern in (*packing.beside, *towers))],
     }
 
 

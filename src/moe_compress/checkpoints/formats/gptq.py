@@ -36,6 +36,8 @@ SCALE_BYTES = 2
 PART = re.compile(r"experts\\\.(gate|up|down)\$$")
 # By the name of the layout: what zero points are stored less by.
 LESS = {"gptq": 1, "gptq_v2": 0}
+# Before writers said which, there was one.
+FIRST = "gptq"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ def _parts(matrix: CodedMatrix) -> GptqWeight:
 
 
 def _unreadable(config: Config) -> str:
-    wanted = {"sym": (True, False), "desc_act": (True, False, None), "checkpoint_format": tuple(LESS)}
+    wanted = {"sym": (True, False), "desc_act": (True, False, None), "checkpoint_format": (*LESS, None)}
     for key, allowed in wanted.items():
         if config.get(key) not in allowed:
             return f"which is not read with {key}={config.get(key)}"
@@ -128,7 +130,7 @@ def _grids(config: Config) -> list[Grid]:
 
 def _settings(config: Config) -> dict[str, Any]:
     regular = config["sym"] and not config.get("desc_act")
-    return {**common_bits(_grids(config)), "regular": regular, "less": LESS[config["checkpoint_format"]]}
+    return {**common_bits(_grids(config)), "regular": regular, "less": LESS[config.get("checkpoint_format") or FIRST]}
 
 
 def _config(packing: Packing) -> dict[str, Any]:
@@ -136,6 +138,7 @@ def _config(packing: Packing) -> dict[str, Any]:
     packed = {matrix.name for found in packing.matrices.values() for matrix in found}
     group_size = next(size for (_, name), size in packing.group_sizes.items() if name in packed)
     others = [rf".*layers\.\d+\.{re.escape(name)}$" for name in sorted(packing.others)]
+    towers = [rf".*\b{re.escape(name)}\..*" for name in packing.towers]
     return {
         "quant_method": "gptq",
         "bits": packing.bits,
@@ -144,7 +147,7 @@ def _config(packing: Packing) -> dict[str, Any]:
         "desc_act": False,
         "lm_head": False,
         "checkpoint_format": "gptq",
-        "dynamic": {f"{KEPT}{pattern}": {} for pattern in (*others, *packing.beside)},
+        "dynamic": {f"{KEPT}{pattern}": {} for pattern in (*others, *packing.beside, *towers)},
     }
 
 

@@ -70,7 +70,7 @@ class Packing:
     matrices: by layer; group_sizes: inputs that share a scale, by layer and name of the matrix; whole_rows: one scale a
     row was asked for; others: names of the matrices that stay plain numbers, routers among them; plain: the
     modules of all layers that hold these, by their full names; beside: patterns of the names of modules that are stored
-    beside the model's, as plain numbers.
+    beside the model's, as plain numbers; towers: names of the modules beside the language model, which stay so, too.
     """
 
     bits: int
@@ -80,6 +80,7 @@ class Packing:
     others: frozenset[str] = frozenset()
     plain: Sequence[str] = ()
     beside: Sequence[str] = ()
+    towers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,8 +133,9 @@ class Storage:
         return Packing(
             bits=self._grid.bits, whole_rows=not self._grid.group_size, matrices=chosen, group_sizes=self.group_sizes,
             others=frozenset(every - packed),
-            plain=self._plain(),
+            plain=(*self._plain(), *hf.tower_names(model)),
             beside=self.beside,
+            towers=tuple(name.rpartition(".")[2] for name in hf.tower_names(model)),
         )  # fmt: skip
 
 
@@ -191,6 +192,8 @@ def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> str:
     if lacking:
         model_type = matrices.model.config.model_type
         return f"packs matrices one by one, but {model_type} stores {lacking} together with others"
+    if family_of(matrices.model.config).joins_shared:
+        return "is not read by stock transformers, which joins matrices of shared experts while it reads them"
     kinds = frozenset(matrix.kind for found in matrices.packable.values() for matrix in found)
     assert grid.bits is not None
     reason = writer.refuses(Request(kinds=kinds, bits=grid.bits, group_size=grid.group_size))

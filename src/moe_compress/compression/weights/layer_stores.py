@@ -66,8 +66,10 @@ class LayerStore:
                 self.modules = self.format.layer(LayerToStore(model, index, stored, packed))
                 self.writer.write(index, {**self.modules, **self._still_packed(index, changes)})
                 return
-            tensors: dict[str, Any] = hf.checkpoint_tensors(model, hf.layer_state(model, index))
-        self.writer.write(index, {**tensors, **self._still_packed(index, changes), **self._parts(index, packed)})
+            parts, still = self._parts(index, packed), self._still_packed(index, changes)
+            state = hf.layer_state(model, index)
+            tensors: dict[str, Any] = hf.checkpoint_tensors(model, state, apart=bool(parts or still))
+        self.writer.write(index, {**tensors, **still, **parts})
 
     def _still_packed(self, index: int, changes: Sequence[MatrixChange]) -> dict[str, StoredWeight]:
         """What is packed in the source and does not change, as it lies there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -166,4 +167,6 @@ def load_original(path: Path, model: PreTrainedModel, windows: Windows) -> Origi
     """Read it back; `model` needs only its norm and head."""
     kept = load_file(path)
     measurement = Measurement(kept["nll"], kept["tokens"], kept["domain"], windows.domains, correct=kept.get("correct"))
-    return Original(kept["hidden"].to(model.device), model, measurement)
+    # A wrapper's other towers, which may come first, are nowhere.
+    embedding: Any = model.get_input_embeddings()
+    return Original(kept["hidden"].to(embedding.weight.device), model, measurement)

@@ -195,7 +195,7 @@ def speed_report(checkpoint: Checkpoint, base: Checkpoint, setting: Setting) -> 
     """Measure both. ValueError for other vocabularies, and for prompts that are too long for the original."""
     require_same_tokens(checkpoint, base)
     longest = max(setting.prompts) + setting.tokens
-    positions = getattr(base.config, "max_position_embeddings", None) or longest
+    positions = getattr(base.text_config, "max_position_embeddings", None) or longest
     if longest > positions:
         raise ValueError(
             f"prompts of {max(setting.prompts)} tokens and {setting.tokens} behind them: {base.name} was made for "

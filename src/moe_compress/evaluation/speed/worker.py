@@ -226,7 +226,7 @@ RUNS |= {"prefill": prefill, "decode": decode}
 def _prompt(model: Any, point: Workload) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (point.batch, point.prompt)
-    return torch.randint(0, model.config.vocab_size, shape, generator=generator).to(model.device)
+    return torch.randint(0, model.config.get_text_config().vocab_size, shape, generator=generator).to(model.device)
 
 
 def _prefilled(model: Any, point: Workload) -> tuple[Any, Tensor]:
@@ -276,7 +276,7 @@ def kernels(model: Any) -> dict[str, Any]:
     names += [f"{module.bits} bits made dense" for module in packed if not module.kernel]
     return {
         "attention": str(model.config._attn_implementation),
-        "experts": str(getattr(model.config, "_experts_implementation", None)),
+        "experts": str(getattr(model.config.get_text_config(), "_experts_implementation", None)),
         "packed": {name: names.count(name) for name in sorted(set(names))},
         "threads": torch.get_num_threads(),
         "gpu": _gpu(model.device),

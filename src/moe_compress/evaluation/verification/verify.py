@@ -43,9 +43,9 @@ import json, sys
 sys.modules["moe_compress"] = None
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-folder, ids, out, trust, tokens = sys.argv[1:6]
-load = AutoModelForCausalLM.from_pretrained
+import transformers
+folder, ids, out, trust, tokens, kind = sys.argv[1:7]
+load = getattr(transformers, kind).from_pretrained
 model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
 for parameter in model.parameters():  # what is made dense of codes, or kept as it was stored, is of 16 bits
     parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
@@ -147,7 +147,7 @@ def checkpoint_kind(checkpoint: Checkpoint) -> str:
 
 def _ids(checkpoint: Checkpoint) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, checkpoint.config.vocab_size, (ROWS, LENGTH), generator=generator)
+    return torch.randint(0, checkpoint.text_config.vocab_size, (ROWS, LENGTH), generator=generator)
 
 
 def _ours(checkpoint: Checkpoint) -> torch.Tensor:
@@ -178,7 +178,8 @@ def _in_fresh_process(checkpoint: Checkpoint, trust: bool) -> dict[str, Any]:
         write_shard(ids, {"ids": _ids(checkpoint)})
         # -I: without the caller's folders, so that this package cannot help.
         said = "yes" if trust else "no"
-        words = [sys.executable, "-I", "-c", STOCK, str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS)]
+        asked = [str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS), checkpoint.auto_class.__name__]
+        words = [sys.executable, "-I", "-c", STOCK, *asked]
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet, stdin=subprocess.DEVNULL)
         if done.returncode != 0:

@@ -1,9 +1,22 @@
 """The seam to transformers: the only files that touch its internals; pinned to 5.23, held by identity tests.
 
-skeleton: models without weights; edited_architectures: edited model types; state_dict: checkpoint tensors <->
-parameters; layer_calls: how each layer is called; expert_taps: what was routed where.
+configs, config_checks: config.json values; skeleton: models without weights; edited_architectures: edited types;
+state_dict: checkpoint tensors <-> parameters; layer_calls: how layers are called; expert_taps: what was routed where.
 """
 
+from moe_compress.models.hf.configs import (
+    TEXT_KEYS,
+    auto_class,
+    config_from,
+    encode_values,
+    is_architecture,
+    is_wrapper,
+    num_layers,
+    read_values,
+    stored_dtype,
+    text_values,
+    with_text_values,
+)
 from moe_compress.models.hf.edited_architectures import (
     PROCESSORS,
     edited_config_values,
@@ -13,6 +26,7 @@ from moe_compress.models.hf.expert_taps import (
     EXPERTS_FUNCTION,
     AllExperts,
     all_experts,
+    complete_experts,
     run_rows,
     tap,
     untap,
@@ -32,29 +46,27 @@ from moe_compress.models.hf.layer_calls import (
 from moe_compress.models.hf.shipped_code import foreign_code, imported_files
 from moe_compress.models.hf.skeleton import (
     buffers_to,
-    config_from,
     decoder_layers,
-    encode_values,
-    is_architecture,
     layer_kind,
     layers_prefix,
-    num_layers,
     quiet,
-    read_values,
     shapes,
     skeleton,
     stack,
-    stored_dtype,
+    text_prefixes,
     tie,
     tied_names,
+    tower_names,
 )
 from moe_compress.models.hf.state_dict import (
     checkpoint_tensors,
+    holds_towers,
     is_prediction_key,
     knows_prediction_layers,
     layer_of,
     layer_state,
     materialize,
+    remember_names,
     renumbered,
     stored_names,
 )
@@ -64,14 +76,17 @@ from moe_compress.models.modeling.unfused_experts import gate_on_input
 __all__ = [
     "EXPERTS_FUNCTION",
     "PROCESSORS",
+    "TEXT_KEYS",
     "AllExperts",
     "LayerCall",
     "LayerOutput",
     "RoutedRows",
     "all_experts",
+    "auto_class",
     "buffers_to",
     "called_alike",
     "checkpoint_tensors",
+    "complete_experts",
     "config_from",
     "decoder_layers",
     "edited_config_values",
@@ -81,9 +96,11 @@ __all__ = [
     "gate_on_input",
     "head",
     "head_rows",
+    "holds_towers",
     "imported_files",
     "is_architecture",
     "is_prediction_key",
+    "is_wrapper",
     "knows_prediction_layers",
     "layer_kind",
     "layer_of",
@@ -96,6 +113,7 @@ __all__ = [
     "num_layers",
     "quiet",
     "read_values",
+    "remember_names",
     "renumbered",
     "run_layer",
     "run_rows",
@@ -105,8 +123,12 @@ __all__ = [
     "stored_dtype",
     "stored_names",
     "tap",
+    "text_prefixes",
+    "text_values",
     "tie",
     "tied_names",
+    "tower_names",
     "untap",
     "use_experts_function",
+    "with_text_values",
 ]

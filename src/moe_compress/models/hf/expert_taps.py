@@ -14,10 +14,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from moe_compress.models.modeling.expert_forward import LISTENERS, Listener, experts_forward, gate_on_input_forward, run
+from moe_compress.models.modeling.expert_forward import (
+    LISTENERS,
+    Listener,
+    experts_forward,
+    gate_on_input_forward,
+    run,
+    running,
+)
 from moe_compress.models.modeling.unfused_experts import gate_on_input
 
 EXPERTS_FUNCTION = "moe_compress"
+UNDISPATCHED = "_moe_compress_undispatched"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +54,24 @@ def untap(block: nn.Module, experts: nn.Module, listener: Listener) -> None:
         block.__dict__.pop("forward", None)
 
 
+# What transformers says of experts that it dispatches, unless their class says something else.
+COMMON = {"is_transposed": False, "is_concatenated": True, "has_gate": True, "has_bias": False}
+COMMON |= {"has_post_expert_norm": False}
+
+
 def use_experts_function(model: PreTrainedModel) -> None:
     """Let every fused experts module of the model run through the function that can be tapped."""
     model.set_experts_implementation(EXPERTS_FUNCTION)
+    for module in model.modules():
+        if module.__dict__.pop(UNDISPATCHED, False):
+            module.__class__ = running(type(module), experts_forward)
+
+
+def complete_experts(model: PreTrainedModel) -> None:
+    """Say of experts that run by themselves, but are laid out as others are (Step-3.7), what is said of the others."""
+    for module in model.modules():
+        if hasattr(type(module), "_apply_gate") and "is_transposed" not in module.__dict__:
+            module.__dict__ |= {**COMMON, UNDISPATCHED: True}
 
 
 def all_experts(experts: Any, hidden_TD: Tensor) -> AllExperts:

@@ -127,7 +127,7 @@ LOGITS_PER_CHUNK = 1 << 25
 
 def head_rows(model: PreTrainedModel) -> int:
     """Of how many tokens logits are made at a time."""
-    return max(1, LOGITS_PER_CHUNK // int(model.config.vocab_size))
+    return max(1, LOGITS_PER_CHUNK // int(model.config.get_text_config().vocab_size))
 
 
 @torch.no_grad()

@@ -5,84 +5,66 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from moe_compress.models.families import entry_of
-from moe_compress.models.hf.edited_architectures import edited_classes_of
-from moe_compress.models.modeling import edited_model
-from moe_compress.utils.devices import DTYPES
+from moe_compress.models.hf.config_checks import unknown_word
+from moe_compress.models.hf.configs import auto_class, is_wrapper
+from moe_compress.models.hf.expert_taps import complete_experts
 
-# Without one of these, layers are built that compute nothing.
-COUNTED = ("vocab_size", "hidden_size", "num_attention_heads")
+# What parameters are made of, and from how many elements on it is no table that a model computes with.
+FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
+LARGE = 1 << 20
 
 
-def read_values(path: Path) -> dict[str, Any]:
-    """The values of a config.json (or of the folder that holds it), special floats decoded."""
-    values, _ = PreTrainedConfig.get_config_dict(path)
-    return values
+class _NothingAllocated(TorchFunctionMode):
+    """Tensors that are made without values, and large ones with such as parameters begin with, never have memory."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        if keywords.get("device") is None and (func is torch.empty or func in FACTORIES):
+            made = func(*args, **{**keywords, "device": "meta"})
+            if func is torch.empty or made.numel() >= LARGE:
+                return made
+        return func(*args, **keywords)
 
 
-def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config object of config.json values."""
-    model_type = values.get("model_type")
-    if model_type is None:
-        raise ValueError("config.json names no model_type, so nothing can tell which architecture this is.")
-    base_type = str(model_type).removeprefix(edited_model.PREFIX)
-    if model_type not in CONFIG_MAPPING and base_type in CONFIG_MAPPING:  # registered after this package was imported
-        CONFIG_MAPPING.register(model_type, edited_classes_of(base_type)[0])
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
-        )
-    return CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+def skeleton(
+    config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = None, *, towers: bool = True
+) -> PreTrainedModel:
+    """The model with every parameter on the meta device and every buffer real; nothing is read.
 
-
-def is_architecture(model_type: Any) -> bool:
-    """Whether transformers has an architecture of this name (or an edited one of ours)."""
-    return isinstance(model_type, str) and model_type.removeprefix(edited_model.PREFIX) in CONFIG_MAPPING
-
-
-def stored_dtype(values: Mapping[str, Any]) -> torch.dtype:
-    """The dtype in which config.json values say that weights are stored; bf16 where they do not say."""
-    return DTYPES.get(str(values.get("dtype") or values.get("torch_dtype") or "bfloat16"), torch.bfloat16)
-
-
-def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json values with infinities and NaN in transformers' own JSON notation."""
-    return PreTrainedConfig._encode_special_floats(dict(values))
-
-
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype, attn: str | None = None) -> PreTrainedModel:
-    """The model with every parameter on the meta device and every buffer real; nothing is read."""
+    towers: of a wrapper, all of them, or the language model alone.
+    """
     config = copy.deepcopy(config)
-    for name in COUNTED:
-        if isinstance(count := getattr(config, name, None), int) and count < 1:
-            raise ValueError(f"config.json says {name}={count}: no {config.model_type} model is like that.")
+    loader = auto_class(config, towers)
     keywords: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
         keywords["attn_implementation"] = attn
     try:
         # Nothing is on the meta device to be initialised; going through it all the same takes most of the time.
-        with quiet(), no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **keywords)
+        with quiet(), no_init_weights(), init_empty_weights(include_buffers=False), _NothingAllocated():
+            model = loader.from_config(config, trust_remote_code=False, **keywords)
     except ImportError as error:
         raise ValueError(f"attn={attn} is not available here: {error}") from error
-    except (RuntimeError, ArithmeticError, AssertionError) as error:
-        said = " ".join(str(error).split()[:30])
+    except (RuntimeError, ArithmeticError, AssertionError, LookupError, TypeError, AttributeError, ValueError) as error:
+        if "attn_implementation" in str(error):
+            raise
+        said = unknown_word(config.to_dict(), str(error)) or " ".join(str(error).split()[:30])
         raise ValueError(f"config.json describes a {config.model_type} model that cannot be built: {said}") from error
     _keep_in_fp32(model, dtype)
+    complete_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -104,8 +86,9 @@ def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def stack(model: PreTrainedModel) -> Any:
     """The module that holds the list of decoder layers."""
-    holders: tuple[Any, ...] = (model.base_model, getattr(model, "model", None))
-    for holder in holders:
+    decoder: Any = model.get_decoder()
+    inner = (getattr(each, "model", None) for each in (decoder, model))
+    for holder in (decoder, model.base_model, *inner):
         if isinstance(getattr(holder, "layers", None), nn.ModuleList):
             return holder
     raise ValueError(f"{type(model).__name__} keeps its decoder layers under a name that is not known here.")
@@ -133,16 +116,11 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return layers
 
 
-def num_layers(config: PreTrainedConfig) -> int:
-    """How many decoder layers a config stands for (extra prediction layers behind them are not counted)."""
-    return int(getattr(config, entry_of(config).layers_key))
-
-
 def tied_names(config: PreTrainedConfig) -> dict[str, str]:
     """Parameters that the config says are another one's: name -> the other's; none where it ties nothing."""
     if not getattr(config, "tie_word_embeddings", False):
         return {}
-    found = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "_tied_weights_keys", None)
+    found = getattr(auto_class(config)._model_mapping[type(config)], "_tied_weights_keys", None)
     return dict(found) if isinstance(found, dict) else {}
 
 
@@ -157,6 +135,26 @@ def layers_prefix(model: PreTrainedModel) -> str:
     """The dotted module name of the list of decoder layers, with a final dot."""
     layers = decoder_layers(model)
     return next(name for name, module in model.named_modules() if module is layers) + "."
+
+
+def text_prefixes(model: PreTrainedModel) -> tuple[str, ...]:
+    """How the names of all begin that text passes through: of a wrapper, its language model and head and no tower."""
+    if not is_wrapper(model.config):
+        return ("",)
+    read = (model.get_decoder(), model.get_output_embeddings())
+    return tuple(f"{name}." for name, module in model.named_modules() if module in read)
+
+
+def tower_names(model: PreTrainedModel) -> list[str]:
+    """The modules of a wrapper that text does not pass through, by the names under which they stand side by side."""
+    read = text_prefixes(model)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        holds_text = not name or any(each.startswith(f"{name}.") for each in read)
+        known = f"{name}.".startswith((*read, *(f"{each}." for each in found)))
+        if not holds_text and not known and next(module.parameters(), None) is not None:
+            found.append(name)
+    return found
 
 
 def layer_kind(layer: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:

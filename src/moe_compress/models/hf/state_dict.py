@@ -8,7 +8,7 @@ else a family needs is left to transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,12 +26,16 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet
+from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet, text_prefixes
 from moe_compress.models.prediction_layers import predicts_further
 
-# Set on a model that was read from names without the prefix of its base model (DeepSeek-V4): it is written so, too.
-BARE = "_stored_without_prefix"
-LAYER_KEY = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# Layers of other towers (`vision_tower.encoder.layers.0`) and of further predictions (`mtp.layers.0`) are none of them.
+LAYER_KEY = re.compile(
+    r"^(?:(?:model|backbone|transformer|decoder|language_model|llm|text_model|thinker)\.)*layers\.(\d+)\."
+)
+FIRST_NUMBER = re.compile(r"^.*?\.(\d+)\.")
+# Where a skeleton keeps what the names of its checkpoint's decoder layers begin with.
+STORED_PREFIX = "_moe_compress_stored_prefix"
 
 
 def layer_of(key: str) -> int | None:
@@ -53,6 +57,25 @@ def knows_prediction_layers(model: PreTrainedModel) -> bool:
     return any("mtp" in pattern for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
+def remember_names(model: PreTrainedModel, keys: Iterable[str]) -> None:
+    """Let a skeleton give its layers' tensors the names of the checkpoint with these keys.
+
+    One model is stored under several names: `model.layers`, `model.language_model.layers`. transformers reads them all.
+    """
+    found = next(filter(None, map(LAYER_KEY.search, keys)), None)
+    if found is not None:
+        model.__dict__[STORED_PREFIX] = found.group()[: found.start(1)]
+
+
+def _as_stored(model: PreTrainedModel, key: str) -> str:
+    """The name of a layer's tensor in the checkpoint that the model was made for, if that is known.
+
+    Of Kimi-K2.5, transformers would save decoder layers as `blocks`, which it does not read again.
+    """
+    prefix = model.__dict__.get(STORED_PREFIX) or ("" if LAYER_KEY.match(key) else layers_prefix(model))
+    return FIRST_NUMBER.sub(rf"{prefix}\1.", key) if prefix else key
+
+
 def renumbered(key: str, layer: int) -> str:
     """The name of the same tensor in another decoder layer."""
     found = LAYER_KEY.search(key)
@@ -60,17 +83,23 @@ def renumbered(key: str, layer: int) -> str:
     return f"{key[: found.start(1)]}{layer}{key[found.end(1) :]}"
 
 
-def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> None:
+def materialize(
+    model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device, *, towers: bool = False
+) -> None:
     """Put checkpoint tensors (or safetensors slices) into the skeleton's parameters, converted and cast.
 
-    Raises ValueError when a tensor fits no parameter, has the wrong shape or holds no floating-point weights.
+    towers: those of a wrapper's other towers as well, which are left alone otherwise. Raises ValueError when a tensor
+    fits no parameter, has the wrong shape or holds no floating-point weights.
     """
     mapping: list[Any] = get_model_conversion_mapping(model)
     # Not its state_dict, for which packed weights would leave their kernel's layout.
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     expected: dict[str, Tensor] = {name: tensor for pairs in named for name, tensor in pairs}
     converters = {pattern: c for c in mapping if hasattr(c, "operations") for pattern in c.source_patterns}
+    wanted = ("",) if towers else text_prefixes(model)
     for name, by_pattern in _by_parameter(model, mapping, expected, tensors).items():
+        if not name.startswith(wanted):
+            continue
         _require_weights(by_pattern, name, expected)
         converter = converters.get(next(iter(by_pattern)))
         if converter is not None and not _stacks(converter):
@@ -90,8 +119,6 @@ def materialize(model: PreTrainedModel, tensors: Mapping[str, Any], device: torc
         _assign(model, name, value)
     used = [conversion for conversion in mapping if conversion.was_used()]
     model.__dict__["_weight_conversions"] = used
-    if tensors:
-        model.__dict__[BARE] = not any(key.startswith(f"{model.base_model_prefix}.") for key in tensors)
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
@@ -99,6 +126,13 @@ def _is_ignored(model: PreTrainedModel, name: str) -> bool:
     found = LoadStateDictInfo(set(), {name}, set(), error_msgs=[], conversion_errors={}, skipped_pp_keys=set())
     model._adjust_missing_and_unexpected_keys(found)
     return not found.unexpected_keys
+
+
+def holds_towers(model: PreTrainedModel, keys: Iterable[str]) -> bool:
+    """Whether a checkpoint with these keys holds any of a wrapper's towers beside its language model."""
+    read, expected = text_prefixes(model), model.state_dict()
+    names = _by_parameter(model, get_model_conversion_mapping(model), expected, dict.fromkeys(keys))
+    return any(name in expected and not name.startswith(read) for name in names)
 
 
 def _by_parameter(
@@ -183,13 +217,19 @@ def _convert(model: PreTrainedModel, mapping: list[Any], group: dict[str, Any], 
         raise ValueError(f"the checkpoint's tensors do not fit {type(model).__name__}: {sorted(map(str, wrong))[:3]}.")
 
 
-def checkpoint_tensors(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by module name -> tensors by checkpoint name, as `save_pretrained` would write them."""
-    return {_as_stored(model, name): tensor for name, tensor in revert_weight_conversion(model, dict(state)).items()}
+def checkpoint_tensors(
+    model: PreTrainedModel, state: Mapping[str, Tensor], *, apart: bool = False
+) -> dict[str, Tensor]:
+    """A layer's parameters by module name -> tensors by checkpoint name, as `save_pretrained` would write them.
 
-
-def _as_stored(model: PreTrainedModel, name: str) -> str:
-    return name.removeprefix(f"{model.base_model_prefix}.") if model.__dict__.get(BARE) else name
+    apart: matrices by themselves wherever the architecture reads them so, though they may have come stacked.
+    """
+    # Of the conversions, a model remembers those that it needed to be read; without that, all are made.
+    used = model.__dict__.pop("_weight_conversions", None) if apart else None
+    stored = revert_weight_conversion(model, dict(state))
+    if used is not None:
+        model.__dict__["_weight_conversions"] = used
+    return {_as_stored(model, name): tensor for name, tensor in stored.items()}
 
 
 def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
@@ -203,9 +243,5 @@ def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int
 
     A number that does not come out alone belongs to a matrix that is stored together with others: it is left out.
     """
-    # Of the conversions, a model remembers those that it needed so far; here all are.
-    used = model.__dict__.pop("_weight_conversions", None)
-    stored = revert_weight_conversion(model, dict(tags))
-    if used is not None:
-        model.__dict__["_weight_conversions"] = used
-    return {int(tag): _as_stored(model, name) for name, tag in stored.items() if tag.numel() == 1}
+    stored = checkpoint_tensors(model, tags, apart=True)
+    return {int(tag): name for name, tag in stored.items() if tag.numel() == 1}

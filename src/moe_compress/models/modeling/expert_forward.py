@@ -191,9 +191,9 @@ def _run_here(block: Any, fused: Any) -> None:
     """Let experts run through the functions of this file, whoever calls them."""
     place, forward = (block, gate_on_input_forward) if gate_on_input(fused) else (fused, experts_forward)
     if type(place).forward is not forward:
-        place.__class__ = _running(type(place), forward)
+        place.__class__ = running(type(place), forward)
 
 
-def _running(kind: Any, forward: Any) -> type:
+def running(kind: Any, forward: Any) -> type:
     """A class that is `kind` in all but its forward."""
     return type(f"Own{kind.__name__}", (kind,), {"forward": forward})
