@@ -166,7 +166,9 @@ def show_data(model: str | Path, /, *, documents: int = 3, **options: Any) -> Sh
     folder = tokenizer_folder(given.model, given.revision)
     config = hf.config_from(architecture_values(folder))
     return show(
-        text_spec(given, "calibration"), load_tokenizer(folder, config.vocab_size, given.trust_remote_code), count
+        text_spec(given, "calibration"),
+        load_tokenizer(folder, config.get_text_config().vocab_size, given.trust_remote_code),
+        count,
     )
 
 

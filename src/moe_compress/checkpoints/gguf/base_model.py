@@ -27,8 +27,8 @@ def shape_values(config: PreTrainedConfig) -> dict[str, Any]:
     return {
         "model_type": model_type_of(config),
         "layers": hf.num_layers(config),
-        "hidden_size": config.hidden_size,
-        "experts": getattr(config, family.count_key),
+        "hidden_size": config.get_text_config().hidden_size,
+        "experts": getattr(config.get_text_config(), family.count_key),
     }
 
 
