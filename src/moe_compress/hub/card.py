@@ -80,8 +80,8 @@ def model_card(
     manifest: what moe_compress.json holds, and as `loader` an auto class that is not the usual one; record, original:
     of the evaluation, if there was one; name: the checkpoint's; packed: whether its weights are of few bits; stock:
     what stock transformers then makes of them; base_card, licence_text: README.md and LICENSE of the original, '' where
-    it has none; licence_files: those that come with this folder; sizes: this one's and the original's, where there is no
-    record.
+    it has none; licence_files: those that come with this folder; sizes: this one's and the original's, where there is
+    no record.
     """
     licence = licence_of(base_card, licence_text)
     base = _base_name(manifest)
