@@ -41,7 +41,7 @@ def doomed(job: Job) -> None:
     """A run that dies at its point."""
     point, number, sentence, options = job
     seen = [0]
-    run_layer, write_all = forward.hf.run_layer, safetensors_file._write_all
+    run_layer, write_all = forward.hf.run_layer, safetensors_file.write_all
 
     def counted_layer(*args: Any) -> torch.Tensor:
         seen[0] += 1
@@ -57,7 +57,7 @@ def doomed(job: Job) -> None:
     if point == "layer":
         forward.hf.run_layer = counted_layer
     elif point == "write":
-        safetensors_file._write_all = counted_write
+        safetensors_file.write_all = counted_write
     moe_compress.compress(sentence, **options)
 
 

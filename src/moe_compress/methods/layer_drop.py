@@ -35,7 +35,7 @@ def _listed(text: str, known: Iterable[int], what: str) -> list[int]:
 
 def _require_count(drop: int | None, possible: int, what: str) -> int:
     if possible < 2:
-        raise ValueError(f"there are {possible} {what}, so that none can be dropped.")
+        raise ValueError(f"drop={drop}: of {possible} {what}, none can be dropped.")
     if drop is None or not 0 < drop < possible:
         raise ValueError(f"drop={drop}: of {possible} {what}, 1 to {possible - 1} can be dropped.")
     return drop

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import moe_compress
-from moe_compress.checkpoints import safetensors_file, writer
+from moe_compress.checkpoints import companions, safetensors_file, writer
 from moe_compress.checkpoints.folder import SCRATCH
 from moe_compress.compression.weights import stage
 from moe_compress.engine import forward
@@ -167,7 +167,7 @@ def test_the_last_steps_do_not_begin_anew(place, function, number, lab, whole, m
 def test_notes_that_were_left_behind_go_with_the_next_run(lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, writer.shutil, "rmtree", stop_at=0)
+        counting(patch, companions.shutil, "rmtree", stop_at=0)
         moe_compress.compress(STOPPED["compressed"], **options)
     assert (tmp_path / "out" / SCRATCH).is_dir()
     folder = moe_compress.compress(STOPPED["compressed"], **options).folder
@@ -177,7 +177,7 @@ def test_notes_that_were_left_behind_go_with_the_next_run(lab, whole, monkeypatc
 @pytest.mark.parametrize("writes", [40, 70])
 def test_a_run_that_stops_between_two_tensors(writes, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run("compressed", (safetensors_file, "_write_all", writes), options, monkeypatch)
+    layers, _, folder = stopped_run("compressed", (safetensors_file, "write_all", writes), options, monkeypatch)
     assert layers < 2 * tiny.LAYERS
     assert outcome(folder) == whole("compressed")[0] and leftovers(tmp_path) == []
 
