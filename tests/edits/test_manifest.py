@@ -42,7 +42,7 @@ CHANGES: list[Any] = [
     (lambda v: v["moe_compress"].update(base_model_type="nothing"), "model_type is not moe_compress_nothing"),
     (lambda v: v["moe_compress"].pop("base_architectures"), "moe_compress lacks base_architectures"),
     (lambda v: v.update(moe_compress=[]), "moe_compress is no object"),
-    (lambda v: v.pop("moe_compress"), "moe_compress is no object"),
+    (lambda v: v.pop("moe_compress"), "model_type=moe_compress_mixtral needs moe_compress"),
     (lambda v: v.update(model_type="mixtral"), "model_type is not moe_compress_mixtral"),
 ]
 

@@ -34,13 +34,16 @@ CASES: list[tuple[dict[str, Any], str]] = [
     ({"rope_parameters": {"rope_type": "yarnn"}}, r"no function for rope_parameters.rope_type='yarnn' \(did you mean"),
     ({"auto_map": 5}, "auto_map=5, which is no object that names classes"),
     ({"model_type": ["mixtral"]}, r"model_type=\['mixtral'\], which is no name of an architecture"),
-    ({"model_type": "moe_compress_mixtral"}, "but lacks moe_compress, which holds its edits"),
-    ({"model_type": "moe_compress_mixtral", "moe_compress": 5}, "moe_compress=5, which holds no edits"),
+    ({"model_type": "moe_compress_mixtral"}, "needs moe_compress, which holds its edits"),
+    ({"model_type": "moe_compress_mixtral", "moe_compress": 5}, "moe_compress is no object"),
     ({"rope_theta": float("nan")}, "rope_theta=NaN, which is no number"),
     ({"num_hidden_layers": "3"}, "is no mixtral config: .*'num_hidden_layers' expected int"),
     ({"text_config": {"num_hidden_layers": 10**6}}, "text_config.num_hidden_layers=1000000: no"),
-    ({"quantization_config": {**FP8, "modules_to_not_convert": 5}}, "is no fp8 config: TypeError"),
-    ({"quantization_config": {**FP8, "weight_block_size": [0, 0]}}, "is no fp8 config: ZeroDivisionError"),
+    (
+        {"quantization_config": {**FP8, "modules_to_not_convert": 5}},
+        "in fp8 format, whose settings say nothing",
+    ),
+    ({"quantization_config": {**FP8, "weight_block_size": [0, 0]}}, r"fp8 format, which is not read \(e4m3 in blocks"),
     (
         {
             "quantization_config": {
@@ -49,7 +52,7 @@ CASES: list[tuple[dict[str, Any], str]] = [
                 "config_groups": [1],
             }
         },
-        "is no compressed-tensors config",
+        "pack-quantized format, whose config_groups",
     ),
 ]
 

@@ -282,7 +282,7 @@ def _require_supported(folder: Path, values: dict[str, Any]) -> None:
     """Raise ValueError unless the values make a config of a family that is known and not refused."""
     try:
         if "moe_compress" in values or str(values.get("model_type")).startswith(PREFIX):
-            require_manifest({"moe_compress": None, **values})
+            require_manifest(values)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         said = str(error).rstrip(".")
         raise ValueError(f"{folder / 'config.json'}: {said}: it was changed; make the checkpoint anew.") from error

@@ -24,7 +24,9 @@ def require_manifest(values: Mapping[str, Any]) -> None:
 
     Its edits are carried out on a skeleton of the original architecture; packed matrices only have to be there.
     """
-    manifest = values["moe_compress"]
+    manifest = values.get("moe_compress")
+    if manifest is None:
+        raise ValueError(f"model_type={values.get('model_type')} needs moe_compress, which holds its edits")
     if not isinstance(manifest, dict):
         raise ValueError("moe_compress is no object")
     if absent := [key for key in KEYS if key not in manifest]:

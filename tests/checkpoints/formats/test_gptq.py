@@ -61,7 +61,7 @@ def test_files_from_before_there_was_a_checkpoint_format_are_read(made, tmp_path
     del config["quantization_config"]["checkpoint_format"]
     (folder / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits_of(moe_compress.load(folder)), logits_of(moe_compress.load(source)))
-    config["quantization_config"]["checkpoint_format"] = "gptq_v2"
+    config["quantization_config"]["checkpoint_format"] = "gptq_v3"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is not read with checkpoint_format=gptq_v2"):
+    with pytest.raises(ValueError, match="is not read with checkpoint_format=gptq_v3"):
         open_checkpoint(folder)

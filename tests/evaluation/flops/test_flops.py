@@ -310,7 +310,7 @@ def test_bad_input_is_one_sentence(model, options, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_local_experts": -3}, "describes a mixtral model that cannot be built"),
+        ({"num_local_experts": -3}, "says num_local_experts=-3: no mixtral model is like that"),
         ({"num_attention_heads": 0}, "says num_attention_heads=0: no mixtral model is like that"),
         ({"vocab_size": -1}, "says vocab_size=-1"),
     ],

@@ -56,7 +56,7 @@ class Fp8Weight(StoredWeight):
 
 def _unreadable(config: Config) -> str:
     blocks = config.get("weight_block_size")
-    two = isinstance(blocks, list | tuple) and len(blocks) == 2 and all(isinstance(size, int) for size in blocks)
+    two = isinstance(blocks, list | tuple) and [type(size) is int and size > 0 for size in blocks] == [True, True]
     if config.get("quant_algo"):
         return f"which is not read with quant_algo={config['quant_algo']} beside it"
     good = (two or blocks is None) and config.get("fmt", FMT[0]) in FMT

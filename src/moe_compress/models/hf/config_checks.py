@@ -11,7 +11,6 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, groups_of
-from moe_compress.models.modeling import edited_model
 from moe_compress.utils.choices import nearest
 
 # The least and the most that numbers may be, far beyond all that was ever published: above it, a config would take
@@ -35,7 +34,6 @@ SHAPES: dict[str, tuple[type, str]] = {
     "model_type": (str, "name of an architecture"),
     "architectures": (list, "list of names of classes"),
     "auto_map": (Mapping, "object that names classes"),
-    "moe_compress": (Mapping, "object that holds edits"),
     **dict.fromkeys(("dtype", "torch_dtype"), (str, "name of a type of numbers")),
 }
 # Words that mostly name one of transformers' own functions, by the key that holds them.
@@ -50,9 +48,7 @@ def require_plausible(values: Mapping[str, Any]) -> None:
     for key, (kind, what) in SHAPES.items():
         if values.get(key) is not None and not isinstance(values[key], kind):
             raise ValueError(f"config.json says {key}={values[key]!r}, which is no {what}.")
-    model_type = values.get("model_type") or ""
-    if model_type.startswith(edited_model.PREFIX) and "moe_compress" not in values:
-        raise ValueError(f"config.json says model_type={model_type!r}, but lacks moe_compress, which holds its edits.")
+    model_type = values.get("model_type") or "known"
     for place, key, value in _entries(values, ""):
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"config.json says {place}=NaN, which is no number.")
@@ -60,7 +56,7 @@ def require_plausible(values: Mapping[str, Any]) -> None:
             low, high = RANGES.get(key, (-LARGEST, LARGEST))
             if not low <= value <= high:
                 raise ValueError(
-                    f"config.json says {place}={value}: no {model_type or 'known'} model is like that "
+                    f"config.json says {place}={value}: no {model_type} model is like that "
                     f"({low} to {high} are possible)."
                 )
 
