@@ -8,8 +8,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.grid import grid_of
 from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in
-from moe_compress.checkpoints.quantization_config import grid_of, packed_edits
+from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.edits.apply import edits_by_layer
 from moe_compress.edits.edits import Edit
 from moe_compress.models import hf

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,15 +10,15 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.grid import Grid, grid_of
 from moe_compress.checkpoints.formats.modelopt import exported_config
-from moe_compress.checkpoints.formats.registry import DENSE, LINEAR, QUANTIZATION, Format, Grid, format_in, formats
+from moe_compress.checkpoints.formats.registry import DENSE, QUANTIZATION, Format, format_in, formats
 from moe_compress.edits.edits import PackMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
 from moe_compress.utils.files import read_json
 
-PATTERN = "re:"
 ONE_EXPERT = re.compile(r"experts\\?\.\d")
 # Where NVIDIA's exports say what is packed, if not in config.json.
 EXPORT = "hf_quant_config.json"
@@ -55,7 +54,7 @@ def _unreadable(format: Format, config: Mapping[str, Any]) -> str:
     try:
         reason = format.unreadable(config)
         for grid in () if reason else format.grids(config):
-            _Names.of(grid.targets), _Names.of(grid.ignore)
+            _ = grid.targeted, grid.ignored
     except (re.error, TypeError, AttributeError, KeyError, ValueError) as error:
         return f"whose settings say nothing that is known ({error})"
     return reason
@@ -74,7 +73,7 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     """
     config = values.get(QUANTIZATION)
     grids = format_in(values).grids(config) if config else []
-    layers = list(hf.decoder_layers(model)) if grids else []
+    layers, prefix = list(hf.decoder_layers(model)) if grids else [], hf.layers_prefix(model)
     # Names of matrices, found once for all layers of the same modules.
     known: dict[Any, dict[str, tuple[str, int]]] = {}
     edits: list[PackMatrices] = []
@@ -83,8 +82,7 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
         if kind not in known:
             known[kind] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
         alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
-        stem = f"{hf.layers_prefix(model)}{index}."
-        here = [grid for grid in grids if not (grid.kinds and _left_out(stem, grid))]
+        here = [grid for grid in grids if not (grid.kinds and _left_out(f"{prefix}{index}.", grid))]
         found = _room(layer_matrices(layer, family_of(model.config)), index, alone, here)
         if found is not None:
             edits.append(found)
@@ -118,49 +116,6 @@ def _room(
 def _left_out(stem: str, grid: Grid) -> bool:
     """Whether a layer's stacks are left out of a grid by the name of their module."""
     return any(name.startswith(stem) and name.endswith(".experts") for name in grid.ignore)
-
-
-def grid_of(stored: str, name: str, grids: Sequence[Grid]) -> Grid | None:
-    """The grid of a linear map that is stored alone under `stored` and called `name` in its layer; None for no grid.
-
-    As compressed-tensors matches: a name itself goes before patterns, these before the class of all linear maps.
-    """
-    ranks = {rank: grid for grid in reversed(grids) if (rank := _rank(stored, name, grid)) is not None}
-    return ranks[min(ranks)] if ranks else None
-
-
-def _rank(stored: str, name: str, grid: Grid) -> int | None:
-    """How narrowly a grid's targets name a linear map, 0 the most; None if they do not, or it is left out."""
-    targets, ignored = _Names.of(grid.targets), _Names.of(grid.ignore)
-    own = f".layers.0.{name}"
-    # Experts have no names of their own in a layer: `experts.gate` would be taken for a router.
-    if any(ignored.rank(each) is not None for each in ([stored] if ".experts." in own else [stored, own])):
-        return None
-    return targets.rank(stored) if targets.rank(stored) is not None else targets.rank(own)
-
-
-class _Names:
-    """Names, patterns of names, and the class of all linear maps, ready to be asked."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        patterns = [word.removeprefix(PATTERN) for word in words if word.startswith(PATTERN)]
-        self.exact = frozenset(word for word in words if not word.startswith(PATTERN))
-        self.pattern = re.compile("|".join(f"(?:{pattern})" for pattern in patterns)) if patterns else None
-
-    @classmethod
-    @functools.cache
-    def of(cls, words: tuple[str, ...]) -> _Names:
-        """The same words are made ready once."""
-        return cls(words)
-
-    @functools.cache  # noqa: B019 - as few as there are formats' words
-    def rank(self, name: str) -> int | None:
-        """0 for a name itself, 1 for a pattern, 2 for the class."""
-        if name in self.exact:
-            return 0
-        if self.pattern is not None and self.pattern.match(name):
-            return 1
-        return 2 if LINEAR in self.exact else None
 
 
 def says_packed(values: Mapping[str, Any]) -> bool:

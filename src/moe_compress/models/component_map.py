@@ -140,8 +140,9 @@ def _attention(config: Any, layer: nn.Module, mixer: Any) -> AttentionCost:
     value = getattr(mixer, "v_head_dim", None) or mixer.head_dim
     pair = heads * int(query + value)
     indexer, chosen = getattr(mixer, "indexer", None), 0
-    if indexer is not None:  # it weighs the scores of its own heads to choose whom the attention sees
-        chosen = int(indexer.n_heads * (indexer.head_dim + 1))
+    if indexer is not None:  # scores of heads of its own choose whom the attention sees, weighed and summed by most
+        scorers = getattr(indexer, "n_heads", None) or indexer.num_heads
+        chosen = int(scorers * (indexer.head_dim + hasattr(indexer, "weights_proj")))
     window, expanding = _window(config, layer, mixer), getattr(mixer, EXPANDING, None)
     if expanding is None:
         return AttentionCost(2 * (pair + chosen), window, 0)

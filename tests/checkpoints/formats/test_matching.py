@@ -8,9 +8,8 @@ import pytest
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
+from moe_compress.checkpoints.formats.grid import Grid, grid_of
 from moe_compress.checkpoints.formats.modelopt import _grids
-from moe_compress.checkpoints.formats.registry import Grid
-from moe_compress.checkpoints.quantization_config import grid_of
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",

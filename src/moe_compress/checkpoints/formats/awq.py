@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from moe_compress.checkpoints.formats.grid import LINEAR, Grid
 from moe_compress.checkpoints.formats.registry import (
-    LINEAR,
     CodedMatrix,
     Config,
     Format,
-    Grid,
     Loaders,
     Packing,
     Request,

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from moe_compress.checkpoints.formats.compressed_schemes import ALIKE, refuses, scheme_config
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight, Fp4Weight
+from moe_compress.checkpoints.formats.grid import Grid
 from moe_compress.checkpoints.formats.registry import (
     CodedMatrix,
     Config,
     Format,
-    Grid,
     Loaders,
     Verdict,
     Writer,

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
 from moe_compress.checkpoints.formats.float_codes import spread
+from moe_compress.checkpoints.formats.grid import LINEAR, Grid
 from moe_compress.checkpoints.formats.registry import (
-    LINEAR,
     CodedMatrix,
     Config,
     Format,
-    Grid,
     Loaders,
     Packing,
     Request,

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoints.formats.compressed_tensors import on_a_grid
+from moe_compress.checkpoints.formats.grid import LINEAR, Grid
 from moe_compress.checkpoints.formats.registry import (
-    LINEAR,
     CodedMatrix,
     Config,
     Format,
-    Grid,
     Loaders,
     Packing,
     Writer,

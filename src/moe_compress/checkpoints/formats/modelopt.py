@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +12,8 @@ from torch import Tensor
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
 from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, spread
 from moe_compress.checkpoints.formats.fp8 import Fp8Weight
-from moe_compress.checkpoints.formats.registry import LINEAR, Config, Format, Grid, Loaders, storage_format
+from moe_compress.checkpoints.formats.grid import INSIDE, LINEAR, Grid
+from moe_compress.checkpoints.formats.registry import Config, Format, Loaders, storage_format
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 METHOD, INNER, MIXED = "modelopt", "quantization", "MIXED_PRECISION"
@@ -95,11 +95,7 @@ def _grid(algorithm: str, group_size: Any, targets: tuple[str, ...], ignore: tup
 
 def _pattern(name: str) -> str:
     """A module or, with `*`, many of them; what is inside them goes with them."""
-    return (
-        rf"re:(?:{fnmatch.translate(name)}|{fnmatch.translate(name + '.*')})"
-        if "*" in name
-        else (rf"re:{re.escape(name)}(?:\.|$)")
-    )
+    return rf"re:(?:{fnmatch.translate(name)}|{fnmatch.translate(name + '.*')})" if "*" in name else name + INSIDE
 
 
 def _settings(config: Config) -> dict[str, Any]:

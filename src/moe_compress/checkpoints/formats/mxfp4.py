@@ -14,11 +14,11 @@ from torch import Tensor
 from moe_compress.checkpoints.formats.compressed_schemes import scheme_config
 from moe_compress.checkpoints.formats.element_layouts import Fp4Weight
 from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, e2m1_octets, exponents, powers_of_two
+from moe_compress.checkpoints.formats.grid import Grid
 from moe_compress.checkpoints.formats.registry import (
     CodedMatrix,
     Config,
     Format,
-    Grid,
     Loaders,
     Writer,
     leave_out_modules,

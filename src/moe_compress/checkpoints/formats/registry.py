@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from moe_compress.checkpoints.formats.grid import Grid
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 if TYPE_CHECKING:
@@ -32,26 +33,8 @@ QUANTIZATION = "quantization_config"
 DENSE, EDITED_PACKED = "dense", "packed"
 # Widths of whole codes that vLLM's fused experts take.
 VLLM_FUSED_BITS = (4, 8)
-# What compressed-tensors and its relatives call all linear maps at once, experts' included.
-LINEAR = "Linear"
 Config = Mapping[str, Any]
 Verdict = tuple[bool, str]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grid:
-    """Weights of few bits as a quantization_config tells of them.
-
-    group_size: inputs that share a scale, 0 for a whole row; targets: names, patterns (`re:...`) of names, or the class
-    of modules that are stored one by one; ignore: the same of those that are none all the same; kinds: parts of a layer
-    whose stacks are stored whole.
-    """
-
-    bits: int
-    group_size: int
-    targets: tuple[str, ...] = ()
-    ignore: tuple[str, ...] = ()
-    kinds: tuple[Kind, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_compress.models.modeling.bit_packing import dequantized, unpack
 
 if TYPE_CHECKING:
-    from moe_compress.checkpoints.formats.registry import Grid
+    from moe_compress.checkpoints.formats.grid import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from moe_compress.checkpoints.formats.grid import grid_of
 from moe_compress.checkpoints.formats.registry import (
     DENSE,
     EDITED_PACKED,
@@ -17,7 +18,6 @@ from moe_compress.checkpoints.formats.registry import (
     formats,
 )
 from moe_compress.checkpoints.partly_packed import packed_kinds, unpacked
-from moe_compress.checkpoints.quantization_config import grid_of
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices

@@ -39,8 +39,12 @@ def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return PreTrainedConfig._encode_special_floats(dict(values))
 
 
+# What says so, which may list every expert: transformers copies and prints it many times over.
+PACKED = "quantization_config"
+
+
 def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config object of config.json values. ValueError for values that no model has."""
+    """The config object of config.json values, without how weights are packed. ValueError for values of no model."""
     require_plausible(values)
     model_type = values.get("model_type")
     if model_type is None:
@@ -52,7 +56,8 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(
             f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
         )
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(dict(values)))
+    plain = {key: value for key, value in values.items() if key != PACKED}
+    config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(plain))
     if is_wrapper(config) and not _text_key(values):
         raise ValueError(
             f"config.json of {model_type}, a language model among other towers, holds none of {', '.join(TEXT_KEYS)}, "
