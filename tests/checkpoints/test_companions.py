@@ -14,9 +14,9 @@ from support.interrupted import leftovers
 EXTRA = (
     "additional_chat_templates/tool_use.jinja", "THIRD_PARTY_NOTICES.md", "License.md", "COPYING",
     "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json", "qwen.tiktoken",
-    "Acceptable_Use_Policy.txt",
+    "Acceptable_Use_Policy.txt", "tokenization_own.py", "tool_declaration.py",
 )  # fmt: skip
-OTHERS = ("modeling_own.py", "notes.txt", "model.gguf", "README.md", "training_args.bin")
+OTHERS = ("modeling_own.py", "configuration_own.py", "notes.txt", "model.gguf", "README.md", "training_args.bin")
 
 
 @pytest.fixture

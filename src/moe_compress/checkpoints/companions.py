@@ -19,6 +19,8 @@ COMPANIONS = (
 )  # fmt: skip
 TEMPLATES = "additional_chat_templates"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
+# Code that goes along even if no file names it: engines and people run it beside the tokenizer.
+CODE = ("tokeniz*.py", "*process*.py", "tool*.py", "chat*.py", "encoding*.py")
 # Files that may say which code of the checkpoint makes a tokenizer or a processor.
 NAMES_CODE = ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json", "config.json")
 
@@ -48,6 +50,8 @@ def _is_companion(path: Path) -> bool:
 
 def _code(folder: Path) -> Iterator[Path]:
     """The files of code that make a tokenizer or a processor, and those that they import; modelling code stays."""
+    for file in (path for pattern in CODE for path in folder.glob(pattern) if path.is_file()):
+        yield from (file, *hf.imported_files(file))
     for name in NAMES_CODE:
         values = read_json(folder / name) if (folder / name).is_file() else {}
         for module in code_modules(values.get("auto_map") if isinstance(values, dict) else None):

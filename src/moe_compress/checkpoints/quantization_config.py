@@ -69,7 +69,8 @@ def _read() -> list[Format]:
 def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
     """The edits that give a skeleton the room for what the config says is packed; none for a config without.
 
-    Floating-point codes take the room of whole ones of as many bits.
+    Floating-point codes take the room of whole ones of as many bits. Raises ValueError for experts that are packed one
+    by one where the architecture stores them as one stack.
     """
     config = values.get(QUANTIZATION)
     grids = format_in(values).grids(config) if config else []
@@ -83,10 +84,28 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
             known[kind] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
         alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
         here = [grid for grid in grids if not (grid.kinds and _left_out(f"{prefix}{index}.", grid))]
-        found = _room(layer_matrices(layer, family_of(model.config)), index, alone, here)
+        matrices = layer_matrices(layer, family_of(model.config))
+        _require_as_stored(matrices, alone, here, f"{prefix}{index}.", model.config.model_type)
+        found = _room(matrices, index, alone, here)
         if found is not None:
             edits.append(found)
     return edits
+
+
+def _require_as_stored(
+    matrices: Sequence[Matrix], alone: Mapping[str, Any], grids: Sequence[Grid], stem: str, model_type: str
+) -> None:
+    """Raise ValueError for experts of a stack that a grid of linear maps means."""
+    apart = {name for name, _ in alone.values()}
+    for matrix in matrices:
+        if matrix.kind != "experts" or matrix.name in apart or any("experts" in grid.kinds for grid in grids):
+            continue
+        experts, _, part = matrix.name.rpartition(".")
+        if grid_of(f"{stem}{experts}.0.{part}_proj", matrix.name, grids) is not None:
+            raise ValueError(
+                f"quantization_config packs experts one by one, but {model_type} stores them as one stack, so that "
+                "neither stock transformers nor this package finds them: use a bf16 copy."
+            )
 
 
 def _room(

@@ -76,15 +76,17 @@ def _kind(layer: nn.Module, family: Family, name: str, module: nn.Linear, block:
 def stored_matrices(model: PreTrainedModel, index: int) -> dict[str, tuple[str, int]]:
     """Checkpoint tensors of a layer that hold one matrix each -> (the matrix's name, its number in the stack).
 
-    Families that store their experts fused have none for them; a skeleton is enough.
+    Families that store their experts fused have none for them, and routers, which stay plain, have none; a skeleton is
+    enough.
     """
     layer, family = hf.decoder_layers(model)[index], family_of(model.config)
     prefix = f"{hf.layers_prefix(model)}{index}."
     tags: dict[str, Tensor] = {}
     places: list[tuple[str, int]] = []
     view = moe_view(layer, family)
+    router = view.names["router"] if view is not None else ""
     for name, module in layer.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and name != router:
             tags[f"{prefix}{name}.weight"] = torch.tensor([[float(len(places))]])
             places.append((name, 0))
     if view is not None and not view.unfused:
