@@ -173,3 +173,24 @@ def rename_tensor(folder: Path, part: str, before: str, after: str) -> str:
     index["weight_map"][name] = index["weight_map"].pop(key)
     (folder / INDEX).write_text(json.dumps(index))
     return name
+
+
+def test_a_layer_more_than_the_config_counts(copy, refused):
+    """It is no prediction layer where neither the config nor the architecture speaks of such."""
+    values = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**values, "num_hidden_layers": values["num_hidden_layers"] - 1}))
+    assert "but its config counts 2 layers and no more that predict further tokens" in refused(model=copy)
+
+
+def test_a_matrix_of_eight_bits_in_a_model_of_sixteen_is_copied(copy, options):
+    shard = shards(copy)[1]
+    tensors = load_file(shard)
+    name = next(key for key in tensors if key.endswith("q_proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, shard, metadata={"format": "pt"})
+    made = moe_compress.compress(
+        "expert_drop score=weight_norm keep=6", model=copy, **{**options, "eval": False}
+    ).folder
+    assert made is not None
+    found = {key: tensor for path in shards(made) for key, tensor in load_file(path).items()}
+    assert torch.equal(found[name].view(torch.uint8), tensors[name].view(torch.uint8))

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from moe_compress.data import chat
 from moe_compress.data.chat import Chat
 from moe_compress.data.documents import DataSpec, read_documents
 from moe_compress.data.rows import Shape, document_of, read_names
@@ -106,6 +107,21 @@ def test_other_templates(tokenizer, tmp_path):
     (tmp_path / "broken.jinja").write_text("{{ raise_exception('no system here') }}")
     with pytest.raises(ValueError, match=r"row 1 of file: the chat template cannot write it \(no system here\)"):
         Chat(tokenizer, str(tmp_path / "broken.jinja")).text(asked)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 'x' * 10**11 }}", "it takes more than 1 GiB"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        ("{% for i in range(10**5) %}{% for j in range(10**5) %}{% endfor %}{% endfor %}", "more than 0.2 seconds"),
+    ],
+)
+def test_a_template_that_would_not_end_is_stopped(template, said, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "SECONDS", 0.2)
+    (tmp_path / "endless.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"row 1 of file: the chat template cannot write it .*{said}"):
+        Chat(tokenizer, str(tmp_path / "endless.jinja")).text(conversation({"messages": TURNS}))
 
 
 def test_without_a_template(tokenizer):

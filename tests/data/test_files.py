@@ -147,6 +147,8 @@ def test_compressed_files_that_are_broken_or_grow_without_end(tmp_path, monkeypa
         ("a.jsonl", b'{"text": "a"}\n\n[1', "row 2 is not valid"),
         ("a.jsonl", b"[" * 100_000, "row 1 is not valid"),
         ("a.json", b'[{"text": "a"},\n{"text": ]', "a.json cannot be read as json: row 2 is not valid"),
+        ("a.json", b'[{"text": "a"}] x', "row 2 is not valid .something follows the array"),
+        ("a.csv", b"text,text\na,b\n", "two columns are called 'text'"),
         ("a.json", b'[{"text": "a"},', "row 2 is not valid .the file ends within it"),
         ("a.json", b'{\n"text": "a"\n}', "row 1 is not valid"),
         ("a.csv", b'text\n"a"b\n', "a.csv cannot be read as csv: row 1 is not valid"),
@@ -176,3 +178,18 @@ def test_a_row_that_is_too_long_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "' + "b" * (3 << 20) + '"}')
     with pytest.raises(ValueError, match=r"row 2 of .*a.jsonl has more than 1 MiB"):
         read_documents(spec(tmp_path / "a.jsonl"))
+
+
+def test_columns_of_times_are_passed_over_and_two_of_one_name_refused(tmp_path):
+    text, far = pyarrow.array(["a"]), pyarrow.array([2**62]).cast(pyarrow.duration("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": text, "when": far}), tmp_path / "a.parquet")
+    assert [d.text for d in read_documents(spec(tmp_path / "a.parquet"))] == ["a"]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([text, text], ["text", "text"]), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet: two columns are called 'text'"):
+        read_documents(spec(tmp_path / "a.parquet"))
+
+
+def test_files_of_the_system_are_no_text(tmp_path):
+    (tmp_path / "a.txt").symlink_to("/proc/self/status")
+    with pytest.raises(ValueError, match=r"a.txt is a file of the system's own, which may never end"):
+        read_documents(spec(tmp_path / "a.txt"))

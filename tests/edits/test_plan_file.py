@@ -109,7 +109,11 @@ def plan_of(*edits: object, **values: object) -> str:
         (plan_of({**MERGE, "groups": [[], [0, 1, 2, 3, 4, 5, 6, 7]]}), "groups must share out its 8 experts"),
         (plan_of({**MERGE, "weights": [[1.0]]}), "every member of a group needs one weight, from 0 up."),
         (plan_of({**MERGE, "weights": [[-1.0, 2.0], *MERGE["weights"][1:]]}), "needs one weight, from 0 up."),
-        (plan_of({**MERGE, "weights": [[0.0, 0.0], *MERGE["weights"][1:]]}), "a group whose weights are all 0"),
+        (plan_of({**MERGE, "weights": [[1e308, 1e308], *MERGE["weights"][1:]]}), "must add up to a number above 0"),
+        (
+            plan_of({**MERGE, "weights": [[0.0, 0.0], *MERGE["weights"][1:]]}),
+            "must add up to a number above 0",
+        ),
         (plan_of({"edit": "drop_layer", "layer": 3}), "the plan drops layer 3, but there are layers 0 to 2."),
         (plan_of({"edit": "drop_layer", "layer": -1}), "the plan drops layer -1, but there are layers 0 to 2."),
         (plan_of(*[{"edit": "drop_layer", "layer": 0}] * 3), "layer 0 is the only layer left with experts"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
 from moe_compress.models import hf
@@ -55,3 +60,16 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
     # DeepSeek-V4's sums depend on where in memory a batch begins.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6 if family == "deepseek_v4" else 0.0)
+
+
+def test_what_a_config_asks_for_beside_the_logits_is_not_given(family_folder, tmp_path):
+    """Fine-tunes are published with output_router_logits=true, which needs what all layers return."""
+    plain = AutoModelForCausalLM.from_pretrained(family_folder("mixtral")).eval()
+    folder = Path(shutil.copytree(family_folder("mixtral"), tmp_path / "asking"))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "output_router_logits": True, "return_dict": False}))
+    ids = tiny.token_ids()
+    layers = StreamedLayers(open_checkpoint(folder), CPU, torch.float32)
+    _, hidden = forward_layers(layers, windows_of(ids))
+    with torch.no_grad():
+        assert torch.equal(hf.head(layers.model, hidden), plain(ids, use_cache=False).logits)

@@ -47,6 +47,13 @@ def test_a_dry_run_says_what_would_be_sent_and_hides_this_machine(made, reader_f
     assert "The card has no numbers" in said and "trust_remote_code" in said
 
 
+def test_a_link_out_of_the_folder_is_not_sent(made, tmp_path):
+    (tmp_path / "private").write_text("secret", encoding="utf-8")
+    (made / "notes.txt").symlink_to(tmp_path / "private")
+    with pytest.raises(ValueError, match=r"notes.txt leads out of its folder"):
+        moe_compress.push(made, REPO, dry_run=True)
+
+
 def test_what_is_rewritten_still_loads(made, tmp_path):
     found = moe_compress.push(made, REPO, dry_run=True)
     for name in found.sizes:

@@ -22,6 +22,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import moe_views
+from moe_compress.utils.files import read_json
 from support import identity, tiny, wrappers
 from support.slow import each_once, slow_after, slow_unless
 
@@ -139,6 +140,44 @@ def test_packed_weights_of_a_wrapper(model_type, published, compressed):
     assert made.packed and not any(NAMES[model_type][1] in key for key in made.packed)
     assert (streamed(made) - stock(made.folder)).abs().max() < 1e-5
     assert (moe_compress.load(made.folder)(tiny.token_ids()).logits - stock(made.folder)).abs().max() < 1e-4
+
+
+def test_what_its_language_model_says_of_packed_weights_is_read(published, compressed, tmp_path):
+    """Kimi-K2.5 is published with its quantization_config inside text_config."""
+    made = compressed(
+        "quantize bits=4 group_size=8 where=experts,attention format=compressed-tensors", published("kimi_k25")
+    )
+    folder = Path(shutil.copytree(made.folder, tmp_path / "inside"))
+    values = read_json(folder / "config.json")
+    values["text_config"]["quantization_config"] = values.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(values))
+    sizes = [moe_compress.plan("expert_drop keep=6", model=each).before for each in (made.folder, folder)]
+    assert sizes[0] == sizes[1]
+    (folder / "moe_compress.json").unlink()
+    words = {"results": tmp_path / "runs", "out": tmp_path / "cut", "eval": False}
+    cut = open_checkpoint(moe_compress.compress("expert_drop keep=6 score=weight_norm", model=folder, **words).folder)
+    assert cut.packed and "quantization_config" not in cut.values["text_config"]
+    assert (streamed(cut) - stock(cut.folder)).abs().max() < 1e-5
+
+
+def test_experts_of_a_stack_that_are_packed_one_by_one_are_refused(published, tmp_path):
+    """As Llama-4 and Gemma-4 are published in FP8 and NVFP4: names that no class of transformers has."""
+    folder = Path(shutil.copytree(published("llama4"), tmp_path / "packed"))
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}
+    packed = {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"group_0": group}}
+    values = read_json(folder / "config.json") | {"quantization_config": packed}
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="packs experts one by one, but llama4 stores them as one stack"):
+        moe_compress.plan("expert_drop keep=6", model=folder)
+
+
+def test_a_wrapper_of_stacks_is_rounded_where_no_format_holds_its_codes(published, tmp_path, caplog):
+    words = {"data": "zoo", "samples": 4, "length": 16, "results": tmp_path, "eval": False}
+    made = moe_compress.compress("quantize bits=4 method=rtn group_size=8", model=published("gemma4"), **words)
+    assert "no format holds the codes of gemma4" in caplog.text
+    assert "quantization_config" not in open_checkpoint(made.folder).values
+    with pytest.raises(ValueError, match=r"needs an edited architecture, .*: use format=dense\."):
+        moe_compress.compress("quantize bits=4 format=packed", model=published("gemma4"), **words)
 
 
 def test_a_wrapper_is_compared_with_its_original(published, tmp_path):

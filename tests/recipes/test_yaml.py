@@ -7,6 +7,7 @@ import yaml
 
 from moe_compress.recipes.parser import parse
 from moe_compress.run.options import Options, make_options
+from moe_compress.utils.files import read_json
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,12 @@ def test_a_checkpoint_made_from_a_zoo_model_has_the_zoos_defaults(tmp_path):
     assert make_options({"model": str(tmp_path)}).resolved().data == "zoo"
     (tmp_path / "moe_compress.json").write_text("broken")
     assert make_options({"model": str(tmp_path)}).resolved().data == "c4"
+
+
+def test_a_key_is_there_once(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("stages:\n  - expert_drop: {keep: 6, keep: 5}\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"recipe.yaml is not valid YAML: 'keep' is there twice"):
+        parse(str(tmp_path / "recipe.yaml"))
+    (tmp_path / "config.json").write_text('{"a": {"b": 1, "b": 1}}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config.json is not valid JSON \('b' is there twice\)"):
+        read_json(tmp_path / "config.json")

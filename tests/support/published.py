@@ -180,7 +180,8 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]
     ),
 }  # fmt: skip
 # Widths that all groups divide.
-WIDE = {"mixtral": {"intermediate_size": 64}, "deepseek_v3": {"moe_intermediate_size": 64}, "qwen3_moe": {
+WIDE = {"mixtral": {"intermediate_size": 64}, "deepseek_v3": {
+    "moe_intermediate_size": 64, "intermediate_size": 64, "q_lora_rank": 32}, "qwen3_moe": {
     "moe_intermediate_size": 64}}  # fmt: skip
 
 

@@ -82,7 +82,8 @@ def begun_identity(partial: Path) -> str | None:
     """Which run began this folder; None if this package did not. Killed just before its renaming, it has no state."""
     for name in (STATE, MANIFEST):
         if (partial / name).is_file():
-            return str(read_json(partial / name).get("identity"))
+            found = read_json(partial / name)
+            return str(found.get("identity")) if isinstance(found, dict) else None
     return None
 
 

@@ -22,10 +22,14 @@ from moe_compress.models.sublayers import block_names
 from moe_compress.utils.devices import dtype_name, free_memory, return_memory
 from moe_compress.utils.files import gigabytes
 
+GENERATION = "generation_config.json"
+
 
 def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:
     """Load a plain or edited checkpoint; transformers would fill missing tensors with noise, this raises."""
     config = hf.config_from(hf.read_values(folder))
+    if (folder / GENERATION).is_file():
+        _generation_config(folder)
     loader = open_checkpoint(folder).auto_class if hf.is_wrapper(config) else hf.auto_class(config)
     with hf.quiet():
         model, info = loader.from_pretrained(
@@ -42,6 +46,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
     hf.complete_experts(model)
+    hf.ask_for_logits_alone(model.config)
     return model.eval()
 
 
@@ -99,9 +104,17 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
         if tensor.is_meta:
             raise ValueError(f"{checkpoint.folder} does not load cleanly: it holds no tensor for {name}.")
     hf.buffers_to(model, device)
-    if (checkpoint.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.folder)
+    if (checkpoint.folder / GENERATION).is_file():
+        model.generation_config = _generation_config(checkpoint.folder)
     return model.eval()
+
+
+def _generation_config(folder: Path) -> GenerationConfig:
+    """The checkpoint's own. ValueError for values that are none."""
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{folder / GENERATION} is no generation config ({_first_line(error)}).") from error
 
 
 def _stays_packed(entry: Any) -> bool:
@@ -157,6 +170,8 @@ def load_tokenizer(folder: Path, vocab_size: int, trust_remote_code: bool = Fals
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         files = ", ".join(tokenizer.vocab_files_names.values())
         raise ValueError(f"{folder} holds no tokenizer that transformers can read (it needs {files}).")
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ValueError(f"{folder}: the tokenizer's model_max_length={tokenizer.model_max_length!r} is no number.")
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if not 0 <= largest < vocab_size:
         raise ValueError(

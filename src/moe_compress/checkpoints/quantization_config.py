@@ -22,6 +22,20 @@ from moe_compress.utils.files import read_json
 ONE_EXPERT = re.compile(r"experts\\?\.\d")
 # Where NVIDIA's exports say what is packed, if not in config.json.
 EXPORT = "hf_quant_config.json"
+# Where DeepSeek-V4 says that its experts are stored in fewer bits than quantization_config says.
+EXPERTS, FEW_BITS = "expert_dtype", ("fp4", "mxfp4", "nvfp4")
+
+
+def with_inner_config(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values; what only a wrapper's language model says of packed weights is said of the whole model.
+
+    Kimi-K2.5 is published so; its readers look in both places.
+    """
+    inner = hf.text_values(values)
+    said = inner.pop(QUANTIZATION, None)
+    if values.get(QUANTIZATION) or not said:
+        return dict(values)
+    return {**hf.with_text_values(values, inner), QUANTIZATION: said}
 
 
 def with_export(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,6 +54,9 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
         return
     if not isinstance(config, Mapping):
         raise ValueError(f"{folder}: the quantization_config of config.json is no object.")
+    experts = hf.text_values(values).get(EXPERTS)
+    if experts in FEW_BITS:
+        raise ValueError(f"{folder} stores experts in {experts} by its {EXPERTS}, which is not read: use a bf16 copy.")
     kind, known = str(config.get("quant_method", "quantized")), {each.name: each for each in _read()}
     reason = _unreadable(known[kind], config) if kind in known else "which is not read"
     if reason:

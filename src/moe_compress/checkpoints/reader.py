@@ -22,14 +22,14 @@ from moe_compress.checkpoints.file_digests import Stamp, digests, stamp
 from moe_compress.checkpoints.formats.registry import format_in
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.numbering import require_numbering
-from moe_compress.checkpoints.quantization_config import require_readable, with_export
+from moe_compress.checkpoints.quantization_config import require_readable, with_export, with_inner_config
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import beside_weights, require_agreement, with_weights
 from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
 from moe_compress.models.families import REFUSED, family_of
 from moe_compress.models.modeling.edited_model import PREFIX
-from moe_compress.models.prediction_layers import module_pattern
+from moe_compress.models.prediction_layers import module_pattern, prediction_layers
 from moe_compress.utils.files import read_json
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
@@ -234,6 +234,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)
     _require_layers(checkpoint)
     require_numbering(folder, tensors, checkpoint.num_layers)
+    _require_no_more_layers(checkpoint)
     if familiar_type(read_json(folder / "config.json")) is not None:
         apart = set(checkpoint.prediction_keys)
         shapes = {key: getattr(entry, "shape", None) for key, entry in tensors.items() if key not in apart}
@@ -270,7 +271,7 @@ def architecture_values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no config.json, so it is not a (finished) checkpoint.")
     if not isinstance(read_json(folder / "config.json"), dict):
         raise ValueError(f"{folder / 'config.json'} is not a JSON object, so it is no config.")
-    values = with_export(folder, known_values(hf.read_values(folder)))
+    values = with_export(folder, with_inner_config(known_values(hf.read_values(folder))))
     require_readable(folder, values)
     if deepseek_v1.recognises(values):
         values = deepseek_v1.config_values(values)
@@ -354,4 +355,14 @@ def _require_layers(checkpoint: Checkpoint) -> None:
         raise ValueError(
             f"{checkpoint.folder} holds no tensors for layers {absent[:5]}, though its config counts "
             f"{checkpoint.num_layers} layers."
+        )
+
+
+def _require_no_more_layers(checkpoint: Checkpoint) -> None:
+    """Raise ValueError for layers behind the last one where no config and no class speaks of prediction layers."""
+    further = [key for key in checkpoint.prediction_keys if (hf.layer_of(key) or 0) >= checkpoint.num_layers]
+    if further and not prediction_layers(checkpoint.values) and not hf.passes_over(checkpoint.config, further[0]):
+        raise ValueError(
+            f"{checkpoint.folder} holds {further[0]}, but its config counts {checkpoint.num_layers} layers and no more "
+            "that predict further tokens: one of the two is of another model."
         )

@@ -163,7 +163,7 @@ def _as_stored(key: str, tensor: Tensor, like: Entry, dense: torch.dtype) -> Ten
     regions = regions_of(like)
     kept = STORED_DTYPES[regions[0].dtype] if regions else tensor.dtype
     stored = tensor.to(dense if isinstance(like, StoredWeight) else kept)
-    if not bool(stored.isfinite().all()):
+    if not bool((stored if stored.dtype.itemsize > 1 else stored.float()).isfinite().all()):
         raise ValueError(f"{key} would hold NaN or infinity: nothing is written. Look at the plan, or at the original.")
     return stored
 

@@ -32,6 +32,7 @@ from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import check_edits
+from moe_compress.edits.checks import require_few
 from moe_compress.edits.edits import Edit, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config
@@ -198,6 +199,8 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
         )
     model = options.model or base["model"]
     source = resolve_model(model, options.revision or (None if options.model else base.get("commit")))
+    earlier = source.values.get("moe_compress", {}).get("edits", ())
+    require_few(len(earlier) + len(edits), source.num_layers, f"{path}: with those of its model, its edits")
     if base.get("fingerprint") not in (None, source.fingerprint):
         differs = f"the plan was made for {base.get('model')}; {model} is another model, or another version of it"
         if not any_model:

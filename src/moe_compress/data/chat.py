@@ -16,6 +16,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from moe_compress.data.rows import REASONING, Conversation
+from moe_compress.utils.bounds import bounded
 from moe_compress.utils.logging import log
 
 GENERATION = re.compile(r"\{%-?\s*generation\b")
@@ -25,6 +26,12 @@ CALENDAR = "".join(f" | replace({f'%{sign}'!r}, {DATE.strftime(f'%{sign}')!r})" 
 CLOCK = "{% macro strftime_now(format) %}{{ format" + CALENDAR + " }}{% endmacro %}"
 MAX_TEMPLATE = 1 << 20
 Messages = Sequence[Mapping[str, Any]]
+# What a template may end in, those included that repeat themselves until memory or time is up.
+CANNOT = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
+    RecursionError, MemoryError, TimeoutError,
+)  # fmt: skip
+SECONDS, BYTES = 10.0, 1 << 30
 
 
 class Chat:
@@ -66,14 +73,16 @@ class Chat:
     def _rendered(self, messages: Messages, conversation: Conversation, **how: Any) -> Any:
         """What the template makes of messages. ValueError, with the row, where it refuses them."""
         try:
-            return self.tokenizer.apply_chat_template(
-                list(map(dict, messages)),
-                tools=list(conversation.tools) if conversation.tools else None,
-                chat_template=self.template,
-                **{"tokenize": False, **how},
-            )
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            raise ValueError(f"{conversation.where}: the chat template cannot write it ({error}).") from error
+            with bounded(SECONDS, BYTES):
+                return self.tokenizer.apply_chat_template(
+                    list(map(dict, messages)),
+                    tools=list(conversation.tools) if conversation.tools else None,
+                    chat_template=self.template,
+                    **{"tokenize": False, **how},
+                )
+        except CANNOT as error:
+            said = str(error) or f"it takes more than {BYTES >> 30} GiB"
+            raise ValueError(f"{conversation.where}: the chat template cannot write it ({said}).") from error
 
     def assistant(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
         """Token ids of the conversation, and which of them the assistant says, [S] each.
@@ -133,6 +142,8 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str | No
     """The template's text: a file, one of the tokenizer's own by its name, or its default; None if it has none."""
     own = tokenizer.chat_template
     named: Mapping[str, str] = own if isinstance(own, dict) else {"default": own} if own else {}
+    if not all(isinstance(text, str) for text in named.values()):
+        raise ValueError("the tokenizer's chat_template is no text: name another by template=FILE.")
     if not template:
         return named.get("default") or next(iter(named.values()), None)
     if template in named:

@@ -46,6 +46,8 @@ def local_file(source: str) -> Path | None:
         return None
     if stat.S_ISDIR(mode) and not known:
         return None
+    if path.resolve().is_relative_to("/proc"):
+        raise ValueError(f"{path} is a file of the system's own, which may never end: a regular file is needed.")
     if not stat.S_ISREG(mode):
         what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket, which may never end"
         raise ValueError(f"{path} is {what}: a regular file is needed.")

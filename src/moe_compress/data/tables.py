@@ -11,7 +11,7 @@ import datetime
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,6 +110,8 @@ def _array(path: Path, file: IO[bytes]) -> Iterator[Any]:
                 raise ValueError("the file ends within it")
             buffer = buffer[at:] + more
             at = _behind(BETWEEN, buffer, 0)
+        if (buffer[at + 1 :] + text.read(BLOCK)).strip():
+            raise ValueError("something follows the array")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as json: row {number} is not valid ({_reason(error)}).") from error
     finally:
@@ -126,7 +128,9 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[dict[str, str]]:
     text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
     limit, number = csv.field_size_limit(MAX_ROW), 1
     try:
-        for row in csv.DictReader(text, restkey="", restval="", strict=True):
+        found = csv.DictReader(text, restkey="", restval="", strict=True)
+        _require_different(found.fieldnames or ())
+        for row in found:
             if "" in row:
                 raise ValueError("it has more values than the first line has names")
             yield row
@@ -138,13 +142,23 @@ def _csv(path: Path, file: IO[bytes]) -> Iterator[dict[str, str]]:
         text.detach()
 
 
+def _require_different(names: Sequence[str]) -> None:
+    twice = next((name for name in names if list(names).count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice!r}")
+
+
 def _parquet(path: Path, file: IO[bytes]) -> Iterator[dict[str, Any]]:
     """Rows of a Parquet file, a few at a time."""
     try:
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=64):
+        table = pyarrow.parquet.ParquetFile(file)
+        _require_different(table.schema_arrow.names)
+        # No text is a time, and many a time is none that Python has.
+        names = [field.name for field in table.schema_arrow if not pyarrow.types.is_temporal(field.type)]
+        for batch in table.iter_batches(batch_size=64, columns=names):
             columns = [_bytes(column) for column in batch.columns]
             yield from pyarrow.RecordBatch.from_arrays(columns, batch.schema.names).to_pylist()
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError, ArithmeticError, LookupError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as parquet: {error}") from error
 
 

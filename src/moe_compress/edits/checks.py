@@ -13,8 +13,17 @@ from moe_compress.models.moe import MoEView, inner_width, moe_view, moe_views
 from moe_compress.models.shape import MoEShape, moe_shape
 from moe_compress.models.sublayers import lost_part
 
+# Edits of one layer: more than any recipe makes, and few enough to be carried out at once.
+MOST_EDITS = 64
 # Grouped products need rows of a whole number of 16 bytes, in 16-bit arithmetic too.
 WIDTH_STEP = 8
+
+
+def require_few(edits: int, num_layers: int, what: str) -> None:
+    """Raise ValueError for more edits than a model of so many layers can have."""
+    most = MOST_EDITS * num_layers
+    if edits > most:
+        raise ValueError(f"{what} are {edits}, and at most {most} are read")
 
 
 def shape_of(model: PreTrainedModel, layer: int) -> MoEShape:

@@ -117,8 +117,8 @@ class MergeExperts(_OnLayer):
         sizes = [len(group) for group in self.groups]
         if [len(w) for w in self.weights] != sizes or not all(0 <= s < math.inf for w in self.weights for s in w):
             raise ValueError(f"layer {self.layer}: every member of a group needs one weight, from 0 up.")
-        if any(sum(w) <= 0 for w in self.weights):
-            raise ValueError(f"layer {self.layer}: a group whose weights are all 0 has no mean.")
+        if not all(0 < sum(w) < math.inf for w in self.weights):
+            raise ValueError(f"layer {self.layer}: weights of a group must add up to a number above 0.")
         require_alike(model, self.layer, "to merge them")
         self._check_order(model)
         if self.router == "centroid":

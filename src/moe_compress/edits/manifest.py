@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from moe_compress.edits.apply import check_edits
+from moe_compress.edits.checks import require_few
 from moe_compress.edits.edits import PackMatrices, from_json
 from moe_compress.edits.resulting_config import split_values
 from moe_compress.models import hf
@@ -15,8 +16,6 @@ from moe_compress.models.modeling.edited_model import PREFIX
 from moe_compress.models.sublayers import block_names
 
 KEYS = ("edits", "moe", "base_model_type", "base_architectures")
-# Edits of one layer: more than any recipe makes, and few enough to be carried out at once.
-MOST_EDITS = 64
 
 
 def require_manifest(values: Mapping[str, Any]) -> None:
@@ -38,9 +37,7 @@ def require_manifest(values: Mapping[str, Any]) -> None:
     if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
         raise ValueError("moe_compress.edits is no list of objects")
     config = hf.config_from(split_values(values)[0])
-    most = MOST_EDITS * hf.num_layers(config)
-    if len(edits) > most:
-        raise ValueError(f"moe_compress.edits are {len(edits)}, and at most {most} are read")
+    require_few(len(edits), hf.num_layers(config), "moe_compress.edits")
     model = hf.skeleton(config, torch.bfloat16)
     if manifest["moe"] != block_names(model):
         raise ValueError(f"moe_compress.moe names other modules than {block_names(model)}")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_compress.checkpoints.load import load_as_run, require_memory
 from moe_compress.checkpoints.reader import Checkpoint
@@ -154,10 +154,12 @@ def greedy(
     """The tokens that a model goes on with after each prompt, most likely one at a time, one prompt at a time."""
     found, generator = [], _generator(model)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # Beams, penalties and bans that the checkpoint asks for are none of the model's predictions.
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id, pad_token_id=pad)
     for prompt in prompts:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
         with hf.quiet():
-            out = generator(ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=pad)
+            out = generator(ids, max_new_tokens=max_tokens, do_sample=False)
         found.append(out[0, ids.shape[1] :].tolist())
     return found
 

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from moe_compress.checkpoints.companions import require_own
 from moe_compress.checkpoints.folder import CARD, MANIFEST, RECIPE, read_manifest
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import hub_answers
@@ -69,6 +70,7 @@ def prepare(checkpoint: Checkpoint, repo: str, private: bool = False) -> Upload:
         raise ValueError(f"{folder} is a stage between others: run its recipe to the end first.")
     _require_repo(repo)
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    require_own(folder, files)
     folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
     texts = {path.name: path.read_bytes() for path in files if path.name in OURS}
     paths = _local_paths(manifest, texts.get(RECIPE, b""))

@@ -20,6 +20,8 @@ from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Re
 if TYPE_CHECKING:
     from moe_compress.methods.weight_method import BitAllocation, GridOptions, InputRescaling
 
+# What counts of tensors hold.
+DIGITS = 15
 Scope = Literal["model", "weight"]
 Need = Literal[
     "text", "outputs", "noise", "weights", "input_squares", "input_grams", "channels", "gradients", "nothing"
@@ -130,7 +132,11 @@ class Method:
             if name not in self.parameters and name != "preset":
                 raise ValueError(self.unknown(name))
         hints = {name: parameter.hint for name, parameter in self.parameters.items()}
-        return {k: coerce(hints[k], v, f"{self.name}.{k}") for k, v in given.items() if k != "preset"}
+        typed = {k: coerce(hints[k], v, f"{self.name}.{k}") for k, v in given.items() if k != "preset"}
+        for key, value in typed.items():
+            if isinstance(value, int) and abs(value) >= 10**DIGITS:
+                raise ValueError(f"{self.name}.{key}={value}: a whole number of at most {DIGITS} digits is needed.")
+        return typed
 
     def _preset(self, name: str | None) -> Mapping[str, Any]:
         if name is None:

@@ -46,7 +46,10 @@ def is_whole_layer(layer: nn.Module, family: Family, names: dict[str, Any]) -> b
 
 def block_names(model: PreTrainedModel) -> dict[str, Any]:
     """Where, inside a decoder layer, the MoE block, its experts, its router, the attention and their norms are."""
-    index, view = next(iter(moe_views(model).items()))
+    views = moe_views(model)
+    if not views:
+        raise ValueError(f"this {model.config.model_type} model has no layer whose experts a router chooses.")
+    index, view = next(iter(views.items()))
     names = sublayer_names(hf.decoder_layers(model)[index], family_of(model.config), view.names)
     return {**names, "spare_rows": view.spare_rows} if view.spare_rows else names
 

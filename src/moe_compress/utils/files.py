@@ -86,11 +86,20 @@ def read_json(path: Path) -> Any:
     """Read a JSON file; a broken one is named."""
     text = read_text(path, MOST_JSON)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_key_once)
     except RecursionError as error:
         raise ValueError(f"{path} is not valid JSON (it nests too deeply).") from error
     except ValueError as error:  # also of numbers with more digits than Python reads
         raise ValueError(f"{path} is not valid JSON ({error}).") from error
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that is there twice, readers take one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"{twice!r} is there twice")
+    return found
 
 
 def require_disk(folder: Path, needed_bytes: int, what: str, advice: str = "choose another folder with out=") -> None:

@@ -11,7 +11,7 @@ INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader without the two."""
+    """PyYAML's safe loader without the two, and without a key that is there twice."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         """A node; an alias is none."""
@@ -19,6 +19,15 @@ class _Loader(yaml.SafeLoader):
             event: Any = self.peek_event()
             raise yaml.MarkedYAMLError(problem="aliases (*name) are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        if len(found) < len(node.value):
+            keys = [key.value for key, _ in node.value]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.MarkedYAMLError(problem=f"{twice!r} is there twice", problem_mark=node.start_mark)
+        return found
 
 
 _Loader.yaml_implicit_resolvers = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import nn
 
-from moe_compress.checkpoints.formats.grid import Grid, grid_of
+from moe_compress.checkpoints.formats.grid import Grid, ModuleNames, grid_of
 from moe_compress.checkpoints.formats.modelopt import _grids
 
 NAMES = [
@@ -74,3 +75,18 @@ def test_modelopt_leaves_out_what_is_inside_a_module_too():
     mixed = _grids({"quant_algo": "MIXED_PRECISION", "quantized_layers": named})
     widths = [grid.bits for name in NAMES if (grid := grid_of(name, "", mixed)) is not None]
     assert widths == [8, 4]
+
+
+def test_a_config_that_lists_every_expert_is_matched_at_once():
+    """NVIDIA's MiniMax-M3 lists 22,000: one pattern of them all took minutes."""
+    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj" for i in range(60) for e in range(300)]
+    begun = time.process_time()
+    (grid,) = _grids({"quant_algo": "MIXED_PRECISION", "quantized_layers": {n: {"quant_algo": "NVFP4"} for n in names}})
+    assert all(grid_of(name, "", [grid]) is grid for name in names)
+    assert grid_of("model.layers.0.mlp.experts.300.up_proj", "", [grid]) is None
+    assert time.process_time() - begun < 3
+
+
+def test_a_pattern_that_may_take_for_ever_is_refused():
+    with pytest.raises(ValueError, match="repeats a group"):
+        ModuleNames((r"re:(a|a|aa)*(.+)+$$x",))

@@ -212,7 +212,7 @@ def test_every_start_is_another_process(copied, reader_folder):
         started.start()
         seen.append(psutil.Process(started.loaded()["process"]))
         started.connection.close()  # nobody is left to ask
-        assert started.process.wait(10) == 0 and not seen[-1].is_running()
+        assert started.process.wait(60) == 0 and not seen[-1].is_running()
     assert seen[0].pid != seen[1].pid
 
 

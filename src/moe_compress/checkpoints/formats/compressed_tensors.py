@@ -133,8 +133,10 @@ def _odd(config: Config, name: str, group: Any) -> str:
     kind, widths = FORMATS.get(str(group.get("format") or config.get("format")), ("", ()))
     if weights.get("type", "int") != kind or weights["num_bits"] not in widths:
         return f"which is not read with {weights.get('type', 'int')} of {weights['num_bits']} bits (group {name!r})"
-    strategy = weights.get("strategy")
-    if strategy not in STRATEGIES or (strategy in GROUPED) != bool(weights.get("group_size")):
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if size is not None and not (type(size) is int and size > 0):
+        return f"whose group {name!r} has group_size={size}"
+    if strategy not in STRATEGIES or (strategy in GROUPED) != bool(size):
         return f"whose group {name!r} says no strategy and group_size that are read"
     return "" if strategy != "block" or weights.get("block_structure") else f"whose group {name!r} says no block"
 

@@ -15,16 +15,20 @@ if TYPE_CHECKING:
 LINEAR = "Linear"
 # Before a pattern of names; behind the name of a module, for all that is inside it.
 PATTERN, INSIDE = "re:", "."
+REPEATED_GROUP = re.compile(r"\)[*+{]")
 
 
 class ModuleNames:
     """Names, modules with all that is inside them, patterns of names, and the class of all linear maps.
 
-    Raises re.error for a pattern that is none.
+    Raises re.error for a pattern that is none, ValueError for one that repeats groups: it may take for ever.
     """
 
     def __init__(self, words: Sequence[str]) -> None:
         patterns = [word.removeprefix(PATTERN) for word in words if word.startswith(PATTERN)]
+        endless = next((pattern for pattern in patterns if REPEATED_GROUP.search(pattern)), None)
+        if endless is not None:
+            raise ValueError(f"the pattern {endless[:80]} repeats a group")
         self.exact = frozenset(word for word in words if not word.startswith(PATTERN))
         # A published config may list every expert: one pattern of 20,000 names takes minutes.
         self.modules = frozenset(word.removesuffix(INSIDE) for word in self.exact if word.endswith(INSIDE))

@@ -73,6 +73,10 @@ def _unreadable(config: Config) -> str:
     odd = [name for name in _algorithms(config) if name not in ALGORITHMS]
     if odd:
         return f"which is not read with quant_algo={odd[0]} ({', '.join(ALGORITHMS)} are)"
+    said = _said(config)
+    sizes = [each.get("group_size") for each in (said, *(said.get("quantized_layers") or {}).values())]
+    if odd_sizes := [size for size in sizes if size is not None and not (type(size) is int and size > 0)]:
+        return f"which is not read with group_size={odd_sizes[0]}"
     return "" if _algorithms(config) else "whose quantized_layers are missing"
 
 

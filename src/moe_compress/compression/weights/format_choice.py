@@ -25,9 +25,10 @@ from moe_compress.methods.weight_method import Bits, GridOptions, GroupSizes, gr
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
+from moe_compress.utils.logging import log
 
 # What format=auto stands for: the first that can hold the matrices.
-AUTO = ("compressed-tensors", EDITED_PACKED)
+AUTO = ("compressed-tensors", EDITED_PACKED, DENSE)
 ByLayer = Mapping[int, Sequence[Matrix]]
 
 
@@ -163,11 +164,15 @@ def _format_of(matrices: StageMatrices, grid: GridOptions) -> str:
     """The name of a format that is written."""
     if grid.format == DENSE or not any(matrices.packable.values()):
         return DENSE
+    kind, wrapped = matrices.model.config.model_type, hf.is_wrapper(matrices.model.config)
     if grid.format == "auto":
         writers = {name: _writer(name) for name in AUTO}
-        return next(
+        found = next(
             n for n, each in writers.items() if not _one_width(grid, each) and not _refused(matrices, grid, each)
         )
+        if found == DENSE:
+            log.warning("no format holds the codes of %s: its weights are rounded, and stored as plain numbers.", kind)
+        return found
     writer = _writer(grid.format)
     if _one_width(grid, writer):
         raise ValueError(
@@ -175,7 +180,8 @@ def _format_of(matrices: StageMatrices, grid: GridOptions) -> str:
         )
     reason = _refused(matrices, grid, writer)
     if reason:
-        raise ValueError(f"format={grid.format} {reason}: use format=packed or format=dense.")
+        others = "format=dense" if wrapped else "format=packed or format=dense"
+        raise ValueError(f"format={grid.format} {reason}: use {others}.")
     return grid.format
 
 
@@ -186,6 +192,8 @@ def _one_width(grid: GridOptions, writer: Writer) -> bool:
 
 def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> str:
     """Why a format cannot hold the matrices; empty if it can."""
+    if writer.layer is not None and hf.is_wrapper(matrices.model.config):
+        return "needs an edited architecture, which no language model inside a wrapper can have"
     if writer.parts is None:
         return ""
     lacking = _without_names(matrices)

@@ -51,16 +51,22 @@ for parameter in model.parameters():  # what is made dense of codes, or kept as 
     parameter.data = parameter.data.float() if parameter.is_floating_point() else parameter.data
 wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
 ids = load_file(ids)["ids"]
+found = {"wrong": wrong, "class": type(model).__name__, "behind": 0.0, "made": 0}
 with torch.no_grad():
     logits = model.eval()(ids, use_cache=False).logits.float()
+save_file({"logits": logits}, out + ".safetensors")
+with torch.no_grad():
     # A mask of its own: generate would take random ids that happen to be padding's for padding.
     there = torch.ones_like(ids[:1])
-    made = model.generate(ids[:1], attention_mask=there, max_new_tokens=int(tokens), do_sample=False)
-    again = model(made, use_cache=False).logits.float()[0, ids.shape[1] - 1 : -1]
-chosen = again.gather(1, made[0, ids.shape[1] :, None])[:, 0]
-behind = (again.amax(1) - chosen).max().item() / again.abs().max().item()
-save_file({"logits": logits}, out + ".safetensors")
-found = {"wrong": wrong, "class": type(model).__name__, "behind": behind, "made": len(chosen)}
+    model.generation_config = transformers.GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
+    try:
+        made = model.generate(ids[:1], attention_mask=there, max_new_tokens=int(tokens), do_sample=False)
+        again = model(made, use_cache=False).logits.float()[0, ids.shape[1] - 1 : -1]
+        chosen = again.gather(1, made[0, ids.shape[1] :, None])[:, 0]
+        found["behind"] = (again.amax(1) - chosen).max().item() / again.abs().max().item()
+        found["made"] = len(chosen)
+    except Exception as error:
+        found["unable"] = f"{type(error).__name__}: {error}"
 json.dump(found, open(out + ".json", "w"))
 """
 
@@ -123,7 +129,9 @@ def verification(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Ver
         problems.append(str(error).rstrip("."))
     if distance is not None and not distance <= TOLERANCE[form]:
         problems.append(f"logits differ by {distance:.1e}, more than {TOLERANCE[form]:.0e} of their size")
-    if found and not (found["made"] and found["behind"] <= TOLERANCE[form]):
+    if "unable" in found:
+        problems.append(f"stock transformers loads it, but generates nothing: {found['unable']}")
+    elif found and not (found["made"] and found["behind"] <= TOLERANCE[form]):
         problems.append(f"generate's {found['made']} tokens are not the likeliest ones (by {found['behind']:.1e})")
     name = checkpoint.folder.name
     return Verification(name, form, found.get("class"), distance, TOLERANCE[form], problems, clients)

@@ -12,6 +12,7 @@ from moe_compress.models.hf.configs import (
     is_architecture,
     is_wrapper,
     num_layers,
+    passes_over,
     read_values,
     stored_dtype,
     text_values,
@@ -45,6 +46,7 @@ from moe_compress.models.hf.layer_calls import (
 )
 from moe_compress.models.hf.shipped_code import foreign_code, imported_files
 from moe_compress.models.hf.skeleton import (
+    ask_for_logits_alone,
     buffers_to,
     decoder_layers,
     layer_kind,
@@ -82,6 +84,7 @@ __all__ = [
     "LayerOutput",
     "RoutedRows",
     "all_experts",
+    "ask_for_logits_alone",
     "auto_class",
     "buffers_to",
     "called_alike",
@@ -111,6 +114,7 @@ __all__ = [
     "materialize",
     "modelling_files",
     "num_layers",
+    "passes_over",
     "quiet",
     "read_values",
     "remember_names",

@@ -7,6 +7,7 @@ language model's own; everything that is asked about layers, experts or words is
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moe_compress.models.families import entry_of
-from moe_compress.models.hf.config_checks import require_consistent, require_plausible
+from moe_compress.models.hf.config_checks import KERNELS, require_consistent, require_plausible
 from moe_compress.models.hf.edited_architectures import edited_classes_of
 from moe_compress.models.modeling import edited_model
 from moe_compress.utils.devices import DTYPES
@@ -25,7 +26,10 @@ from moe_compress.utils.devices import DTYPES
 
 def read_values(path: Path) -> dict[str, Any]:
     """The values of a config.json (or of the folder that holds it), special floats decoded."""
-    values, _ = PreTrainedConfig.get_config_dict(path)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path)
+    except RecursionError as error:
+        raise ValueError(f"the config.json in {path} nests too deeply.") from error
     return values
 
 
@@ -56,7 +60,7 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
         raise ValueError(
             f"model_type {model_type!r} is not an architecture of transformers {transformers.__version__}."
         )
-    plain = {key: value for key, value in values.items() if key != PACKED}
+    plain = {key: value for key, value in values.items() if key not in (PACKED, *KERNELS)}
     config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(plain))
     if is_wrapper(config) and not _text_key(values):
         raise ValueError(
@@ -101,7 +105,16 @@ def with_text_values(values: Mapping[str, Any], text: Mapping[str, Any]) -> dict
 
 
 def _text_key(values: Mapping[str, Any]) -> str | None:
-    return next((key for key in TEXT_KEYS if isinstance(values.get(key), Mapping)), None)
+    """Under which key a wrapper holds its language model's values; any other architecture may have such a key, too."""
+    model_type = str(values.get("model_type"))
+    inner = getattr(CONFIG_MAPPING[model_type], "sub_configs", ()) if model_type in CONFIG_MAPPING else ()
+    return next((key for key in TEXT_KEYS if key in inner and isinstance(values.get(key), Mapping)), None)
+
+
+def passes_over(config: PreTrainedConfig, name: str) -> bool:
+    """Whether the architecture's class of transformers passes over a stored tensor of this name."""
+    patterns = getattr(auto_class(config)._model_mapping[type(config)], "_keys_to_ignore_on_load_unexpected", None)
+    return any(re.search(pattern, name) for pattern in patterns or ())
 
 
 def auto_class(config: PreTrainedConfig, towers: bool = True) -> Any:

@@ -48,6 +48,7 @@ def skeleton(
     towers: of a wrapper, all of them, or the language model alone.
     """
     config = copy.deepcopy(config)
+    ask_for_logits_alone(config)
     loader = auto_class(config, towers)
     keywords: dict[str, Any] = {"dtype": dtype}
     if attn is not None:
@@ -66,6 +67,15 @@ def skeleton(
     _keep_in_fp32(model, dtype)
     complete_experts(model)
     return model.eval().requires_grad_(False)
+
+
+def ask_for_logits_alone(config: PreTrainedConfig) -> None:
+    """Undo what a config asks of every forward beside logits: it may need what only a whole model has."""
+    for each in (config, config.get_text_config()):
+        each.return_dict = True
+        for key in ("output_router_logits", "output_hidden_states", "output_attentions"):
+            if getattr(each, key, False):
+                setattr(each, key, False)
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
