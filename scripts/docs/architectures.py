@@ -37,9 +37,10 @@ Tried = Callable[[PreTrainedConfig, PreTrainedModel], tuple[str, ...]]
 
 @dataclass(frozen=True)
 class Found:
-    """What is known of an architecture: why it is refused, or else the recipes that are, each with the reason."""
+    """What is known of an architecture: why it is refused, or was not tried, or else the recipes that are refused."""
 
     refused: str = ""
+    untried: str = ""
     limits: tuple[str, ...] = ()
 
 
@@ -87,8 +88,11 @@ def _tower(values: Mapping[str, Any], width: Any, small: int) -> dict[str, Any]:
     """Another tower with few layers, which gives as many numbers as the small language model takes."""
     deep = ("num_hidden_layers", "depth", "layers", "encoder_layers")
     shallow = {k: TOWER_LAYERS for k in deep if isinstance(values.get(k), int)}
+    depth = next((v for k, v in values.items() if k in shallow), None)
+    lists = {k: v[:TOWER_LAYERS] for k, v in values.items() if isinstance(v, list) and len(v) == depth}
     return {
         **values,
+        **lists,
         **{k: small for k, v in values.items() if v == width and "hidden" in k and k != "hidden_size"},
         **shallow,
     }
@@ -151,7 +155,7 @@ def architecture(model_type: str, attempts: Sequence[Small], tried: Tried) -> Fo
         try:
             config = small(model_type)
         except Exception as error:  # whatever its checks say
-            found = Found(refused=f"not tried, for no small model can be made of its defaults ({_sentence(error)})")
+            found = Found(untried=_sentence(error))
             continue
         try:
             model = hf.skeleton(config, torch.bfloat16)
@@ -160,7 +164,7 @@ def architecture(model_type: str, attempts: Sequence[Small], tried: Tried) -> Fo
             found = Found(refused=why) if why else Found(limits=tried(config, model))
         except ValueError as error:
             found = Found(refused=_sentence(error))
-        if not found.refused:
+        if not (found.refused or found.untried):
             break
     return found
 
@@ -170,9 +174,10 @@ def lists(attempts: Callable[[str], Sequence[Small]], tried: Tried, also: Collec
     transformers.utils.logging.set_verbosity(logging.ERROR)
     warnings.simplefilter("ignore")
     found = {model_type: architecture(model_type, attempts(model_type), tried) for model_type in moe_types(also)}
-    works = [f"`{name}`" for name, each in found.items() if not each.refused and not each.limits]
+    works = [f"`{name}`" for name, each in found.items() if not (each.refused or each.untried or each.limits)]
     limited = [f"- `{name}`: not {', '.join(each.limits)}." for name, each in found.items() if each.limits]
     refused = [f"- `{name}`: {each.refused}." for name, each in found.items() if each.refused]
+    untried = [f"- `{name}`: {each.untried}." for name, each in found.items() if each.untried]
     version = ".".join(transformers.__version__.split(".")[:2])
     return "\n".join(
         [
@@ -190,5 +195,9 @@ def lists(attempts: Callable[[str], Sequence[Small]], tried: Tried, also: Collec
             f"**Refused** ({len(refused)}):",
             "",
             *refused,
+            "",
+            f"**Not tried** ({len(untried)}), for no small model can be made of their defaults:",
+            "",
+            *untried,
         ]
     )

@@ -21,7 +21,8 @@ LAYERS_KEYS = ("num_hidden_layers", "num_layers")
 MOST_EXPERTS = 1 << 18
 RANGES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYERS_KEYS, _LAYERS),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "kv_lora_rank"), _WIDTH),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"), _WIDTH),
+    "head_dim": (0, 1 << 20),  # of GLM-5-Next, whose heads have no part that turns, 0
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _HEADS),
     **dict.fromkeys(COUNT_KEYS, _EXPERTS),
     **dict.fromkeys((*TOP_K_KEYS, *Family("").shared_count_keys), _EXPERTS),
