@@ -65,10 +65,11 @@ _GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2
 _GEMMA |= {"hidden_size_per_layer_input": 0, "global_head_dim": 8}
 _GLM5_NEXT: dict[str, Any] = {"qk_rope_head_dim": 0, "head_dim": 0, "num_key_value_heads": 4, "linear_num_heads": 4}
 _GLM5_NEXT |= {"linear_head_dim": 8, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4, "index_kpool": 2}
+_DOTS3: dict[str, Any] = {"per_layer_config": {}, "head_dim": 16}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA),
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "linear_num_heads": 4, "linear_head_dim": 8},
-    **dict.fromkeys(("dots3_note", "dots3_note_text"), {"per_layer_config": {}, "head_dim": 16}),
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), _DOTS3),
     **dict.fromkeys(("glm5_next", "glm5_next_text"), _GLM5_NEXT),
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", *["moe"] * (LAYERS - 1)]},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}

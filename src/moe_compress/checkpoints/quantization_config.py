@@ -47,6 +47,12 @@ def with_export(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, QUANTIZATION: exported} if exported else dict(values)
 
 
+def with_new_config(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values of a model that nothing was packed in, once something is as `new` says, and it alone."""
+    inner = {key: value for key, value in hf.text_values(values).items() if key != EXPERTS}
+    return {**hf.with_text_values(values, inner), QUANTIZATION: dict(new)}
+
+
 def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
     """Raise ValueError for a quantized checkpoint in a layout that is not read, saying why."""
     config = values.get(QUANTIZATION)

@@ -18,6 +18,7 @@ from moe_compress.checkpoints.formats.registry import (
     formats,
 )
 from moe_compress.checkpoints.partly_packed import packed_kinds, unpacked
+from moe_compress.checkpoints.quantization_config import with_new_config
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
@@ -70,7 +71,7 @@ class Storage:
             return values
         new, old = self.writer.config(self._packing()), values.get(QUANTIZATION)
         if old is None:
-            return {**values, QUANTIZATION: new}
+            return with_new_config(values, new)
         stays = sorted(packed_kinds(self.matrices.model, values))
         same = old["quant_method"] == new["quant_method"]
         joined = {**values, QUANTIZATION: format_in(values).joined(old, new) if same else None}

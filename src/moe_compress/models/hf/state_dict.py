@@ -144,6 +144,8 @@ def _by_parameter(
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, dict(expected))
+        if name not in expected and key in expected:  # it was meant for other names
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, dict(expected))
         groups.setdefault(name, {}).setdefault(pattern or "", {})[key] = tensors[key]
     return groups
 
@@ -215,6 +217,7 @@ def _convert(model: PreTrainedModel, mapping: list[Any], group: dict[str, Any], 
     wrong = [*info.unexpected_keys, *info.mismatched_keys, *info.conversion_errors, *info.error_msgs]
     if wrong:
         raise ValueError(f"the checkpoint's tensors do not fit {type(model).__name__}: {sorted(map(str, wrong))[:3]}.")
+    model.requires_grad_(False)  # transformers makes parameters that are to be trained
 
 
 def checkpoint_tensors(
