@@ -35,6 +35,7 @@ class SparseMatrix(nn.Module):
         super().__init__()
         self.in_features, self.out_features = inputs, value_OS.shape[0]
         self.values = nn.Parameter(value_OS, requires_grad=False)
+        self.mask: Tensor
         self.register_buffer("mask", mask_OB)
 
     @classmethod
@@ -44,14 +45,16 @@ class SparseMatrix(nn.Module):
         mask_OB = torch.zeros(outputs, math.ceil(inputs / 8), dtype=torch.uint8, device=like_OI.device)
         return cls(like_OI.new_empty(outputs, each), mask_OB, inputs)
 
-    def fill(self, dense_OI: Tensor, kept_OI: Tensor | None = None) -> None:
-        """Take the values of a matrix, where they are kept (None: where they are no zeros)."""
-        outputs, each = self.values.shape
-        kept_OI = dense_OI != 0 if kept_OI is None else kept_OI
-        if not bool((kept_OI.sum(1) == each).all()):
-            raise ValueError(f"a residue needs {each} nonzeros in every row.")
-        self.values = nn.Parameter(dense_OI[kept_OI].view(outputs, each).to(self.values), requires_grad=False)
-        bit_OB8 = functional.pad(kept_OI.to(torch.uint8), (0, -self.in_features % 8)).unflatten(-1, (-1, 8))
+    def fill(self, dense_OI: Tensor) -> None:
+        """Take the nonzeros of a matrix that has no more of them in any row; rows with fewer keep zeros beside them."""
+        each = self.values.shape[1]
+        if int((dense_OI != 0).sum(1).max()) > each:
+            raise ValueError(f"a residue has {each} nonzeros in a row, and not more.")
+        order_OI = (dense_OI != 0).to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+        place_OS = order_OI[:, :each].sort(1).values
+        self.values = nn.Parameter(dense_OI.gather(1, place_OS).to(self.values), requires_grad=False)
+        kept_OI = torch.zeros_like(dense_OI, dtype=torch.uint8).scatter_(1, place_OS, 1)
+        bit_OB8 = functional.pad(kept_OI, (0, -self.in_features % 8)).unflatten(-1, (-1, 8))
         place_8 = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=bit_OB8.device)
         self.mask = (bit_OB8 * place_8).sum(-1, dtype=torch.uint8).to(self.mask.device)
 
