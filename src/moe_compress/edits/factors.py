@@ -37,7 +37,9 @@ class Form:
 
     def to_json(self) -> dict[str, Any]:
         """What differs from nothing."""
-        given = {each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default}
+        given = {
+            each.name: getattr(self, each.name) for each in fields(self) if getattr(self, each.name) != each.default
+        }
         return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
 
     @property

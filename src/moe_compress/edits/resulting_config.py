@@ -55,7 +55,7 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
     lists = layer_lists(config, kept_layers(everything, hf.num_layers(config)))
-    # Modules that hold codes or factors are no stock model's: hundreds of experts a layer are not made to find that out.
+    # Modules that hold codes or factors are no stock model's: hundreds a layer are not made to find that out.
     if not any(edit["edit"] in OWN_MODULES for edit in everything):
         for edit in everything:
             edited_model.apply(hf.stack(model), names, edit)

@@ -42,7 +42,6 @@ from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
 from moe_compress.models.modeling.rerouting import NOVICES, REROUTE
 from moe_compress.models.moe import all_moe_views
 
-
 # Tokens of a prompt: more than one is all that it says.
 MANY = 2
 

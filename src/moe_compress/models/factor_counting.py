@@ -28,7 +28,7 @@ def multiplied_times(view: MoEView, active: float, top_k: int, tokens: int) -> d
     for name, kind, module in _shared(view.experts):
         first = view.experts.separate[0][name]
         if kind == BASES and not (name in ENTERED and first.enters(tokens, top_k)):
-            found[id(module)] = active / len(first.mix)
+            found[id(module)] = active / len(first.mix.weight)
         elif normed and name not in ENTERED:
             found[id(module)] = active
     return found

@@ -131,7 +131,6 @@ class MoEView:
         bias = {name: stack_EO[index] for name, stack_EO in biases(self.experts).items()}
         return Expert(matrix.get("gate"), matrix["up"], matrix["down"], *(bias.get(part) for part in CHILDREN))
 
-
     def _factored_expert(self, index: int) -> dict[str, Tensor]:
         """Its matrices alone: those of all others need not be multiplied out."""
         expert = self.experts.separate[index]

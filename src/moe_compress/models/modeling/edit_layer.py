@@ -17,7 +17,18 @@ from .expert_forward import as_matrix, round_experts, separate
 from .factored_experts import SHARED, factored_room, shared_room
 from .packed_linear import PackedMatrix, expect_rounded
 from .rerouting import NOVICES, hook_rerouting, rerouting_of
-from .unfused_experts import CHILDREN, UNFUSED, expert_count, is_separate, model_width, narrow, own_tensor, places, stack_path, stacks
+from .unfused_experts import (
+    CHILDREN,
+    UNFUSED,
+    expert_count,
+    is_separate,
+    model_width,
+    narrow,
+    own_tensor,
+    places,
+    stack_path,
+    stacks,
+)
 from .unfused_experts import widths as widths_of
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_total_experts", "out_features")

@@ -73,20 +73,42 @@ class SparseMatrix(nn.Module):
         return linear(x_RI, self.whole())
 
 
+class Mixture(nn.Module):
+    """How one expert mixes N bases, each [K, I] and all of them one matrix [N * K, I]."""
+
+    def __init__(self, weight_N: Tensor, activation: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_N, requires_grad=False)
+        self.activation = activation
+
+    def mixed(self, base_XI: Tensor) -> Tensor:
+        """The matrix that the expert makes of the bases [K, I]."""
+        mixed_KI = (base_XI.unflatten(0, (len(self.weight), -1)) * self.weight[:, None, None].to(base_XI)).sum(0)
+        return ACTIVATIONS[self.activation](mixed_KI) if self.activation else mixed_KI
+
+    def of_products(self, product_RX: Tensor) -> Tensor:
+        """What rows give that all bases have multiplied already [R, K]."""
+        return (product_RX.unflatten(-1, (len(self.weight), -1)) * self.weight.unsqueeze(-1)).sum(-2)
+
+    def forward(self, x_RI: Tensor, base_XI: Tensor) -> Tensor:
+        """The product of rows with the mixture [R, K]."""
+        return linear(x_RI, self.mixed(base_XI))
+
+
 class FactoredMatrix(nn.Module):
     """One matrix [O, I] of one expert in factors, with its bias; what it shares with others their module holds."""
 
     left: nn.Module | None
     right: nn.Module | None
     residue: SparseMatrix | None
+    mix: Mixture | None
+    shared: nn.ModuleDict
 
-    def __init__(self, shape: tuple[int, int], shared: nn.ModuleDict, activation: str, bias_O: Tensor | None) -> None:
+    def __init__(self, shape: tuple[int, int], shared: nn.ModuleDict, bias_O: Tensor | None) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
-        self.activation = activation
-        for name in ("left", "right", "residue"):
+        for name in ("left", "right", "residue", "mix"):
             self.register_module(name, None)
-        self.mix: nn.Parameter | None = None
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         self.__dict__["shared"] = shared  # no child: it would be stored with every expert
 
@@ -100,9 +122,8 @@ class FactoredMatrix(nn.Module):
 
         Mixed bases do where that takes no more multiply-adds; those of an activation are mixed before they multiply.
         """
-        if self.shares == BASES:
-            assert self.mix is not None
-            return not self.activation and (tokens == 1 or len(self.mix) <= top_k)
+        if self.mix is not None:
+            return not self.mix.activation and (tokens == 1 or len(self.mix.weight) <= top_k)
         return self.shares == CORE or (self.shares == BASIS and self.left is not None)
 
     def parts(self, x_RI: Tensor, given_RX: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
@@ -134,19 +155,11 @@ class FactoredMatrix(nn.Module):
     def _code(self, x_RI: Tensor, given_RX: Tensor | None) -> Tensor:
         """What the left factor is given, or a shared output basis."""
         if self.right is not None:
-            return self.right(x_RI)  # type: ignore[no-any-return]
+            return self.right(x_RI)
         if self.shares == BASIS:
             return self.shared[BASIS](x_RI) if given_RX is None else given_RX
-        if given_RX is None:
-            return linear(x_RI, self._mixed(_numbers(self.shared[BASES])))
         assert self.mix is not None
-        return (given_RX.unflatten(-1, (len(self.mix), -1)) * self.mix.unsqueeze(-1)).sum(-2)
-
-    def _mixed(self, base_XI: Tensor) -> Tensor:
-        """The expert's own mixture of the bases [K, I]."""
-        assert self.mix is not None
-        mixed_KI = (base_XI.unflatten(0, (len(self.mix), -1)) * self.mix[:, None, None].to(base_XI)).sum(0)
-        return ACTIVATIONS[self.activation](mixed_KI) if self.activation else mixed_KI
+        return self.mix(x_RI, _numbers(self.shared[BASES])) if given_RX is None else self.mix.of_products(given_RX)
 
     def dense(self) -> Tensor:
         """The matrix as plain numbers [O, I]."""
@@ -155,8 +168,8 @@ class FactoredMatrix(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         held = [_numbers(each).detach().to(wide) for each in factors]
         shared = _numbers(self.shared[self.shares]).detach().to(wide) if self.shares else None
-        if self.shares == BASES and shared is not None:
-            shared = self._mixed(shared)
+        if self.mix is not None and shared is not None:
+            shared = self.mix.mixed(shared)
         if len(held) == 2:
             whole_OI = held[0] @ held[1] if shared is None else shared + held[0] @ held[1]
         else:
@@ -191,7 +204,7 @@ def factored_room(
 ) -> FactoredMatrix:
     """Room for the factors of expert `number`."""
     outputs, inputs = like_OI.shape
-    made = FactoredMatrix((outputs, inputs), shared, form.get("activation") or "", bias_O)
+    made = FactoredMatrix((outputs, inputs), shared, bias_O)
     ranks = form.get("rank", 0)
     rank = ranks if isinstance(ranks, int) else ranks[number]
     count, width = form.get(BASES) or (0, form.get(BASIS, 0))
@@ -200,7 +213,7 @@ def factored_room(
     if rank or made.left is None:
         made.right = ExpertMatrix(like_OI.new_empty(rank or width, inputs), None)
     if count:
-        made.mix = nn.Parameter(like_OI.new_empty(count), requires_grad=False)
+        made.mix = Mixture(like_OI.new_empty(count), form.get("activation") or "")
     if form.get("residue"):
         made.residue = SparseMatrix.empty(like_OI, form["residue"])
     return made
@@ -293,4 +306,4 @@ def run_shared_by_one_token(fused: Any, sent_1D: Tensor, chosen: Sequence[int], 
 
 def _down(fused: Any, sum_TX: Tensor) -> Tensor:
     (shared,) = fused.shared_parts[CHILDREN["down"]].values()
-    return shared(sum_TX)  # type: ignore[no-any-return]
+    return shared(sum_TX)
