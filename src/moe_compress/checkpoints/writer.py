@@ -102,8 +102,11 @@ class CheckpointWriter:
     def write(self, layer: int, tensors: Mapping[str, Tensor | StoredWeight]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""
         entries = [self.source.tensors[key] for key in self.source.keys(layer)]
-        default = next((entry for entry in entries if not isinstance(entry, StoredWeight)), entries[0])
         found, dense = dict[str, Any](), self.source.dense_dtype
+        # A router's bias may be wider than the weights, and is nothing to go by.
+        plain = [entry for entry in entries if not isinstance(entry, StoredWeight)]
+        usual = [entry for entry in plain if any(STORED_DTYPES[part.dtype] == dense for part in regions_of(entry))]
+        default = next(iter([*usual, *plain, *entries]))
         for key, tensor in tensors.items():
             like = self.source.tensors.get(key, default)
             found[key] = tensor if isinstance(tensor, StoredWeight) else _as_stored(key, tensor, like, dense)

@@ -33,7 +33,7 @@ from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import check_edits
 from moe_compress.edits.checks import require_few
-from moe_compress.edits.edits import Edit, PackMatrices, Plan, to_json
+from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config
 from moe_compress.hub.card import card_of
@@ -196,6 +196,12 @@ def apply_plan_file(path: Path, options: Options, run: Run, any_model: bool = Fa
         raise ValueError(
             f"{path}: its edit pack_matrices of layer {packed.layer} makes room for codes, which no plan holds: "
             "quantize by a recipe."
+        )
+    factored = next((edit for edit in edits if isinstance(edit, FactorExperts)), None)
+    if factored is not None:
+        raise ValueError(
+            f"{path}: its edit factor_experts of layer {factored.layer} makes room for factors, which no plan holds: "
+            "factorise by a recipe."
         )
     model = options.model or base["model"]
     source = resolve_model(model, options.revision or (None if options.model else base.get("commit")))

@@ -98,8 +98,14 @@ def require_reroutable(model: PreTrainedModel, layer: int, what: str) -> None:
 
 
 def require_alike(model: PreTrainedModel, layer: int, why: str) -> None:
-    """Raise ValueError if the layer's experts are held one by one: they differ in width or are packed."""
-    if view_of(model, layer).unfused:
+    """Raise ValueError if the layer's experts are held one by one: they differ in width, are packed or in factors."""
+    view = view_of(model, layer)
+    if view.factored:
+        raise ValueError(
+            f"layer {layer}: its experts are held in factors, and have to be whole matrices {why}: put this stage "
+            "before factorise."
+        )
+    if view.unfused:
         raise ValueError(
             f"layer {layer}: its experts differ in width or are packed, and have to be alike {why}: "
             "put this stage before the one that made them so, or use a bf16 copy of a model that is published so."

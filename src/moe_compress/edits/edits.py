@@ -29,6 +29,7 @@ from moe_compress.edits.checks import (
     require_reroutable,
     shape_of,
 )
+from moe_compress.edits.factors import Form, Part, require_forms
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import inner_width, moe_views
@@ -262,6 +263,23 @@ class PackMatrices(_OnLayer):
 
 
 @dataclass(frozen=True, slots=True)
+class FactorExperts(_OnLayer):
+    """Hold projections of one layer's experts in factors, each in a form of its own; the others stay as they are.
+
+    What the factors are, only a checkpoint knows: the edit makes room for them.
+    """
+
+    forms: dict[Part, Form]
+    edit: Literal["factor_experts"] = field(default="factor_experts", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the layer has no such projections, or they cannot be held so."""
+        shape_of(model, self.layer)
+        require_alike(model, self.layer, "to hold them in factors")
+        require_forms(moe_views(model)[self.layer], self.layer, self.forms)
+
+
+@dataclass(frozen=True, slots=True)
 class RoundActivations(_OnLayer):
     """Round rows of one layer to 8 bits: what experts are sent, all that experts multiply, or all but routers."""
 
@@ -277,7 +295,7 @@ class RoundActivations(_OnLayer):
 
 Edit = (
     KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels | PackMatrices
-    | RoundActivations
+    | FactorExperts | RoundActivations
 )  # fmt: skip
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 
@@ -301,6 +319,8 @@ def to_json(edit: Edit) -> dict[str, Any]:
 
 
 def _listed(value: Any) -> Any:
+    if isinstance(value, Form):
+        return value.to_json()
     if isinstance(value, dict):
         return {key: _listed(each) for key, each in value.items()}
     return [_listed(each) for each in value] if isinstance(value, tuple) else value

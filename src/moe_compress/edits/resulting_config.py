@@ -27,6 +27,8 @@ from moe_compress.models.sublayers import block_names
 
 # The narrowest dense MLP that stands in, all zeros, for a MoE block that is gone: 16-byte rows, TP of 8 in bf16.
 STAND_IN_WIDTH = 64
+# Edits whose outcome no ordinary architecture is.
+OWN_MODULES = ("pack_matrices", "factor_experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +55,8 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
     lists = layer_lists(config, kept_layers(everything, hf.num_layers(config)))
-    # Modules that hold codes are no stock model's: hundreds of experts a layer are not made to find that out.
-    if not any(edit["edit"] == "pack_matrices" for edit in everything):
+    # Modules that hold codes or factors are no stock model's: hundreds a layer are not made to find that out.
+    if not any(edit["edit"] in OWN_MODULES for edit in everything):
         for edit in everything:
             edited_model.apply(hf.stack(model), names, edit)
         plain = plain_form(base, config, model, lists)
@@ -64,7 +66,7 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
         raise ValueError(
             f"the language model inside {config.model_type} would have layers that differ from what its config can "
             "say, and a wrapper has no other form: choose the same number of experts, experts per token and neurons in "
-            "every layer, and a format that stock transformers reads."
+            "every layer, no factors, and a format that stock transformers reads."
         )
     manifest = {"base_model_type": config.model_type, "moe": names, "edits": everything}
     runtime = {key: value for key, value in lists.items() if _settable(config, key)}

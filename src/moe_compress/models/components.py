@@ -36,10 +36,14 @@ from moe_compress.models.component_map import (
     recurrent_mixers,
     step_flops,
 )
+from moe_compress.models.factor_counting import multiplied_times, shared_modules
 from moe_compress.models.families import experts_per_token, family_of
 from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
 from moe_compress.models.modeling.rerouting import NOVICES, REROUTE
 from moe_compress.models.moe import all_moe_views
+
+# Tokens of a prompt: more than one is all that it says.
+MANY = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +69,13 @@ class Component:
 
 @dataclass(slots=True)
 class _Sum:
+    """step: of a decode step, multiplied."""
+
     parameters: int = 0
     bytes: int = 0
     touched: int = 0
     multiplied: int = 0
+    step: int = 0
 
 
 def components(
@@ -87,7 +94,7 @@ def components(
     scale_bytes: what a scale of packed weights takes there, if not that; executed: count what stock transformers runs,
     which is every expert on every token where the gate scales the input (Llama-4).
     """
-    sums, attentions = _held(model, stored, scale_bytes, executed), list(attentions_of(model))
+    sums, attentions = _held(model, stored, scale_bytes, executed, batch), list(attentions_of(model))
     family = family_of(model.config)
     scans = sum(step_flops(mixer, family) for mixer in recurrent_mixers(model))
     pairs = sum(each.pair for each in attentions)
@@ -108,7 +115,7 @@ def components(
                 bytes=held.bytes,
                 touched=held.touched,
                 prefill=batch * tokens * (2 * held.multiplied + prefill),
-                decode=batch * (2 * held.multiplied + decode),
+                decode=batch * (2 * held.step + decode),
                 estimate=name in estimates,
             )
         )
@@ -128,12 +135,14 @@ def absorbed_decode(model: PreTrainedModel, decode: int, context: int, batch: in
     return decode + batch * (sum(each.absorbed for each in latent) * context - expanded)
 
 
-def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool) -> Mapping[str, _Sum]:
+def _held(
+    model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool, batch: int
+) -> Mapping[str, _Sum]:
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     active, top_k = _active_experts(model, executed), float(experts_per_token(model.config))
-    itemsize, times = stored.itemsize, _times(model)
+    itemsize, times, again = stored.itemsize, _times(model), _multiplied(model, batch)
     for prefix, module in model.named_modules():
         held, count = sums[place[prefix]], times.get(id(module), 1)
         for name, parameter in module._parameters.items():
@@ -153,7 +162,10 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
             share = _share(place[prefix], parameter, *active.get(id(module), (top_k, None)))
             used = count * round(parameter.numel() * share)
             held.touched += used
-            held.multiplied += used if _multiplies(place[prefix], name, parameter) else 0
+            if _multiplies(place[prefix], name, parameter):
+                often, at_a_step = again.get(id(module), (1.0, 1.0))
+                held.multiplied += round(used * often)
+                held.step += round(used * at_a_step)
         for name, buffer in module._buffers.items():
             lasts = buffer is not None and name not in module._non_persistent_buffers_set
             each = itemsize if buffer is None or buffer.is_floating_point() else buffer.element_size()
@@ -161,6 +173,7 @@ def _held(model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None
     if tied and isinstance(embedding, nn.Embedding):
         sums[HEAD].touched += embedding.weight.numel() - embedding.weight.shape[1]
         sums[HEAD].multiplied += embedding.weight.numel()
+        sums[HEAD].step += embedding.weight.numel()
     return sums
 
 
@@ -173,6 +186,17 @@ def _times(model: PreTrainedModel) -> dict[int, int]:
             counts = Counter(map(id, experts))
             unique = {id(each): each for each in experts if counts[id(each)] > 1}
             found |= {id(part): counts[key] for key, each in unique.items() for part in each.modules()}
+    return found
+
+
+def _multiplied(model: PreTrainedModel, batch: int) -> dict[int, tuple[float, float]]:
+    """By module that holds a factor: multiply-adds for each number of it, in a prompt and in a step."""
+    default, found = experts_per_token(model.config), dict[int, tuple[float, float]]()
+    for view in all_moe_views(model).values():
+        active, top_k = float(default if view.active is None else view.active), int(view.top_k or default)
+        prompt = multiplied_times(view, active, top_k, MANY)
+        step = multiplied_times(view, active, top_k, batch)
+        found |= {key: (prompt.get(key, 1.0), step.get(key, 1.0)) for key in prompt | step}
     return found
 
 
@@ -202,6 +226,7 @@ def _active_experts(model: PreTrainedModel, executed: bool) -> dict[int, tuple[f
         found[id(view.experts)] = active, None
         if view.unfused:
             found |= {id(module): (active, view.num_experts) for module in view.experts.separate.modules()}
+            found |= {id(module): (float(view.num_experts), view.num_experts) for module in shared_modules(view)}
     return found
 
 

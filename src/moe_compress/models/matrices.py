@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
+from moe_compress.models.modeling.factored_experts import SHARED
+from moe_compress.models.modeling.packed_linear import is_packed
+from moe_compress.models.modeling.unfused_experts import CHILDREN, UNFUSED, ExpertMatrix, places
 from moe_compress.models.moe import MoEView, moe_view
 from moe_compress.models.sublayers import within
 
@@ -41,7 +44,7 @@ class Matrix:
 def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KINDS) -> list[Matrix]:
     """The matrices of these kinds; embeddings, convolutions, norms and biases are none."""
     view = moe_view(layer, family)
-    if view is not None and view.unfused and "experts" in kinds:
+    if view is not None and "experts" in kinds and (is_packed(view.experts) or (view.unfused and not view.factored)):
         raise ValueError(
             "experts that differ in width or are packed cannot be changed any more: put this stage before the one that "
             "made them so, or choose other parts (where=)."
@@ -56,10 +59,58 @@ def layer_matrices(layer: nn.Module, family: Family, kinds: Sequence[Kind] = KIN
 
 
 def _expert_matrices(view: MoEView) -> Iterator[Matrix]:
+    if view.factored and not is_packed(view.experts):
+        yield from _factors(view)
     for name, stack_EOI in ({} if view.unfused else view.stacks()).items():
         source = INNER if name == "down" else ROUTED
         yield Matrix(f"{view.names['experts']}.{name}", "experts", source, stack_EOI.detach())
     yield Matrix(view.names["router"], "router", ROUTER, view.router_rows_ED.detach().unsqueeze(0))
+
+
+def _factors(view: MoEView) -> Iterator[Matrix]:
+    """The factors of all experts and what they share, each what nothing but itself multiplies the inputs of."""
+    fused, stem = view.experts, view.names["experts"]
+    for part, name in CHILDREN.items():
+        if name in fused.separate[0]:
+            first = fused.separate[0][name]
+            named = [factor for factor in ("left", "right") if first._modules.get(factor) is not None]
+            for path in [f"{part}.{factor}" for factor in named] or [part]:
+                yield from _factor_stack(fused, stem, path)
+    for name, module in fused.shared_parts.named_modules():
+        if isinstance(module, ExpertMatrix):
+            full = f"{stem}.{SHARED}.{name}"
+            yield Matrix(full, "experts", full, module.weight.detach().unsqueeze(0))
+
+
+def _factor_stack(fused: Any, stem: str, path: str) -> Iterator[Matrix]:
+    """One matrix of every expert: as a stack, or one by one where ranks differ."""
+    held: list[Any] = [holder.get_submodule(child) for holder, child in places(fused, path)]
+    if len({each.weight.shape for each in held}) == 1:
+        name = f"{stem}.{path}"
+        yield Matrix(name, "experts", name, _as_one(held))
+        return
+    part, _, factor = path.partition(".")
+    for number, each in enumerate(held):
+        name = f"{stem}.{UNFUSED}.{number}.{CHILDREN[part]}.{factor}".rstrip(".")
+        yield Matrix(name, "experts", name, each.weight.detach().unsqueeze(0))
+
+
+def _as_one(held: Sequence[Any]) -> Tensor:
+    """One tensor [B, O, I] that holds the weights of modules, which become views of it unless they are that already."""
+    first = held[0].weight.detach()
+    each, start, storage = first.numel(), first.storage_offset(), first.untyped_storage()
+    joined = not first.is_meta and all(
+        module.weight.is_contiguous()
+        and module.weight.untyped_storage().data_ptr() == storage.data_ptr()
+        and module.weight.storage_offset() == start + b * each
+        for b, module in enumerate(held)
+    )
+    if joined:
+        return first.as_strided((len(held), *first.shape), (each, *first.stride()), start)
+    stack_BOI = torch.stack([module.weight.detach() for module in held])
+    for module, weight_OI in zip(held, stack_BOI, strict=True):
+        module.weight = nn.Parameter(weight_OI, requires_grad=False)
+    return stack_BOI
 
 
 def _kind(layer: nn.Module, family: Family, name: str, module: nn.Linear, block: str) -> Kind:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.models.families import Family, family_of
 from moe_compress.models.hf import decoder_layers
+from moe_compress.models.modeling.factored_experts import is_factored
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.modeling.unfused_experts import CHILDREN, biases, expert_count, is_separate, stacks, widths
 
@@ -112,18 +113,28 @@ class MoEView:
         """Whether the experts are held one by one, as those of different widths are, and packed ones."""
         return is_separate(self.experts)
 
+    @property
+    def factored(self) -> bool:
+        """Whether any of the experts' matrices are held in factors."""
+        return is_factored(self.experts)
+
     def stacks(self) -> dict[str, Tensor]:
         """The experts' matrices [E, out, in] by name (gate, where there is one, up, down): views onto the storage.
 
-        Of experts that are held one by one: copies, filled up with zeros to the largest.
+        Of experts that are held one by one: copies, filled up with zeros to the largest; of factors, their products.
         """
         return stacks(self.experts)
 
     def expert(self, index: int) -> Expert:
         """Expert `index` as plain matrices, whatever the storage."""
-        matrix = {name: stack_EOI[index] for name, stack_EOI in self.stacks().items()}
+        matrix = self._factored_expert(index) if self.factored else {n: s[index] for n, s in self.stacks().items()}
         bias = {name: stack_EO[index] for name, stack_EO in biases(self.experts).items()}
         return Expert(matrix.get("gate"), matrix["up"], matrix["down"], *(bias.get(part) for part in CHILDREN))
+
+    def _factored_expert(self, index: int) -> dict[str, Tensor]:
+        """Its matrices alone: those of all others need not be multiplied out."""
+        expert = self.experts.separate[index]
+        return {part: expert[name].dense() for part, name in CHILDREN.items() if name in expert}
 
 
 def moe_view(layer: nn.Module, family: Family) -> MoEView | None:

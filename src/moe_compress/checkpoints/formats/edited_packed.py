@@ -17,14 +17,14 @@ from moe_compress.checkpoints.formats.registry import (
 )
 from moe_compress.models.modeling.bit_packing import pack
 from moe_compress.models.modeling.packed_linear import PackedMatrix
-from moe_compress.models.modeling.unfused_experts import CHILDREN
+from moe_compress.models.modeling.unfused_experts import places, stack_path
 
 
 def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:
     """One packed matrix of a layer by the name of its stack."""
-    stem, _, part = name.rpartition(".")
-    experts: Any = layer.get_submodule(stem if stem == names["experts"] else name)
-    found = experts.separate[number][CHILDREN[part]] if stem == names["experts"] else experts
+    path = stack_path(names.get("experts", ""), name)
+    holder, child = places(layer.get_submodule(names["experts"]), path)[number] if path else (layer, name)
+    found = holder.get_submodule(child)
     assert isinstance(found, PackedMatrix)
     return found
 

@@ -13,10 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from .activation_rounding import round_inputs, rounding_of
-from .expert_forward import round_experts, separate
+from .expert_forward import as_matrix, round_experts, separate
+from .factored_experts import SHARED, factored_room, shared_room
 from .packed_linear import PackedMatrix, expect_rounded
 from .rerouting import NOVICES, hook_rerouting, rerouting_of
-from .unfused_experts import CHILDREN, UNFUSED, expert_count, is_separate, model_width, narrow, own_tensor
+from .unfused_experts import (
+    CHILDREN,
+    UNFUSED,
+    expert_count,
+    is_separate,
+    model_width,
+    narrow,
+    own_tensor,
+    places,
+    stack_path,
+    stacks,
+)
 from .unfused_experts import widths as widths_of
 
 COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "n_total_experts", "out_features")
@@ -194,21 +206,37 @@ def pack_matrices(
 ) -> None:
     """Put room for codes and scales in the place of matrices: of every expert's, or of linear maps."""
     for name, widths in bits.items():
-        stem, _, part = name.rpartition(".")
-        if stem == names["experts"]:
-            fused: Any = layer.get_submodule(stem)
+        path = stack_path(names["experts"], name)
+        if path:
+            fused: Any = layer.get_submodule(names["experts"])
             separate(layer.get_submodule(names["block"]), fused)
-            for expert, width in zip(fused.separate, widths, strict=True):
-                dense = expert[CHILDREN[part]]
-                expert[CHILDREN[part]] = PackedMatrix.empty(dense.weight, width, spans[name], dense.bias)
-            if rounding_of(fused) == "experts":
-                expect_rounded(fused)
+            for (holder, child), width in zip(places(fused, path), widths, strict=True):
+                dense: Any = holder.get_submodule(child)
+                holder.register_module(child, PackedMatrix.empty(dense.weight, width, spans[name], dense.bias))
         else:
             linear: Any = layer.get_submodule(name)
             matrix = PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias)
             if rounding_of(linear):
                 round_inputs(matrix)
             layer.set_submodule(name, matrix)
+        if name.startswith(f"{names['experts']}.") and rounding_of(layer.get_submodule(names["experts"])) == "experts":
+            expect_rounded(layer.get_submodule(names["experts"]))
+
+
+def factor_experts(layer: nn.Module, names: Mapping[str, Any], *, forms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put room for factors in the place of the experts' matrices, by projection (gate, up, down); biases stay."""
+    fused: Any = layer.get_submodule(names["experts"])
+    matrices = stacks(fused)
+    shared = {part: shared_room(matrices[part][0], form, part == "down") for part, form in forms.items()}
+
+    def held(part: str, number: int, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
+        if part not in forms:
+            return as_matrix(part, number, weight_OI, bias_O)
+        return factored_room(weight_OI, forms[part], part == "down", number, shared[part], bias_O)
+
+    separate(layer.get_submodule(names["block"]), fused, held)
+    named = {CHILDREN[part]: found for part, found in shared.items() if len(found)}
+    fused.register_module(SHARED, nn.ModuleDict(named))
 
 
 def round_activations(layer: nn.Module, names: Mapping[str, Any], *, where: str) -> None:

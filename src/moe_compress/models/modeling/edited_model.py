@@ -18,6 +18,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 
 from .edit_layer import (
     drop_layer,
+    factor_experts,
     keep_channels,
     keep_experts,
     merge_experts,
@@ -39,6 +40,7 @@ EDITS: dict[str, Callable[..., None]] = {
         keep_experts,
         merge_experts,
         keep_channels,
+        factor_experts,
         pack_matrices,
         round_activations,
         set_top_k,

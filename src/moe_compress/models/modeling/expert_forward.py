@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_linear
 
 from .activation_rounding import ROUNDS, rounded, rounding_of
+from .factored_experts import entered, run_shared, run_shared_by_one_token, shares_parts
 from .unfused_experts import (
     CHILDREN,
     UNFUSED,
@@ -77,11 +78,27 @@ def gate_on_input_forward(block: Any, hidden_BSD: Tensor) -> tuple[Tensor, Tenso
     experts = block.experts
     ends_E = torch.bincount(expert_R, minlength=experts.num_experts).cumsum(0).to(torch.int32)
     input_RD = sent(experts, hidden_TD[token_R] * gate_R.unsqueeze(-1))
+    if _meets_once(experts):
+        entered_by = entered(experts, sent(experts, hidden_TD), block.top_k)
+        given = {name: rows_TX[token_R] * gate_R.unsqueeze(-1) for name, rows_TX in entered_by.items()}
+        summed = functools.partial(_summed, token_R=token_R, tokens=len(hidden_TD))
+        added_TD = run_shared(experts, input_RD, ends_E.diff(prepend=ends_E.new_zeros(1)).tolist(), given, summed)
+        return block.shared_expert(hidden_TD) + (0 if added_TD is None else added_TD), logits_TE
     inner_RF, added_RD = run(experts, input_RD, expert_R, ends_E)
     routed_TD = torch.zeros_like(hidden_TD).index_add_(0, token_R, added_RD)
     output_RD = added_RD / gate_R.unsqueeze(-1)
     _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
     return block.shared_expert(hidden_TD) + routed_TD, logits_TE
+
+
+def _summed(rows_RX: Tensor, token_R: Tensor, tokens: int) -> Tensor:
+    """Rows added up by token."""
+    return rows_RX.new_zeros(tokens, rows_RX.shape[-1]).index_add_(0, token_R, rows_RX)
+
+
+def _meets_once(experts: nn.Module) -> bool:
+    """Whether tokens meet what experts share once; whoever listens is told of rows, each of which does then."""
+    return shares_parts(experts) and not experts.__dict__.get(LISTENERS)
 
 
 def sent(experts: nn.Module, hidden_TD: Tensor) -> Tensor:
@@ -127,7 +144,8 @@ def experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK
     An index that is no expert's number means nobody: such a slot adds nothing, costs nothing and is not reported.
     """
     if len(hidden_TD) == 1 and is_separate(experts) and not experts.__dict__.get(LISTENERS):
-        return run_one_token(experts, sent(experts, hidden_TD), index_TK[0].tolist(), weight_TK[0])
+        one = run_shared_by_one_token if shares_parts(experts) else run_one_token
+        return one(experts, sent(experts, hidden_TD), index_TK[0].tolist(), weight_TK[0])
     top_k = index_TK.shape[-1]
     expert_R, order = torch.sort(index_TK.reshape(-1))
     counts = torch.bincount(expert_R, minlength=experts.num_experts)
@@ -137,10 +155,19 @@ def experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK
     if nobody:
         expert_R, order = expert_R[: int(ends_E[-1])], order[: int(ends_E[-1])]
     token_R, gate_R = order // top_k, weight_TK.reshape(-1)[order]
-    input_RD = sent(experts, hidden_TD)[token_R]
+    sent_TD = sent(experts, hidden_TD)
+    input_RD = sent_TD[token_R]
+
+    def add_up(rows_RX: Tensor) -> Tensor:
+        weighted_RX = _in_order(rows_RX * gate_R.unsqueeze(-1), order, index_TK.numel() if nobody else None)
+        return weighted_RX.view(len(hidden_TD), top_k, -1).sum(dim=1)
+
+    if _meets_once(experts):
+        given = {name: rows_TX[token_R] for name, rows_TX in entered(experts, sent_TD, top_k).items()}
+        added_TD = run_shared(experts, input_RD, counts[: experts.num_experts].tolist(), given, add_up)
+        return torch.zeros_like(hidden_TD) if added_TD is None else added_TD.to(hidden_TD.dtype)
     inner_RF, output_RD = run(experts, input_RD, expert_R, ends_E)
-    weighted_RD = _in_order(output_RD * gate_R.unsqueeze(-1), order, index_TK.numel() if nobody else None)
-    routed_TD = weighted_RD.view(len(hidden_TD), top_k, -1).sum(dim=1).to(hidden_TD.dtype)
+    routed_TD = add_up(output_RD).to(hidden_TD.dtype)
     _report(experts, token_R, expert_R, input_RD, inner_RF, output_RD, gate_R, routed_TD)
     return routed_TD
 
@@ -164,16 +191,28 @@ def round_experts(block: nn.Module, fused: Any, what: str) -> None:
         _run_here(block, fused)
 
 
-def separate(block: nn.Module, fused: Any) -> None:
-    """Let an experts module hold its experts one by one; what it computes stays the same."""
+def as_matrix(_part: str, _number: int, weight_OI: Tensor, bias_O: Tensor | None) -> nn.Module:
+    """One matrix of one expert as it is."""
+    return ExpertMatrix(weight_OI.contiguous(), bias_O)
+
+
+def separate(
+    block: nn.Module, fused: Any, held: Callable[[str, int, Tensor, Tensor | None], nn.Module] = as_matrix
+) -> None:
+    """Let an experts module hold its experts one by one; what it computes stays the same.
+
+    held: how a matrix is held, from its projection, its expert's number, itself and its bias.
+    """
     if is_separate(fused):
         return
     matrices, offsets = stacks(fused), biases(fused)
     experts = [
         nn.ModuleDict(
             {
-                CHILDREN[part]: ExpertMatrix(
-                    stack_EOI[e].detach().contiguous(),
+                CHILDREN[part]: held(
+                    part,
+                    e,
+                    stack_EOI[e].detach(),
                     offsets[part][e].detach().contiguous() if part in offsets else None,
                 )
                 for part, stack_EOI in matrices.items()

@@ -19,6 +19,8 @@ from .bit_packing import WORD, dequantized, pack, unpack
 from .packed_kernels import KERNEL_STEP, Kernel, integers_multiply, kernel_lacks, kernel_of
 
 PARAMETERS = ("words", "scales")
+# Ends of the names of experts' matrices that multiply neither what experts are sent nor what they make of it.
+INNER = (".left", "w_down.core", "w_down.basis")
 # Outputs that are made dense together, where no kernel multiplies.
 TILE = defaultdict(lambda: KERNEL_STEP, cuda=16 * KERNEL_STEP)
 
@@ -124,9 +126,12 @@ class PackedMatrix(nn.Module):
 
 
 def expect_rounded(experts: nn.Module) -> None:
-    """Tell packed matrices of experts whose rows come rounded, so that whole numbers can be multiplied."""
-    for module in experts.modules():
-        if isinstance(module, PackedMatrix):
+    """Tell packed matrices of experts whose rows come rounded, so that whole numbers can be multiplied.
+
+    Those behind another factor, or behind a sum over experts, are given other numbers.
+    """
+    for name, module in experts.named_modules():
+        if isinstance(module, PackedMatrix) and not name.endswith(INNER):
             module.leave_kernel()
             module.__dict__[ROUNDS] = "given"
 

@@ -1,4 +1,4 @@
-"""Experts held one by one, each with matrices of its own: of different widths, or packed.
+"""Experts held one by one, each with matrices of its own: of different widths, packed, or in factors.
 
 Families fuse the experts of a layer into tensors [E, ...], all experts alike. Where they differ, the same module holds
 `separate` instead, a list with `w_switch` (its gate), `w_up` and `w_down` of every expert, and runs them in turn.
@@ -7,7 +7,7 @@ Shipped inside edited checkpoints, so it needs torch alone. E experts, D model w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,19 @@ def is_separate(fused: nn.Module) -> bool:
 def expert_count(fused: Any) -> int:
     """Experts that the module holds."""
     return len(fused.separate) if is_separate(fused) else int(fused.down_proj.shape[0])
+
+
+def stack_path(experts: str, name: str) -> str:
+    """Which stack of the experts' matrices a name within the layer means: `up`, or its factor `up.left`; else empty."""
+    path = name.removeprefix(f"{experts}.")
+    return path if path != name and path.partition(".")[0] in CHILDREN else ""
+
+
+def places(fused: Any, path: str) -> list[tuple[nn.Module, str]]:
+    """Where the matrices of a stack are held, expert by expert: a module, and its child's name."""
+    part, _, factor = path.partition(".")
+    experts = [(expert, CHILDREN[part]) for expert in fused.separate]
+    return [(expert[name], factor) for expert, name in experts] if factor else experts
 
 
 def widths(fused: Any) -> list[int]:
@@ -146,7 +159,7 @@ def run_separate(fused: Any, input_RD: Tensor, counts: Sequence[int]) -> tuple[T
     inner, output, widest = [], [], max(widths(fused))
     for expert, x_RD in zip(fused.separate, input_RD.split(counts), strict=True):
         if len(x_RD):
-            inner_RF = _inner(fused, expert, x_RD)
+            inner_RF = inner_rows(fused, expert, x_RD)
             inner.append(pad(inner_RF, (0, widest - inner_RF.shape[1])))
             output.append(expert[CHILDREN["down"]](inner_RF))
     if not inner:
@@ -162,7 +175,7 @@ def run_one_token(fused: Any, hidden_1D: Tensor, chosen: Sequence[int], weight_K
     for k, number in enumerate(chosen):
         if number < len(fused.separate):
             expert = fused.separate[number]
-            output_1D = expert[CHILDREN["down"]](_inner(fused, expert, hidden_1D))
+            output_1D = expert[CHILDREN["down"]](inner_rows(fused, expert, hidden_1D))
             if getattr(fused, "has_post_expert_norm", False):
                 output_1D = fused.post_expert_norm(output_1D)
             added.append(output_1D * weight_K[k])
@@ -174,20 +187,28 @@ def multiplied(fused: nn.Module, inner_RF: Tensor) -> Tensor:
     return rounded(inner_RF) if rounding_of(fused) == "experts" else inner_RF
 
 
-def _inner(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
-    """What the down projection of one expert is given."""
-    return multiplied(fused, _activated(fused, expert, x_RD))
+def inner_rows(fused: Any, expert: Any, x_RD: Tensor, given: Mapping[str, Tensor] | None = None) -> Tensor:
+    """What the down projection of one expert is given.
+
+    given: by the name of a matrix, what it shares with other experts has made of the rows already.
+    """
+    return multiplied(fused, _activated(fused, expert, x_RD, given or {}))
 
 
-def _activated(fused: Any, expert: Any, x_RD: Tensor) -> Tensor:
-    up_RF = expert[CHILDREN["up"]](x_RD)
+def _activated(fused: Any, expert: Any, x_RD: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    up_RF = _product(expert, "up", x_RD, given)
     if CHILDREN["gate"] not in expert:
         return fused.act_fn(up_RF)
-    gate_RF = expert[CHILDREN["gate"]](x_RD)
+    gate_RF = _product(expert, "gate", x_RD, given)
     if gate_on_input(fused):
         return up_RF * fused.act_fn(gate_RF)
     together = torch.cat if getattr(fused, "is_concatenated", True) else _interleaved
     return fused._apply_gate(together([gate_RF, up_RF], -1))
+
+
+def _product(expert: Any, part: str, x_RD: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+    name = CHILDREN[part]
+    return expert[name].parts(x_RD, given[name])[0] if name in given else expert[name](x_RD)
 
 
 def _interleaved(pair: Sequence[Tensor], _dim: int) -> Tensor:

@@ -1,0 +1,148 @@
+"""A layer whose experts become factors: in memory, and as it is written, read back and compared.
+
+E experts, O outputs, I inputs, N bases, K their width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.edits.apply import shallow
+from moe_compress.edits.edits import FactorExperts
+from moe_compress.edits.factors import Form, Part
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.modeling import edit_layer
+from moe_compress.models.modeling.factored_experts import BASES, BASIS, CORE, FactoredMatrix
+from moe_compress.models.modeling.unfused_experts import CHILDREN, ExpertMatrix
+from moe_compress.models.moe import moe_view
+from moe_compress.models.sublayers import block_names
+
+LINEAR = "linear"
+
+
+class Values(Protocol):
+    """The factors of one projection, as methods give them (`Factors`).
+
+    left [O, K] and right [K, I] of each expert, either empty where `basis` stands in its place; core [O, I]; bases
+    [N, K, I] and mix [E, N]; residue: [O, I] of each, with equally many numbers other than zero in every row.
+    """
+
+    @property
+    def left(self) -> Sequence[Tensor]: ...  # noqa: D102
+
+    @property
+    def right(self) -> Sequence[Tensor]: ...  # noqa: D102
+
+    @property
+    def core(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def basis(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def bases(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def mix(self) -> Tensor | None: ...  # noqa: D102
+
+    @property
+    def activation(self) -> str: ...  # noqa: D102
+
+    @property
+    def residue(self) -> Sequence[Tensor]: ...  # noqa: D102
+
+
+def form_of(values: Values) -> Form:
+    """The form of these factors."""
+    if values.bases is not None:
+        activation: Any = None if values.activation == LINEAR else values.activation
+        return Form(bases=(values.bases.shape[0], values.bases.shape[1]), activation=activation)
+    if values.basis is not None:
+        return Form(basis=min(values.basis.shape))
+    ranks = tuple(each.shape[1] for each in values.left)
+    each = max((int((part_OI != 0).sum(1).max()) for part_OI in values.residue), default=0)
+    rank = ranks[0] if len(set(ranks)) == 1 else ranks
+    return Form(rank=rank, core=values.core is not None, residue=each)
+
+
+def factor_layer(layer: nn.Module, names: Mapping[str, Any], forms: Mapping[Part, Form]) -> None:
+    """Make room for factors in a layer in memory; `names`: of its parts (`block_names`)."""
+    edit_layer.factor_experts(layer, names, forms={part: form.to_json() for part, form in forms.items()})
+
+
+def fill(fused: Any, part: Part, values: Values) -> None:
+    """Put factors into the room that was made for those of one projection, in the dtype of that room."""
+    matrices: list[FactoredMatrix] = [expert[CHILDREN[part]] for expert in fused.separate]
+    bases_XI = None if values.bases is None else values.bases.flatten(0, 1)
+    for kind, found in ((CORE, values.core), (BASIS, values.basis), (BASES, bases_XI)):
+        if found is not None:
+            _put(matrices[0].shared[kind], found)
+    for number, matrix in enumerate(matrices):
+        for child, every in ((matrix.left, values.left), (matrix.right, values.right)):
+            if child is not None:
+                _put(child, every[number])
+        if matrix.mix is not None and values.mix is not None:
+            _put(matrix.mix, values.mix[number])
+        if matrix.residue is not None:
+            matrix.residue.fill(values.residue[number].to(matrix.residue.values.device))
+
+
+def _put(module: Any, value: Tensor) -> None:
+    """A copy of its own: what a method leaves may be a view of much more."""
+    like = module.weight
+    if value.shape != like.shape:
+        raise ValueError(f"a factor of {tuple(value.shape)} does not fit the room for {tuple(like.shape)}.")
+    module.weight = nn.Parameter(value.detach().to(like, copy=True).contiguous(), requires_grad=False)
+
+
+@torch.no_grad()
+def write_factored(
+    writer: CheckpointWriter, model: PreTrainedModel, index: int, layer: nn.Module, factors: Mapping[Part, Values]
+) -> FactorExperts:
+    """Write one layer with factors in the place of its experts' matrices, and read it back; returns its edit.
+
+    layer: of the model, with the numbers that are stored of all that stays; afterwards its experts are those that the
+    stored factors stand for, and everything else is as it was: the text goes on as the checkpoint would pass it on.
+    """
+    edit = FactorExperts(index, {part: form_of(values) for part, values in factors.items()})
+    edit.check(model)
+    names, factored = block_names(model), shallow(layer)
+    factor_layer(factored, names, edit.forms)
+    fused: Any = factored.get_submodule(names["experts"])
+    for part, values in factors.items():
+        fill(fused, part, values)
+    prefix = f"{hf.layers_prefix(model)}{index}."
+    own = {f"{prefix}{names['experts']}.{name}": tensor for name, tensor in fused.state_dict(keep_vars=True).items()}
+    state = {prefix + name: tensor for name, tensor in factored.state_dict().items()}
+    tensors = hf.checkpoint_tensors(model, state)
+    writer.write(index, tensors)
+    _read_back(writer, model, index, own)
+    _pass_on(layer, model, fused)
+    return edit
+
+
+def _read_back(writer: CheckpointWriter, model: PreTrainedModel, index: int, own: Mapping[str, Tensor]) -> None:
+    """Let factors in memory be those of the file, which may hold them in another dtype; only there may they differ."""
+    stored_as = {id(tensor): name for name, tensor in hf.checkpoint_tensors(model, own).items()}
+    with writer.read(index) as tensors:
+        for name, tensor in own.items():
+            stored = tensors[stored_as[id(tensor)]][...]
+            assert torch.equal(stored.to(tensor), tensor.to(stored.dtype).to(tensor)), f"layer {index}: {name}"
+            tensor.copy_(stored)
+
+
+def _pass_on(layer: nn.Module, model: PreTrainedModel, fused: Any) -> None:
+    view = moe_view(layer, family_of(model.config))
+    assert view is not None
+    for part, stack_EOI in view.stacks().items():
+        for number, expert in enumerate(fused.separate):
+            held = expert[CHILDREN[part]]
+            if not isinstance(held, ExpertMatrix):
+                stack_EOI[number].copy_(held.dense())
