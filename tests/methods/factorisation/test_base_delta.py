@@ -35,7 +35,7 @@ def test_the_deltas_are_the_best_for_their_core(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_a_planted_core_is_found(plain: bool) -> None:
-    weight, core = planted(12, 32, 40, rank=2)
+    weight, _ = planted(12, 32, 40, rank=2)
     seen = None if plain else grams(12, 40)
     factors, losses = solve("base_delta", weight, seen, Size(ranks=[2] * 12), sweeps=30)
     assert max(errors(weight, factors, seen)) < 1e-3 and losses[-1] < 1e-3 * losses[0]

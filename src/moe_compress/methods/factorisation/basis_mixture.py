@@ -22,13 +22,15 @@ from moe_compress.methods.factorisation.whitening import Metric, Metrics, factor
 CG_STEPS = 4
 # Sweeps end when one gains less than this share of the loss.
 GAIN = 1e-6
+# Of other groups' bases at the start, beside 1 of an expert's own.
+NOISE = 0.3
 
 
 def solve_basis_mixture(
     weight_EOI: Tensor, metrics: Metrics, size: Size, settings: Settings
 ) -> tuple[Factors, list[float]]:
     """The linear mixture, then, with an activation, gradient steps from there (whose losses need not fall)."""
-    mixture = Mixture(weight_EOI, metrics, *_grouped(weight_EOI, metrics, size))
+    mixture = Mixture(weight_EOI, metrics, *_started(weight_EOI, metrics, size, settings.seed))
     losses = mixture.solve(settings.sweeps)
     factors = Factors(left=mixture.lefts(), right=[], bases=mixture.bases_nkI.float(), mix=mixture.mix_En.float())
     if settings.activation == "linear":
@@ -133,14 +135,18 @@ class Mixture:
         self.left = [left_Ok @ lower_kk.to(left_Ok.dtype) for left_Ok in self.left]
 
 
-def _grouped(weight_EOI: Tensor, metrics: Metrics, size: Size) -> tuple[Tensor, Tensor]:
-    """Start: a basis for each of n runs of experts, which each uses its own group's."""
+def _started(weight_EOI: Tensor, metrics: Metrics, size: Size, seed: int) -> tuple[Tensor, Tensor]:
+    """A basis for each of n runs of experts, which each uses its own group's and, by chance, a little of the others'.
+
+    With its own alone no expert would know what it could gain by another, and sweeps end in worse places.
+    """
     experts = len(weight_EOI)
-    bases, mix_En = [], torch.zeros(experts, size.bases, dtype=torch.float64, device=weight_EOI.device)
+    mix_En = NOISE * torch.randn(experts, size.bases, generator=torch.Generator().manual_seed(seed))
+    bases = []
     for n, group in enumerate(torch.arange(experts).tensor_split(size.bases)):
         bases.append(input_basis(weight_EOI[group.to(weight_EOI.device)], metrics.pooled, size.rank))
-        mix_En[group, n] = 1
-    return torch.stack(bases), mix_En
+        mix_En[group, n] += 1
+    return torch.stack(bases), mix_En.to(weight_EOI.device)
 
 
 def _conditioner(mix_En: Tensor, mean_kk: Tensor, pooled: Metric) -> Callable[[Tensor], Tensor]:

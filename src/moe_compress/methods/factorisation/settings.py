@@ -12,9 +12,9 @@ Solver = Literal["als", "adam"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """sweeps: of alternating least squares; activation: of mixed bases; solver, steps, lr, seed: of the wrapper.
+    """sweeps: of least squares by turns; activation: of mixed bases; solver: of the wrapper; seed: of either's start.
 
-    steps and lr also say how an activation is fitted; None: what each of the two takes by itself.
+    steps, lr: of the wrapper's Adam and of fitting an activation; None: what each of the two takes by itself.
     """
 
     sweeps: int = 4

@@ -16,14 +16,18 @@ from moe_compress.methods.factorisation.low_rank import solve_svd
 from moe_compress.methods.factorisation.settings import Settings, Solver
 from moe_compress.methods.factorisation.shared_basis import solve_shared_basis
 from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.sparse_low_rank import solve_sparse_low_rank
 from moe_compress.methods.factorisation.structures import ACTIVATIONS, STRUCTURES, Activation, Factors, Grams
 from moe_compress.methods.factorisation.whitening import Metric, Metrics, full_precision, working_dtype
+from moe_compress.methods.factorisation.wrapper import solve_wrapper
 
 SOLVERS: dict[str, Callable[[Tensor, Metrics, Size, Settings], tuple[Factors, list[float]]]] = {
     "svd": solve_svd,
     "base_delta": solve_base_delta,
     "shared_basis": solve_shared_basis,
     "basis_mixture": solve_basis_mixture,
+    "wrapper": solve_wrapper,
+    "sparse_low_rank": solve_sparse_low_rank,
 }
 
 
@@ -43,9 +47,9 @@ def solve(
 ) -> tuple[Factors, list[float]]:
     """(fp32 factors, the loss sum tr((W_e - W'_e) H_e (W_e - W'_e)') after each sweep, which never rises).
 
-    grams: H_e, or None for plain distance; read one expert at a time. activation: of mixed bases; solver, seed: of the
-    wrapper; steps, lr: of the two that take gradient steps, whose losses may rise in between. Raises ValueError for
-    numbers that are not finite, and for a size that is not one of these matrices.
+    grams: H_e, or None for plain distance; read one expert at a time. activation: of mixed bases; solver: of the
+    wrapper; seed: of either's start; steps, lr: of the two that take gradient steps, whose losses may rise in between.
+    Raises ValueError for numbers that are not finite, and for a size that is not one of these matrices.
     """
     if structure not in SOLVERS:
         raise ValueError(f"structure={structure}: allowed: {', '.join(STRUCTURES)}.")

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from moe_compress.methods.factorisation.structures import Grams
 
-# Share of a Gram's mean diagonal that is added to its diagonal. Too small to move what tokens decide; enough to let plain
-# distance decide where no token has been, and to keep rounding (1e-7 of the largest entries) from making it indefinite.
+# Share of a Gram's mean diagonal that is added to its diagonal. Too small to move what tokens decide; enough to let
+# plain distance decide where no token has been, and to keep rounding (1e-7 of the largest entries) from making it
+# indefinite.
 RIDGE = 1e-6
 # Above, fp32 leaves too few digits in the directions of least energy.
 CONDITION = 1e6
