@@ -44,7 +44,7 @@ def anchored_target(weight_OI: Tensor, cross_II: Tensor, gram_II: Tensor) -> Ten
     """W K H'^-1 [O, I], to be factorised with the Gram H': the factors then give W x on inputs x' (AA-SVD, 2604.02119).
 
     cross_II: K = sum x y^T, x the original model's inputs, y = x' those after what was compressed before; gram_II: H' =
-    sum y y^T. As |W x - V x'|^2 = |(W K H'^-1 - V) x'|^2 + what no V changes, any solver serves. Both get the same ridge:
+    sum y y^T. As |W x - V y|^2 = |(W K H'^-1 - V) y|^2 + what no V changes, any solver serves. Both get the same ridge:
     where no token has been the target is the weight itself. A Gram of zeros leaves the weight.
     """
     with full_precision():

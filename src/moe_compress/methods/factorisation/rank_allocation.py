@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from moe_compress.methods.factorisation.base_delta import shared_mean
+from moe_compress.methods.factorisation.low_rank import spectrum
+from moe_compress.methods.factorisation.structures import Grams
+from moe_compress.methods.factorisation.whitening import Metrics, full_precision
 
 Key = TypeVar("Key", bound=Hashable)
 Numbers = NDArray[np.float64]
@@ -22,6 +28,21 @@ Counts = NDArray[np.int64]
 SUMS = 1 << 13
 # Matrices about which more than one rank is in question.
 OPEN = 1 << 11
+
+
+@torch.no_grad()
+def spectra_of(structure: str, weight_EOI: Tensor, grams: Grams | None) -> list[Tensor]:
+    """What each further rank of each expert is worth, descending: squared singular values, as its inputs see them.
+
+    Of the experts (svd, sparse_low_rank), or of what they have besides their best common core (base_delta).
+    """
+    with full_precision():
+        metrics = Metrics(grams, weight_EOI)
+        core_OI = shared_mean(weight_EOI, metrics) if structure == "base_delta" else torch.zeros_like(weight_EOI[0])
+        return [
+            spectrum((weight_OI.double() - core_OI).to(metrics.dtype), metrics[e])
+            for e, weight_OI in enumerate(weight_EOI)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
