@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_compress.methods.factorisation.rank_allocation import allocate, allowed_ranks
+from moe_compress.methods.factorisation.rank_allocation import allocate, allowed_ranks, spectra_of
+from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.solve import solve
+from support.experts import experts, grams
 
 
 def worth(spectra: dict[str, Tensor], weight: dict[str, float], ranks: dict[str, int]) -> float:
@@ -94,6 +97,22 @@ def test_more_than_all_and_less_than_the_floors() -> None:
         allocate(spectra, cost, weight, 11, 1, 1)
     nothing = {key: torch.zeros(4) for key in spectra}
     assert sum(allocate(nothing, cost, weight, 20, 1, 1).values()) <= 5
+
+
+@pytest.mark.parametrize("structure", ["svd", "base_delta"])
+def test_ranks_by_spectra_lose_less_than_even_ones(structure: str) -> None:
+    weight, gram = experts(6, 16, 24, common=0.4), grams(6, 24)
+    weight[0] = weight[1] + 0.1 * weight[0]
+    even = Size(ranks=[4] * 6)
+    by_size = torch.tensor([1.0, 2.0, 5.0, 0.3, 0.1, 1.0])[:, None, None]
+    spectra = dict(enumerate(spectra_of(structure, weight, gram * by_size)))
+    assert all(len(values) == 16 and bool((values.diff() <= 0).all()) for values in spectra.values())
+    found = allocate(spectra, dict.fromkeys(spectra, 40), dict.fromkeys(spectra, 1.0), 40 * 24, 0, 1)
+    shared_out = Size(ranks=[*found.values()])
+    losses = [solve(structure, weight, gram * by_size, size)[1][0] for size in (even, shared_out)]
+    assert sum(shared_out.ranks) == 24 and losses[1] < losses[0]
+    kept = sum(float(spectra[e][rank:].sum()) for e, rank in found.items())
+    assert losses[1] == pytest.approx(kept, rel=1e-5)
 
 
 def test_allowed_ranks() -> None:

@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from moe_compress.methods.factorisation.sizes import SizeOptions, parameters, size_for
+from moe_compress.methods.factorisation import whitening
+from moe_compress.methods.factorisation.sizes import Size, SizeOptions, parameters, size_for
 from moe_compress.methods.factorisation.solve import SOLVERS, errors, solve
 from support.experts import LazyGrams, experts, grams, loss
 
@@ -94,6 +95,29 @@ def test_experts_that_are_all_zero(structure: str) -> None:
     assert errors(weight, factors, gram) == (0.0, 0.0) and bool((factors.dense() == 0).all())
 
 
+@pytest.mark.parametrize("structure", ALL)
+@pytest.mark.parametrize(("outputs", "inputs"), WIDE_AND_TALL)
+def test_in_fp32_as_in_float64(structure: str, outputs: int, inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What large matrices and devices take."""
+    weight, gram = experts(E, outputs, inputs, common=0.3).float(), grams(E, inputs, power=1.5).float()
+    size = size_for(structure, E, outputs, inputs, ratio=0.6)
+    expected = solve(structure, weight, gram, size)[1]
+    monkeypatch.setattr(whitening, "SMALL", 0)
+    factors, losses = solve(structure, weight, gram, size)
+    assert losses == pytest.approx(expected, rel=1e-3)
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
+    assert loss(weight, factors.dense(), gram) == pytest.approx(losses[-1], rel=1e-3)
+
+
+@pytest.mark.parametrize("structure", ALL)
+def test_no_expert_s_gram_is_kept(structure: str) -> None:
+    """One pass over the Grams for the pooled one and one a sweep, but for what moves shared bases and cores."""
+    weight, gram = experts(E, OUT, IN, common=0.3), LazyGrams(grams(E, IN))
+    solve(structure, weight, gram, size_for(structure, E, OUT, IN, ratio=0.6), sweeps=2)
+    most = {"svd": 1, "sparse_low_rank": 1, "base_delta": 4, "shared_basis": 7, "basis_mixture": 7, "wrapper": 13}
+    assert gram.reads <= most[structure] * E
+
+
 def test_shared_outputs_too() -> None:
     weight, gram = experts(E, IN, OUT, common=0.5), grams(E, OUT)
     size = size_for("shared_basis", E, IN, OUT, ratio=0.5, options=SizeOptions(side="out"))
@@ -111,6 +135,10 @@ def test_what_cannot_be_solved_is_refused() -> None:
         solve("svd", weight, gram[:5], size)
     with pytest.raises(ValueError, match=r"Gram matrix of expert 0 is \[16, 16\] for 24 inputs"):
         solve("svd", weight, grams(E, OUT), size)
+    with pytest.raises(ValueError, match=r"svd of 6 experts 16 x 24 needs a rank of 0\.\.16 for each: ranks=\[2\]"):
+        solve("svd", weight, gram, Size(ranks=[2]))
+    with pytest.raises(ValueError, match=r"shared_basis of 6 experts 16 x 24 needs a rank of 1\.\.24: rank=0"):
+        solve("shared_basis", weight, gram, Size())
     gram[3, 4, 4] = torch.nan
     with pytest.raises(ValueError, match="expert 3 holds NaN"):
         solve("svd", weight, gram, size)

@@ -11,8 +11,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from moe_compress.methods.factorisation.base_delta import shared_mean
+from moe_compress.methods.factorisation.low_rank import spectrum
+from moe_compress.methods.factorisation.structures import Grams
+from moe_compress.methods.factorisation.whitening import Metrics, full_precision
 
 Key = TypeVar("Key", bound=Hashable)
 Numbers = NDArray[np.float64]
@@ -22,6 +28,21 @@ Counts = NDArray[np.int64]
 SUMS = 1 << 13
 # Matrices about which more than one rank is in question.
 OPEN = 1 << 11
+
+
+@torch.no_grad()
+def spectra_of(structure: str, weight_EOI: Tensor, grams: Grams | None) -> list[Tensor]:
+    """What each further rank of each expert is worth, descending: squared singular values, as its inputs see them.
+
+    Of the experts (svd, sparse_low_rank), or of what they have besides their best common core (base_delta).
+    """
+    with full_precision():
+        metrics = Metrics(grams, weight_EOI)
+        core_OI = shared_mean(weight_EOI, metrics) if structure == "base_delta" else torch.zeros_like(weight_EOI[0])
+        return [
+            spectrum((weight_OI.double() - core_OI).to(metrics.dtype), metrics[e])
+            for e, weight_OI in enumerate(weight_EOI)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,26 +123,31 @@ def _greedy(ladders: list[_Ladder], budget: int) -> tuple[list[int], float]:
 
     A ladder stops at its first step that does not fit; steps of others may still follow.
     """
-    steps = [
-        (np.diff(ladder.worth_N) / np.diff(ladder.cost_N), np.full(len(ladder.cost_N) - 1, k))
-        for k, ladder in enumerate(ladders)
-    ]
-    density, owner = (np.concatenate(parts) for parts in zip(*steps, strict=True))
+    taken = np.concatenate([np.diff(ladder.cost_N) for ladder in ladders])
+    worth = [np.diff(ladder.worth_N) / np.diff(ladder.cost_N) for ladder in ladders]
+    # No step before the one below it, whatever rounding says.
+    density = np.concatenate([np.minimum.accumulate(own) for own in worth])
+    owner = np.repeat(np.arange(len(ladders)), [len(own) for own in worth])
     left = budget - sum(int(ladder.cost_N[0]) for ladder in ladders)
-    place = [0] * len(ladders)
+    order = np.argsort(-density, kind="stable")
+    fitting = int(np.searchsorted(np.cumsum(taken[order]), left, side="right"))
+    left -= int(taken[order[:fitting]].sum())
+    place: list[int] = np.bincount(owner[order[:fitting]], minlength=len(ladders)).tolist()
+    if fitting == len(order):
+        return place, 0.0
     stopped: set[int] = set()
-    price = 0.0
-    for step in np.argsort(-density, kind="stable"):
+    smallest = int(taken[order[fitting:]].min())
+    for step in order[fitting:]:
         k = int(owner[step])
+        if left < smallest:
+            break
         if k in stopped:
             continue
-        taken = int(ladders[k].cost_N[place[k] + 1] - ladders[k].cost_N[place[k]])
-        if taken <= left:
-            place[k], left = place[k] + 1, left - taken
+        if taken[step] <= left:
+            place[k], left = place[k] + 1, left - int(taken[step])
         else:
-            price = price or float(density[step])
             stopped.add(k)
-    return place, price
+    return place, float(density[order[fitting]])
 
 
 def _search(

@@ -14,6 +14,8 @@ from moe_compress.methods.factorisation.structures import STRUCTURES
 Side = Literal["in", "out"]
 # MoBE's own share of bases: one for four experts (arXiv 2508.05257).
 EXPERTS_PER_BASIS = 4
+# Structures in which every expert may have a rank of its own.
+OWN_RANKS = ("svd", "base_delta", "sparse_low_rank")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,13 +97,12 @@ def size_for(
         base = replace(base, pattern=options.pattern, nonzeros=nonzeros)
 
     def of(rank: int) -> Size:
-        uniform = structure in ("svd", "base_delta", "sparse_low_rank")
-        return replace(base, ranks=[rank] * experts) if uniform else replace(base, rank=rank)
+        return replace(base, ranks=[rank] * experts) if structure in OWN_RANKS else replace(base, rank=rank)
 
     def stored(rank: int) -> int:
         return parameters(structure, of(rank), experts, outputs, inputs)
 
-    most = _largest_rank(structure, experts, outputs, inputs, options.side)
+    most = largest_rank(structure, experts, outputs, inputs, options.side)
     if rank is not None:
         if not 1 <= rank <= most:
             raise ValueError(
@@ -125,7 +126,7 @@ def _rounded(rank: int, multiple: int) -> int:
     return rank - rank % multiple if rank >= multiple else rank
 
 
-def _largest_rank(structure: str, experts: int, outputs: int, inputs: int, side: Side) -> int:
+def largest_rank(structure: str, experts: int, outputs: int, inputs: int, side: Side) -> int:
     """Above, ranks say nothing new: all experts together span no more than this."""
     if structure == "shared_basis":
         return min(inputs, experts * outputs) if side == "in" else min(outputs, experts * inputs)

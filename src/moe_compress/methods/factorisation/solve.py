@@ -15,7 +15,7 @@ from moe_compress.methods.factorisation.basis_mixture import solve_basis_mixture
 from moe_compress.methods.factorisation.low_rank import solve_svd
 from moe_compress.methods.factorisation.settings import Settings, Solver
 from moe_compress.methods.factorisation.shared_basis import solve_shared_basis
-from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, largest_rank
 from moe_compress.methods.factorisation.sparse_low_rank import solve_sparse_low_rank
 from moe_compress.methods.factorisation.structures import ACTIVATIONS, STRUCTURES, Activation, Factors, Grams
 from moe_compress.methods.factorisation.whitening import Metric, Metrics, full_precision, working_dtype
@@ -59,7 +59,7 @@ def solve(
         raise ValueError(f"sweeps={sweeps}: at least one is needed.")
     if not bool(weight_EOI.isfinite().all()):
         raise ValueError("the experts' weights hold NaN or infinity.")
-    _require_size(size, weight_EOI)
+    _require_size(structure, size, weight_EOI)
     settings = Settings(sweeps=sweeps, activation=activation, solver=solver, steps=steps, lr=lr, seed=seed)
     with full_precision():
         return SOLVERS[structure](weight_EOI, Metrics(grams, weight_EOI), size, settings)
@@ -84,7 +84,14 @@ def errors(weight_EOI: Tensor, factors: Factors, grams: Grams | None) -> tuple[f
     return share, white[0] / white[1] if white[1] > 0 else share
 
 
-def _require_size(size: Size, weight_EOI: Tensor) -> None:
-    experts, *sides = weight_EOI.shape
-    if size.ranks and (len(size.ranks) != experts or not 0 <= min(size.ranks) <= max(size.ranks) <= min(sides)):
-        raise ValueError(f"ranks={size.ranks} of {experts} experts [{sides[0]}, {sides[1]}]: one each, up to a side.")
+def _require_size(structure: str, size: Size, weight_EOI: Tensor) -> None:
+    experts, outputs, inputs = weight_EOI.shape
+    name = f"structure={structure} of {experts} experts {outputs} x {inputs}"
+    if structure in OWN_RANKS:
+        smaller = min(outputs, inputs)
+        if len(size.ranks) != experts or not all(0 <= rank <= smaller for rank in size.ranks):
+            raise ValueError(f"{name} needs a rank of 0..{smaller} for each: ranks={size.ranks}.")
+        return
+    most = largest_rank(structure, experts, outputs, inputs, size.side)
+    if not 1 <= size.rank <= most:
+        raise ValueError(f"{name} needs a rank of 1..{most}: rank={size.rank}.")

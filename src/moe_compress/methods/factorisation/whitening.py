@@ -138,7 +138,7 @@ class Metrics:
     def _ridged(self, e: int) -> Tensor | None:
         if self.grams is None:
             return None
-        gram_II = self.grams[e].to(self.device, self.dtype)
+        gram_II = self.grams[e].to(self.device, self.dtype, copy=True)
         if gram_II.shape != (self.inputs, self.inputs):
             raise ValueError(f"the Gram matrix of expert {e} is {[*gram_II.shape]} for {self.inputs} inputs.")
         mean = float(gram_II.diagonal().mean())
@@ -146,7 +146,8 @@ class Metrics:
             raise ValueError(f"the Gram matrix of expert {e} holds NaN or infinity.")
         if mean <= 0:
             return None
-        return gram_II + torch.eye(self.inputs, dtype=self.dtype, device=self.device).mul_(RIDGE * mean)
+        gram_II.diagonal().add_(RIDGE * mean)
+        return gram_II
 
 
 def factor(gram_NN: Tensor) -> Tensor:
