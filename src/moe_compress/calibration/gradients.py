@@ -69,3 +69,32 @@ class OutputGradients(ExpertObserver):
         self.gradients.flush()
         mean_DD = self.gradients.total[0] / self.gradients.count_B.clamp_min(1)
         return {"curvature": mean_DD.double().cpu()}
+
+
+class OutputWeights(ExpertObserver):
+    """`weight`: mean square of the loss's gradient times mean square of what the routed experts add, over tokens.
+
+    To first order the squared change of the loss where what a layer's experts add is off by its own size, in a
+    direction that has nothing to do with the gradient.
+    """
+
+    def start(self, view: MoEView) -> None:
+        """Begin with empty sums."""
+        self.added, self.back = 0.0, 0.0
+
+    def rows(self, rows: RoutedRows) -> None:
+        """Add one batch: outputs now, gradients when they come back."""
+        real_T = self.real_T
+        self.added += float(rows.routed_TD.detach()[real_T].double().square().sum())
+
+        def back(gradient_TD: Tensor) -> None:
+            self.back += float(gradient_TD[real_T].double().square().sum())
+
+        rows.routed_TD.register_hook(back)
+
+    def finish(self, view: MoEView) -> dict[str, Tensor]:
+        """The layer's product, [1]."""
+        width = view.router_rows_ED.shape[1]
+        return {
+            "weight": torch.tensor([self.added * self.back / max(self.tokens, 1) ** 2 / width], dtype=torch.float64)
+        }

@@ -98,14 +98,27 @@ class RunningSums:
 class InputMomentCollector:
     """Sums up what the matrices of the chosen kinds see in a layer; `found` holds it by source once the layer is done.
 
-    experts: those whose rows are summed one by one (None: all); the pooled sums are of all experts.
+    experts: those whose rows are summed one by one (None: all); the pooled sums are of all experts; by_gate: rows of
+    experts count as much as what an expert adds does, by the square of its gate; pooled: the statistic of the pooled
+    sums, where that is another one.
     """
 
-    def __init__(self, family: Family, kinds: Sequence[Kind], statistic: Statistic, experts: range | None) -> None:
+    def __init__(
+        self,
+        family: Family,
+        kinds: Sequence[Kind],
+        statistic: Statistic,
+        experts: range | None,
+        *,
+        by_gate: bool = False,
+        pooled: Statistic | None = None,
+    ) -> None:
         self.family = family
         self.kinds = kinds
         self.statistic = statistic
         self.experts = experts
+        self.by_gate = by_gate
+        self.pooled_statistic = pooled or statistic
         self.found: dict[str, Moments] = {}
 
     def enter(self, index: int, layer: nn.Module) -> None:
@@ -127,7 +140,8 @@ class InputMomentCollector:
         if matrix.kind == "experts":
             if self.experts is not None:
                 groups = len(self.experts)
-                self.pooled[matrix.source] = RunningSums(1, inputs, self.statistic, device)
+            if self.experts is not None or self.pooled_statistic != self.statistic:
+                self.pooled[matrix.source] = RunningSums(1, inputs, self.pooled_statistic, device)
         elif matrix.source == ROUTER:
             assert self.view is not None
             self.hooks.append(self.view.router.register_forward_pre_hook(self._input(ROUTER), with_kwargs=True))
@@ -152,10 +166,15 @@ class InputMomentCollector:
 
     def _rows(self, rows: RoutedRows) -> None:
         real_R = self.real_T[rows.token_R]
+        assert self.view is not None
+        # Where the gate scales the input, rows have met it already.
+        gate_R = rows.gate_R.float() if self.by_gate and not hf.gate_on_input(self.view.experts) else None
         for source, x_RI in ((ROUTED, rows.input_RD), (INNER, rows.inner_RF)):
+            x_RI = x_RI if gate_R is None else x_RI.float() * gate_R.unsqueeze(1)
             x_RI, expert_R = x_RI[real_R], rows.expert_R[real_R]
-            if self.experts is not None:
+            if source in self.pooled:
                 self.pooled[source].add(x_RI, torch.zeros_like(expert_R))
+            if self.experts is not None:
                 mine_R = (expert_R >= self.experts.start) & (expert_R < self.experts.stop)
                 x_RI, expert_R = x_RI[mine_R], expert_R[mine_R] - self.experts.start
             self.sums[source].add(x_RI, expert_R)

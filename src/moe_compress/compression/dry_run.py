@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.compression.weights.checks import check_weights, gram_bytes, require_rescalable
-from moe_compress.compression.weights.format_choice import pack_skeleton, storage_for
+from moe_compress.compression.weights.format_choice import Storage, pack_skeleton, storage_for
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
-from moe_compress.edits.edits import Edit
+from moe_compress.edits.edits import Edit, FactorExperts
+from moe_compress.edits.factors import Part
 from moe_compress.methods import registry
+from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import model_shape
 from moe_compress.recipes.recipe import Recipe, Stage
 
@@ -63,6 +65,9 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
     refuse_if_uneditable(model.config)
     matrices = StageMatrices(stage, model)
     check_weights(stage, matrices)
+    if registry.find(stage.method).implementation.factoring is not None:
+        _dry_factors(stage, matrices, found)
+        return
     storage = storage_for(matrices)
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(matrices).values())
@@ -71,6 +76,23 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
     require_rescalable(stage, model, found.values)
     found.edits += pack_skeleton(storage)
     found.keeps_beside &= storage.keeps_beside
+
+
+def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
+    """The same for one that leaves factors: about as large as its words say, where they are shared out."""
+    factoring = registry.find(stage.method).implementation.factoring
+    assert factoring is not None
+    own = {name: stage.parameters[name] for name in registry.find(stage.method).declaration.parameters}
+    if stage.needs == "input_grams" and not factoring.pools(own):
+        found.gram_bytes = max(found.gram_bytes, *(each * count for each, count in gram_bytes(matrices).values()))
+    found.values = Storage(matrices).values(found.values)
+    planned: list[Edit] = []
+    for index, view in moe_views(matrices.model).items():
+        shapes = {part: tuple(view.stacks()[part].shape) for part in get_args(Part) if part in view.stacks()}
+        planned.append(FactorExperts(index, factoring.forms(shapes, **own)))
+    check_edits(matrices.model, planned)
+    found.edits += planned
+    found.keeps_beside = False
 
 
 def _dry_stage(stage: Stage, model: PreTrainedModel, found: DryRun) -> Sequence[Edit]:

@@ -30,6 +30,7 @@ from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
+from moe_compress.compression.weights.factor_stage import run_factor_stage
 from moe_compress.compression.weights.stage import run_weight_stage
 from moe_compress.edits.apply import check_edits
 from moe_compress.edits.checks import require_few
@@ -156,7 +157,9 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         )
         writer.values = values
         if job.weight_stage is not None:
-            done_stage = run_weight_stage(job.weight_stage, job.source, run, writer, progress)
+            leaves_factors = registry.find(job.weight_stage.method).implementation.factoring is not None
+            carry_out = run_factor_stage if leaves_factors else run_weight_stage
+            done_stage = carry_out(job.weight_stage, job.source, run, writer, progress)
             job.report[-1] |= done_stage.report
             after = resulting_config(done_stage.values, done_stage.edits)
         else:

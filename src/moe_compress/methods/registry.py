@@ -18,6 +18,7 @@ from moe_compress.utils.choices import coerce, nearest, one_of
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Registered, declarations, of_function
 
 if TYPE_CHECKING:
+    from moe_compress.methods.factor_method import Factoring
     from moe_compress.methods.weight_method import BitAllocation, GridOptions, InputRescaling
 
 # What counts of tensors hold.
@@ -43,6 +44,7 @@ class Implementation:
     grid: Callable[[Mapping[str, Any]], GridOptions] | None = None
     rescales_inputs: Callable[[Mapping[str, Any]], InputRescaling | None] = lambda _: None
     allocates_bits: Callable[[Mapping[str, Any]], BitAllocation | None] = lambda _: None
+    factoring: Factoring | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +306,7 @@ def weight_method(
     grid: Callable[[Mapping[str, Any]], GridOptions] | None = None,
     rescales_inputs: Callable[[Mapping[str, Any]], InputRescaling | None] = lambda _: None,
     allocates_bits: Callable[[Mapping[str, Any]], BitAllocation | None] = lambda _: None,
+    factoring: Factoring | None = None,
     **said: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that is handed matrices that share their inputs and returns new ones, under its own name.
@@ -311,7 +314,8 @@ def weight_method(
     The recipe's parameters are its keyword-only arguments and those of `WeightStageOptions`. needs: the inputs' squares
     or Gram matrices, or nothing; check: same parameters, and the matrices of every layer on a skeleton; trial: same
     parameters, a cheap stand-in for the run that says what a fraction would do; grid: on which grid weights are wanted,
-    of those that quantize; rescales_inputs: how inputs are made larger first; allocates_bits: how bits are shared out.
+    of those that quantize; rescales_inputs: how inputs are made larger first; allocates_bits: how bits are shared out;
+    factoring: of those that are handed a layer's experts and leave factors.
     said, as values that the source alone tells: group, paper, exclusive, shown_in_names as for `method`;
     leaves_pattern, quantizes, forecast_note: see `Method`; unseen: choices of unseen=, the first one its default;
     min_tokens: its default; allocates: what allocate= shares out, which with spread= is then a parameter;
@@ -324,7 +328,7 @@ def weight_method(
             of_function(run, "weight_method", **said),
             Implementation(
                 run=run, needs=asked, check=check, trial=trial, grid=grid,
-                rescales_inputs=rescales_inputs, allocates_bits=allocates_bits,
+                rescales_inputs=rescales_inputs, allocates_bits=allocates_bits, factoring=factoring,
             ),
         )  # fmt: skip
         return run

@@ -71,7 +71,7 @@ def run_weight_stage(
     layers = run.layers(source)
     storage = storage_for(StageMatrices(stage, layers.model), source.prediction_modules)
     if stage.needs == "input_grams":
-        _require_memory(storage.matrices, layers.device)
+        require_memory(storage.matrices, layers.device)
     shared = _shared_out(stage, storage, source, run, writer, progress)
     windows = run.windows("calibration", source) if stage.needs != "nothing" else None
     stage_run = WeightStage(stage, source, layers, writer, storage, shared, windows.tokens if windows else 0)
@@ -91,12 +91,12 @@ def run_weight_stage(
     return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
-def _require_memory(matrices: StageMatrices, device: torch.device) -> None:
-    """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would."""
+def require_memory(matrices: StageMatrices, device: torch.device, otherwise: str = "not even one expert's fit") -> None:
+    """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would, or what."""
     free = free_memory(device)
     for index, (each, at_once) in gram_bytes(matrices).items():
         if at_once * each > free:
-            fits = f"experts_at_once={free // each} would fit" if free >= each else "not even one expert's fit"
+            fits = f"experts_at_once={free // each} would fit" if free >= each else otherwise
             raise ValueError(
                 f"layer {index}: the Gram matrices of {at_once} experts need {gigabytes(at_once * each)}, and "
                 f"{gigabytes(free)} are free: {fits}."

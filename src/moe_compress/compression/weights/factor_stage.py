@@ -1,0 +1,156 @@
+"""Stages whose method leaves factors: layer by layer, what experts multiply is summed up and they become factors.
+
+As in other weight stages a layer is written, read back, and then passes the text on as it was written
+(propagate=compressed) or as it came (propagate=original). E experts, F neurons of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers
+from moe_compress.compression.weights.factored_layer import write_factored
+from moe_compress.compression.weights.format_choice import Storage
+from moe_compress.compression.weights.layer_grams import GramCollector
+from moe_compress.compression.weights.layer_stores import LayerStore
+from moe_compress.compression.weights.stage import WeightStageResult, require_memory
+from moe_compress.compression.weights.stage_matrices import StageMatrices
+from moe_compress.edits.edits import from_json, to_json
+from moe_compress.edits.factors import Part
+from moe_compress.engine.forward import LayerPass, Progress, walk_layers
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods import registry
+from moe_compress.methods.expert_merge.alignment import aligned_order
+from moe_compress.methods.factor_method import Factoring
+from moe_compress.methods.factorisation.structures import Factors
+from moe_compress.models.families import family_of
+from moe_compress.models.moe import MoEView, learned_view, permute_neurons
+from moe_compress.recipes.recipe import Stage
+from moe_compress.run.context import Run
+from moe_compress.utils.files import read_json, write_json
+from moe_compress.utils.logging import log
+
+
+def run_factor_stage(
+    stage: Stage, source: Checkpoint, run: Run, writer: CheckpointWriter, progress: Progress | None = None
+) -> WeightStageResult:
+    """Carry out a stage that leaves factors into `writer`."""
+    layers = run.layers(source)
+    storage = Storage(StageMatrices(stage, layers.model))
+    windows = run.windows("calibration", source) if stage.needs != "nothing" else None
+    stage_run = FactorStage(stage, source, layers, writer, storage)
+    if windows is not None and not stage_run.factoring.pools(stage.parameters):
+        require_memory(storage.matrices, layers.device, "or use grams=pooled")
+    stage_run.sizes = sizes_of_layers(stage, source, run, stage_run.collector, writer.scratch, progress)
+    if not writer.has(None):
+        writer.copy(None)
+    if windows is None:
+        for index in range(source.num_layers):
+            if not stage_run.is_done(index):
+                with layers.layer(index) as layer:
+                    stage_run.visit(index, layer)
+            if progress is not None:
+                progress(index + 1, source.num_layers)
+        return stage_run.finished({})
+    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    walk_layers(layers, windows, stage_run.visit, state=writer.scratch, progress=progress)
+    return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+
+
+class FactorStage:
+    """Turns the experts of one layer after the other into factors, and keeps what is to be reported of each."""
+
+    def __init__(
+        self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter, storage: Storage
+    ) -> None:
+        self.source, self.layers, self.writer = source, layers, writer
+        self.family, self.options = family_of(source.config), storage.matrices.options
+        self.method = registry.find(stage.method)
+        self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
+        self.factoring = factoring_of(stage)
+        self.collector = GramCollector(
+            self.family, self.options, self.factoring.pools(self.own), writer.scratch, layers.device, source.dense_dtype
+        )
+        self.store = LayerStore(storage.writer, source, layers, writer, storage.matrices.kinds)
+        self.values = writer.values = storage.values(source.values)
+        writer.keep_prediction_layers = False
+        self.sizes: Sizes = {}
+
+    def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
+        """One layer: observe, factor, write, verify, go on."""
+        view = learned_view(layer, self.family)
+        stays = self.options.propagate == "original"
+        if view is None:
+            self.writer.copy(index)
+            write_json(self._notes_file(index), {})
+            if run is not None:
+                run([], True)
+            return
+        order_EF = self._aligned(view) if self.factoring.aligns(self.own) else None
+        if run is not None:
+            self.collector.collect(view, run, stays)
+            self.collector.require_seen(index)
+        layer_experts = self.collector.experts(index, view, self.factoring, self.own, self.sizes.get(index, {}))
+        found = self.method.run(layer_experts, **self.own)
+        edit = self._write(index, layer, view, found.factors, order_EF)
+        counts = self.collector.counts
+        self.collector.release()
+        write_json(self._notes_file(index), {"edit": edit, "projections": found.report, **counts})
+        if run is not None and not stays:
+            run([], True)
+
+    def _aligned(self, view: MoEView) -> Tensor:
+        """Put the neurons of all experts in the order of the first one's; what they compute stays the same."""
+        order_EF = aligned_order([range(view.num_experts)], view).long()
+        permute_neurons(view, order_EF)
+        return order_EF
+
+    def _write(
+        self, index: int, layer: nn.Module, view: MoEView, factors: Mapping[Part, Factors], order_EF: Tensor | None
+    ) -> dict[str, Any]:
+        """Write the layer with the numbers that are stored of whatever stays; the edit that makes room for it."""
+        with self.store.changed(index, layer, ()) as (model, stored):
+            exact = learned_view(stored, self.family)
+            assert exact is not None
+            if stored is not layer and order_EF is not None:
+                permute_neurons(exact, order_EF)
+            edit = write_factored(self.writer, model, index, stored, factors)
+            if stored is not layer:
+                for part, stack_EOI in view.stacks().items():
+                    stack_EOI.copy_(exact.stacks()[part])
+        return to_json(edit)
+
+    def _notes_file(self, index: int) -> Path:
+        return self.writer.scratch / f"notes-{index:05d}.json"
+
+    def is_done(self, index: int) -> bool:
+        """Whether an earlier, killed run has finished this layer."""
+        return self._notes_file(index).is_file()
+
+    def finished(self, report: Mapping[str, Any]) -> WeightStageResult:
+        """The report by layer and projection, and the edits."""
+        notes = {i: read_json(self._notes_file(i)) for i in range(self.source.num_layers)}
+        changed = {i: note for i, note in notes.items() if note}
+        parts = [said for note in changed.values() for said in note["projections"].values()]
+        before = sum(said["parameters_before"] for said in parts)
+        found = {
+            **report,
+            "kept": sum(said["parameters"] for said in parts) / before,
+            **{name: sum(said[name] for said in parts) / len(parts) for name in ("plain", "whitened")},
+            "projections": {i: note["projections"] for i, note in changed.items()},
+            **{key: {i: note[key] for i, note in changed.items() if note.get(key)} for key in ("unseen", "tokens")},
+        }
+        return WeightStageResult(found, [from_json(note["edit"]) for note in changed.values()], self.values)
+
+
+def factoring_of(stage: Stage) -> Factoring:
+    """What the stage's method tells of its factors."""
+    factoring = registry.find(stage.method).implementation.factoring
+    assert factoring is not None
+    return factoring

@@ -1,0 +1,72 @@
+"""What a method that leaves factors is given of a layer's experts, what it gives back, and what it tells the engine.
+
+E experts, O outputs, I inputs, F inner neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe_compress.edits.factors import Form, Part
+from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.structures import Factors, Grams
+
+# Of a layer's projections, (E, O, I).
+Shapes = Mapping[Part, tuple[int, int, int]]
+# What each further rank of a matrix is worth, by projection and expert (-1 for all of them), descending.
+Spectra = Mapping[tuple[Part, int], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerExperts:
+    """The experts of one layer, as a method that factors them is given them.
+
+    layer: its number; weights: [E, O, I] by projection; grams: sums of the outer products of what each expert's matrix
+    multiplies, as much as its gate counts, or none for plain distance; sizes: what was shared out among layers; stored:
+    the dtype in which factors are stored.
+    """
+
+    layer: int
+    weights: Mapping[Part, Tensor]
+    grams: Mapping[Part, Grams | None]
+    sizes: Mapping[Part, Size] = field(default_factory=dict)
+    stored: torch.dtype = torch.float32
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of its projections."""
+        return {part: (len(w), w.shape[1], w.shape[2]) for part, w in self.weights.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FactoredLayer:
+    """The factors that come out, by projection, and what is reported of each of them."""
+
+    factors: Mapping[Part, Factors]
+    report: Mapping[Part, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Factoring:
+    """What a method that leaves factors tells the engine besides its run.
+
+    forms: how a layer's projections will be held, as far as their shapes and the method's own parameters tell;
+    projections: those of a layer that are factored. Of its parameters: aligns, whether neurons of a layer's experts are
+    put in one order first; pools, whether one Gram matrix does for all experts; shares_out, whether sizes depend on all
+    layers; weighs, whether these count by the loss's gradient. spectra: of a layer; share_out: spectra of all layers,
+    what each counts, and shapes -> sizes by layer.
+    """
+
+    forms: Callable[..., dict[Part, Form]]
+    projections: Callable[[Sequence[Part], Mapping[str, Any]], list[Part]]
+    aligns: Callable[[Mapping[str, Any]], bool]
+    pools: Callable[[Mapping[str, Any]], bool]
+    shares_out: Callable[[Mapping[str, Any]], bool]
+    weighs: Callable[[Mapping[str, Any]], bool]
+    spectra: Callable[..., Spectra]
+    share_out: Callable[..., dict[int, dict[Part, Size]]]

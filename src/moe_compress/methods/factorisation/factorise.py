@@ -1,0 +1,144 @@
+"""Factorisation: the experts' matrices of a layer as factors that store less and, where experts share some, run less.
+
+Every structure is solved in closed form, or by alternating closed forms, in the metric of what the experts multiply:
+sum over experts of tr((W - W') H (W - W')'), H the sum of g^2 x x' over the tokens routed to an expert (g its gate).
+docs/methods/factorise.md has the formulas and the papers. E experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from moe_compress.edits.factors import Part
+from moe_compress.methods.factor_method import FactoredLayer, Factoring, LayerExperts, Shapes, Spectra
+from moe_compress.methods.factorisation.requested import check_factorise, forms, projections_of, size_of, tried
+from moe_compress.methods.factorisation.settings import Solver
+from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
+from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.solve import errors, solve
+from moe_compress.methods.factorisation.structures import Activation, Factors
+from moe_compress.methods.registry import Need, weight_method
+
+Chosen = Literal["base_delta", "svd", "shared_basis", "basis_mixture", "wrapper", "sparse_low_rank", "auto"]
+
+
+def _needs(parameters: Mapping[str, Any]) -> Need:
+    return "nothing" if parameters["objective"] == "plain" else "input_grams"
+
+
+def spectra(layer: LayerExperts, **own: Any) -> Spectra:
+    """What further ranks of a layer's projections are worth."""
+    return spectra_of(layer, own["structure"], _even(layer.shapes, own))
+
+
+def shared_out(
+    spectra: Mapping[int, Spectra], counts: Mapping[int, float], shapes: Mapping[int, Shapes], **own: Any
+) -> dict[int, dict[Part, Size]]:
+    """Sizes of all layers' projections out of one budget."""
+    even = {index: _even(found, own) for index, found in shapes.items()}
+    words = {key: own[key] for key in ("structure", "ratio", "multiple")}
+    return share_out(spectra, counts, shapes, even, **words)
+
+
+def _even(shapes: Shapes, own: Mapping[str, Any]) -> dict[Part, Size]:
+    """Sizes where nothing is shared out."""
+    return {part: size_of(own["structure"], part, shape, own) for part, shape in shapes.items()}
+
+
+@weight_method(
+    group="slimming",
+    paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE), 2409.13652 (OATS)",
+    needs=_needs,
+    check=check_factorise,
+    factoring=Factoring(
+        forms=forms,
+        projections=lambda there, own: projections_of(own["projections"], there),
+        aligns=lambda own: own["align"],
+        pools=lambda own: own["grams"] == "pooled",
+        shares_out=lambda own: own["budget"] == "global",
+        weighs=lambda own: own["weigh"] == "gradient",
+        spectra=spectra,
+        share_out=shared_out,
+    ),
+    exclusive=(("rank", "ratio"),),
+    shown_in_names=("structure", "rank", "ratio"),
+    selection_after="projections",
+    unseen=("pooled", "plain", "error"),
+)
+def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
+    layer: LayerExperts,
+    *,
+    structure: Chosen = "base_delta",
+    rank: int | None = None,
+    ratio: float | None = 0.5,
+    budget: Literal["uniform", "layer", "global"] = "uniform",
+    weigh: Literal["uniform", "gradient"] = "uniform",
+    projections: str = "all",
+    align: bool = False,
+    objective: Literal["activation", "plain"] = "activation",
+    grams: Literal["expert", "pooled"] = "expert",
+    multiple: int = 1,
+    bases: int | None = None,
+    sparse: float = 0.5,
+    pattern: str | None = None,
+    activation: Activation = "linear",
+    sweeps: int = 4,
+    solver: Solver = "als",
+    steps: int | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+) -> FactoredLayer:
+    """Hold experts' matrices in factors: low ranks, what experts share, sparse residues.
+
+    structure: a core and low ranks (base_delta), low ranks (svd), a shared subspace (shared_basis), mixed bases
+    (basis_mixture, with `bases` of them and an `activation`), the core in low-rank wrappers (wrapper, by solver=als or
+    as published: adam, steps=1000 lr=0.001), low ranks and single weights (sparse_low_rank, `sparse` of the budget or
+    pattern=2:4), or for each layer and projection the nearest of these at the same bytes (auto); rank, or ratio: the
+    share of the factored projections' parameters that is kept; budget: the same rank for all, or ranks shared out in
+    each layer or among all (weigh=gradient: layers count as the loss sees them), in multiples of `multiple`;
+    projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
+    the tokens routed to an expert see its matrix, or plain distance; grams: second moments of each expert's inputs, or
+    pooled ones with each expert's own diagonal; sweeps: of alternating least squares.
+    """
+    own = {key: value for key, value in locals().items() if key != "layer"}
+    sizes = _sizes(layer, own)
+    found = {part: _projection(layer, part, sizes.get(part), own) for part in layer.weights}
+    return FactoredLayer(
+        factors={part: factors for part, (factors, _) in found.items()},
+        report={part: said for part, (_, said) in found.items()},
+    )
+
+
+def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
+    """The sizes of a layer's projections; none where each structure that is tried has its own."""
+    if layer.sizes or own["structure"] == "auto":
+        return layer.sizes
+    if own["budget"] == "uniform":
+        return _even(layer.shapes, own)
+    return shared_out({layer.layer: spectra(layer, **own)}, {layer.layer: 1.0}, {layer.layer: layer.shapes}, **own)[
+        layer.layer
+    ]
+
+
+def _projection(
+    layer: LayerExperts, part: Part, size: Size | None, own: Mapping[str, Any]
+) -> tuple[Factors, dict[str, Any]]:
+    """The factors of one projection, and what they are like: of those that are tried, the nearest."""
+    weight_EOI, gram = layer.weights[part], layer.grams[part]
+    if size is not None:
+        sizes = {str(own["structure"]): size}
+    else:
+        sizes = tried(part, layer.shapes[part], layer.stored.itemsize, own)
+    words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
+    best: tuple[Factors, dict[str, Any]] | None = None
+    whitened: dict[str, float] = {}
+    for structure, each in sizes.items():
+        factors, losses = solve(structure, weight_EOI, gram, each, **words)
+        plain, whitened[structure] = errors(weight_EOI, factors, gram)
+        if best is None or whitened[structure] < best[1]["whitened"]:
+            first = whitened[structure] * losses[0] / losses[-1] if losses[-1] else 0.0
+            said = {"structure": structure, "parameters": factors.parameters, "parameters_before": weight_EOI.numel()}
+            best = factors, {**said, "plain": plain, "whitened": whitened[structure], "whitened_at_first": first}
+    assert best is not None
+    return best[0], {**best[1], **({"tried": whitened} if len(sizes) > 1 else {})}

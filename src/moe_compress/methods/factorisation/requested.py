@@ -1,0 +1,132 @@
+"""What the words of a `factorise` recipe ask of a layer's projections: which of them, in which structure, how large.
+
+E experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from moe_compress.edits.factors import Form, Part
+from moe_compress.methods.factor_method import Shapes
+from moe_compress.methods.factorisation.sharing_out import SHARED_OUT
+from moe_compress.methods.factorisation.sizes import Size, SizeOptions, size_for
+from moe_compress.methods.pruning.masks import pattern_of
+from moe_compress.models.matrices import Matrix
+
+Own = Mapping[str, Any]
+PARTS: tuple[Part, ...] = get_args(Part)
+# What auto tries: a wrapper is never nearer than the core and low rank that it is stored as.
+TRIED = ("svd", "base_delta", "shared_basis", "basis_mixture", "sparse_low_rank")
+
+
+def projections_of(text: str, there: Sequence[Part]) -> list[Part]:
+    """The projections of `projections=`, in the order of a layer. ValueError for one that is not there."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    wrong = next((word for word in words if word != "all" and word not in there), None)
+    if wrong is not None or not words:
+        named = f"{wrong!r} is no projection of these experts" if wrong else "nothing is named"
+        raise ValueError(f"projections={text}: {named}; they have {', '.join(there)} (all for each of them).")
+    return [part for part in there if part in words or "all" in words]
+
+
+def _options(part: Part, bases: int | None, sparse: float, pattern: str | None) -> SizeOptions:
+    """What sizes depend on besides a rank; of a shared basis the side of the model's width is shared."""
+    return SizeOptions(
+        side="out" if part == "down" else "in", bases=bases, sparse=sparse, pattern=pattern_of(pattern or "")
+    )
+
+
+def size_of(structure: str, part: Part, shape: tuple[int, int, int], own: Own, ratio: float | None = None) -> Size:
+    """The size of a projection that the recipe's words ask for. ValueError for one that cannot be."""
+    options = _options(part, own["bases"], own["sparse"], own["pattern"])
+    wanted = own["ratio"] if ratio is None else ratio
+    rank = own["rank"] if ratio is None else None
+    return size_for(structure, *shape, ratio=wanted, rank=rank, multiple=own["multiple"], options=options)
+
+
+def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> dict[str, Size]:
+    """The structures that can have a share of a projection's bytes, with the size of each; ValueError if none can.
+
+    The mask of a residue takes a bit of every weight.
+    """
+    found, reasons = {}, []
+    for structure in TRIED:
+        ratio = own["ratio"] - (1 / (8 * itemsize) if structure == "sparse_low_rank" else 0)
+        try:
+            found[structure] = size_of(structure, part, shape, own, ratio)
+        except ValueError as error:
+            reasons.append(str(error))
+    if not found:
+        raise ValueError(reasons[0])
+    return found
+
+
+def forms(shapes: Shapes, **own: Any) -> dict[Part, Form]:
+    """How the projections of a layer will be held: as the recipe says, or (structure=auto, budget=) about as much."""
+    found: dict[Part, Form] = {}
+    for part in projections_of(own["projections"], list(shapes)):
+        structure = own["structure"]
+        if structure == "auto":
+            structure, size = next(iter(tried(part, shapes[part], 2, own).items()))
+        else:
+            size = size_of(structure, part, shapes[part], own)
+        found[part] = _form(structure, size, shapes[part], own["activation"])
+    return found
+
+
+def _form(structure: str, size: Size, shape: tuple[int, int, int], activation: str) -> Form:
+    if structure == "shared_basis":
+        return Form(basis=size.rank)
+    if structure == "basis_mixture":
+        return Form(bases=(size.bases, size.rank), activation=_stored(activation))
+    rank = 2 * size.rank if structure == "wrapper" else size.ranks[0]
+    return Form(rank=rank, core=structure in ("base_delta", "wrapper"), residue=size.row_nonzeros(shape[2]))
+
+
+def _stored(activation: str) -> Literal["silu", "tanh"] | None:
+    return "silu" if activation == "silu" else "tanh" if activation == "tanh" else None
+
+
+def check_factorise(layers: Mapping[int, Sequence[Matrix]], **parameters: Any) -> None:
+    """Raise ValueError for words that do not fit together, or sizes that these experts cannot have."""
+    _require_words(**parameters)
+    for index, matrices in layers.items():
+        if any(matrix.kind != "experts" for matrix in matrices):
+            raise ValueError(f"where={parameters['where']}: factors are made of routed experts alone (where=experts).")
+        shapes = {_part(matrix): _shape(matrix) for matrix in matrices}
+        try:
+            if shapes:
+                forms(shapes, **parameters)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
+
+
+def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
+    """Raise ValueError for words that do not fit together, whatever the model."""
+    if parameters["rank"] is None and not 0 < (parameters["ratio"] or 0) < 1:
+        raise ValueError(f"ratio={parameters['ratio']}: the share of the experts that is kept is above 0 and below 1.")
+    if parameters["rank"] is not None and (structure == "auto" or budget != "uniform"):
+        word = "structure=auto compares structures" if structure == "auto" else f"budget={budget} shares out ranks"
+        raise ValueError(f"{word} at the same bytes: say ratio= in place of rank=.")
+    if budget != "uniform" and structure not in SHARED_OUT:
+        raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, not {structure}.")
+    if parameters["solver"] == "adam" and structure != "wrapper":
+        raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
+    if parameters["weigh"] == "gradient" and budget != "global":
+        raise ValueError("weigh=gradient weighs layers against each other: it goes with budget=global.")
+    if min(parameters["multiple"], parameters["sweeps"]) < 1:
+        raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
+    if parameters["objective"] == "plain" and parameters["shrink"]:
+        raise ValueError("objective=plain looks at no text: shrink= says nothing to it.")
+
+
+def _part(matrix: Matrix) -> Part:
+    name = matrix.name.rpartition(".")[2]
+    return next(part for part in PARTS if part == name)
+
+
+def _shape(matrix: Matrix) -> tuple[int, int, int]:
+    experts, outputs, inputs = matrix.weight_BOI.shape
+    return experts, outputs, inputs
