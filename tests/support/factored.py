@@ -1,4 +1,4 @@
-"""Experts in random factors: every form, in memory and in checkpoints, beside the whole matrices that they stand for."""
+"""Experts in random factors: every form, in memory and in checkpoints, beside the matrices that they stand for."""
 
 from __future__ import annotations
 
