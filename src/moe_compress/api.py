@@ -22,6 +22,7 @@ from moe_compress.checkpoints.resolve import config_folder, resolve_model, token
 from moe_compress.compression import failures
 from moe_compress.compression.export import pad_experts
 from moe_compress.compression.forecast import Forecast, forecast
+from moe_compress.compression.full_matrices import in_factors, write_full_matrices
 from moe_compress.compression.gguf_plan import cut_gguf
 from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
 from moe_compress.data.show import ShownData, show
@@ -200,13 +201,18 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
 def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
 
+    Of experts in factors: their whole matrices, which save no memory.
+
+
     pad: accepted for what was written earlier; padding is the one way there is.
     """
     coerce(bool, pad, "pad")
     opened = resolve_model(str(checkpoint))
-    target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-padded")
+    factored = in_factors(opened)
+    ending = "full" if factored else "padded"
+    target = Path(out) if out else opened.folder.with_name(f"{opened.folder.name}-{ending}")
     with progress_bar("writing") as progress:
-        return pad_experts(opened, target, progress)
+        return (write_full_matrices if factored else pad_experts)(opened, target, progress)
 
 
 def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path = "", any_model: bool = False) -> Path:

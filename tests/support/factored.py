@@ -1,4 +1,4 @@
-"""Experts in random factors: every form, in memory and in checkpoints, beside the whole matrices that they stand for."""
+"""Experts in random factors: every form, in memory and in checkpoints, beside the matrices that they stand for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.factored_layer import factor_layer, fill, write_factored
@@ -133,4 +134,5 @@ def write(
         else:
             writer.copy(index)
     writer.finish(resulting_config(source.values, edits).values, {})
+    (out / MANIFEST).unlink()  # of a run, which this is none of
     return open_checkpoint(out), edits

@@ -47,12 +47,13 @@ def pad_experts(checkpoint: Checkpoint, out: Path, progress: Progress | None = N
     with exclusive_output(out, [identity]):
         writer = CheckpointWriter(out, checkpoint, identity, keep_prediction_layers=False)
         count = _write_layers(checkpoint, writer, progress)
-        writer.finish(values, {**_manifest(checkpoint), "identity": identity, "form": "plain", "padded_to": count})
+        manifest = exported_manifest(checkpoint, "padded_from")
+        writer.finish(values, {**manifest, "identity": identity, "form": "plain", "padded_to": count})
     return out
 
 
-def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the edited checkpoint says of itself, and what was padded."""
+def exported_manifest(checkpoint: Checkpoint, key: str) -> dict[str, Any]:
+    """What the edited checkpoint says of itself, and under `key` which one it was."""
     source = {"model": checkpoint.name, "commit": checkpoint.commit}
     blank = {
         "base": {**source, "fingerprint": checkpoint.fingerprint},
@@ -60,7 +61,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any]:
         "report": [],
         "cost": {"surgery_seconds": 0.0, "peak_bytes": 0},
     }
-    return {**(read_manifest(checkpoint.folder) or blank), "padded_from": source}
+    return {**(read_manifest(checkpoint.folder) or blank), key: source}
 
 
 def _write_layers(checkpoint: Checkpoint, writer: CheckpointWriter, progress: Progress | None) -> int:

@@ -59,6 +59,7 @@ model = AutoModelForCausalLM.from_pretrained({name!r}, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained({name!r}, trust_remote_code=True)
 ```"""
 PACKED = """Its weights are packed. `moe_compress.load({name!r})` keeps them so in memory; {stock}."""
+FULL = "Its experts were held in factors, whose products are stored here as full matrices: no memory is saved."
 NO_STOCK = "the files of this folder do so as well"
 
 
@@ -92,6 +93,7 @@ def model_card(
         f"# {_line(name)}",
         f"`{base}`, compressed by moe-compress with the recipe\n\n"
         f"    {_line(sentence_of(manifest['stages'])) or 'of a plan'}",
+        *([FULL] if manifest.get("full_matrices_from") else []),
         "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
         "## How to load it\n\n" + _loading(name, edited, packed, stock, manifest.get("loader", "AutoModelForCausalLM")),
         *([_measured(record)] if record is not None else []),

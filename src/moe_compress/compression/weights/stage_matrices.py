@@ -9,6 +9,7 @@ from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
+from moe_compress.models.moe import moe_views
 from moe_compress.recipes.recipe import Stage
 
 
@@ -30,6 +31,17 @@ class StageMatrices:
             )
         grid = registry.find(stage.method).implementation.grid
         self.grid = grid(stage.parameters) if grid is not None else None
+        self._require_factors(stage)
+
+    def _require_factors(self, stage: Stage) -> None:
+        """Raise ValueError for experts that are held in factors, unless these are only rounded to the nearest."""
+        factored = any(view.factored for view in moe_views(self.model).values())
+        shared_out = registry.find(stage.method).implementation.allocates_bits(stage.parameters) is not None
+        if "experts" in self.kinds and factored and (self.grid is None or stage.needs != "nothing" or shared_out):
+            raise ValueError(
+                f"{stage.method}: experts that are held in factors can be rounded to the nearest alone (quantize "
+                "method=rtn with one width for all): put this stage before factorise, or choose other parts (where=)."
+            )
 
     @property
     def packable(self) -> dict[int, list[Matrix]]:

@@ -54,6 +54,20 @@ EARLIER = (
             "unfused_experts.py": "f5d62a3fa1fa30b9864a7069ab6a240491dd175df7177b9bdd3b4152bf4d4fc8",
         },
     ),
+    Version(
+        "edited_model",
+        {
+            "activation_rounding.py": "081add098712593366fd2e19738838eb01e0c246c8bac27172e54d6ee0a0900b",
+            "bit_packing.py": "a944435d232a14ce26c2e48497b98bf9e2529ae16f8bdbbf12c790ba2dfdab9a",
+            "edit_layer.py": "9dfa1e4b6aa23f18ef0e7b1e8cd91e13c2b5b64ec802990d7a3e0ad37df2651e",
+            "edited_model.py": "43a7d81bbdbef311875a52d8d7a2a0a16e376054c69d8693f5c2db2c031b847c",
+            "expert_forward.py": "6ea3b6840ebfae3ccafb61e0a5941399367965784c59e520ed13d4220bf063a0",
+            "packed_kernels.py": "7521a1e0363ca2c40eaaed94320854cc984cd2929e6c1b2d7b0c88fe3dfcd5f8",
+            "packed_linear.py": "5a7d3fb416ebff58575209a7eeeb67d35e8a5ab03ff1651414b763283d7bea91",
+            "rerouting.py": "c88da3c7f716d9ae9f38e9c2ebb0817e30d5b16ab6d8634fda869cbb27ee7e93",
+            "unfused_experts.py": "f5d62a3fa1fa30b9864a7069ab6a240491dd175df7177b9bdd3b4152bf4d4fc8",
+        },
+    ),
 )
 
 

@@ -1,0 +1,127 @@
+"""What stages and exports make of experts that are held in factors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moe_compress
+from moe_compress.checkpoints.folder import MANIFEST, read_manifest
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.edits.edits import KeepExperts
+from moe_compress.edits.factors import Form
+from moe_compress.hub.card import model_card
+from moe_compress.models import hf
+from moe_compress.models.modeling.factored_experts import FactoredMatrix
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.moe import moe_views
+from moe_compress.models.sizes import sizes
+from support import tiny
+from support.editing import logits_of
+from support.editing import write as write_edits
+from support.factored import MIXED, OTHERS, write
+
+# Ranks are such as a group of 8 divides.
+SAME = {"gate": Form(rank=8, core=True), "up": Form(bases=(2, 8)), "down": Form(basis=16)}
+OTHER = {"gate": Form(rank=(8, 16) * 4), "up": Form(rank=8, residue=3), "down": Form(rank=(8, 16) * 4, core=True)}
+RTN = "quantize method=rtn group_size=8 clip=max format=packed where=experts"
+
+
+@pytest.fixture(scope="module")
+def factored(reader_folder, tmp_path_factory):
+    """By forms, a checkpoint with a tokenizer."""
+    folder = tmp_path_factory.mktemp("factored")
+    source = open_checkpoint(reader_folder("mixtral"))
+    return {name: write(source, forms, folder / name)[0] for name, forms in (("same", SAME), ("other", OTHER))}
+
+
+def compressed(sentence, checkpoint, lab, **options):
+    words = {**lab("mixtral"), "model": str(checkpoint.folder), "eval": False}
+    return moe_compress.compress(sentence, **{**words, **options}).folder
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("name", ["same", "other"])
+def test_factors_are_rounded_and_packed(bits, name, factored, lab, tmp_path):
+    folder = compressed(f"{RTN} bits={bits}", factored[name], lab, out=str(tmp_path / "out"))
+    found, before = load_model(folder, torch.float32), load_model(factored[name].folder, torch.float32)
+    ours = moe_compress.load(folder, torch.float32)
+    packed = 0
+    for new, old in zip(moe_views(found).values(), moe_views(before).values(), strict=True):
+        assert new.factored and new.widths == old.widths
+        for path, module in old.experts.named_modules():
+            after = new.experts.get_submodule(path)
+            if isinstance(after, PackedMatrix):
+                packed += 1
+                step = after.scales.repeat_interleave(8, 1)
+                assert bool(((after.dense() - module.weight).abs() <= step * 0.5001).all())
+            elif isinstance(after, FactoredMatrix):
+                assert after.shares == module.shares
+    assert packed > 0
+    torch.testing.assert_close(logits_of(ours), logits_of(found), rtol=1e-4, atol=1e-4)
+    checkpoint = open_checkpoint(folder)
+    assert sizes(hf.skeleton(checkpoint.config, torch.float32), 16, torch.float32).bytes == checkpoint.bytes
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["quantize method=gptq bits=4", "quantize method=awq bits=4", "quantize method=rtn bits=auto budget=4", "prune"],
+)
+def test_whatever_has_to_know_what_factors_are_given_is_refused(sentence, factored, lab):
+    with pytest.raises(ValueError, match="held in factors can be rounded to the nearest alone") as caught:
+        compressed(sentence, factored["same"], lab)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plain_format_holds_no_factors(factored, lab):
+    with pytest.raises(ValueError, match="use format=packed"):
+        compressed("quantize method=rtn bits=4 format=compressed-tensors", factored["same"], lab)
+
+
+# --- whole again --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forms", [MIXED, OTHERS], ids=["mixed", "others"])
+@pytest.mark.parametrize("family", tiny.EDITABLE)
+def test_an_export_is_the_ordinary_architecture_with_full_matrices(family, forms, sources, tmp_path):
+    source = sources(family)
+    checkpoint, _ = write(source, forms, tmp_path / "factored")
+    plain = open_checkpoint(moe_compress.export(checkpoint.folder, tmp_path / "plain"))
+    assert plain.values["model_type"] == source.values["model_type"] and "moe_compress" not in plain.values
+    assert plain.tensors.keys() == source.tensors.keys() and not list(plain.folder.glob("*.py"))
+    model, stock = load_model(checkpoint.folder, torch.float32), load_model(plain.folder, torch.float32)
+    assert type(stock) is type(load_model(source.folder, torch.float32))
+    torch.testing.assert_close(logits_of(stock), logits_of(model), rtol=1e-3, atol=2e-4)
+
+
+def test_an_export_says_that_nothing_is_saved(sources, tmp_path, caplog):
+    checkpoint, _ = write(sources("mixtral"), MIXED, tmp_path / "factored")
+    folder = moe_compress.export(checkpoint.folder)
+    assert folder == tmp_path / "factored-full"
+    assert "full matrices save no memory" in caplog.text
+    manifest = read_manifest(folder)
+    assert manifest is not None and manifest["full_matrices_from"]["model"] == checkpoint.name
+    assert "no memory is saved" in model_card({**manifest, "base": {"model": "some/one", "fingerprint": "0"}}, name="x")
+
+
+def test_an_export_keeps_what_other_edits_left(sources, tmp_path):
+    kept = [KeepExperts(layer, (0, 2, 3, 5, 6, 7)) for layer in range(tiny.LAYERS)]
+    checkpoint, _ = write(write_edits(sources("mixtral"), kept, tmp_path / "six"), MIXED, tmp_path / "factored")
+    fewer = write_edits(checkpoint, [KeepExperts(layer, (0, 2, 3)) for layer in range(tiny.LAYERS)], tmp_path / "three")
+    (fewer.folder / MANIFEST).unlink()
+    plain = open_checkpoint(moe_compress.export(fewer.folder, tmp_path / "plain"))
+    assert plain.values["num_local_experts"] == 3 and "moe_compress" not in plain.values
+    expected = logits_of(load_model(fewer.folder, torch.float32))
+    torch.testing.assert_close(logits_of(load_model(plain.folder, torch.float32)), expected, rtol=1e-3, atol=2e-4)
+
+
+def test_an_export_of_uneven_layers_or_packed_factors_is_refused(factored, sources, lab, tmp_path):
+    checkpoint, _ = write(sources("mixtral"), MIXED, tmp_path / "factored")
+    uneven = write_edits(checkpoint, [KeepExperts(0, (0, 2, 3))], tmp_path / "uneven")
+    with pytest.raises(ValueError, match="differs from a plain model in more than its factors"):
+        moe_compress.export(uneven.folder, tmp_path / "plain")
+    packed = compressed(f"{RTN} bits=8", factored["same"], lab, out=str(tmp_path / "packed"))
+    with pytest.raises(ValueError, match="holds packed factors: export what it was before quantize"):
+        moe_compress.export(packed, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists() and not (tmp_path / "plain.partial").exists()
