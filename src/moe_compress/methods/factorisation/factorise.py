@@ -48,7 +48,7 @@ def _even(shapes: Shapes, own: Mapping[str, Any]) -> dict[Part, Size]:
 
 @weight_method(
     group="slimming",
-    paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE), 2409.13652 (OATS)",
+    paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE)",
     needs=_needs,
     check=check_factorise,
     factoring=Factoring(
