@@ -14,8 +14,8 @@ CHOICE = ["svd", "base_delta", "shared_basis", "basis_mixture"]
 
 @pytest.mark.parametrize(("common", "expected"), [(0.0, "svd"), (0.5, "base_delta")])
 def test_planted_relations_decide(common: float, expected: str) -> None:
-    weight, gram = experts(8, 32, 48, common), grams(8, 48, mixed=1.0)
-    name, factors, found = best_structure(weight, gram, sizes_within(CHOICE, 8, 32, 48, 0.35))
+    weight, gram = experts(8, 48, 32, common), grams(8, 32)
+    name, factors, found = best_structure(weight, gram, sizes_within(CHOICE, 8, 48, 32, 0.35))
     assert name == expected and [*found] == CHOICE and min(found, key=lambda one: found[one]) == expected
     assert errors(weight, factors, gram)[1] == found[expected]
 
