@@ -5,8 +5,8 @@ E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,29 +14,6 @@ from torch import Tensor
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Factors, Grams
 from moe_compress.methods.factorisation.whitening import RIDGE, Metric, Metrics, full_precision, working_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class ShrunkGrams:
-    """Sums of second moments that rare experts lean on: (1 - s) of their own, s of all tokens', s = n / (n + count).
-
-    grams: sums over each expert's tokens; pooled_II: over all experts'; counts: the tokens of each; prior: n, the count
-    at which own and common weigh the same. An expert without tokens has what one token of all would be on average.
-    """
-
-    grams: Grams
-    pooled_II: Tensor
-    counts: Sequence[float]
-    prior: float
-
-    def __len__(self) -> int:
-        return len(self.grams)
-
-    def __getitem__(self, e: int) -> Tensor:
-        own_II, count = self.grams[e], self.counts[e]
-        share = self.prior / (self.prior + count) if self.prior + count else 0.0
-        common = max(count, 1) / max(sum(self.counts), 1)
-        return (1 - share) * own_II + share * common * self.pooled_II.to(own_II)
 
 
 @torch.no_grad()
