@@ -80,6 +80,18 @@ def test_two_sided_gains_where_outputs_matter_unevenly(structure: str, size: Siz
     assert factors.parameters == one_sided.parameters and factors.dense().dtype == torch.float32
 
 
+@pytest.mark.parametrize("structure", ["svd", "base_delta"])
+def test_tiny_gradients_make_no_huge_factors(structure: str) -> None:
+    weight, gram, size = experts(3, 14, 10), grams(3, 10), Size(ranks=[3] * 3)
+    left_gram = grams(3, 14, seed=7)
+    found = []
+    for unit in (1.0, 1e-14):
+        seen, undo = two_sided(structure, weight, left_gram * unit, size)
+        found.append(undo(solve(structure, seen, gram, size)[0]))
+    torch.testing.assert_close(found[0].dense(), found[1].dense(), rtol=1e-3, atol=1e-3)
+    assert max(float(part.abs().max()) for part in (*found[1].left, *found[1].right)) < 100
+
+
 def test_two_sided_with_equal_outputs_changes_nothing() -> None:
     weight, gram, size = experts(4, 14, 10, common=0.3), grams(4, 10), Size(ranks=[3] * 4)
     seen, undo = two_sided("base_delta", weight, torch.eye(14).expand(4, -1, -1), size)
