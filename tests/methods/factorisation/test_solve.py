@@ -159,9 +159,14 @@ def test_what_cannot_be_solved_is_refused() -> None:
         solve("svd", weight, None, size)
 
 
-def test_tf32_is_off_meanwhile_and_as_before_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
-    with pytest.raises(KeyError), whitening.full_precision():
-        assert not torch.backends.cuda.matmul.allow_tf32
-        raise KeyError
-    assert torch.backends.cuda.matmul.allow_tf32
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_off_meanwhile_and_as_before_afterwards(allowed: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with pytest.raises(KeyError), whitening.full_precision():
+            assert not matmul.allow_tf32
+            raise KeyError
+        assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = before
