@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from moe_compress.methods.factorisation.sizes import Size, SizeOptions, parameters, size_for
+from moe_compress.methods.factorisation.sizes import (
+    Size,
+    SizeOptions,
+    parameters,
+    size_for,
+    sizes_within,
+    smallest_ratio,
+)
 from moe_compress.methods.factorisation.structures import STRUCTURES
 
 MIXTRAL = (8, 4096, 14336)
@@ -59,6 +66,23 @@ def test_a_ratio_below_the_floor_is_refused_with_the_floor(structure: str) -> No
     floor = float(str(refused.value).split("at least ")[1].split()[0])
     size_for(structure, 8, 96, 128, ratio=floor)
     assert str(refused.value).endswith("): ratio=0.001 is less.")
+
+
+@pytest.mark.parametrize("sparse", [0.1, 0.5, 0.9])
+def test_a_residue_leaves_room_for_a_rank(sparse: float) -> None:
+    options = SizeOptions(sparse=sparse)
+    floor = smallest_ratio("sparse_low_rank", 8, 96, 128, options)
+    for ratio in (floor, 0.05, 0.1, 0.5):
+        size = size_for("sparse_low_rank", 8, 96, 128, ratio=ratio, options=options)
+        assert min(size.ranks) >= 1 <= size.nonzeros
+        assert parameters("sparse_low_rank", size, 8, 96, 128) <= ratio * 8 * 96 * 128 + 1e-3
+
+
+def test_structures_that_can_be_so_small() -> None:
+    assert [*sizes_within(STRUCTURES, 8, 96, 128, 0.1)] == ["svd", "shared_basis", "basis_mixture", "sparse_low_rank"]
+    both = sizes_within(["base_delta", "svd"], 8, 96, 128, 0.3, multiple=16)
+    assert both["svd"] == size_for("svd", 8, 96, 128, ratio=0.3, multiple=16) and [*both] == ["base_delta", "svd"]
+    assert sizes_within(STRUCTURES, 8, 96, 128, 0.001) == {}
 
 
 def test_other_refusals() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -110,9 +111,20 @@ def test_in_fp32_as_in_float64(structure: str, outputs: int, inputs: int, monkey
 
 
 @pytest.mark.parametrize("structure", ALL)
-def test_no_expert_s_gram_is_kept(structure: str) -> None:
+def test_no_expert_s_gram_is_kept(structure: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One pass over the Grams for the pooled one and one a sweep, but for what moves shared bases and cores."""
     weight, gram = experts(E, OUT, IN, common=0.3), LazyGrams(grams(E, IN))
+    held: list[weakref.ref[torch.Tensor]] = []
+    ridged = whitening.Metrics._ridged
+
+    def watched(metrics: whitening.Metrics, e: int) -> torch.Tensor | None:
+        found = ridged(metrics, e)
+        assert found is not None
+        held.append(weakref.ref(found))
+        assert sum(one() is not None for one in held) <= 3
+        return found
+
+    monkeypatch.setattr(whitening.Metrics, "_ridged", watched)
     solve(structure, weight, gram, size_for(structure, E, OUT, IN, ratio=0.6), sweeps=2)
     most = {"svd": 1, "sparse_low_rank": 1, "base_delta": 4, "shared_basis": 7, "basis_mixture": 7, "wrapper": 13}
     assert gram.reads <= most[structure] * E
@@ -145,3 +157,16 @@ def test_what_cannot_be_solved_is_refused() -> None:
     weight[0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match="weights hold NaN or infinity"):
         solve("svd", weight, None, size)
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_off_meanwhile_and_as_before_afterwards(allowed: bool) -> None:
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, allowed
+    try:
+        with pytest.raises(KeyError), whitening.full_precision():
+            assert not matmul.allow_tf32
+            raise KeyError
+        assert matmul.allow_tf32 == allowed
+    finally:
+        matmul.allow_tf32 = before

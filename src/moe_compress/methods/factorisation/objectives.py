@@ -5,8 +5,8 @@ E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,29 +14,6 @@ from torch import Tensor
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Factors, Grams
 from moe_compress.methods.factorisation.whitening import RIDGE, Metric, Metrics, full_precision, working_dtype
-
-
-@dataclass(frozen=True, slots=True)
-class ShrunkGrams:
-    """Sums of second moments that rare experts lean on: (1 - s) of their own, s of all tokens', s = n / (n + count).
-
-    grams: sums over each expert's tokens; pooled_II: over all experts'; counts: the tokens of each; prior: n, the count
-    at which own and common weigh the same. An expert without tokens has what one token of all would be on average.
-    """
-
-    grams: Grams
-    pooled_II: Tensor
-    counts: Sequence[float]
-    prior: float
-
-    def __len__(self) -> int:
-        return len(self.grams)
-
-    def __getitem__(self, e: int) -> Tensor:
-        own_II, count = self.grams[e], self.counts[e]
-        share = self.prior / (self.prior + count) if self.prior + count else 0.0
-        common = max(count, 1) / max(sum(self.counts), 1)
-        return (1 - share) * own_II + share * common * self.pooled_II.to(own_II)
 
 
 @torch.no_grad()
@@ -63,22 +40,24 @@ def two_sided(
     """(what to factorise in the experts' place, what takes its factors back): errors R' D L with R R' = G (2604.00821).
 
     left_grams: G_e [O, O], second moments of the gradients of what an expert puts out. Where experts share what writes
-    outputs (a core, an output basis) there can be one R alone, and it is of the sum of all G_e. Raises ValueError for
-    sparse_low_rank: R'^-1 leaves no zeros.
+    outputs (a core, an output basis) there can be one R alone, and it is of the sum of all G_e. R is in units of their
+    mean, so that what is left of tiny gradients fits few bits. Raises ValueError for sparse_low_rank: R'^-1 leaves no
+    zeros.
     """
     if structure == "sparse_low_rank":
         raise ValueError("objective=two_sided mixes outputs, so structure=sparse_low_rank would not stay sparse.")
     shared = structure in ("base_delta", "wrapper") or (structure == "shared_basis" and size.side == "out")
     with full_precision():
         metrics = Metrics(left_grams, weight_EOI.transpose(1, 2), working_dtype(weight_EOI))
+        unit = metrics.mean_energy**0.5
         seen = [
-            _side(metrics, e, shared).whiten(weight_OI.T.to(metrics.dtype)).T.to(metrics.dtype)
+            _side(metrics, e, shared).whiten(weight_OI.T.to(metrics.dtype)).T.to(metrics.dtype) / unit
             for e, weight_OI in enumerate(weight_EOI)
         ]
 
     def back(matrix: Tensor, e: int) -> Tensor:
         with full_precision():
-            return _side(metrics, e, shared).unwhiten(matrix.T).T.float().contiguous()
+            return _side(metrics, e, shared).unwhiten(matrix.T).T.mul(unit).float().contiguous()
 
     def undo(factors: Factors) -> Factors:
         return replace(

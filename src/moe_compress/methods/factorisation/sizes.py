@@ -5,7 +5,8 @@ E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -14,6 +15,8 @@ from moe_compress.methods.factorisation.structures import STRUCTURES
 Side = Literal["in", "out"]
 # MoBE's own share of bases: one for four experts (arXiv 2508.05257).
 EXPERTS_PER_BASIS = 4
+# A ratio is a decimal fraction: what it comes to may fall short of a whole number by less than this.
+ROUNDING = 1e-6
 # Structures in which every expert may have a rank of its own.
 OWN_RANKS = ("svd", "base_delta", "sparse_low_rank")
 
@@ -67,9 +70,8 @@ def parameters(structure: str, size: Size, experts: int, outputs: int, inputs: i
     if structure == "shared_basis":
         shared, own = (inputs, outputs) if size.side == "in" else (outputs, inputs)
         return size.rank * (shared + experts * own)
-    if structure == "basis_mixture":
-        return experts * outputs * size.rank + size.bases * size.rank * inputs + experts * size.bases
-    raise ValueError(f"structure={structure}: allowed: {', '.join(STRUCTURES)}.")
+    assert structure == "basis_mixture", structure
+    return experts * outputs * size.rank + size.bases * size.rank * inputs + experts * size.bases
 
 
 def size_for(
@@ -90,40 +92,47 @@ def size_for(
     """
     if (ratio is None) == (rank is None):
         raise ValueError("say how large the factors may be by either ratio or rank.")
-    base = Size(side=options.side, bases=_bases(structure, experts, options.bases))
-    if structure == "sparse_low_rank":
-        _require_residue(inputs, options)
-        nonzeros = 0 if options.pattern else _nonzeros(ratio, rank, outputs, inputs, options.sparse)
-        base = replace(base, pattern=options.pattern, nonzeros=nonzeros)
-
-    def of(rank: int) -> Size:
-        return replace(base, ranks=[rank] * experts) if structure in OWN_RANKS else replace(base, rank=rank)
-
-    def stored(rank: int) -> int:
-        return parameters(structure, of(rank), experts, outputs, inputs)
-
-    most = largest_rank(structure, experts, outputs, inputs, options.side)
+    smallest = _smallest(structure, experts, inputs, options)
     if rank is not None:
+        most = largest_rank(structure, experts, outputs, inputs, options.side)
         if not 1 <= rank <= most:
             raise ValueError(
                 f"structure={structure} of matrices {outputs} x {inputs}: rank={rank} is not in 1..{most}."
             )
-        return of(rank)
+        kept = options.sparse / (1 - options.sparse) * rank * (outputs + inputs) / outputs
+        return _of_rank(smallest, rank, min(inputs, int(kept + ROUNDING)))
     assert ratio is not None
-    budget = int(ratio * experts * outputs * inputs + 1e-6)
-    if stored(1) > budget:
-        raise ValueError(_too_little(structure, stored(1), experts, outputs, inputs, ratio))
-    return of(_rounded(_last_within(stored, most, budget), multiple))
+    least = smallest_ratio(structure, experts, outputs, inputs, options)
+    budget = int(ratio * experts * outputs * inputs + ROUNDING)
+    if budget < round(least * experts * outputs * inputs):
+        raise ValueError(_too_little(structure, least, experts, ratio))
+    return _within(structure, (experts, outputs, inputs), budget, multiple, options)
 
 
-def _last_within(stored: Callable[[int], int], most: int, budget: int) -> int:
-    """The largest rank up to `most` that stores no more than the budget; what is stored is linear in the rank."""
-    step = stored(2) - stored(1)
-    return min(most, 1 + (budget - stored(1)) // step)
+def smallest_ratio(structure: str, experts: int, outputs: int, inputs: int, options: SizeOptions) -> float:
+    """What the structure keeps of the experts at rank 1, and with one weight a row in a free residue."""
+    size = _smallest(structure, experts, inputs, options)
+    return parameters(structure, size, experts, outputs, inputs) / (experts * outputs * inputs)
 
 
-def _rounded(rank: int, multiple: int) -> int:
-    return rank - rank % multiple if rank >= multiple else rank
+def sizes_within(
+    structures: Sequence[str],
+    experts: int,
+    outputs: int,
+    inputs: int,
+    ratio: float,
+    *,
+    multiple: int = 1,
+    options: SizeOptions = SizeOptions(),
+) -> dict[str, Size]:
+    """The size of a ratio of each structure that can be so small, in the order given."""
+    found: dict[str, Size] = {}
+    for structure in structures:
+        if smallest_ratio(structure, experts, outputs, inputs, options) <= ratio:
+            found[structure] = size_for(
+                structure, experts, outputs, inputs, ratio=ratio, multiple=multiple, options=options
+            )
+    return found
 
 
 def largest_rank(structure: str, experts: int, outputs: int, inputs: int, side: Side) -> int:
@@ -134,33 +143,45 @@ def largest_rank(structure: str, experts: int, outputs: int, inputs: int, side: 
     return max(1, smaller // 2) if structure == "wrapper" else smaller
 
 
-def _bases(structure: str, experts: int, bases: int | None) -> int:
-    if structure != "basis_mixture":
-        return 0
-    if bases is None:
-        return max(1, experts // EXPERTS_PER_BASIS)
-    if not 1 <= bases <= experts:
-        raise ValueError(f"structure=basis_mixture of {experts} experts: bases={bases} is not in 1..{experts}.")
-    return bases
+def _smallest(structure: str, experts: int, inputs: int, options: SizeOptions) -> Size:
+    """Rank 1. Raises ValueError for a structure or options that cannot be."""
+    if structure not in STRUCTURES:
+        raise ValueError(f"structure={structure}: allowed: {', '.join(STRUCTURES)}.")
+    if structure == "basis_mixture":
+        bases = max(1, experts // EXPERTS_PER_BASIS) if options.bases is None else options.bases
+        if not 1 <= bases <= experts:
+            raise ValueError(f"structure=basis_mixture of {experts} experts: bases={bases} is not in 1..{experts}.")
+        return Size(rank=1, bases=bases)
+    if structure == "sparse_low_rank":
+        pattern = options.pattern
+        if pattern is not None and (not 0 < pattern[0] < pattern[1] or inputs % pattern[1]):
+            raise ValueError(f"pattern={pattern[0]}:{pattern[1]} does not divide {inputs} inputs.")
+        if not 0 < options.sparse < 1:
+            raise ValueError(f"sparse={options.sparse}: the residue's share of what is stored is above 0 and below 1.")
+        return Size(ranks=[1] * experts, nonzeros=0 if pattern else 1, pattern=pattern)
+    return Size(ranks=[1] * experts) if structure in OWN_RANKS else Size(rank=1, side=options.side)
 
 
-def _require_residue(inputs: int, options: SizeOptions) -> None:
-    pattern = options.pattern
-    if pattern is not None and (not 0 < pattern[0] < pattern[1] or inputs % pattern[1]):
-        raise ValueError(f"pattern={pattern[0]}:{pattern[1]} does not divide {inputs} inputs.")
-    if not 0 < options.sparse < 1:
-        raise ValueError(f"sparse={options.sparse}: the residue's share of what is stored is above 0 and below 1.")
+def _of_rank(smallest: Size, rank: int, nonzeros: int) -> Size:
+    """The same structure at another rank, and with so many weights a row where it keeps any freely."""
+    kept = max(1, nonzeros) if smallest.nonzeros else 0
+    if smallest.ranks:
+        return replace(smallest, ranks=[rank] * len(smallest.ranks), nonzeros=kept)
+    return replace(smallest, rank=rank)
 
 
-def _nonzeros(ratio: float | None, rank: int | None, outputs: int, inputs: int, sparse: float) -> int:
-    """Of each row: a share of the budget, or what stands to the low rank as that share to the rest; at least one."""
-    if ratio is not None:
-        return min(inputs, max(1, int(sparse * ratio * inputs + 1e-6)))
-    assert rank is not None
-    return min(inputs, max(1, int(sparse / (1 - sparse) * rank * (outputs + inputs) / outputs + 1e-6)))
+def _within(structure: str, shape: tuple[int, int, int], budget: int, multiple: int, options: SizeOptions) -> Size:
+    """The largest rank within the budget; a free residue first takes its share, but for what rank 1 needs."""
+    experts, outputs, inputs = shape
+    smallest = _smallest(structure, experts, inputs, options)
+    spare = (budget // experts - outputs - inputs) // outputs
+    nonzeros = min(inputs, int(options.sparse * budget / experts / outputs + ROUNDING), spare)
+    one, two = (parameters(structure, _of_rank(smallest, rank, nonzeros), *shape) for rank in (1, 2))
+    rank = min(largest_rank(structure, *shape, options.side), 1 + (budget - one) // (two - one))
+    return _of_rank(smallest, rank - rank % multiple if rank >= multiple else rank, nonzeros)
 
 
-def _too_little(structure: str, least: int, experts: int, outputs: int, inputs: int, ratio: float) -> str:
+def _too_little(structure: str, least: float, experts: int, ratio: float) -> str:
     what = {
         "svd": "rank 1",
         "base_delta": "its core and rank 1",
@@ -169,5 +190,5 @@ def _too_little(structure: str, least: int, experts: int, outputs: int, inputs: 
         "basis_mixture": "its bases of rank 1",
         "sparse_low_rank": "its residue and rank 1",
     }[structure]
-    share = -(-least * 10**4 // (experts * outputs * inputs)) / 10**4
+    share = math.ceil(least * 10**4 - ROUNDING) / 10**4
     return f"structure={structure} keeps at least {share:.4f} of {experts} experts ({what}): ratio={ratio:g} is less."

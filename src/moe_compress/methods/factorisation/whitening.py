@@ -119,6 +119,12 @@ class Metrics:
         """The sum of all, in float64: a shared matrix is divided by it once, whatever its condition."""
         return Metric(self._sum[0]) if self._sum[0] is not None else Metric(None, self.experts * self._sum[1])
 
+    @property
+    def mean_energy(self) -> float:
+        """The mean diagonal of the experts' Grams; 1 without any."""
+        gram_II = self.pooled.gram_II
+        return 1.0 if gram_II is None else float(gram_II.diagonal().mean()) / self.experts
+
     @cached_property
     def _sum(self) -> tuple[Tensor | None, float]:
         """The sum of all Grams in float64, and what an expert without one counts."""

@@ -19,7 +19,7 @@ from moe_compress.methods.factorisation.low_rank import truncated
 from moe_compress.methods.factorisation.settings import Settings
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Factors
-from moe_compress.methods.factorisation.whitening import Metric, Metrics, solve_positive
+from moe_compress.methods.factorisation.whitening import Metric, Metrics
 from moe_compress.methods.factorisation.wrapper_adam import descended
 
 CG_STEPS = 8
@@ -126,13 +126,13 @@ def _inner(weight_OI: Tensor, metric: Metric, core_OI: Tensor, wrapper: Wrapper)
 
 
 def _outer(weight_OI: Tensor, metric: Metric, core_OI: Tensor, wrapper: Wrapper) -> Wrapper:
-    """The best Uo Vo' for Z = C Q: reduced-rank regression of W - Z on Z, as the inputs weigh Z."""
+    """The best Uo Vo' for Z = C Q: reduced-rank regression of (W - Z) L on Z L, in the rows that Z L reaches."""
     within_OI = wrapper.inside(core_OI)
-    weighed_OI = metric.times(within_OI)
-    gram_OO = weighed_OI @ within_OI.T
-    all_OO = solve_positive(gram_OO, weighed_OI @ (weight_OI - within_OI).T).T
-    left_Or, right_rO = _truncated(all_OO, len(wrapper.out_right), Metric(gram_OO))
-    return Wrapper(left_Or, right_rO, wrapper.in_left, wrapper.in_right)
+    white_OI = metric.whiten(within_OI)
+    reached_Op, back_Ip = _column_space(white_OI)
+    left_Op = metric.whiten(weight_OI - within_OI) @ back_Ip
+    left_Or, right_rI = _truncated(left_Op @ (reached_Op.T @ white_OI), len(wrapper.out_right), Metric(None))
+    return Wrapper(left_Or, (right_rI @ back_Ip) @ reached_Op.T, wrapper.in_left, wrapper.in_right)
 
 
 def _truncated(matrix_OI: Tensor, rank: int, metric: Metric) -> tuple[Tensor, Tensor]:
