@@ -15,6 +15,7 @@ from torch import Tensor
 from moe_compress.edits.factors import Form, Part
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Factors, Grams
+from moe_compress.models.moe import MoEView
 
 # Of a layer's projections, (E, O, I).
 Shapes = Mapping[Part, tuple[int, int, int]]
@@ -56,15 +57,15 @@ class Factoring:
     """What a method that leaves factors tells the engine besides its run.
 
     forms: how a layer's projections will be held, as far as their shapes and the method's own parameters tell;
-    projections: those of a layer that are factored. Of its parameters: aligns, whether neurons of a layer's experts are
-    put in one order first; pools, whether one Gram matrix does for all experts; shares_out, whether sizes depend on all
-    layers; weighs, whether these count by the loss's gradient. spectra: of a layer; share_out: spectra of all layers,
-    what each counts, and shapes -> sizes by layer.
+    projections: those of a layer that are factored; order: in which the neurons of a layer's experts are put first
+    [E, F], if in any. Of its parameters: pools, whether one Gram matrix does for all experts; shares_out, whether sizes
+    depend on all layers; weighs, whether these count by the loss's gradient. spectra: of a layer; share_out: spectra of
+    all layers, what each counts, and shapes -> sizes by layer.
     """
 
     forms: Callable[..., dict[Part, Form]]
     projections: Callable[[Sequence[Part], Mapping[str, Any]], list[Part]]
-    aligns: Callable[[Mapping[str, Any]], bool]
+    order: Callable[[MoEView, Mapping[str, Any]], Tensor | None]
     pools: Callable[[Mapping[str, Any]], bool]
     shares_out: Callable[[Mapping[str, Any]], bool]
     weighs: Callable[[Mapping[str, Any]], bool]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moe_compress.methods.factorisation.auto import best_structure
-from moe_compress.methods.factorisation.sizes import sizes_within
+from moe_compress.methods.factorisation.sizes import size_for
 from moe_compress.methods.factorisation.solve import errors
 from support.experts import experts, grams
 
@@ -15,9 +15,11 @@ CHOICE = ["svd", "base_delta", "shared_basis", "basis_mixture"]
 @pytest.mark.parametrize(("common", "expected"), [(0.0, "svd"), (0.5, "base_delta")])
 def test_planted_relations_decide(common: float, expected: str) -> None:
     weight, gram = experts(8, 48, 32, common), grams(8, 32)
-    name, factors, found = best_structure(weight, gram, sizes_within(CHOICE, 8, 48, 32, 0.35))
-    assert name == expected and [*found] == CHOICE and min(found, key=lambda one: found[one]) == expected
-    assert errors(weight, factors, gram)[1] == found[expected]
+    sizes = {structure: size_for(structure, 8, 48, 32, ratio=0.35) for structure in CHOICE}
+    found = best_structure(weight, gram, sizes)
+    tried = found.tried
+    assert found.structure == expected and [*tried] == CHOICE and min(tried, key=lambda one: tried[one]) == expected
+    assert errors(weight, found.factors, gram) == (found.plain, found.whitened) and found.whitened == tried[expected]
 
 
 def test_none_to_choose_from() -> None:

@@ -9,7 +9,6 @@ from moe_compress.methods.factorisation.sizes import (
     SizeOptions,
     parameters,
     size_for,
-    sizes_within,
     smallest_ratio,
 )
 from moe_compress.methods.factorisation.structures import STRUCTURES
@@ -76,13 +75,6 @@ def test_a_residue_leaves_room_for_a_rank(sparse: float) -> None:
         size = size_for("sparse_low_rank", 8, 96, 128, ratio=ratio, options=options)
         assert min(size.ranks) >= 1 <= size.nonzeros
         assert parameters("sparse_low_rank", size, 8, 96, 128) <= ratio * 8 * 96 * 128 + 1e-3
-
-
-def test_structures_that_can_be_so_small() -> None:
-    assert [*sizes_within(STRUCTURES, 8, 96, 128, 0.1)] == ["svd", "shared_basis", "basis_mixture", "sparse_low_rank"]
-    both = sizes_within(["base_delta", "svd"], 8, 96, 128, 0.3, multiple=16)
-    assert both["svd"] == size_for("svd", 8, 96, 128, ratio=0.3, multiple=16) and [*both] == ["base_delta", "svd"]
-    assert sizes_within(STRUCTURES, 8, 96, 128, 0.001) == {}
 
 
 def test_other_refusals() -> None:

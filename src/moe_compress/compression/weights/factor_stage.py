@@ -26,7 +26,6 @@ from moe_compress.edits.factors import Part
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.expert_merge.alignment import aligned_order
 from moe_compress.methods.factor_method import Factoring
 from moe_compress.methods.factorisation.structures import Factors
 from moe_compress.models.families import family_of
@@ -92,7 +91,9 @@ class FactorStage:
             if run is not None:
                 run([], True)
             return
-        order_EF = self._aligned(view) if self.factoring.aligns(self.own) else None
+        order_EF = self.factoring.order(view, self.own)
+        if order_EF is not None:  # what they compute stays the same
+            permute_neurons(view, order_EF)
         if run is not None:
             self.collector.collect(view, run, stays)
             self.collector.require_seen(index)
@@ -104,12 +105,6 @@ class FactorStage:
         write_json(self._notes_file(index), {"edit": edit, "projections": found.report, **counts})
         if run is not None and not stays:
             run([], True)
-
-    def _aligned(self, view: MoEView) -> Tensor:
-        """Put the neurons of all experts in the order of the first one's; what they compute stays the same."""
-        order_EF = aligned_order([range(view.num_experts)], view).long()
-        permute_neurons(view, order_EF)
-        return order_EF
 
     def _write(
         self, index: int, layer: nn.Module, view: MoEView, factors: Mapping[Part, Factors], order_EF: Tensor | None

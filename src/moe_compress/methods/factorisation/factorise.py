@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import FactoredLayer, Factoring, LayerExperts, Shapes, Spectra
+from moe_compress.methods.factorisation.alignment import align
+from moe_compress.methods.factorisation.auto import best_structure
 from moe_compress.methods.factorisation.requested import check_factorise, forms, projections_of, size_of, tried
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
 from moe_compress.methods.factorisation.sizes import Size
-from moe_compress.methods.factorisation.solve import errors, solve
 from moe_compress.methods.factorisation.structures import Activation, Factors
 from moe_compress.methods.registry import Need, weight_method
+from moe_compress.models.moe import MoEView
 
 Chosen = Literal["base_delta", "svd", "shared_basis", "basis_mixture", "wrapper", "sparse_low_rank", "auto"]
 
@@ -46,6 +51,13 @@ def _even(shapes: Shapes, own: Mapping[str, Any]) -> dict[Part, Size]:
     return {part: size_of(own["structure"], part, shape, own) for part, shape in shapes.items()}
 
 
+def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
+    """The order of every expert's neurons [E, F] in which they are to be; None for the one that they have."""
+    if not own["align"]:
+        return None
+    return align(view.expert, view.num_experts, workers=torch.get_num_threads())
+
+
 @weight_method(
     group="slimming",
     paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE)",
@@ -54,7 +66,7 @@ def _even(shapes: Shapes, own: Mapping[str, Any]) -> dict[Part, Size]:
     factoring=Factoring(
         forms=forms,
         projections=lambda there, own: projections_of(own["projections"], there),
-        aligns=lambda own: own["align"],
+        order=order,
         pools=lambda own: own["grams"] == "pooled",
         shares_out=lambda own: own["budget"] == "global",
         weighs=lambda own: own["weigh"] == "gradient",
@@ -125,20 +137,21 @@ def _projection(
     layer: LayerExperts, part: Part, size: Size | None, own: Mapping[str, Any]
 ) -> tuple[Factors, dict[str, Any]]:
     """The factors of one projection, and what they are like: of those that are tried, the nearest."""
-    weight_EOI, gram = layer.weights[part], layer.grams[part]
+    weight_EOI = layer.weights[part]
     if size is not None:
         sizes = {str(own["structure"]): size}
     else:
         sizes = tried(part, layer.shapes[part], layer.stored.itemsize, own)
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
-    best: tuple[Factors, dict[str, Any]] | None = None
-    whitened: dict[str, float] = {}
-    for structure, each in sizes.items():
-        factors, losses = solve(structure, weight_EOI, gram, each, **words)
-        plain, whitened[structure] = errors(weight_EOI, factors, gram)
-        if best is None or whitened[structure] < best[1]["whitened"]:
-            first = whitened[structure] * losses[0] / losses[-1] if losses[-1] else 0.0
-            said = {"structure": structure, "parameters": factors.parameters, "parameters_before": weight_EOI.numel()}
-            best = factors, {**said, "plain": plain, "whitened": whitened[structure], "whitened_at_first": first}
-    assert best is not None
-    return best[0], {**best[1], **({"tried": whitened} if len(sizes) > 1 else {})}
+    found = best_structure(weight_EOI, layer.grams[part], sizes, **words)
+    # Losses and errors are the same sums but for a ridge.
+    at_first = found.whitened * found.losses[0] / found.losses[-1] if found.losses[-1] else found.whitened
+    said = {
+        "structure": found.structure,
+        "parameters": found.factors.parameters,
+        "parameters_before": weight_EOI.numel(),
+        "plain": found.plain,
+        "whitened": found.whitened,
+        "whitened_at_first": at_first,
+    }
+    return found.factors, {**said, **({"tried": found.tried} if len(sizes) > 1 else {})}

@@ -14,16 +14,14 @@ from torch import Tensor
 
 from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import LayerExperts, Shapes, Spectra
-from moe_compress.methods.factorisation.base_delta import shared_mean
-from moe_compress.methods.factorisation.low_rank import spectrum
 from moe_compress.methods.factorisation.rank_allocation import allocate
-from moe_compress.methods.factorisation.sizes import Side, Size, parameters
-from moe_compress.methods.factorisation.sparse_low_rank import sparsest
+from moe_compress.methods.factorisation.rank_allocation import spectra_of as spectra_of_experts
+from moe_compress.methods.factorisation.sizes import OWN_RANKS, Side, Size, parameters
 from moe_compress.methods.factorisation.structures import Grams
-from moe_compress.methods.factorisation.whitening import Metrics, full_precision, leading
+from moe_compress.methods.factorisation.whitening import TINY, Metrics, full_precision, leading
 
 # Structures whose ranks may differ.
-SHARED_OUT = ("svd", "base_delta", "shared_basis", "sparse_low_rank")
+SHARED_OUT = (*OWN_RANKS, "shared_basis")
 ALL = -1
 FLOOR = 1
 
@@ -32,35 +30,25 @@ FLOOR = 1
 def spectra_of(layer: LayerExperts, structure: str, even: Mapping[Part, Size]) -> Spectra:
     """Squared singular values [min(O, I)] by projection and expert, as shares of all of their projection's.
 
-    Of what is to be held at a low rank: what the mean core leaves, or what a first residue leaves; of a shared basis
-    one spectrum for all experts. even: sizes if nothing were shared out.
+    Of a core's deltas, what the mean leaves; of a shared basis one spectrum for all experts. even: sizes if nothing
+    were shared out.
     """
     found: dict[tuple[Part, int], Tensor] = {}
     with full_precision():
         for part, weight_EOI in layer.weights.items():
-            own, whole = _spectra(structure, weight_EOI, layer.grams[part], even[part])
-            found |= {(part, e): (value_K / whole).cpu() for e, value_K in own.items()}
+            own, whole = _spectra(structure, weight_EOI, layer.grams[part], even[part].side)
+            found |= {(part, e): (value_K / max(whole, TINY)).cpu() for e, value_K in own.items()}
     return found
 
 
-def _spectra(structure: str, weight_EOI: Tensor, grams: Grams | None, size: Size) -> tuple[dict[int, Tensor], float]:
+def _spectra(structure: str, weight_EOI: Tensor, grams: Grams | None, side: Side) -> tuple[dict[int, Tensor], float]:
     """(spectra by expert, the squares of all weights), both as the inputs see them."""
     metrics = Metrics(grams, weight_EOI)
     if structure == "shared_basis":
-        value_K = _shared_spectrum(weight_EOI, metrics, size.side)
+        value_K = _shared_spectrum(weight_EOI, metrics, side)
         return {ALL: value_K}, float(value_K.sum())
     whole = sum(metrics[e].squared(weight_OI.to(metrics.dtype)) for e, weight_OI in enumerate(weight_EOI))
-    whole = max(whole, torch.finfo(torch.float64).tiny)
-    core_OI = shared_mean(weight_EOI, metrics).to(metrics.dtype) if structure == "base_delta" else None
-    found = {}
-    for e, weight_OI in enumerate(weight_EOI):
-        rest_OI, metric = weight_OI.to(metrics.dtype), metrics[e]
-        if core_OI is not None:
-            rest_OI = rest_OI - core_OI
-        if structure == "sparse_low_rank":
-            rest_OI = rest_OI - sparsest(rest_OI, metric, size)
-        found[e] = spectrum(rest_OI, metric)
-    return found, whole
+    return dict(enumerate(spectra_of_experts(structure, weight_EOI, grams))), whole
 
 
 def _shared_spectrum(weight_EOI: Tensor, metrics: Metrics, side: Side) -> Tensor:

@@ -6,7 +6,6 @@ E experts, O outputs, I inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -113,26 +112,6 @@ def smallest_ratio(structure: str, experts: int, outputs: int, inputs: int, opti
     """What the structure keeps of the experts at rank 1, and with one weight a row in a free residue."""
     size = _smallest(structure, experts, inputs, options)
     return parameters(structure, size, experts, outputs, inputs) / (experts * outputs * inputs)
-
-
-def sizes_within(
-    structures: Sequence[str],
-    experts: int,
-    outputs: int,
-    inputs: int,
-    ratio: float,
-    *,
-    multiple: int = 1,
-    options: SizeOptions = SizeOptions(),
-) -> dict[str, Size]:
-    """The size of a ratio of each structure that can be so small, in the order given."""
-    found: dict[str, Size] = {}
-    for structure in structures:
-        if smallest_ratio(structure, experts, outputs, inputs, options) <= ratio:
-            found[structure] = size_for(
-                structure, experts, outputs, inputs, ratio=ratio, multiple=multiple, options=options
-            )
-    return found
 
 
 def largest_rank(structure: str, experts: int, outputs: int, inputs: int, side: Side) -> int:
