@@ -127,6 +127,7 @@ WRONG = [
     ({"up": {"basis": 4, "core": True}}, "a core is added to a product that has a rank"),
     ({"up": {"bases": [2, 4], "residue": 3}}, "a residue is added to a product that has a rank"),
     ({"up": {"rank": 4, "activation": "tanh"}}, "an activation is that of mixed bases"),
+    ({"up": {"rank": 4, "side": "in"}}, "a side is that of a basis"),
     ({"up": {"rank": 25}}, "matrices of 24 x 32 take a width from 1 to 24, not 25"),
     ({"up": {"rank": [4] * 7 + [0]}}, "take a width from 1 to 24, not 0"),
     ({"up": {"rank": [4] * 7}}, "7 ranks are given to 8 experts"),

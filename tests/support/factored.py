@@ -32,6 +32,7 @@ FORMS = {
     "base and delta": Form(rank=4, core=True),
     "ragged deltas": Form(rank=RAGGED, core=True),
     "shared basis": Form(basis=6),
+    "inner basis": Form(basis=6, side="out"),
     "few bases": Form(bases=(2, 5)),
     "many bases": Form(bases=(5, 5)),
     "silu of bases": Form(bases=(2, 5), activation="silu"),
@@ -42,6 +43,7 @@ FORMS = {
 # Another form for every projection, as `auto` may find them best.
 MIXED = {"gate": FORMS["base and delta"], "up": FORMS["few bases"], "down": FORMS["shared basis"]}
 OTHERS = {"gate": FORMS["shared basis"], "up": FORMS["sparse and low rank"], "down": FORMS["ragged deltas"]}
+INNER = {"gate": FORMS["inner basis"], "up": FORMS["inner basis"], "down": Form(basis=6, side="in")}
 ACTIVATIONS = {"linear": lambda x: x, "silu": functional.silu, "tanh": torch.tanh}
 
 
@@ -84,7 +86,7 @@ def factors_of(form: Form, shape: tuple[int, int, int], part: str, seed: int = 0
         count, width = form.bases
         left, mix = [random(outputs, width) for _ in range(experts)], random(experts, count).softmax(-1)
         return Factors(left, bases=random(count, width, inputs), mix=mix, activation=form.activation or "linear")
-    if form.basis and part == "down":
+    if form.basis and (part == "down" if form.side is None else form.side == "out"):
         return Factors(right=[random(form.basis, inputs) for _ in range(experts)], basis=random(outputs, form.basis))
     if form.basis:
         return Factors([random(outputs, form.basis) for _ in range(experts)], basis=random(form.basis, inputs))

@@ -59,13 +59,15 @@ class Values(Protocol):
     def residue(self) -> Sequence[Tensor]: ...  # noqa: D102
 
 
-def form_of(values: Values) -> Form:
-    """The form of these factors."""
+def form_of(part: Part, values: Values) -> Form:
+    """The form of the factors of a projection."""
     if values.bases is not None:
         activation: Any = None if values.activation == LINEAR else values.activation
         return Form(bases=(values.bases.shape[0], values.bases.shape[1]), activation=activation)
     if values.basis is not None:
-        return Form(basis=min(values.basis.shape))
+        out = not values.left
+        side: Any = None if out == (part == "down") else "out" if out else "in"
+        return Form(basis=values.basis.shape[1 if out else 0], side=side)
     ranks = tuple(each.shape[1] for each in values.left)
     each = max((int((part_OI != 0).sum(1).max()) for part_OI in values.residue), default=0)
     rank = ranks[0] if len(set(ranks)) == 1 else ranks
@@ -111,7 +113,7 @@ def write_factored(
     layer: of the model, with the numbers that are stored of all that stays; afterwards its experts are those that the
     stored factors stand for, and everything else is as it was: the text goes on as the checkpoint would pass it on.
     """
-    edit = FactorExperts(index, {part: form_of(values) for part, values in factors.items()})
+    edit = FactorExperts(index, {part: form_of(part, values) for part, values in factors.items()})
     edit.check(model)
     names, factored = block_names(model), shallow(layer)
     factor_layer(factored, names, edit.forms)
