@@ -14,7 +14,7 @@ from torch.nn import functional
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.factored_layer import factor_layer, fill, write_factored
+from moe_compress.compression.weights.factored_layer import factor_layer, factored_values, fill, write_factored
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form
 from moe_compress.edits.resulting_config import resulting_config
@@ -125,16 +125,20 @@ def write(
     """A checkpoint with random factors in these layers (None: in all with experts), and its edits."""
     streamed = StreamedLayers(source, tiny.CPU, source.stored_dtype)
     writer, edits = CheckpointWriter(out, source, "test", keep_prediction_layers=False), []
+    which = list(moe_views(streamed.model)) if layers is None else layers
+    everything = {i: FactorExperts(i, forms_for(streamed.model, i, forms)) for i in which}
+    writer.values = values = factored_values(source.values, streamed.model, list(everything.values()))
     writer.copy(None)
     for index in range(source.num_layers):
-        if index in (moe_views(streamed.model) if layers is None else layers):
-            chosen = forms_for(streamed.model, index, forms)
+        if index in everything:
+            chosen = everything[index].forms
             with streamed.layer(index) as layer:
                 stacks = moe_views(streamed.model)[index].stacks()
                 found = {p: factors_of(form, tuple(stacks[p].shape), p, index) for p, form in chosen.items()}
                 edits.append(write_factored(writer, streamed.model, index, layer, found))
         else:
             writer.copy(index)
-    writer.finish(resulting_config(source.values, edits).values, {})
+    assert edits == list(everything.values())
+    writer.finish(resulting_config(values, edits).values, {})
     (out / MANIFEST).unlink()  # of a run, which this is none of
     return open_checkpoint(out), edits

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.partly_packed import unpacked
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.weights.layer_stores import still_packed
 from moe_compress.edits.apply import shallow
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form, Part
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.modeling.factored_experts import BASES, BASIS, CORE, FactoredMatrix
 from moe_compress.models.modeling.unfused_experts import CHILDREN, ExpertMatrix
@@ -123,11 +126,27 @@ def write_factored(
     prefix = f"{hf.layers_prefix(model)}{index}."
     own = {f"{prefix}{names['experts']}.{name}": tensor for name, tensor in fused.state_dict(keep_vars=True).items()}
     state = {prefix + name: tensor for name, tensor in factored.state_dict().items()}
-    tensors = hf.checkpoint_tensors(model, state)
-    writer.write(index, tensors)
+    packed = still_packed(writer.source, model, index, _matrices(layer, model), True)
+    writer.write(index, {**hf.checkpoint_tensors(model, state, apart=bool(packed)), **packed})
     _read_back(writer, model, index, own)
     _pass_on(layer, model, fused)
     return edit
+
+
+def factored_values(
+    values: Mapping[str, Any], model: PreTrainedModel, edits: Sequence[FactorExperts]
+) -> dict[str, Any]:
+    """config.json values of a source, without what they say of packed experts in the layers that are now in factors.
+
+    model: a skeleton in plain numbers. The writer has to know them (`writer.values`) before it reads a layer.
+    """
+    layers = hf.decoder_layers(model)
+    return unpacked(values, model, {edit.layer: sorted(_matrices(layers[edit.layer], model)) for edit in edits})
+
+
+def _matrices(layer: nn.Module, model: PreTrainedModel) -> set[str]:
+    """The names of all matrices of the layer's experts."""
+    return {matrix.name for matrix in layer_matrices(layer, family_of(model.config), ("experts",))}
 
 
 def _read_back(writer: CheckpointWriter, model: PreTrainedModel, index: int, own: Mapping[str, Tensor]) -> None:
