@@ -132,7 +132,7 @@ def test_an_export_of_uneven_layers_or_packed_factors_is_refused(factored, sourc
 
 
 def test_what_is_packed_besides_stays_so(reader_folder, lab, tmp_path):
-    sentence = "quantize method=rtn bits=8 group_size=8 clip=max format=compressed-tensors"
+    sentence = "quantize method=rtn bits=8 group_size=8 clip=max where=all format=compressed-tensors"
     source = open_checkpoint(compressed(sentence, open_checkpoint(reader_folder("mixtral")), lab))
     checkpoint, _ = write(source, {"up": Form(rank=4, core=True)}, tmp_path / "out")
     before, after = moe_compress.load(source.folder, torch.float32), moe_compress.load(checkpoint.folder, torch.float32)
