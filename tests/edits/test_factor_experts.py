@@ -33,9 +33,14 @@ from support.edit_kinds import GROUPS, WEIGHTS
 from support.editing import IDS, logits_of, original
 from support.editing import write as write_edits
 from support.factored import FORMS, MIXED, OTHERS, factored, write
+from support.slow import DIFFERENT, slow_unless
 from support.stock_process import STRANGER, generated, stranger
 
 ALL_FORMS = {**FORMS, "mixed": MIXED, "others": OTHERS}
+
+
+def each_different(family, _forms):
+    return family in DIFFERENT
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def in_memory(source, name):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*(("mixtral", name) for name in FORMS), *((each, "mixed") for each in tiny.EDITABLE)]
+    ("family", "name"), [*(("mixtral", name) for name in FORMS), *slow_unless(each_different, tiny.EDITABLE, ["mixed"])]
 )
 def test_a_written_checkpoint_is_the_model_in_memory(family, name, sources, written):
     checkpoint, memory = written(family, name), in_memory(sources(family), name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,10 @@ def factors_of(form: Form, shape: tuple[int, int, int], part: str, seed: int = 0
 def forms_for(model: nn.Module, layer: int, forms: Form | Mapping[str, Form]) -> dict[str, Form]:
     """By the projections that the layer's experts have; one form is that of all."""
     parts = moe_views(model)[layer].stacks()
-    return {p: forms if isinstance(forms, Form) else forms[p] for p in parts if isinstance(forms, Form) or p in forms}
+    by_part = dict.fromkeys(parts, forms) if isinstance(forms, Form) else forms
+    found = {part: by_part[part] for part in parts if part in by_part}
+    # What is said where nothing has to be.
+    return {p: replace(form, side=None) if p == "down" and form.side == "out" else form for p, form in found.items()}
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from support import tiny
 from support.editing import logits_of
 from support.editing import write as write_edits
 from support.factored import MIXED, OTHERS, write
+from support.slow import DIFFERENT, slow_unless
 
 # Ranks are such as a group of 8 divides.
 SAME = {"gate": Form(rank=8, core=True), "up": Form(bases=(2, 8)), "down": Form(basis=16)}
@@ -83,11 +84,12 @@ def test_a_plain_format_holds_no_factors(factored, lab):
 # --- whole again --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forms", [MIXED, OTHERS], ids=["mixed", "others"])
-@pytest.mark.parametrize("family", tiny.EDITABLE)
-def test_an_export_is_the_ordinary_architecture_with_full_matrices(family, forms, sources, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "name"), slow_unless(lambda f, n: f in DIFFERENT and n == "mixed", tiny.EDITABLE, ["mixed", "others"])
+)
+def test_an_export_is_the_ordinary_architecture_with_full_matrices(family, name, sources, tmp_path):
     source = sources(family)
-    checkpoint, _ = write(source, forms, tmp_path / "factored")
+    checkpoint, _ = write(source, {"mixed": MIXED, "others": OTHERS}[name], tmp_path / "factored")
     plain = open_checkpoint(moe_compress.export(checkpoint.folder, tmp_path / "plain"))
     assert plain.values["model_type"] == source.values["model_type"] and "moe_compress" not in plain.values
     assert plain.tensors.keys() == source.tensors.keys() and not list(plain.folder.glob("*.py"))
