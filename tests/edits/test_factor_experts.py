@@ -33,9 +33,14 @@ from support.edit_kinds import GROUPS, WEIGHTS
 from support.editing import IDS, logits_of, original
 from support.editing import write as write_edits
 from support.factored import FORMS, MIXED, OTHERS, factored, write
+from support.slow import DIFFERENT, slow_unless
 from support.stock_process import STRANGER, generated, stranger
 
 ALL_FORMS = {**FORMS, "mixed": MIXED, "others": OTHERS}
+
+
+def each_different(family, _forms):
+    return family in DIFFERENT
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +64,7 @@ def in_memory(source, name):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [*(("mixtral", name) for name in FORMS), *((each, "mixed") for each in tiny.EDITABLE)]
+    ("family", "name"), [*(("mixtral", name) for name in FORMS), *slow_unless(each_different, tiny.EDITABLE, ["mixed"])]
 )
 def test_a_written_checkpoint_is_the_model_in_memory(family, name, sources, written):
     checkpoint, memory = written(family, name), in_memory(sources(family), name)
@@ -127,6 +132,7 @@ WRONG = [
     ({"up": {"basis": 4, "core": True}}, "a core is added to a product that has a rank"),
     ({"up": {"bases": [2, 4], "residue": 3}}, "a residue is added to a product that has a rank"),
     ({"up": {"rank": 4, "activation": "tanh"}}, "an activation is that of mixed bases"),
+    ({"up": {"rank": 4, "side": "in"}}, "a side is that of a basis"),
     ({"up": {"rank": 25}}, "matrices of 24 x 32 take a width from 1 to 24, not 25"),
     ({"up": {"rank": [4] * 7 + [0]}}, "take a width from 1 to 24, not 0"),
     ({"up": {"rank": [4] * 7}}, "7 ranks are given to 8 experts"),

@@ -10,7 +10,7 @@ from moe_compress.models import hf
 from moe_compress.models.moe import moe_views
 from support import tiny
 from support.editing import logits_of
-from support.factored import FORMS, MIXED, OTHERS, factored
+from support.factored import FORMS, INNER, MIXED, OTHERS, factored
 
 LENGTH = 16
 ONE_FAMILY = "mixtral"
@@ -49,6 +49,13 @@ def run(view, tokens: int, seed: int = 0) -> Tensor:
 def test_every_form_is_its_whole_matrices(family, form, tokens):
     for view, whole in blocks(family, FORMS[form]):
         torch.testing.assert_close(run(view, tokens), run(whole, tokens), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", [ONE_FAMILY, "llama4_text"])
+def test_a_basis_may_lie_on_the_other_side(family):
+    for view, whole in blocks(family, INNER):
+        for tokens in (1, 12):
+            torch.testing.assert_close(run(view, tokens), run(whole, tokens), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("forms", [MIXED, OTHERS], ids=["mixed", "others"])
@@ -214,12 +221,16 @@ EVEN = [name for name, form in FORMS.items() if isinstance(form.rank, int)]
 
 
 @pytest.mark.parametrize("family", [ONE_FAMILY, "llama4_text", "gpt_oss", "deepseek_v3"])
-@pytest.mark.parametrize("form", [*EVEN, "mixed"])
+@pytest.mark.parametrize("form", [*EVEN, "mixed", "inner"])
 def test_torchs_counter_agrees(family, form):
     model = tiny.make(family)
     hf.use_experts_function(model)
-    factored(model, MIXED if form == "mixed" else FORMS[form])
+    factored(model, {"mixed": MIXED, "inner": INNER, **FORMS}[form])
     found = check(model, LENGTH)
+    # A part that its holder's children multiply with is taken out of the block by torch, whose own it is not.
+    if family == "llama4_text" and "inner" in form:
+        assert sum(each.analytic for each in found) == sum(each.counted for each in found)
+        return
     assert all(each.agrees for each in found), found
     assert {each.phase for each in found if each.component == EXPERTS and each.compared} == {"prefill", "decode"}
 
@@ -249,7 +260,8 @@ def shared_and_own(form: Form, part: str, outputs: int, inputs: int) -> tuple[in
         count, width = form.bases
         return count * width * inputs, tiny.EXPERTS * (outputs * width + count)
     if form.basis:
-        shared, other = (outputs, inputs) if part == "down" else (inputs, outputs)
+        out = part == "down" if form.side is None else form.side == "out"
+        shared, other = (outputs, inputs) if out else (inputs, outputs)
         return form.basis * shared, tiny.EXPERTS * form.basis * other
     ranks = form.rank if isinstance(form.rank, tuple) else (form.rank,) * tiny.EXPERTS
     return form.core * outputs * inputs, sum(ranks) * (outputs + inputs) + tiny.EXPERTS * outputs * form.residue

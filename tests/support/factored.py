@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.factored_layer import factor_layer, fill, write_factored
+from moe_compress.compression.weights.factored_layer import factor_layer, factored_values, fill, write_factored
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form
 from moe_compress.edits.resulting_config import resulting_config
@@ -32,6 +32,7 @@ FORMS = {
     "base and delta": Form(rank=4, core=True),
     "ragged deltas": Form(rank=RAGGED, core=True),
     "shared basis": Form(basis=6),
+    "inner basis": Form(basis=6, side="out"),
     "few bases": Form(bases=(2, 5)),
     "many bases": Form(bases=(5, 5)),
     "silu of bases": Form(bases=(2, 5), activation="silu"),
@@ -42,6 +43,7 @@ FORMS = {
 # Another form for every projection, as `auto` may find them best.
 MIXED = {"gate": FORMS["base and delta"], "up": FORMS["few bases"], "down": FORMS["shared basis"]}
 OTHERS = {"gate": FORMS["shared basis"], "up": FORMS["sparse and low rank"], "down": FORMS["ragged deltas"]}
+INNER = {"gate": FORMS["inner basis"], "up": FORMS["inner basis"], "down": Form(basis=6, side="in")}
 ACTIVATIONS = {"linear": lambda x: x, "silu": functional.silu, "tanh": torch.tanh}
 
 
@@ -84,7 +86,7 @@ def factors_of(form: Form, shape: tuple[int, int, int], part: str, seed: int = 0
         count, width = form.bases
         left, mix = [random(outputs, width) for _ in range(experts)], random(experts, count).softmax(-1)
         return Factors(left, bases=random(count, width, inputs), mix=mix, activation=form.activation or "linear")
-    if form.basis and part == "down":
+    if form.basis and (part == "down" if form.side is None else form.side == "out"):
         return Factors(right=[random(form.basis, inputs) for _ in range(experts)], basis=random(outputs, form.basis))
     if form.basis:
         return Factors([random(outputs, form.basis) for _ in range(experts)], basis=random(form.basis, inputs))
@@ -99,7 +101,10 @@ def factors_of(form: Form, shape: tuple[int, int, int], part: str, seed: int = 0
 def forms_for(model: nn.Module, layer: int, forms: Form | Mapping[str, Form]) -> dict[str, Form]:
     """By the projections that the layer's experts have; one form is that of all."""
     parts = moe_views(model)[layer].stacks()
-    return {p: forms if isinstance(forms, Form) else forms[p] for p in parts if isinstance(forms, Form) or p in forms}
+    by_part = dict.fromkeys(parts, forms) if isinstance(forms, Form) else forms
+    found = {part: by_part[part] for part in parts if part in by_part}
+    # What is said where nothing has to be.
+    return {p: replace(form, side=None) if p == "down" and form.side == "out" else form for p, form in found.items()}
 
 
 @torch.no_grad()
@@ -123,16 +128,20 @@ def write(
     """A checkpoint with random factors in these layers (None: in all with experts), and its edits."""
     streamed = StreamedLayers(source, tiny.CPU, source.stored_dtype)
     writer, edits = CheckpointWriter(out, source, "test", keep_prediction_layers=False), []
+    which = list(moe_views(streamed.model)) if layers is None else layers
+    everything = {i: FactorExperts(i, forms_for(streamed.model, i, forms)) for i in which}
+    writer.values = values = factored_values(source.values, streamed.model, list(everything.values()))
     writer.copy(None)
     for index in range(source.num_layers):
-        if index in (moe_views(streamed.model) if layers is None else layers):
-            chosen = forms_for(streamed.model, index, forms)
+        if index in everything:
+            chosen = everything[index].forms
             with streamed.layer(index) as layer:
                 stacks = moe_views(streamed.model)[index].stacks()
                 found = {p: factors_of(form, tuple(stacks[p].shape), p, index) for p, form in chosen.items()}
                 edits.append(write_factored(writer, streamed.model, index, layer, found))
         else:
             writer.copy(index)
-    writer.finish(resulting_config(source.values, edits).values, {})
+    assert edits == list(everything.values())
+    writer.finish(resulting_config(values, edits).values, {})
     (out / MANIFEST).unlink()  # of a run, which this is none of
     return open_checkpoint(out), edits

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from moe_compress.edits.edits import Edit, PackMatrices, to_json
+from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, to_json
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.modeling import edited_model
 from moe_compress.models.modeling.unfused_experts import UNFUSED
-from moe_compress.models.moe import inner_width, moe_view, permute_neurons
+from moe_compress.models.moe import MoEView, inner_width, moe_view, permute_neurons
 from moe_compress.models.sublayers import block_names
 
 
@@ -27,7 +27,10 @@ def check_edits(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
     names = block_names(model)
     for edit in edits:
         edit.check(model)
-        edited_model.apply(hf.stack(model), names, to_json(edit))
+        if isinstance(edit, FactorExperts):
+            apply_for_counting(model, [edit])
+        else:
+            edited_model.apply(hf.stack(model), names, to_json(edit))
 
 
 def refuse_if_uneditable(config: PreTrainedConfig) -> None:
@@ -44,8 +47,8 @@ def apply_edits(model: PreTrainedModel, edits: Sequence[Edit]) -> None:
         apply_edit(model, names, edit)
 
 
-def apply_for_counting(model: PreTrainedModel, edits: Sequence[PackMatrices]) -> None:
-    """Make room for packed matrices on a skeleton that is only checked and counted, never filled.
+def apply_for_counting(model: PreTrainedModel, edits: Sequence[PackMatrices | FactorExperts]) -> None:
+    """Make room for codes or factors on a skeleton that is only checked and counted, never filled.
 
     Experts of a layer that are alike are one module, named many times over: hundreds of experts in each of many layers
     would take longer to make than all that a plan has to know of them.
@@ -53,19 +56,36 @@ def apply_for_counting(model: PreTrainedModel, edits: Sequence[PackMatrices]) ->
     names, family = block_names(model) if edits else {}, family_of(model.config)
     for edit in edits:
         view = moe_view(hf.decoder_layers(model)[edit.layer], family)
-        experts = view is not None and any(name.startswith(f"{view.names['experts']}.") for name in edit.bits)
-        if view is None or not experts or view.unfused or not edit.alike:
+        count = view.num_experts if view is not None and _alike(edit, view) else 0
+        if view is None or not count:
             apply_edit(model, names, edit)
             continue
-        count = view.num_experts
-        for name, tensor in view.experts._parameters.items():
-            if tensor is not None and tensor.shape[0] == count:
-                view.experts._parameters[name] = nn.Parameter(tensor[:1], requires_grad=False)
-        apply_edit(model, names, replace(edit, bits={name: widths[:1] for name, widths in edit.bits.items()}))
+        _leave_one(view)
+        first = edit
+        if isinstance(edit, PackMatrices):
+            first = replace(edit, bits={name: widths[:1] for name, widths in edit.bits.items()})
+        apply_edit(model, names, first)
         if view.unfused:
             (one,), shared = view.experts.separate, nn.ModuleList()
             shared._modules.update({str(number): one for number in range(count)})
             view.experts.register_module(UNFUSED, shared)
+
+
+def _alike(edit: PackMatrices | FactorExperts, view: MoEView) -> bool:
+    """Whether the edit changes experts that are alike, and leaves them so."""
+    if isinstance(edit, PackMatrices) and not any(n.startswith(f"{view.names['experts']}.") for n in edit.bits):
+        return False
+    one = not view.unfused or len({id(each) for each in view.experts.separate._modules.values()}) == 1
+    return edit.alike and one
+
+
+def _leave_one(view: MoEView) -> None:
+    count = view.num_experts
+    if view.unfused:
+        view.experts.register_module(UNFUSED, nn.ModuleList([view.experts.separate[0]]))
+    for name, tensor in view.experts._parameters.items():
+        if tensor is not None and tensor.shape[0] == count and not view.unfused:
+            view.experts._parameters[name] = nn.Parameter(tensor[:1], requires_grad=False)
 
 
 def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> None:

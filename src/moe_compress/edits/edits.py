@@ -272,6 +272,11 @@ class FactorExperts(_OnLayer):
     forms: dict[Part, Form]
     edit: Literal["factor_experts"] = field(default="factor_experts", kw_only=True)
 
+    @property
+    def alike(self) -> bool:
+        """Whether all experts of a projection have the same rank."""
+        return all(isinstance(form.rank, int) for form in self.forms.values())
+
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer has no such projections, or they cannot be held so."""
         shape_of(model, self.layer)

@@ -23,8 +23,8 @@ class Form:
 
     rank: of left [O, rank] and right [rank, I] of every expert, one number where all have the same; core: whether a
     matrix of all experts is added; residue: nonzeros in every row of a sparse matrix that is added; basis: width of
-    what experts share on the side of the model's width; bases: how many they mix, and the width of each; activation: of
-    the mixture.
+    what experts share on one side, `in` or `out` (None: that of the model's width); bases: how many they mix, and the
+    width of each; activation: of the mixture.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
@@ -32,6 +32,7 @@ class Form:
     core: bool = False
     residue: int = 0
     basis: int = 0
+    side: Literal["in", "out"] | None = None
     bases: tuple[int, int] | None = None
     activation: Literal["silu", "tanh"] | None = None
 
@@ -68,6 +69,8 @@ def _fault(form: Form, outputs: int, inputs: int, experts: int) -> str:
         return f"factors have a rank, a basis or bases, not {' and '.join(kinds) or 'none of them'}"
     if kinds != ["rank"] and (form.core or form.residue):
         return f"{'a core' if form.core else 'a residue'} is added to a product that has a rank"
+    if form.side and not form.basis:
+        return "a side is that of a basis"
     if form.activation and not form.bases:
         return "an activation is that of mixed bases"
     if isinstance(form.rank, tuple) and len(form.rank) != experts:

@@ -1,7 +1,7 @@
 """How often the factors of experts are multiplied with a token, where that is not what a token uses of them.
 
-What experts share, a token meets once; a residue is made whole before it multiplies; bases that are mixed first are
-met as one mixture an expert.
+What experts share, a token meets once, unless it lies on the side of the experts' own neurons; a residue is made whole
+before it multiplies; bases that are mixed first are met as one mixture an expert.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def multiplied_times(view: MoEView, active: float, top_k: int, tokens: int) -> d
     normed = bool(getattr(view.experts, "has_post_expert_norm", False))
     for name, kind, module in _shared(view.experts):
         first = view.experts.separate[0][name]
-        if kind == BASES and not (name in ENTERED and first.enters(tokens, top_k)):
-            found[id(module)] = active / len(first.mix.weight)
-        elif normed and name not in ENTERED:
-            found[id(module)] = active
+        if first.enters(tokens, top_k) if name in ENTERED else first.leaves and not normed:
+            continue
+        found[id(module)] = active / len(first.mix.weight) if kind == BASES else active
     return found
 
 

@@ -15,12 +15,14 @@ from moe_compress.hub.card import model_card
 from moe_compress.models import hf
 from moe_compress.models.modeling.factored_experts import FactoredMatrix
 from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.modeling.unfused_experts import ExpertMatrix
 from moe_compress.models.moe import moe_views
 from moe_compress.models.sizes import sizes
 from support import tiny
 from support.editing import logits_of
 from support.editing import write as write_edits
 from support.factored import MIXED, OTHERS, write
+from support.slow import DIFFERENT, slow_unless
 
 # Ranks are such as a group of 8 divides.
 SAME = {"gate": Form(rank=8, core=True), "up": Form(bases=(2, 8)), "down": Form(basis=16)}
@@ -82,11 +84,12 @@ def test_a_plain_format_holds_no_factors(factored, lab):
 # --- whole again --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forms", [MIXED, OTHERS], ids=["mixed", "others"])
-@pytest.mark.parametrize("family", tiny.EDITABLE)
-def test_an_export_is_the_ordinary_architecture_with_full_matrices(family, forms, sources, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "name"), slow_unless(lambda f, n: f in DIFFERENT and n == "mixed", tiny.EDITABLE, ["mixed", "others"])
+)
+def test_an_export_is_the_ordinary_architecture_with_full_matrices(family, name, sources, tmp_path):
     source = sources(family)
-    checkpoint, _ = write(source, forms, tmp_path / "factored")
+    checkpoint, _ = write(source, {"mixed": MIXED, "others": OTHERS}[name], tmp_path / "factored")
     plain = open_checkpoint(moe_compress.export(checkpoint.folder, tmp_path / "plain"))
     assert plain.values["model_type"] == source.values["model_type"] and "moe_compress" not in plain.values
     assert plain.tensors.keys() == source.tensors.keys() and not list(plain.folder.glob("*.py"))
@@ -125,3 +128,35 @@ def test_an_export_of_uneven_layers_or_packed_factors_is_refused(factored, sourc
     with pytest.raises(ValueError, match="holds packed factors: export what it was before quantize"):
         moe_compress.export(packed, tmp_path / "plain")
     assert not (tmp_path / "plain").exists() and not (tmp_path / "plain.partial").exists()
+
+
+# --- beside packed weights ----------------------------------------------------------------------------------
+
+
+def test_what_is_packed_besides_stays_so(reader_folder, lab, tmp_path):
+    sentence = "quantize method=rtn bits=8 group_size=8 clip=max where=all format=compressed-tensors"
+    source = open_checkpoint(compressed(sentence, open_checkpoint(reader_folder("mixtral")), lab))
+    checkpoint, _ = write(source, {"up": Form(rank=4, core=True)}, tmp_path / "out")
+    before, after = moe_compress.load(source.folder, torch.float32), moe_compress.load(checkpoint.folder, torch.float32)
+    for index, view in moe_views(after).items():
+        assert view.factored
+        old, new = (model.model.layers[index].self_attn.q_proj for model in (before, after))
+        assert isinstance(new, PackedMatrix) and torch.equal(old.dense(), new.dense())
+        torch.testing.assert_close(view.stacks()["down"], moe_views(before)[index].stacks()["down"])
+    assert logits_of(after).isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["same", "other"])
+def test_packed_factors_round_what_experts_are_given_and_nothing_behind_it(name, factored, lab, tmp_path):
+    """As the same numbers do that are not packed: only what is rounded is multiplied as whole numbers."""
+    sentence = f"{RTN} bits=8 group_size=0 + activations where=experts".replace("group_size=8 ", "")
+    folder = compressed(sentence, factored[name], lab, out=str(tmp_path / "out"))
+    ours, plain = moe_compress.load(folder, torch.float32), moe_compress.load(folder, torch.float32)
+    for view in moe_views(plain).values():
+        for path, module in list(view.experts.named_modules()):
+            if isinstance(module, PackedMatrix):
+                holder, _, child = path.rpartition(".")
+                view.experts.get_submodule(holder).register_module(child, ExpertMatrix(module.dense(), module.bias))
+    found, expected = logits_of(ours), logits_of(plain)
+    assert float((found - expected).norm() / expected.norm()) < 1e-4

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.partly_packed import unpacked
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.weights.layer_stores import still_packed
 from moe_compress.edits.apply import shallow
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form, Part
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.modeling.factored_experts import BASES, BASIS, CORE, FactoredMatrix
 from moe_compress.models.modeling.unfused_experts import CHILDREN, ExpertMatrix
@@ -59,13 +62,15 @@ class Values(Protocol):
     def residue(self) -> Sequence[Tensor]: ...  # noqa: D102
 
 
-def form_of(values: Values) -> Form:
-    """The form of these factors."""
+def form_of(part: Part, values: Values) -> Form:
+    """The form of the factors of a projection."""
     if values.bases is not None:
         activation: Any = None if values.activation == LINEAR else values.activation
         return Form(bases=(values.bases.shape[0], values.bases.shape[1]), activation=activation)
     if values.basis is not None:
-        return Form(basis=min(values.basis.shape))
+        out = not values.left
+        side: Any = None if out == (part == "down") else "out" if out else "in"
+        return Form(basis=values.basis.shape[1 if out else 0], side=side)
     ranks = tuple(each.shape[1] for each in values.left)
     each = max((int((part_OI != 0).sum(1).max()) for part_OI in values.residue), default=0)
     rank = ranks[0] if len(set(ranks)) == 1 else ranks
@@ -111,7 +116,7 @@ def write_factored(
     layer: of the model, with the numbers that are stored of all that stays; afterwards its experts are those that the
     stored factors stand for, and everything else is as it was: the text goes on as the checkpoint would pass it on.
     """
-    edit = FactorExperts(index, {part: form_of(values) for part, values in factors.items()})
+    edit = FactorExperts(index, {part: form_of(part, values) for part, values in factors.items()})
     edit.check(model)
     names, factored = block_names(model), shallow(layer)
     factor_layer(factored, names, edit.forms)
@@ -121,11 +126,27 @@ def write_factored(
     prefix = f"{hf.layers_prefix(model)}{index}."
     own = {f"{prefix}{names['experts']}.{name}": tensor for name, tensor in fused.state_dict(keep_vars=True).items()}
     state = {prefix + name: tensor for name, tensor in factored.state_dict().items()}
-    tensors = hf.checkpoint_tensors(model, state)
-    writer.write(index, tensors)
+    packed = still_packed(writer.source, model, index, _matrices(layer, model), True)
+    writer.write(index, {**hf.checkpoint_tensors(model, state, apart=bool(packed)), **packed})
     _read_back(writer, model, index, own)
     _pass_on(layer, model, fused)
     return edit
+
+
+def factored_values(
+    values: Mapping[str, Any], model: PreTrainedModel, edits: Sequence[FactorExperts]
+) -> dict[str, Any]:
+    """config.json values of a source, without what they say of packed experts in the layers that are now in factors.
+
+    model: a skeleton in plain numbers. The writer has to know them (`writer.values`) before it reads a layer.
+    """
+    layers = hf.decoder_layers(model)
+    return unpacked(values, model, {edit.layer: sorted(_matrices(layers[edit.layer], model)) for edit in edits})
+
+
+def _matrices(layer: nn.Module, model: PreTrainedModel) -> set[str]:
+    """The names of all matrices of the layer's experts."""
+    return {matrix.name for matrix in layer_matrices(layer, family_of(model.config), ("experts",))}
 
 
 def _read_back(writer: CheckpointWriter, model: PreTrainedModel, index: int, own: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +72,8 @@ class LayerStore:
         self.writer.write(index, {**tensors, **still, **parts})
 
     def _still_packed(self, index: int, changes: Sequence[MatrixChange]) -> dict[str, StoredWeight]:
-        """What is packed in the source and does not change, as it lies there."""
-        entries = {key: self.source.tensors[key] for key in self.source.keys(index)}
-        held = {key: entry for key, entry in entries.items() if isinstance(entry, StoredWeight)}
-        if not held:
-            return {}
-        changed, places = {change.matrix.name for change in changes}, stored_matrices(self.model, index)
         stacked = any(change.matrix.kind == "experts" for change in changes)
-        return {
-            key: entry
-            for key, entry in held.items()
-            if not (places[key][0] in changed if key in places else stacked and ".experts." in key)
-        }
+        return still_packed(self.source, self.model, index, {change.matrix.name for change in changes}, stacked)
 
     def _parts(self, index: int, packed: Mapping[str, QuantizedMatrices]) -> dict[str, Any]:
         """What stands for packed matrices, by the names that stock checkpoints give to them."""
@@ -140,6 +130,22 @@ class LayerStore:
                 packed = name.rpartition(".")[2] in PARAMETERS
                 same = not packed or torch.equal(tensors[name][...].to(tensor), tensor)
                 assert same, f"layer {index}: {name} is not what was packed"
+
+
+def still_packed(
+    source: Checkpoint, model: PreTrainedModel, index: int, changed: Collection[str], stacked: bool
+) -> dict[str, StoredWeight]:
+    """What is packed in the source and does not change, as it lies there; stacked: stacks of experts change, too."""
+    entries = {key: source.tensors[key] for key in source.keys(index)}
+    held = {key: entry for key, entry in entries.items() if isinstance(entry, StoredWeight)}
+    if not held:
+        return {}
+    places = stored_matrices(model, index)
+    return {
+        key: entry
+        for key, entry in held.items()
+        if not (places[key][0] in changed if key in places else stacked and ".experts." in key)
+    }
 
 
 def _coded(stack: QuantizedMatrices, number: int) -> CodedMatrix:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_compress.models import hf
+from moe_compress.models.modeling.factored_experts import SparseMatrix
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import all_moe_views
 
@@ -28,6 +29,8 @@ def weight_tensors(module: nn.Module) -> list[Tensor]:
     """Weights as they lie in memory, kernels' layouts included, every storage once."""
     tensors: list[Tensor] = [*module.parameters()]
     for part in module.modules():
+        if isinstance(part, SparseMatrix):
+            tensors.append(part.mask)
         if isinstance(part, PackedMatrix) and part.kernel is not None:
             tensors += part.kernel.tensors()
     return list({tensor.untyped_storage().data_ptr(): tensor for tensor in tensors}.values())
@@ -43,5 +46,7 @@ def step_bytes(model: Any, batch: int) -> float:
         every = hf.gate_on_input(view.experts) and not view.unfused  # as stock transformers runs Llama-4's
         used = view.num_experts if every or not view.active else min(view.active, view.num_experts)
         share = 1 - (1 - used / view.num_experts) ** batch
-        whole |= {id(tensor): share for tensor in weight_tensors(view.experts)}
+        # What experts in factors have in common is read whatever is chosen.
+        chosen = view.experts.separate if view.factored else view.experts
+        whole |= {id(tensor): share for tensor in weight_tensors(chosen)}
     return sum(tensor.numel() * tensor.element_size() * whole[id(tensor)] for tensor in weight_tensors(model))

@@ -126,6 +126,11 @@ class FactoredMatrix(nn.Module):
             return not self.mix.activation and (tokens == 1 or len(self.mix.weight) <= top_k)
         return self.shares == CORE or (self.shares == BASIS and self.left is not None)
 
+    @property
+    def leaves(self) -> bool:
+        """Whether what is shared can multiply the sum of what experts leave for it."""
+        return self.shares == CORE or (self.shares == BASIS and self.left is None)
+
     def parts(self, x_RI: Tensor, given_RX: Tensor | None = None) -> tuple[Tensor | None, Tensor | None]:
         """What the expert itself makes of its rows [R, O], and what is left for the shared part to multiply [R, X].
 
@@ -192,8 +197,8 @@ def shared_room(like_OI: Tensor, form: Mapping[str, Any], down: bool) -> nn.Modu
     shapes: dict[str, tuple[int, int]] = {}
     if form.get(CORE):
         shapes[CORE] = (outputs, inputs)
-    if width := form.get(BASIS):  # the side of the model's width is the one that is shared
-        shapes[BASIS] = (outputs, width) if down else (width, inputs)
+    if width := form.get(BASIS):
+        shapes[BASIS] = (outputs, width) if _shares_outputs(form, down) else (width, inputs)
     if form.get(BASES):
         shapes[BASES] = (math.prod(form[BASES]), inputs)
     return nn.ModuleDict({name: ExpertMatrix(like_OI.new_empty(shape), None) for name, shape in shapes.items()})
@@ -208,7 +213,7 @@ def factored_room(
     ranks = form.get("rank", 0)
     rank = ranks if isinstance(ranks, int) else ranks[number]
     count, width = form.get(BASES) or (0, form.get(BASIS, 0))
-    if rank or count or not down:
+    if rank or count or not _shares_outputs(form, down):
         made.left = ExpertMatrix(like_OI.new_empty(outputs, rank or width), None)
     if rank or made.left is None:
         made.right = ExpertMatrix(like_OI.new_empty(rank or width, inputs), None)
@@ -217,6 +222,11 @@ def factored_room(
     if form.get("residue"):
         made.residue = SparseMatrix.empty(like_OI, form["residue"])
     return made
+
+
+def _shares_outputs(form: Mapping[str, Any], down: bool) -> bool:
+    """Whether a basis is that of the outputs: unless it is said, the side of the model's width is shared."""
+    return bool(down if form.get("side") is None else form["side"] == "out")
 
 
 def is_factored(fused: nn.Module) -> bool:
