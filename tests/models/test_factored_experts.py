@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from moe_compress.edits.apply import apply_edits
+from moe_compress.edits.edits import KeepExperts, RoundActivations, SkipExperts
+from moe_compress.edits.factors import Form
+from moe_compress.evaluation.flops.torch_check import check
 from moe_compress.models import hf
+from moe_compress.models.component_map import EXPERTS
+from moe_compress.models.components import components
+from moe_compress.models.modeling.factored_experts import SparseMatrix
 from moe_compress.models.moe import moe_views
+from moe_compress.models.sizes import sizes
 from support import tiny
 from support.editing import logits_of
 from support.factored import FORMS, INNER, MIXED, OTHERS, factored
