@@ -201,3 +201,22 @@ def test_a_layer_is_stored_exactly_and_goes_on_as_it_was_stored(family, dtype, s
             bias = halves(moe_views(before)[index].experts, moe_views(before)[index].experts.gate_up_proj_bias)[0]
             for number, expert in enumerate(view.experts.separate):
                 assert torch.equal(expert["w_switch"].bias, bias[number][orders[index][number]])
+
+
+# --- stages behind it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sentence", ["expert_drop keep=6 score=reap", "layer_drop layers=1", "expert_drop keep=6 novice=mean"]
+)
+def test_stages_that_only_leave_out_follow(sentence, factored, lab):
+    checkpoint = open_checkpoint(compressed(sentence, factored["same"], lab))
+    model = moe_compress.load(checkpoint.folder, torch.float32)
+    assert all(view.factored for view in moe_views(model).values()) and logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("sentence", ["expert_merge keep=4", "channels keep=16"])
+def test_stages_that_change_whole_matrices_are_refused(sentence, factored, lab):
+    with pytest.raises(ValueError, match="its experts are held in factors, and have to be whole matrices") as caught:
+        compressed(sentence, factored["same"], lab)
+    assert "\n" not in str(caught.value)
