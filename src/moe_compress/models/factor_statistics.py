@@ -130,5 +130,7 @@ def _bytes(modules: Iterable[nn.Module], itemsize: int) -> int:
     for module in (module for root in modules for module in root.modules()):
         held = {name: p for name, p in module._parameters.items() if p is not None and name != BIAS}
         found += sum(p.numel() * (p.element_size() if name == PACKED[0] else itemsize) for name, p in held.items())
-        found += sum(buffer.numel() * buffer.element_size() for buffer in module._buffers.values() if buffer is not None)
+        found += sum(
+            buffer.numel() * buffer.element_size() for buffer in module._buffers.values() if buffer is not None
+        )
     return found

@@ -17,10 +17,11 @@ from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.hub.card import model_card
 from moe_compress.models import hf
+from moe_compress.models.families import family_of
 from moe_compress.models.modeling.factored_experts import FactoredMatrix
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.modeling.unfused_experts import ExpertMatrix, halves
-from moe_compress.models.moe import moe_views
+from moe_compress.models.moe import moe_view, moe_views, permute_neurons
 from moe_compress.models.sizes import sizes
 from support import tiny
 from support.editing import logits_of, original
@@ -184,6 +185,7 @@ def test_a_layer_is_stored_exactly_and_goes_on_as_it_was_stored(family, dtype, s
             stacks = moe_views(layers.model)[index].stacks()
             found = {part: factors_of(form, tuple(stacks[part].shape), part, index) for part, form in forms.items()}
             orders[index] = torch.rand(tiny.EXPERTS, tiny.INNER).argsort(1)
+            permute_neurons(moe_view(layer, family_of(source.config)), orders[index])
             edits.append(store.write(index, layer, found, orders[index]))
             passed[index] = {part: stack.clone() for part, stack in moe_views(layers.model)[index].stacks().items()}
         assert layers.model.model.layers[index].mlp.experts.down_proj.is_meta

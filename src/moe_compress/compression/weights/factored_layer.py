@@ -122,11 +122,9 @@ class FactoredStore:
     ) -> FactorExperts:
         """Write the layer at hand, whose experts are then those that the stored factors stand for; returns its edit.
 
-        order_EF: in which order the factors have the neurons of each expert; the layer's matrices come in their own.
+        order_EF: in which order the layer has the neurons of each expert, if not in that of its source.
         """
         model = self.layers.model
-        if order_EF is not None:
-            permute_neurons(_view(layer, model), order_EF)
         if self.exact is None:
             return write_factored(self.writer, model, index, layer, factors)
         with self.exact.layer(index) as stored:
