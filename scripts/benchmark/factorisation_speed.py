@@ -7,6 +7,7 @@ held as whole matrices in the forward, 1,000 steps of Adam on the plain error. P
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -140,9 +141,14 @@ def beside_adam(experts: int, outputs: int, inputs: int, rank: int, common: floa
     found["adam_seconds"], plain = timed(lambda: plain_wrappers(weight_EOI, rank, steps))
     for name, gram in (("plain", None), ("whitened", gram_EII)):
         found[f"adam_{name}"] = error(weight_EOI, plain, gram)
-        seconds, ours = timed(lambda gram=gram: solve("base_delta", weight_EOI, gram, size)[0].dense())
+        seconds, ours = timed(functools.partial(in_closed_form, weight_EOI, gram, size))
         found |= {f"seconds_for_{name}": seconds, name: error(weight_EOI, ours, gram)}
     return found
+
+
+def in_closed_form(weight_EOI: Tensor, gram_EII: Tensor | None, size: FactorSize) -> Tensor:
+    """The matrices [E, O, I] that a core and low ranks stand for."""
+    return solve("base_delta", weight_EOI, gram_EII, size)[0].dense()
 
 
 def flops() -> dict[str, float]:
@@ -207,8 +213,9 @@ def peak(at_once: int, setting: Setting) -> int:
             view = learned_view(layer, family)
             assert view is not None
             collector.collect(view, run, True)
-            for part, stack_EOI in view.stacks().items():
-                solve("svd", stack_EOI, collector.found[SOURCES[part]], FactorSize(ranks=[8] * 64))
+            stacks = view.stacks()
+            for part in get_args(Part):
+                solve("svd", stacks[part], collector.found[SOURCES[part]], FactorSize(ranks=[8] * 64))
 
         walk_layers(layers, windows, visit)
     return peak_memory_bytes(CPU) - before
