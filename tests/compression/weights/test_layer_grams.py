@@ -17,11 +17,13 @@ from moe_compress.models.matrices import INNER, ROUTED
 from moe_compress.models.moe import learned_view
 from support import naive_factors as slow
 from support import readers, tiny
-from support.pruned import FAMILIES, report, rows, run_of
+from support.pruned import report, rows, run_of
 from support.slow import slow_families
 
-WORDS = {"where": "experts", "spare": "", "propagate": "compressed", "unseen": "pooled", "shrink": 0.0}
+WORDS = {"where": "experts", "spare": "", "propagate": "compressed", "unseen": "plain", "shrink": 0.0}
 WORDS |= {"min_tokens": 1, "allocate": "uniform", "spread": 0.0, "experts_at_once": 0}
+# Behind those of several streams, the slow way tells no token apart.
+FAMILIES = [family for family in tiny.EDITABLE if family not in ("deepseek_v4", "hy_v4")]
 WIDTHS = {ROUTED: tiny.HIDDEN, INNER: tiny.INNER}
 
 
@@ -62,9 +64,9 @@ def test_every_expert_s_tokens_count_as_much_as_their_gates(family, lab, tmp_pat
     found = collected(options, tmp_path)
     assert found.keys() == rows(family, options).keys()
     for layer, sums in found.items():
+        assert sums["counts"]["tokens"] == [len(each.gates) for each in rows(family, options)[layer]]
         for source in WIDTHS:
             close(sums[source], expected(family, options, layer, source))
-        assert sums["counts"]["tokens"] == [len(each.gates) for each in rows(family, options)[layer]]
 
 
 @pytest.mark.parametrize("pools", [False, True])
@@ -96,7 +98,7 @@ def test_a_pooled_matrix_has_each_expert_s_own_diagonal(family, lab, tmp_path):
 def test_rare_experts_lean_on_all_others(lab, tmp_path):
     """H = n / (n + s) (S_e + s S / n_all), n tokens of an expert."""
     options = lab("mixtral")
-    for layer, sums in collected(options, tmp_path, shrink=8.0).items():
+    for layer, sums in collected(options, tmp_path, shrink=8.0, unseen="pooled").items():
         counts = [len(each.gates) for each in rows("mixtral", options)[layer]]
         for source in WIDTHS:
             own = expected("mixtral", options, layer, source)
