@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ from moe_compress.edits.factors import Form
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import FactoredLayer, LayerExperts
 from moe_compress.methods.factorisation.structures import STRUCTURES, Factors
+from moe_compress.models.moe import MoEView, moe_views, permute_neurons
+from support import readers, tiny
 
-__all__ = ["STRUCTURES", "Layer", "factorised", "numbers_of", "whitened"]
+__all__ = ["STRUCTURES", "Layer", "factorised", "numbers_of", "permuted", "planted", "related", "runs", "unrelated"]
 
 
 @dataclass
@@ -51,6 +55,18 @@ def factorised(sentence: str, **options: Any) -> tuple[Path, dict[int, Layer]]:
         return moe_compress.compress(sentence, **options).folder, seen
 
 
+def runs(lab: Callable[[str], dict[str, object]], place: Path) -> Callable[..., tuple[Path, dict[int, Layer]]]:
+    """(family, sentence, a model of one's own) -> the checkpoint, and its layers as the method saw them."""
+    numbers = itertools.count()
+
+    @functools.cache
+    def of(family: str, sentence: str, model: str = "") -> tuple[Path, dict[int, Layer]]:
+        given = {"model": model} if model else {}
+        return factorised(sentence, **{**lab(family), "out": str(place / str(next(numbers))), **given})
+
+    return of
+
+
 def numbers_of(form: Form, part: str, experts: int, outputs: int, inputs: int) -> int:
     """What is stored of a projection in this form, straight from what its parts are."""
     if form.bases:
@@ -65,13 +81,36 @@ def numbers_of(form: Form, part: str, experts: int, outputs: int, inputs: int) -
     return core + sum(ranks) * (outputs + inputs) + experts * outputs * form.residue
 
 
-def whitened(layers: Mapping[int, Layer], grams: Mapping[int, Layer]) -> float:
-    """The mean over layers and projections of the error as a share of the experts, in the metric of `grams`."""
-    found = []
-    for index, layer in layers.items():
-        for part, weight in layer.weights.items():
-            metric = grams[index].grams[part].double()
-            error = weight.double() - layer.factors[part].dense().double()
-            off, whole = (float((each @ metric * each).sum()) for each in (error, weight.double()))
-            found.append(off / whole)
-    return sum(found) / len(found)
+@torch.no_grad()
+def planted(folder: Path, fill: Callable[[MoEView, torch.Generator], None], family: str = "mixtral") -> Path:
+    """A tiny reader whose experts were filled in by hand, layer by layer."""
+    model = tiny.make(family, vocab_size=readers.VOCAB)
+    for index, view in moe_views(model).items():
+        fill(view, torch.Generator().manual_seed(index))
+    tiny.save(model, folder)
+    readers.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def unrelated(view: MoEView, generator: torch.Generator) -> None:
+    """Experts of rank 5 each, with nothing in common."""
+    for stack in view.stacks().values():
+        experts, outputs, inputs = stack.shape
+        left = torch.randn(experts, outputs, 5, generator=generator)
+        stack.copy_(left @ torch.randn(experts, 5, inputs, generator=generator) / 10)
+
+
+def related(view: MoEView, generator: torch.Generator) -> None:
+    """One matrix for all, and rank 3 of each expert's own."""
+    for stack in view.stacks().values():
+        experts, outputs, inputs = stack.shape
+        core = torch.randn(outputs, inputs, generator=generator) / 5
+        left = torch.randn(experts, outputs, 3, generator=generator)
+        stack.copy_(core + left @ torch.randn(experts, 3, inputs, generator=generator) / 20)
+
+
+def permuted(view: MoEView, generator: torch.Generator) -> None:
+    """The same, each with its neurons in an order of its own."""
+    related(view, generator)
+    order = torch.rand(view.num_experts, max(view.widths), generator=generator).argsort(1)
+    permute_neurons(view, order)

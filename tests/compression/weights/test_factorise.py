@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 import yaml
@@ -19,7 +17,7 @@ from moe_compress.models.moe import moe_views
 from support import naive_factors as slow
 from support import tiny
 from support.editing import logits_of
-from support.factorised import STRUCTURES, factorised, numbers_of
+from support.factorised import STRUCTURES, numbers_of, runs
 from support.pruned import report, rows, stored
 from support.slow import DIFFERENT, slow_after, slow_families, slow_unless
 
@@ -30,15 +28,8 @@ FEW = {(DIFFERENT[n % 4], structure) for n, structure in enumerate(EVERY)}
 
 @pytest.fixture(scope="module")
 def run(lab, tmp_path_factory):
-    """(family, sentence) -> the checkpoint, and its layers as the method saw them."""
-    place = tmp_path_factory.mktemp("factorised")
-
-    @functools.cache
-    def of(family, sentence):
-        name = f"{family} {sentence}".replace(" ", "_").replace("=", "-")
-        return factorised(sentence, **{**lab(family), "out": str(place / name)})
-
-    return of
+    """See `runs`."""
+    return runs(lab, tmp_path_factory.mktemp("factorised"))
 
 
 def edits_of(folder):
