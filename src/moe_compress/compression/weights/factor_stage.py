@@ -37,7 +37,7 @@ from moe_compress.models.moe import MoEView, learned_view, permute_neurons
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.utils.devices import free_memory
-from moe_compress.utils.files import gigabytes, read_json, write_json
+from moe_compress.utils.files import gigabytes, read_json, require_disk, write_json
 from moe_compress.utils.logging import log
 
 
@@ -53,7 +53,7 @@ def run_factor_stage(
     if windows is not None and not pools:
         require_memory(storage.matrices, layers.device, "or use grams=pooled", crosses=crosses)
     if stage_run.collector.outputs:
-        _require_output_memory(storage.matrices, layers.device, pools)
+        _require_room(storage.matrices, layers.device, pools, writer.scratch)
         measure_outputs(source, run, writer.scratch, pools, progress)
     stage_run.sizes = sizes_of_layers(stage, source, run, stage_run.collector, writer.scratch, progress)
     if not writer.has(None):
@@ -72,16 +72,17 @@ def run_factor_stage(
     return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
-def _require_output_memory(matrices: StageMatrices, device: torch.device, pools: bool) -> None:
-    """Raise ValueError if second moments of a layer's gradients would not fit."""
-    free = free_memory(device)
-    for index, needed in output_gram_bytes(matrices, pools).items():
-        if needed > free:
-            advice = "use objective=activation" if pools else "use grams=pooled"
+def _require_room(matrices: StageMatrices, device: torch.device, pools: bool, scratch: Path) -> None:
+    """Raise ValueError if second moments of gradients fit neither memory, layer by layer, nor the disk."""
+    needed, free = output_gram_bytes(matrices, pools), free_memory(device)
+    advice = "use objective=activation" if pools else "use grams=pooled"
+    for index, layer in needed.items():
+        if layer > free:
             raise ValueError(
-                f"layer {index}: the second moments of its gradients need {gigabytes(needed)}, and {gigabytes(free)} "
+                f"layer {index}: the second moments of its gradients need {gigabytes(layer)}, and {gigabytes(free)} "
                 f"are free: {advice}."
             )
+    require_disk(scratch, sum(needed.values()), "the second moments of gradients", advice)
 
 
 class FactorStage:
