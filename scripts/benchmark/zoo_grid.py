@@ -147,6 +147,28 @@ ACTIVATIONS = (
     "quantize method=rtn bits=8 group_size=0 format=packed + activations",
     "quantize group_size=32 format=packed + activations where=sent",
 )
+# What decides whether experts had better share something is run on three calibration texts on two of the models.
+STRUCTURES = ("svd", "base_delta", "shared_basis", "basis_mixture", "wrapper", "sparse_low_rank", "auto")
+KEPT = (0.75, 0.5)
+FACTORED_ORDER = tuple(f"factorise structure={name} ratio={kept}" for name in STRUCTURES for kept in KEPT)
+FACTORED = (
+    "factorise structure=svd ratio=0.5 objective=plain",
+    "factorise structure=svd ratio=0.5 budget=layer",
+    "factorise structure=svd ratio=0.5 budget=global",
+    "factorise structure=svd ratio=0.5 budget=global weigh=gradient",
+    "factorise structure=svd ratio=0.5 grams=pooled",
+    "factorise structure=svd ratio=0.5 propagate=original",
+    "factorise structure=base_delta ratio=0.5 align=true",
+    "factorise structure=base_delta ratio=0.5 objective=plain",
+    "factorise structure=wrapper ratio=0.5 objective=plain solver=adam",
+    "factorise structure=basis_mixture ratio=0.5 activation=silu",
+    "factorise structure=shared_basis ratio=0.5 budget=global",
+    "factorise structure=sparse_low_rank ratio=0.5 budget=global",
+    "factorise structure=auto ratio=0.25",
+    "factorise structure=auto ratio=0.75 + quantize method=rtn bits=4 group_size=32",
+    "expert_drop ratio=0.25 + factorise structure=auto ratio=0.75",
+    "channels score=camera ratio=0.25 + factorise structure=auto ratio=0.75",
+)
 SHARED = {
     "tiny-mixtral": (),
     "tiny-deepseek": (
@@ -167,7 +189,9 @@ def recipes(model: str) -> list[tuple[str, int]]:
         (sentence, 0)
         for sentence in (*CONTROLS, *LAYERS, *ACTIVE[family], *SLIMMING, *QUANTIZED, *ACTIVATIONS, *SHARED[family])
     ]
+    found += [(sentence, 0) for sentence in FACTORED]
     found += list(itertools.product((*ORDER, *QUANTIZED_ORDER), ORDER_SEEDS))
+    found += itertools.product(FACTORED_ORDER, ORDER_SEEDS if model == family else (0,))
     return found
 
 

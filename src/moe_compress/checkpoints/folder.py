@@ -132,3 +132,5 @@ def remove_intermediate(folder: Path) -> None:
 
 
 RECIPE = "recipe.yaml"
+# What factors save, in the words of the founding documents.
+STATISTICS = "compression_statistics.yaml"

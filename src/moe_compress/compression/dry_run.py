@@ -94,7 +94,7 @@ def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
     planned: list[Edit] = []
     for index, view in moe_views(matrices.model).items():
         shapes = {part: tuple(view.stacks()[part].shape) for part in get_args(Part) if part in view.stacks()}
-        planned.append(FactorExperts(index, factoring.forms(shapes, **own)))
+        planned.append(FactorExperts(index, factoring.forms(shapes, matrices.model.dtype.itemsize, **own)))
     check_edits(matrices.model, planned)
     found.edits += planned
     found.keeps_beside = False

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from moe_compress.checkpoints.folder import (
     CARD,
     RECIPE,
+    STATISTICS,
     begun_bytes,
     read_manifest,
     remove_intermediate,
@@ -26,6 +28,7 @@ from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
+from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
 from moe_compress.compression.rounding import times_rounded
@@ -36,10 +39,11 @@ from moe_compress.edits.apply import check_edits
 from moe_compress.edits.checks import require_few
 from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
-from moe_compress.edits.resulting_config import kept_layers, resulting_config
+from moe_compress.edits.resulting_config import kept_layers, resulting_config, split_values
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
 from moe_compress.models import hf
+from moe_compress.models.factor_statistics import factor_statistics
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 from moe_compress.run.options import Options
@@ -171,9 +175,19 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
     plan = as_json(plan_values(job.plan, {**about["base"], "shape": shape_values(job.origin.config)}))
     card = card_of(job.target.name, job.origin, manifest, after.values)
-    writer.finish(after.values, manifest, {**files, PLAN: plan, CARD: card}, {ARRAYS: plan_arrays(job.plan)})
+    said = {**files, **_statistics(after.values), PLAN: plan, CARD: card}
+    writer.finish(after.values, manifest, said, {ARRAYS: plan_arrays(job.plan)})
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
+
+
+def _statistics(values: Mapping[str, Any]) -> dict[str, str]:
+    """What factors save, as a file of the checkpoint; none for one without."""
+    if not any(edit["edit"] == FACTORED for edit in split_values(values)[1]):
+        return {}
+    stored = hf.stored_dtype(values)
+    found = factor_statistics(hf.skeleton(hf.config_from(values), stored), stored.itemsize)
+    return {STATISTICS: yaml.safe_dump(found, sort_keys=False)}
 
 
 def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:

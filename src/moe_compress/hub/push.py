@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils._validators import validate_repo_id
 
 from moe_compress.checkpoints.companions import require_own
-from moe_compress.checkpoints.folder import CARD, MANIFEST, RECIPE, read_manifest
+from moe_compress.checkpoints.folder import CARD, MANIFEST, RECIPE, STATISTICS, read_manifest
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import hub_answers
 from moe_compress.edits.plan_file import PLAN
@@ -22,7 +22,7 @@ from moe_compress.utils.files import gigabytes
 from moe_compress.utils.yaml_text import parse_yaml
 
 # Written by this package, so that it knows what in them is a path of this machine.
-OURS = (MANIFEST, PLAN, RECIPE, CARD)
+OURS = (MANIFEST, PLAN, RECIPE, CARD, STATISTICS)
 PATHS = ("model", "data", "eval_data", "template")
 MEASURED_ON = r"[\d,]+ held-out tokens of [^\n]*?(?=, \w+ on \w+, protocol)"
 

@@ -60,12 +60,13 @@ class FactoredLayer:
 class Factoring:
     """What a method that leaves factors tells the engine besides its run.
 
-    forms: how a layer's projections will be held, as far as their shapes and the method's own parameters tell;
+    forms: how a layer's projections will be held, as far as their shapes, the bytes of a number and the method's own
+    parameters tell;
     projections: those of a layer that are factored; order: in which the neurons of a layer's experts are put first
     [E, F], if in any. Of its parameters: pools, whether one Gram matrix does for all experts; crosses, outputs: whether
     it wants these of `LayerExperts`; shares_out, whether sizes depend on all layers; weighs, whether these count by the
-    loss's gradient. spectra: of a layer; share_out: spectra of all layers, what each counts, and shapes -> sizes by
-    layer.
+    loss's gradient. spectra: of a layer; share_out: spectra of all layers, what each counts, shapes and bytes of a
+    number -> sizes by layer.
     """
 
     forms: Callable[..., dict[Part, Form]]

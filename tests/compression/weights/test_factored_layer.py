@@ -9,19 +9,24 @@ import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST, read_manifest
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.weights.factored_layer import FactoredStore
 from moe_compress.edits.edits import KeepExperts
 from moe_compress.edits.factors import Form
+from moe_compress.edits.resulting_config import resulting_config
+from moe_compress.engine.layers import StreamedLayers
 from moe_compress.hub.card import model_card
 from moe_compress.models import hf
+from moe_compress.models.families import family_of
 from moe_compress.models.modeling.factored_experts import FactoredMatrix
 from moe_compress.models.modeling.packed_linear import PackedMatrix
-from moe_compress.models.modeling.unfused_experts import ExpertMatrix
-from moe_compress.models.moe import moe_views
+from moe_compress.models.modeling.unfused_experts import ExpertMatrix, halves
+from moe_compress.models.moe import moe_view, moe_views, permute_neurons
 from moe_compress.models.sizes import sizes
 from support import tiny
-from support.editing import logits_of
+from support.editing import logits_of, original
 from support.editing import write as write_edits
-from support.factored import MIXED, OTHERS, write
+from support.factored import MIXED, OTHERS, factors_of, write
 from support.slow import DIFFERENT, slow_unless
 
 # Ranks are such as a group of 8 divides.
@@ -160,3 +165,60 @@ def test_packed_factors_round_what_experts_are_given_and_nothing_behind_it(name,
                 view.experts.get_submodule(holder).register_module(child, ExpertMatrix(module.dense(), module.bias))
     found, expected = logits_of(ours), logits_of(plain)
     assert float((found - expected).norm() / expected.norm()) < 1e-4
+
+
+# --- one layer after the other ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_layer_is_stored_exactly_and_goes_on_as_it_was_stored(family, dtype, sources, tmp_path):
+    """In narrower arithmetic, too; with neurons in another order, whatever is not in factors follows them."""
+    source, forms = sources(family), {"gate": Form(rank=4), "up": Form(basis=6)}
+    layers = StreamedLayers(source, tiny.CPU, dtype)
+    writer = CheckpointWriter(tmp_path / "out", source, "test")
+    store, edits, orders, passed = FactoredStore(source, layers, writer), [], {}, {}
+    writer.copy(None)
+    for index in range(source.num_layers):
+        with layers.layer(index) as layer:
+            stacks = moe_views(layers.model)[index].stacks()
+            found = {part: factors_of(form, tuple(stacks[part].shape), part, index) for part, form in forms.items()}
+            orders[index] = torch.rand(tiny.EXPERTS, tiny.INNER).argsort(1)
+            permute_neurons(moe_view(layer, family_of(source.config)), orders[index])
+            edits.append(store.write(index, layer, found, orders[index]))
+            passed[index] = {part: stack.clone() for part, stack in moe_views(layers.model)[index].stacks().items()}
+        assert layers.model.model.layers[index].mlp.experts.down_proj.is_meta
+    writer.finish(resulting_config(source.values, edits).values, {})
+    model, before = load_model(tmp_path / "out", torch.float32), original(source)
+    for index, view in moe_views(model).items():
+        down = moe_views(before)[index].stacks()["down"]
+        expected = torch.stack([down[e][:, orders[index][e]] for e in range(tiny.EXPERTS)])
+        assert torch.equal(view.stacks()["down"], expected)
+        query = [each.model.layers[index].self_attn.q_proj.weight for each in (model, before)]
+        assert torch.equal(*query)
+        for part, stack in view.stacks().items():
+            torch.testing.assert_close(passed[index][part], stack.to(dtype), rtol=1e-5, atol=1e-6)
+        if family == "gpt_oss":
+            bias = halves(moe_views(before)[index].experts, moe_views(before)[index].experts.gate_up_proj_bias)[0]
+            for number, expert in enumerate(view.experts.separate):
+                assert torch.equal(expert["w_switch"].bias, bias[number][orders[index][number]])
+
+
+# --- stages behind it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sentence", ["expert_drop keep=6 score=reap", "layer_drop layers=1", "expert_drop keep=6 novice=mean"]
+)
+def test_stages_that_only_leave_out_follow(sentence, factored, lab):
+    checkpoint = open_checkpoint(compressed(sentence, factored["same"], lab))
+    model = moe_compress.load(checkpoint.folder, torch.float32)
+    assert all(view.factored for view in moe_views(model).values()) and logits_of(model).isfinite().all()
+
+
+@pytest.mark.parametrize("sentence", ["expert_merge keep=4", "channels keep=16"])
+def test_stages_that_change_whole_matrices_are_refused(sentence, factored, lab):
+    with pytest.raises(ValueError, match="its experts are held in factors, and have to be whole matrices") as caught:
+        compressed(sentence, factored["same"], lab)
+    assert "\n" not in str(caught.value)

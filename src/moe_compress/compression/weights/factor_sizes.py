@@ -57,7 +57,7 @@ def sizes_of_layers(
             observer = OutputWeights(family_of(source.config))
             seen = backward(layers, run.windows("calibration", source), observer, run.results("calibrations"))
             counts = {index: float(seen[index]["weight"]) for index in found.spectra}
-        sizes = factoring.share_out(found.spectra, counts, found.shapes, **own)
+        sizes = factoring.share_out(found.spectra, counts, found.shapes, collector.stored.itemsize, **own)
         write_json(file, {i: {part: asdict(size) for part, size in each.items()} for i, each in sizes.items()})
     return {int(i): {part: _size(size) for part, size in each.items()} for i, each in read_json(file).items()}
 

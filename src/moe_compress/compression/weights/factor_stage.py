@@ -18,22 +18,19 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.checks import output_gram_bytes
 from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers
-from moe_compress.compression.weights.factored_layer import write_factored
+from moe_compress.compression.weights.factored_layer import FactoredStore
 from moe_compress.compression.weights.format_choice import Storage
 from moe_compress.compression.weights.layer_grams import GramCollector
-from moe_compress.compression.weights.layer_stores import LayerStore
 from moe_compress.compression.weights.output_grams import measure_outputs
 from moe_compress.compression.weights.stage import WeightStageResult, require_memory
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.edits import from_json, to_json
-from moe_compress.edits.factors import Part
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Factoring
-from moe_compress.methods.factorisation.structures import Factors
 from moe_compress.models.families import family_of
-from moe_compress.models.moe import MoEView, learned_view, permute_neurons
+from moe_compress.models.moe import learned_view, permute_neurons
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.utils.devices import free_memory
@@ -105,7 +102,7 @@ class FactorStage:
             source.dense_dtype,
             self.factoring.outputs(self.own),
         )
-        self.store = LayerStore(storage.writer, source, layers, writer, storage.matrices.kinds)
+        self.store = FactoredStore(source, layers, writer)
         self.values = writer.values = storage.values(source.values)
         writer.keep_prediction_layers = False
         self.sizes: Sizes = {}
@@ -128,13 +125,12 @@ class FactorStage:
             self.collector.collect(view, runs[-1], stays, originals)
             self.collector.require_seen(index)
         sizes = self.sizes.get(index, {})
-        found = self.method.run(
-            self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF), **self.own
-        )
-        edit = self._write(index, layer, view, found.factors, order_EF)
+        experts = self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF)
+        found = self.method.run(experts, **self.own)
+        edit = self.store.write(index, layer, found.factors, order_EF)
         counts = self.collector.counts
         self.collector.release()
-        write_json(self._notes_file(index), {"edit": edit, "projections": found.report, **counts})
+        write_json(self._notes_file(index), {"edit": to_json(edit), "projections": found.report, **counts})
         if runs and not stays:
             runs[-1]([], True)
 
@@ -143,21 +139,6 @@ class FactorStage:
         observer = OriginalInputs(self.family)
         run([observer], True)
         return observer.batches
-
-    def _write(
-        self, index: int, layer: nn.Module, view: MoEView, factors: Mapping[Part, Factors], order_EF: Tensor | None
-    ) -> dict[str, Any]:
-        """Write the layer with the numbers that are stored of whatever stays; the edit that makes room for it."""
-        with self.store.changed(index, layer, ()) as (model, stored):
-            exact = learned_view(stored, self.family)
-            assert exact is not None
-            if stored is not layer and order_EF is not None:
-                permute_neurons(exact, order_EF)
-            edit = write_factored(self.writer, model, index, stored, factors)
-            if stored is not layer:
-                for part, stack_EOI in view.stacks().items():
-                    stack_EOI.copy_(exact.stacks()[part])
-        return to_json(edit)
 
     def _notes_file(self, index: int) -> Path:
         return self.writer.scratch / f"notes-{index:05d}.json"

@@ -13,18 +13,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.partly_packed import unpacked
+from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.layer_stores import still_packed
+from moe_compress.compression.weights.layer_stores import exact_layers, still_packed
 from moe_compress.edits.apply import shallow
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form, Part
+from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.modeling.factored_experts import BASES, BASIS, CORE, FactoredMatrix
 from moe_compress.models.modeling.unfused_experts import CHILDREN, ExpertMatrix
-from moe_compress.models.moe import moe_view
+from moe_compress.models.moe import MoEView, moe_view, permute_neurons
 from moe_compress.models.sublayers import block_names
 
 LINEAR = "linear"
@@ -107,6 +109,35 @@ def _put(module: Any, value: Tensor) -> None:
     module.weight = nn.Parameter(value.detach().to(like, copy=True).contiguous(), requires_grad=False)
 
 
+class FactoredStore:
+    """Writes layers in factors, one at a time; what does not change is stored as it was, to the last bit."""
+
+    def __init__(self, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter) -> None:
+        self.layers, self.writer = layers, writer
+        self.exact = exact_layers(source, layers.model)
+
+    @torch.no_grad()
+    def write(
+        self, index: int, layer: nn.Module, factors: Mapping[Part, Values], order_EF: Tensor | None = None
+    ) -> FactorExperts:
+        """Write the layer at hand, whose experts are then those that the stored factors stand for; returns its edit.
+
+        order_EF: in which order the layer has the neurons of each expert, if not in that of its source.
+        """
+        model = self.layers.model
+        if self.exact is None:
+            return write_factored(self.writer, model, index, layer, factors)
+        with self.exact.layer(index) as stored:
+            if order_EF is not None:
+                permute_neurons(_view(stored, model), order_EF)
+            edit = write_factored(self.writer, self.exact.model, index, stored, factors)
+            mine = _view(layer, model).stacks()
+            for part, stack_EOI in _view(stored, model).stacks().items():
+                if part in factors:
+                    mine[part].copy_(stack_EOI)
+        return edit
+
+
 @torch.no_grad()
 def write_factored(
     writer: CheckpointWriter, model: PreTrainedModel, index: int, layer: nn.Module, factors: Mapping[Part, Values]
@@ -159,10 +190,14 @@ def _read_back(writer: CheckpointWriter, model: PreTrainedModel, index: int, own
             tensor.copy_(stored)
 
 
-def _pass_on(layer: nn.Module, model: PreTrainedModel, fused: Any) -> None:
+def _view(layer: nn.Module, model: PreTrainedModel) -> MoEView:
     view = moe_view(layer, family_of(model.config))
     assert view is not None
-    for part, stack_EOI in view.stacks().items():
+    return view
+
+
+def _pass_on(layer: nn.Module, model: PreTrainedModel, fused: Any) -> None:
+    for part, stack_EOI in _view(layer, model).stacks().items():
         for number, expert in enumerate(fused.separate):
             held = expert[CHILDREN[part]]
             if not isinstance(held, ExpertMatrix):

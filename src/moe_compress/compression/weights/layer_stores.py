@@ -50,9 +50,7 @@ class LayerStore:
         self.source = source
         self.modules: dict[str, Tensor] = {}
         self.model, self.family = layers.model, family_of(source.config)
-        # Where the arithmetic is narrower than what is stored, what no method changes comes from a second reading.
-        narrower = torch.promote_types(self.model.dtype, source.stored_dtype) != self.model.dtype
-        self.exact = StreamedLayers(source, torch.device("cpu"), source.stored_dtype) if narrower else None
+        self.exact = exact_layers(source, self.model)
 
     def rescale(self, rescales: Sequence[Rescale]) -> None:
         """What was done to the layer at hand before its matrices were changed, other parts included."""
@@ -130,6 +128,12 @@ class LayerStore:
                 packed = name.rpartition(".")[2] in PARAMETERS
                 same = not packed or torch.equal(tensors[name][...].to(tensor), tensor)
                 assert same, f"layer {index}: {name} is not what was packed"
+
+
+def exact_layers(source: Checkpoint, model: PreTrainedModel) -> StreamedLayers | None:
+    """A second reading, for what no method changes, where the arithmetic is narrower than what is stored."""
+    narrower = torch.promote_types(model.dtype, source.stored_dtype) != model.dtype
+    return StreamedLayers(source, torch.device("cpu"), source.stored_dtype) if narrower else None
 
 
 def still_packed(

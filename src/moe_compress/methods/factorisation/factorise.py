@@ -36,21 +36,21 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
 
 def spectra(layer: LayerExperts, **own: Any) -> Spectra:
     """What further ranks of a layer's projections are worth."""
-    return spectra_of(layer, own["structure"], _even(layer.shapes, own))
+    return spectra_of(layer, own["structure"], _even(layer.shapes, layer.stored.itemsize, own))
 
 
 def shared_out(
-    spectra: Mapping[int, Spectra], counts: Mapping[int, float], shapes: Mapping[int, Shapes], **own: Any
+    spectra: Mapping[int, Spectra], counts: Mapping[int, float], shapes: Mapping[int, Shapes], itemsize: int, **own: Any
 ) -> dict[int, dict[Part, Size]]:
     """Sizes of all layers' projections out of one budget."""
-    even = {index: _even(found, own) for index, found in shapes.items()}
+    even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
     words = {key: own[key] for key in ("structure", "ratio", "multiple")}
     return share_out(spectra, counts, shapes, even, **words)
 
 
-def _even(shapes: Shapes, own: Mapping[str, Any]) -> dict[Part, Size]:
+def _even(shapes: Shapes, itemsize: int, own: Mapping[str, Any]) -> dict[Part, Size]:
     """Sizes where nothing is shared out."""
-    return {part: size_of(own["structure"], part, shape, own) for part, shape in shapes.items()}
+    return {part: size_of(own["structure"], part, shape, itemsize, own) for part, shape in shapes.items()}
 
 
 def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
@@ -112,7 +112,7 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     (basis_mixture, with `bases` of them and an `activation`), the core in low-rank wrappers (wrapper, by solver=als or
     as published: adam, steps=1000 lr=0.001), low ranks and single weights (sparse_low_rank, `sparse` of the budget or
     pattern=2:4), or for each layer and projection the nearest of these at the same bytes (auto); rank, or ratio: the
-    share of the factored projections' parameters that is kept; budget: the same rank for all, or ranks shared out in
+    share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in
     each layer or among all (weigh=gradient: layers count as the loss sees them), in multiples of `multiple`;
     projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
     the tokens routed to an expert see its matrix (activation), plain distance, what the original makes of the original
@@ -134,10 +134,10 @@ def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
     if layer.sizes or own["structure"] == "auto":
         return layer.sizes
     if own["budget"] == "uniform":
-        return _even(layer.shapes, own)
-    return shared_out({layer.layer: spectra(layer, **own)}, {layer.layer: 1.0}, {layer.layer: layer.shapes}, **own)[
-        layer.layer
-    ]
+        return _even(layer.shapes, layer.stored.itemsize, own)
+    here = layer.layer
+    found = shared_out({here: spectra(layer, **own)}, {here: 1.0}, {here: layer.shapes}, layer.stored.itemsize, **own)
+    return found[here]
 
 
 def _projection(

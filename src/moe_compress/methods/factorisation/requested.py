@@ -38,26 +38,28 @@ def _options(part: Part, bases: int | None, sparse: float, pattern: str | None) 
     )
 
 
-def size_of(structure: str, part: Part, shape: tuple[int, int, int], own: Own, ratio: float | None = None) -> Size:
-    """The size of a projection that the recipe's words ask for. ValueError for one that cannot be."""
-    options = _options(part, own["bases"], own["sparse"], own["pattern"])
-    wanted = own["ratio"] if ratio is None else ratio
-    rank = own["rank"] if ratio is None else None
-    return size_for(structure, *shape, ratio=wanted, rank=rank, multiple=own["multiple"], options=options)
+def size_of(structure: str, part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> Size:
+    """The size of a projection that the recipe's words ask for. ValueError for one that cannot be.
+
+    itemsize: bytes of a number; the mask of a residue takes a bit of every weight, and counts in a ratio as that.
+    """
+    ratio, options = own["ratio"], _options(part, own["bases"], own["sparse"], own["pattern"])
+    if ratio is not None and structure == "sparse_low_rank":
+        ratio -= 1 / (8 * itemsize)
+    return size_for(structure, *shape, ratio=ratio, rank=own["rank"], multiple=own["multiple"], options=options)
 
 
 def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> dict[str, Size]:
     """The structures that can have a share of a projection's bytes, with the size of each; ValueError if none can.
 
-    The mask of a residue takes a bit of every weight; where the loss mixes outputs there can be none.
+    Where the loss mixes outputs there can be no residue.
     """
     found, reasons = {}, []
     for structure in TRIED:
         if own["objective"] == "two_sided" and structure == "sparse_low_rank":
             continue
-        ratio = own["ratio"] - (1 / (8 * itemsize) if structure == "sparse_low_rank" else 0)
         try:
-            found[structure] = size_of(structure, part, shape, own, ratio)
+            found[structure] = size_of(structure, part, shape, itemsize, own)
         except ValueError as error:
             reasons.append(str(error))
     if not found:
@@ -65,15 +67,15 @@ def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> d
     return found
 
 
-def forms(shapes: Shapes, **own: Any) -> dict[Part, Form]:
+def forms(shapes: Shapes, itemsize: int, **own: Any) -> dict[Part, Form]:
     """How the projections of a layer will be held: as the recipe says, or (structure=auto, budget=) about as much."""
     found: dict[Part, Form] = {}
     for part in projections_of(own["projections"], list(shapes)):
         structure = own["structure"]
         if structure == "auto":
-            structure, size = next(iter(tried(part, shapes[part], 2, own).items()))
+            structure, size = next(iter(tried(part, shapes[part], itemsize, own).items()))
         else:
-            size = size_of(structure, part, shapes[part], own)
+            size = size_of(structure, part, shapes[part], itemsize, own)
         found[part] = _form(structure, size, shapes[part], own["activation"])
     return found
 
@@ -100,7 +102,7 @@ def check_factorise(layers: Mapping[int, Sequence[Matrix]], **parameters: Any) -
         shapes = {_part(matrix): _shape(matrix) for matrix in matrices}
         try:
             if shapes:
-                forms(shapes, **parameters)
+                forms(shapes, matrices[0].weight_BOI.element_size(), **parameters)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
 
