@@ -7,9 +7,10 @@ a token meets and how much that counts. T tokens, D model width, I inputs, R row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe_compress.calibration.input_moments import Moments, RunningSums
 from moe_compress.engine.observer import BatchInfo, ExpertObserver
@@ -19,8 +20,6 @@ from moe_compress.models.hf import RoutedRows
 from moe_compress.models.matrices import INNER, ROUTED
 from moe_compress.models.moe import MoEView, inner_width
 
-TINY = torch.finfo(torch.float32).tiny
-
 
 class OriginalInputs(ExpertObserver):
     """What a layer's experts are sent, [T, D] of each batch: a row for every token, zeros for one that meets nobody.
@@ -29,21 +28,26 @@ class OriginalInputs(ExpertObserver):
     """
 
     def start(self, view: MoEView) -> None:
-        """Begin without a batch."""
+        """Begin without a batch; where rows have met their gate already, tokens are taken as they enter the block."""
         self.batches: list[Tensor] = []
+        self.gated = hf.gate_on_input(view.experts)
+        self.hook = view.block.register_forward_pre_hook(self._enter_block) if self.gated else None
+
+    def _enter_block(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.batches.append(args[0].flatten(0, -2))
 
     def rows(self, rows: RoutedRows) -> None:
         """Keep the tokens of one batch."""
-        assert self.view is not None
-        sent_RD = rows.input_RD
-        if hf.gate_on_input(self.view.experts):
-            sent_RD = (sent_RD.float() / rows.gate_R.float().clamp_min(TINY).unsqueeze(1)).to(sent_RD.dtype)
-        sent_TD = sent_RD.new_zeros(len(self.real_T), sent_RD.shape[1])
-        sent_TD[rows.token_R] = sent_RD
+        if self.gated:
+            return
+        sent_TD = rows.input_RD.new_zeros(len(self.real_T), rows.input_RD.shape[1])
+        sent_TD[rows.token_R] = rows.input_RD
         self.batches.append(sent_TD)
 
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """Nothing of it is kept in files."""
+        if self.hook is not None:
+            self.hook.remove()
         return {}
 
 

@@ -121,7 +121,7 @@ def activated(family: str, config: Any, outputs: list[Tensor]) -> Tensor:
     return gate * torch.sigmoid(gate) * up
 
 
-def naive_outputs(family: str, layer: int) -> dict[str, Tensor]:
+def naive_outputs(family: str, layer: int, pools: bool) -> dict[str, Tensor]:
     """Means of the gradients' outer products from one backward pass through the stock model, token by token."""
     model = tiny.make(family).double()
     model.set_experts_implementation("eager")
@@ -151,6 +151,8 @@ def naive_outputs(family: str, layer: int) -> dict[str, Tensor]:
                 sums[part][e] += torch.outer(back, back)
             counts[e] += float(outside) ** 2
     found = {part: total / counts.clamp_min(1e-300)[:, None, None] for part, total in sums.items()}
+    if pools:
+        found = {part: total.sum(0) / counts.sum() for part, total in sums.items()}
     return {**found, "down": gradient_TD.T @ gradient_TD / len(gradient_TD)}
 
 
@@ -158,14 +160,17 @@ def options(**given: Any) -> WeightStageOptions:
     return WeightStageOptions(**given)
 
 
-@pytest.mark.parametrize("family", slow_after(4, FAMILIES))
-def test_gradients_at_outputs_are_those_of_the_whole_model(family, family_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "pools"),
+    slow_after(5, [*((family, False) for family in FAMILIES[:4]), ("mixtral", True), ("deepseek_v3", False)]),
+)
+def test_gradients_at_outputs_are_those_of_the_whole_model(family, pools, family_checkpoint, tmp_path):
     layers = layers_of(family_checkpoint(family))
-    observer = OutputGrams(family_of(layers.model.config), tmp_path, pools=False)
+    observer = OutputGrams(family_of(layers.model.config), tmp_path, pools)
     assert not any(backward(layers, windows_of(IDS), observer, tmp_path / "entered"))
     for layer in moe_views(layers.model):
         found = outputs_of(tmp_path, layer, tiny.EXPERTS, options(), None, tiny.CPU)
-        expected = naive_outputs(family, layer)
+        expected = naive_outputs(family, layer, pools)
         assert found.keys() == expected.keys()
         for part, wanted in expected.items():
             wanted_EOO = wanted.expand(tiny.EXPERTS, -1, -1)
@@ -342,6 +347,20 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(objective, call, lab, made, m
     assert len(layers) == (tiny.LAYERS - done) * each + (first if call < first else 0)
     assert outcome(folder) == outcome(whole) and report(folder) == report(whole)
     assert leftovers(tmp_path) == []
+
+
+def test_ranks_are_shared_out_as_the_loss_sees_them(made):
+    """Neurons that are put in order, and one matrix of gradients for all experts, go with it."""
+    words = "structure=svd budget=global objective=two_sided"
+    each, together = (report(made("mixtral", f"factorise {words} {more}")) for more in ("align=true", "grams=pooled"))
+    plain = report(made("mixtral", "factorise structure=svd budget=global"))
+    for found in (each, together, plain):
+        assert 0.45 < found["kept"] <= 0.5
+    sizes = [
+        [said["parameters"] for part in found["projections"].values() for said in part.values()]
+        for found in (each, plain)
+    ]
+    assert sizes[0] != sizes[1]
 
 
 def test_auto_leaves_out_what_would_not_stay_sparse(made):

@@ -115,10 +115,9 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in
     each layer or among all (weigh=gradient: layers count as the loss sees them), in multiples of `multiple`;
     projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
-    the tokens routed to an expert see its matrix (activation), plain distance, what the original makes of the original
-    tokens (anchored: also up for what earlier layers lost), or as the loss sees it besides (two_sided); grams: second
-    moments of each expert's inputs, or pooled ones with each expert's own diagonal; sweeps: of alternating least
-    squares.
+    the tokens routed to an expert see its matrix (activation), plain distance, the same made up for what earlier layers
+    lost (anchored), or as the loss sees outputs (two_sided); grams: second moments of each expert's inputs, or pooled
+    ones with each expert's own diagonal; sweeps: of alternating least squares.
     """
     own = {key: value for key, value in locals().items() if key != "layer"}
     sizes = _sizes(layer, own)
