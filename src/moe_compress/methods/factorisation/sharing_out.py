@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import LayerExperts, Shapes, Spectra
+from moe_compress.methods.factorisation.objectives import two_sided
 from moe_compress.methods.factorisation.rank_allocation import allocate
 from moe_compress.methods.factorisation.rank_allocation import spectra_of as spectra_of_experts
 from moe_compress.methods.factorisation.sizes import OWN_RANKS, Side, Size, parameters
@@ -30,12 +31,15 @@ FLOOR = 1
 def spectra_of(layer: LayerExperts, structure: str, even: Mapping[Part, Size]) -> Spectra:
     """Squared singular values [min(O, I)] by projection and expert, as shares of all of their projection's.
 
-    Of a core's deltas, what the mean leaves; of a shared basis one spectrum for all experts. even: sizes if nothing
-    were shared out.
+    Of a core's deltas, what the mean leaves; of a shared basis one spectrum for all experts. Where the loss says how
+    much outputs count, of the matrices as it sees them (`two_sided`); pairs with the original inputs change nothing.
+    even: sizes if nothing were shared out.
     """
     found: dict[tuple[Part, int], Tensor] = {}
     with full_precision():
         for part, weight_EOI in layer.weights.items():
+            if part in layer.outputs:
+                weight_EOI, _ = two_sided(structure, weight_EOI, layer.outputs[part], even[part])
             own, whole = _spectra(structure, weight_EOI, layer.grams[part], even[part].side)
             found |= {(part, e): (value_K / max(whole, TINY)).cpu() for e, value_K in own.items()}
     return found
