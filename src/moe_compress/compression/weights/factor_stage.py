@@ -17,7 +17,7 @@ from moe_compress.calibration.input_crosses import OriginalInputs
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.checks import output_gram_bytes
-from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers
+from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers, squared_gradients
 from moe_compress.compression.weights.factored_layer import FactoredStore
 from moe_compress.compression.weights.format_choice import Storage
 from moe_compress.compression.weights.layer_grams import GramCollector
@@ -52,6 +52,8 @@ def run_factor_stage(
     if stage_run.collector.outputs:
         _require_room(storage.matrices, layers.device, pools, writer.scratch)
         measure_outputs(source, run, writer.scratch, pools, progress)
+    if stage_run.factoring.weighs(stage.parameters):
+        stage_run.collector.gradients = squared_gradients(source, run, writer.scratch)
     stage_run.sizes = sizes_of_layers(stage, source, run, stage_run.collector, writer.scratch, progress)
     if not writer.has(None):
         writer.copy(None)

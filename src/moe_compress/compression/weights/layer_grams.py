@@ -34,7 +34,7 @@ class GramCollector:
 
     options: of the stage; pools: one Gram matrix for all experts, with each expert's own diagonal; scratch: where sums
     lie while experts come in turns; stored: the dtype in which factors will be stored; outputs: whether `scratch` holds
-    how much the loss minds what projections put out.
+    how much the loss minds what projections put out; gradients: mean squares of that, where they were measured.
     """
 
     family: Family
@@ -44,6 +44,7 @@ class GramCollector:
     device: torch.device
     stored: torch.dtype
     outputs: bool = False
+    gradients: Mapping[int, Mapping[Part, float]] = field(default_factory=dict)
     found: dict[str, ExpertGrams] = field(default_factory=dict)
     crossed: dict[str, ExpertGrams] = field(default_factory=dict)
     kept: list[SumsOnDisk] = field(default_factory=list)
@@ -100,6 +101,7 @@ class GramCollector:
             grams={part: self.found.get(SOURCES[part]) for part in chosen},
             crosses={part: self.crossed[SOURCES[part]] for part in chosen if SOURCES[part] in self.crossed},
             outputs={part: outputs[part] for part in chosen if part in outputs},
+            gradients=self.gradients.get(index, {}),
             sizes=sizes,
             stored=self.stored,
         )

@@ -40,12 +40,12 @@ def spectra(layer: LayerExperts, **own: Any) -> Spectra:
 
 
 def shared_out(
-    spectra: Mapping[int, Spectra], counts: Mapping[int, float], shapes: Mapping[int, Shapes], itemsize: int, **own: Any
+    spectra: Mapping[int, Spectra], shapes: Mapping[int, Shapes], itemsize: int, **own: Any
 ) -> dict[int, dict[Part, Size]]:
     """Sizes of all layers' projections out of one budget."""
     even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
     words = {key: own[key] for key in ("structure", "ratio", "multiple")}
-    return share_out(spectra, counts, shapes, even, **words)
+    return share_out(spectra, shapes, even, **words)
 
 
 def _even(shapes: Shapes, itemsize: int, own: Mapping[str, Any]) -> dict[Part, Size]:
@@ -74,7 +74,7 @@ def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
         crosses=lambda own: own["objective"] == "anchored",
         outputs=lambda own: own["objective"] == "two_sided",
         shares_out=lambda own: own["budget"] == "global",
-        weighs=lambda own: own["weigh"] == "gradient",
+        weighs=lambda own: own["budget"] != "uniform" and own["weigh"] == "gradient",
         spectra=spectra,
         share_out=shared_out,
     ),
@@ -90,7 +90,7 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     rank: int | None = None,
     ratio: float | None = 0.5,
     budget: Literal["uniform", "layer", "global"] = "uniform",
-    weigh: Literal["uniform", "gradient"] = "uniform",
+    weigh: Literal["gradient", "uniform"] = "gradient",
     projections: str = "all",
     align: bool = False,
     objective: Literal["activation", "plain", "anchored", "two_sided"] = "activation",
@@ -112,8 +112,8 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     (basis_mixture, with `bases` of them and an `activation`), the core in low-rank wrappers (wrapper, by solver=als or
     as published: adam, steps=1000 lr=0.001), low ranks and single weights (sparse_low_rank, `sparse` of the budget or
     pattern=2:4), or for each layer and projection the nearest of these at the same bytes (auto); rank, or ratio: the
-    share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in
-    each layer or among all (weigh=gradient: layers count as the loss sees them), in multiples of `multiple`;
+    share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in each
+    layer or among all, in multiples of `multiple` (weigh: errors count as the gradient sees them, or alike);
     projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
     the tokens routed to an expert see its matrix (activation), plain distance, the same made up for what earlier layers
     lost (anchored), or as the loss sees outputs (two_sided); grams: second moments of each expert's inputs, or pooled
@@ -135,8 +135,7 @@ def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
     if own["budget"] == "uniform":
         return _even(layer.shapes, layer.stored.itemsize, own)
     here = layer.layer
-    found = shared_out({here: spectra(layer, **own)}, {here: 1.0}, {here: layer.shapes}, layer.stored.itemsize, **own)
-    return found[here]
+    return shared_out({here: spectra(layer, **own)}, {here: layer.shapes}, layer.stored.itemsize, **own)[here]
 
 
 def _projection(

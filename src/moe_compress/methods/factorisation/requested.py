@@ -118,8 +118,6 @@ def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
         raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, not {structure}.")
     if parameters["solver"] == "adam" and structure != "wrapper":
         raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
-    if parameters["weigh"] == "gradient" and budget != "global":
-        raise ValueError("weigh=gradient weighs layers against each other: it goes with budget=global.")
     if min(parameters["multiple"], parameters["sweeps"]) < 1:
         raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
     _require_objective(structure, **parameters)
