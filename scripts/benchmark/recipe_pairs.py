@@ -37,35 +37,57 @@ QUANTIZED_PAIRS = (
 )
 # Structures beside each other, the choice among them beside its best member, and all of it beside other ways to as few
 # parameters.
-FACTORED_PAIRS = tuple(
-    (f"factorise structure={better} ratio={kept}", f"factorise structure={worse} ratio={kept}")
-    for kept in (0.75, 0.5)
-    for better, worse in (
-        ("base_delta", "svd"),
-        ("wrapper", "base_delta"),
-        ("shared_basis", "svd"),
-        *(("auto", each) for each in ("svd", "shared_basis", "basis_mixture", "sparse_low_rank")),
+FACTORED_PAIRS = (
+    tuple(
+        (f"factorise structure={better} ratio={kept}", f"factorise structure={worse} ratio={kept}")
+        for kept in (0.75, 0.5)
+        for better, worse in (
+            ("base_delta", "svd"),
+            ("wrapper", "base_delta"),
+            ("shared_basis", "svd"),
+            *(("auto", each) for each in ("svd", "shared_basis", "basis_mixture", "sparse_low_rank")),
+        )
     )
-) + tuple(
-    (f"factorise structure=auto ratio={kept}", other)
-    for kept, others in (
-        (
-            0.75,
+    + tuple(
+        (f"factorise structure=auto ratio={kept}", other)
+        for kept, others in (
             (
-                "channels score=heapr ratio=0.25 budget=global within=layer",
-                "channels score=camera ratio=0.25",
-                "expert_drop score=naee ratio=0.25",
+                0.75,
+                (
+                    "channels score=heapr ratio=0.25 budget=global within=layer",
+                    "channels score=camera ratio=0.25",
+                    "expert_drop score=naee ratio=0.25",
+                ),
             ),
-        ),
-        (
-            0.5,
             (
-                "channels score=heapr ratio=0.5 budget=global within=layer",
-                "channels score=camera ratio=0.5",
-                "expert_drop score=naee ratio=0.5",
-                "quantize method=rtn bits=8 group_size=32",
+                0.5,
+                (
+                    "channels score=heapr ratio=0.5 budget=global within=layer",
+                    "channels score=camera ratio=0.5",
+                    "expert_drop score=naee ratio=0.5",
+                    "quantize method=rtn bits=8 group_size=32",
+                ),
             ),
-        ),
+        )
+        for other in others
     )
-    for other in others
+    + tuple(
+        (f"factorise structure={structure} ratio=0.5 {words}", f"factorise structure={structure} ratio=0.5")
+        for structure, words in (
+            ("svd", "objective=plain"),
+            ("svd", "objective=anchored"),
+            ("svd", "objective=two_sided"),
+            ("svd", "budget=layer"),
+            ("svd", "budget=global"),
+            ("svd", "budget=global weigh=uniform"),
+            ("svd", "grams=pooled"),
+            ("svd", "propagate=original"),
+            ("base_delta", "align=True"),
+            ("base_delta", "budget=global"),
+            ("basis_mixture", "activation=silu"),
+            ("shared_basis", "budget=global"),
+            ("sparse_low_rank", "budget=global"),
+            ("auto", "budget=global"),
+        )
+    )
 )

@@ -57,13 +57,13 @@ def require_forms(view: MoEView, layer: int, forms: Mapping[Part, Form]) -> None
     for part, form in forms.items():
         if part not in shapes:
             raise ValueError(f"layer {layer}: its experts have no {part} projection; they have {', '.join(shapes)}.")
-        fault = _fault(form, *shapes[part], view.num_experts)
+        fault = _fault(form, part, *shapes[part], view.num_experts)
         if fault:
             raise ValueError(f"layer {layer}: its {part} projections cannot be held so: {fault}.")
 
 
-def _fault(form: Form, outputs: int, inputs: int, experts: int) -> str:
-    """What is wrong with the factors of matrices of this shape; empty for nothing."""
+def _fault(form: Form, part: Part, outputs: int, inputs: int, experts: int) -> str:
+    """What is wrong with the factors of a projection's matrices of this shape; empty for nothing."""
     kinds = [name for name, given in (("rank", form.rank), ("basis", form.basis), ("bases", form.bases)) if given]
     if len(kinds) != 1:
         return f"factors have a rank, a basis or bases, not {' and '.join(kinds) or 'none of them'}"
@@ -76,6 +76,8 @@ def _fault(form: Form, outputs: int, inputs: int, experts: int) -> str:
     if isinstance(form.rank, tuple) and len(form.rank) != experts:
         return f"{len(form.rank)} ranks are given to {experts} experts"
     most = min(outputs, inputs)
+    if form.basis:  # together, experts may span more than one of them does
+        most = outputs if (form.side or ("out" if part == "down" else "in")) == "out" else inputs
     widths = {"rank": form.ranks, "basis": (form.basis,), "bases": (form.bases or ())[1:]}[kinds[0]]
     wrong = next((width for width in widths if not 1 <= width <= most), None)
     if wrong is not None:

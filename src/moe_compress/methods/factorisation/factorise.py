@@ -21,7 +21,7 @@ from moe_compress.methods.factorisation.objectives import anchored_target
 from moe_compress.methods.factorisation.requested import check_factorise, forms, projections_of, size_of, tried
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
-from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.sizes import Size, parameters
 from moe_compress.methods.factorisation.solve import errors
 from moe_compress.methods.factorisation.structures import Activation, Factors
 from moe_compress.methods.registry import Need, weight_method
@@ -36,7 +36,7 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
 
 def spectra(layer: LayerExperts, **own: Any) -> Spectra:
     """What further ranks of a layer's projections are worth."""
-    return spectra_of(layer, own["structure"], _even(layer.shapes, layer.stored.itemsize, own))
+    return spectra_of(layer, _shared_out_as(own), _even(layer.shapes, layer.stored.itemsize, own))
 
 
 def shared_out(
@@ -44,13 +44,17 @@ def shared_out(
 ) -> dict[int, dict[Part, Size]]:
     """Sizes of all layers' projections out of one budget."""
     even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
-    words = {key: own[key] for key in ("structure", "ratio", "multiple")}
-    return share_out(spectra, shapes, even, **words)
+    return share_out(spectra, shapes, even, structure=_shared_out_as(own), ratio=own["ratio"], multiple=own["multiple"])
 
 
 def _even(shapes: Shapes, itemsize: int, own: Mapping[str, Any]) -> dict[Part, Size]:
     """Sizes where nothing is shared out."""
-    return {part: size_of(own["structure"], part, shape, itemsize, own) for part, shape in shapes.items()}
+    return {part: size_of(_shared_out_as(own), part, shape, itemsize, own) for part, shape in shapes.items()}
+
+
+def _shared_out_as(own: Mapping[str, Any]) -> str:
+    """The structure for which ranks are shared out: before one is chosen, that of low ranks alone."""
+    return "svd" if own["structure"] == "auto" else str(own["structure"])
 
 
 def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
@@ -121,7 +125,7 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     """
     own = {key: value for key, value in locals().items() if key != "layer"}
     sizes = _sizes(layer, own)
-    found = {part: _projection(layer, part, sizes.get(part), own) for part in layer.weights}
+    found = {part: _projection(layer, part, sizes[part], own) for part in layer.weights}
     return FactoredLayer(
         factors={part: factors for part, (factors, _) in found.items()},
         report={part: said for part, (_, said) in found.items()},
@@ -129,8 +133,8 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
 
 
 def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
-    """The sizes of a layer's projections; none where each structure that is tried has its own."""
-    if layer.sizes or own["structure"] == "auto":
+    """The sizes of a layer's projections."""
+    if layer.sizes:
         return layer.sizes
     if own["budget"] == "uniform":
         return _even(layer.shapes, layer.stored.itemsize, own)
@@ -138,15 +142,13 @@ def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
     return shared_out({here: spectra(layer, **own)}, {here: layer.shapes}, layer.stored.itemsize, **own)[here]
 
 
-def _projection(
-    layer: LayerExperts, part: Part, size: Size | None, own: Mapping[str, Any]
-) -> tuple[Factors, dict[str, Any]]:
+def _projection(layer: LayerExperts, part: Part, size: Size, own: Mapping[str, Any]) -> tuple[Factors, dict[str, Any]]:
     """The factors of one projection, and what they are like: of those that are tried, the nearest."""
-    weight_EOI = layer.weights[part]
-    if size is not None:
-        sizes = {str(own["structure"]): size}
-    else:
-        sizes = tried(part, layer.shapes[part], layer.stored.itemsize, own)
+    weight_EOI, shape = layer.weights[part], layer.shapes[part]
+    sizes = {str(own["structure"]): size}
+    if own["structure"] == "auto":
+        ratio = own["ratio"] if own["budget"] == "uniform" else parameters("svd", size, *shape) / weight_EOI.numel()
+        sizes = tried(part, shape, layer.stored.itemsize, {**own, "ratio": ratio})
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
     grams = layer.grams[part]
     found = best_structure(_target(layer, part), grams, sizes, layer.outputs.get(part), **words)

@@ -114,19 +114,21 @@ def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
     if parameters["rank"] is not None and (structure == "auto" or budget != "uniform"):
         word = "structure=auto compares structures" if structure == "auto" else f"budget={budget} shares out ranks"
         raise ValueError(f"{word} at the same bytes: say ratio= in place of rank=.")
-    if budget != "uniform" and structure not in SHARED_OUT:
-        raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, not {structure}.")
+    if budget != "uniform" and structure not in (*SHARED_OUT, "auto"):
+        raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, auto, not {structure}.")
     if parameters["solver"] == "adam" and structure != "wrapper":
         raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
     if min(parameters["multiple"], parameters["sweeps"]) < 1:
         raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
-    _require_objective(structure, **parameters)
+    _require_objective(structure, budget=budget, **parameters)
 
 
 def _require_objective(structure: str, *, objective: str, **parameters: Any) -> None:
     """Raise ValueError for words that do not fit what factors are to be near to."""
     if objective == "plain" and parameters["shrink"]:
         raise ValueError("objective=plain looks at no text: shrink= says nothing to it.")
+    if objective == "plain" and parameters["budget"] != "uniform" and parameters["weigh"] == "gradient":
+        raise ValueError("objective=plain looks at no text, and weigh=gradient does: say weigh=uniform.")
     if objective == "anchored" and parameters["propagate"] == "original":
         raise ValueError(
             "objective=anchored makes up for what earlier layers lost, which propagate=original hides from it: use "
