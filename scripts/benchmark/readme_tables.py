@@ -17,6 +17,7 @@ from moe_compress.reports import pareto, plots
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import make_tables, one_row_each
+from recipe_pairs import FACTORED_PAIRS, PAIRS, QUANTIZED_PAIRS
 
 BEGIN, END = "<!-- results: made by scripts/benchmark/tables.sh -->", "<!-- end of results -->"
 HEADING = """# Results
@@ -48,39 +49,6 @@ SIZES = (
 )
 BESIDE = ("score=reap", "score=naee", "score=random", "score=gate_mass", "score=aimer")
 PRESETS = ("hc_smoe", "m_smoe", "ream")
-PAIRS = (
-    ("prune method=sparsegpt sparsity=0.5", "prune method=wanda sparsity=0.5"),
-    ("prune method=wanda sparsity=0.5", "prune method=magnitude sparsity=0.5"),
-    ("prune method=sparsegpt pattern=2:4", "prune method=wanda pattern=2:4"),
-    ("prune method=wanda pattern=2:4", "prune method=magnitude pattern=2:4"),
-    ("prune method=wanda sparsity=0.5 allocate=utilisation", "prune method=wanda sparsity=0.5"),
-    ("prune method=wanda sparsity=0.5 allocate=sensitivity", "prune method=wanda sparsity=0.5"),
-    ("prune method=wanda sparsity=0.5 allocate=both", "prune method=wanda sparsity=0.5"),
-    ("prune method=wanda sparsity=0.5 allocate=owl", "prune method=wanda sparsity=0.5"),
-    ("prune method=sparsegpt sparsity=0.5 allocate=both", "prune method=sparsegpt sparsity=0.5"),
-)
-QUANTIZED_PAIRS = (
-    *(
-        (f"quantize method=gptq bits={b} group_size=32", f"quantize method=rtn bits={b} group_size=32")
-        for b in (2, 3, 4)
-    ),
-    *(
-        (f"quantize method=awq bits={b} group_size=32", f"quantize method=rtn bits={b} group_size=32")
-        for b in (2, 3, 4)
-    ),
-    *(
-        (f"quantize method=gptq bits=auto budget=3.0{by} group_size=32", "quantize method=gptq bits=3 group_size=32")
-        for by in ("", " by=gradient", " per=expert", " per=layer", " by=used", " by=rare")
-    ),
-    *(
-        (
-            f"quantize method=gptq bits=auto budget=2.5 by={by} group_size=32",
-            "quantize method=gptq bits=auto budget=2.5 group_size=32",
-        )
-        for by in ("used", "rare")
-    ),
-    ("quantize method=gptq bits=3 group_size=32 act_order=True", "quantize method=gptq bits=3 group_size=32"),
-)
 # Recipes whose result no calibration text changes.
 SEEDLESS = ("magnitude", "rtn")
 Row = list[Record]
@@ -167,11 +135,11 @@ def pruning(records: Sequence[Record]) -> str:
     return table("recipe", grid, sorted(_originals(records)), cell)
 
 
-def quantization(records: Sequence[Record]) -> str:
-    """Rows: recipes with quantized weights, other stages beside it or not; columns: models; with the file's size."""
+def sized_by(records: Sequence[Record], method: str) -> str:
+    """Rows: recipes with a stage of it, others beside it or not; columns: models; with the file's size."""
     grid: dict[str, dict[Any, Row]] = {}
     for found in one_row_each(records):
-        if any(stage["method"] == "quantize" for stage in found[0].recipe) and not _rounds(found[0]):
+        if any(stage["method"] == method for stage in found[0].recipe) and not _rounds(found[0]):
             grid.setdefault(_stages(found[0]), {})[found[0].model] = found
 
     def sized(found: Row) -> str:
@@ -249,7 +217,7 @@ def _difference(better: Row, worse: Row, documents: Path) -> str:
     """Mean difference per token. Both sides have the same seeds, but where no seed changes anything."""
     given = [row[0].recipe[0]["parameters"] for row in (better, worse)]
     shared = {record.seed for record in better} & {record.seed for record in worse}
-    fixed = any(parameters["method"] in SEEDLESS for parameters in given)
+    fixed = any(parameters.get("method") in SEEDLESS for parameters in given)
     rows = [[record for record in row if fixed or record.seed in shared] for row in (better, worse)]
     sides = [[load_file(_sums(record, documents)) for record in row] for row in rows]
     means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
@@ -305,9 +273,17 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     parts += [orderings(records, documents, PAIRS)]
     parts += [
         "**Quantized experts**, groups of 32 inputs; behind each cell the size of the file:",
-        quantization(records),
+        sized_by(records, "quantize"),
     ]
     parts += ["Differences in pairs, as above:", orderings(records, documents, QUANTIZED_PAIRS)]
+    parts += [
+        "**Experts in factors**, `ratio` the share of their bytes that is kept; behind each cell the size of the file:"
+    ]
+    parts += [
+        sized_by(records, "factorise"),
+        "Differences in pairs, as above:",
+        orderings(records, documents, FACTORED_PAIRS),
+    ]
     parts += ["**Rounded activations**; behind each cell how much of a token's experts stays the same (Jaccard):"]
     parts += [rounding(records)]
     if (documents.parent / "quantization.json").is_file():

@@ -38,6 +38,7 @@ RECIPES = {
     "top_k": "top_k k=1",
     "skip": "skip",
     "channels": "channels ratio=0.5",
+    "factorise": "factorise ratio=0.6",
     "prune": "prune",
     "activations": "activations where=experts",
     "quantize format=compressed-tensors": "quantize bits=4 format=compressed-tensors",

@@ -8,7 +8,7 @@ from moe_compress.methods import registry
 from moe_compress.methods.registry import method
 from moe_compress.recipes.parser import parse, split_words
 
-KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, layer_drop, prune, quantize, skip"
+KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, factorise, layer_drop, prune, quantize, skip"
 
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:

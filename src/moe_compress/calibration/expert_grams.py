@@ -95,3 +95,16 @@ class ExpertGrams:
         if not self.shrink:
             return self.sums[e]
         return (self.sums[e] + self.shrink * mean_II) * (count / (count + self.shrink))
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMeans:
+    """The same divided by the tokens of each expert; sums of none stay as they are."""
+
+    grams: ExpertGrams
+
+    def __len__(self) -> int:
+        return len(self.grams)
+
+    def __getitem__(self, e: int, /) -> Tensor:
+        return self.grams[e] / max(self.grams.counts[e], 1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor
 
 from moe_compress.calibration.input_moments import RunningSums
 from moe_compress.engine.observer import ExpertObserver
+from moe_compress.models import hf
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView
 
@@ -71,30 +74,39 @@ class OutputGradients(ExpertObserver):
         return {"curvature": mean_DD.double().cpu()}
 
 
-class OutputWeights(ExpertObserver):
-    """`weight`: mean square of the loss's gradient times mean square of what the routed experts add, over tokens.
+class OutputSquares(ExpertObserver):
+    """`gate`, `up`, `down`, [1] each: mean squares of the loss's gradients at what experts' projections put out.
 
-    To first order the squared change of the loss where what a layer's experts add is off by its own size, in a
-    direction that has nothing to do with the gradient.
+    Of gate and up before it is activated, over rows, without the expert's gate (of which inputs are told already); of
+    down at what the routed experts add, over tokens.
     """
 
     def start(self, view: MoEView) -> None:
         """Begin with empty sums."""
-        self.added, self.back = 0.0, 0.0
+        self.sums: dict[str, list[float]] = defaultdict(list)
 
     def rows(self, rows: RoutedRows) -> None:
-        """Add one batch: outputs now, gradients when they come back."""
-        real_T = self.real_T
-        self.added += float(rows.routed_TD.detach()[real_T].double().square().sum())
+        """Take the gradients of one batch when they come back."""
+        assert self.view is not None
+        view, real_T = self.view, self.real_T
+        real_R, input_RD = real_T[rows.token_R], rows.input_RD.detach()
+        gate_R = rows.gate_R.detach()[real_R].double()
+        on_input = hf.gate_on_input(view.experts)
+        counted = float(len(gate_R) if on_input else gate_R.square().sum())
 
         def back(gradient_TD: Tensor) -> None:
-            self.back += float(gradient_TD[real_T].double().square().sum())
+            real_TD = gradient_TD[real_T]
+            self.sums["down"] += [float(real_TD.double().square().mean(1).sum()), float(len(real_TD))]
+
+        def before(gradient_RF: Tensor) -> None:
+            found = hf.gradients_before(view.experts, input_RD, rows.expert_R, gradient_RF)
+            for part, each_RF in found.items():
+                self.sums[part] += [float(each_RF[real_R].double().square().mean(1).sum()), counted]
 
         rows.routed_TD.register_hook(back)
+        rows.inner_RF.register_hook(before)
 
     def finish(self, view: MoEView) -> dict[str, Tensor]:
-        """The layer's product, [1]."""
-        width = view.router_rows_ED.shape[1]
-        return {
-            "weight": torch.tensor([self.added * self.back / max(self.tokens, 1) ** 2 / width], dtype=torch.float64)
-        }
+        """The layer's means."""
+        means = {part: sum(found[::2]) / max(sum(found[1::2]), 1e-30) for part, found in self.sums.items()}
+        return {part: torch.tensor([mean], dtype=torch.float64) for part, mean in means.items()}

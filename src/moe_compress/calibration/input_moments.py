@@ -62,11 +62,11 @@ class RunningSums:
         self.total = torch.zeros(groups, *shape, device=device)
         self.count_B = torch.zeros(groups, dtype=torch.long, device=device)
         self.most_B = torch.zeros(groups, device=device)
-        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.pending: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self.waiting = 0
 
-    def add(self, x_RI: Tensor, group_R: Tensor) -> None:
-        """Take rows in; group_R is ascending."""
+    def add(self, x_RI: Tensor, group_R: Tensor, other_RI: Tensor | None = None) -> None:
+        """Take rows in; group_R is ascending. other_RI: what they are multiplied with, if not with themselves."""
         x_RI = x_RI.float()
         if len(x_RI):
             self.most_B.scatter_reduce_(0, group_R, x_RI.abs().amax(1), "amax")
@@ -74,7 +74,7 @@ class RunningSums:
             self.count_B += torch.bincount(group_R, minlength=len(self.count_B))
             self.total.index_add_(0, group_R, x_RI.square())
             return
-        self.pending.append((x_RI, group_R))
+        self.pending.append((x_RI, group_R, None if other_RI is None else other_RI.float()))
         self.waiting += len(x_RI)
         if self.waiting >= PENDING:
             self.flush()
@@ -83,14 +83,19 @@ class RunningSums:
         """Multiply the rows that wait, one product per group."""
         if not self.pending:
             return
-        group_R = torch.cat([group for _, group in self.pending])
-        x_RI = torch.cat([x for x, _ in self.pending])
+        group_R = torch.cat([group for _, group, _ in self.pending])
+        x_RI = torch.cat([x for x, _, _ in self.pending])
+        others = [other for _, _, other in self.pending if other is not None]
+        other_RI = torch.cat(others) if others else None
         if len(self.pending) > 1:
             group_R, order = group_R.sort(stable=True)
-            x_RI = x_RI[order]
+            x_RI, other_RI = x_RI[order], None if other_RI is None else other_RI[order]
         count_B = torch.bincount(group_R, minlength=len(self.count_B))
-        for gram_II, part_RI in zip(self.total, x_RI.split(count_B.tolist()), strict=True):
-            gram_II.addmm_(part_RI.T, part_RI)
+        counts = count_B.tolist()
+        parts = x_RI.split(counts)
+        partners = parts if other_RI is None else other_RI.split(counts)
+        for total_II, part_RI, partner_RI in zip(self.total, parts, partners, strict=True):
+            total_II.addmm_(part_RI.T, partner_RI)
         self.count_B += count_B
         self.pending, self.waiting = [], 0
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.partly_packed import after_edits
-from moe_compress.compression.weights.checks import check_weights, gram_bytes, require_rescalable
+from moe_compress.compression.weights.checks import check_weights, gram_bytes, output_gram_bytes, require_rescalable
 from moe_compress.compression.weights.format_choice import Storage, pack_skeleton, storage_for
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
@@ -26,13 +26,14 @@ class DryRun:
     """What a recipe would do.
 
     values: config.json's, up to date in what is packed; edits: all, with arbitrary experts in the right numbers;
-    gram_bytes: the largest Gram matrices it holds; keeps_beside: whether modules that are stored beside the model's
-    layers can stay.
+    gram_bytes: the largest Gram matrices it holds; output_bytes: of the loss's gradients, while these come back;
+    keeps_beside: whether modules that are stored beside the model's layers can stay.
     """
 
     values: dict[str, Any]
     edits: list[Edit] = field(default_factory=list)
     gram_bytes: int = 0
+    output_bytes: int = 0
     keeps_beside: bool = True
 
 
@@ -84,7 +85,11 @@ def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
     assert factoring is not None
     own = {name: stage.parameters[name] for name in registry.find(stage.method).declaration.parameters}
     if stage.needs == "input_grams" and not factoring.pools(own):
-        found.gram_bytes = max(found.gram_bytes, *(each * count for each, count in gram_bytes(matrices).values()))
+        needed = gram_bytes(matrices, crosses=factoring.crosses(own)).values()
+        found.gram_bytes = max(found.gram_bytes, *(each * count for each, count in needed))
+    if factoring.outputs(own):
+        pools = factoring.pools(own)
+        found.output_bytes = max(found.output_bytes, *output_gram_bytes(matrices, pools).values())
     found.values = Storage(matrices).values(found.values)
     planned: list[Edit] = []
     for index, view in moe_views(matrices.model).items():

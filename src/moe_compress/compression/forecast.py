@@ -94,6 +94,11 @@ def _notes(recipe: Recipe, dry: DryRun) -> tuple[str, ...]:
     if dry.gram_bytes:
         taken = gigabytes(dry.gram_bytes)
         notes.append(f"Gram matrices of a layer take {taken} on top; experts_at_once= holds fewer of them.")
+    if dry.output_bytes:
+        taken = gigabytes(dry.output_bytes)
+        notes.append(
+            f"Before that, second moments of a layer's gradients take {taken}; grams=pooled holds one for all."
+        )
     if any(isinstance(edit, SkipExperts) for edit in dry.edits):
         notes.append("How many experts are skipped depends on the text: what that saves per token is not counted.")
     if any(isinstance(edit, KeepExperts) and edit.novices for edit in dry.edits):

@@ -28,6 +28,7 @@ from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
+from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
@@ -43,7 +44,6 @@ from moe_compress.edits.resulting_config import kept_layers, resulting_config, s
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
 from moe_compress.models import hf
-from moe_compress.models.factor_statistics import factor_statistics
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 from moe_compress.run.options import Options

@@ -28,13 +28,18 @@ class LayerExperts:
     """The experts of one layer, as a method that factors them is given them.
 
     layer: its number; weights: [E, O, I] by projection; grams: sums of the outer products of what each expert's matrix
-    multiplies, as much as its gate counts, or none for plain distance; sizes: what was shared out among layers; stored:
-    the dtype in which factors are stored.
+    multiplies, as much as its gate counts, or none for plain distance; crosses: the same sums of what it would multiply
+    in the original model (rows) and does (columns), where a method asks for them; outputs: where it does, means of the
+    outer products [O, O] of the loss's gradients at what it puts out; gradients: mean squares of these by projection;
+    sizes: what was shared out among layers; stored: the dtype in which factors are stored.
     """
 
     layer: int
     weights: Mapping[Part, Tensor]
     grams: Mapping[Part, Grams | None]
+    crosses: Mapping[Part, Grams] = field(default_factory=dict)
+    outputs: Mapping[Part, Grams] = field(default_factory=dict)
+    gradients: Mapping[Part, float] = field(default_factory=dict)
     sizes: Mapping[Part, Size] = field(default_factory=dict)
     stored: torch.dtype = torch.float32
 
@@ -59,15 +64,17 @@ class Factoring:
     forms: how a layer's projections will be held, as far as their shapes, the bytes of a number and the method's own
     parameters tell;
     projections: those of a layer that are factored; order: in which the neurons of a layer's experts are put first
-    [E, F], if in any. Of its parameters: pools, whether one Gram matrix does for all experts; shares_out, whether sizes
-    depend on all layers; weighs, whether these count by the loss's gradient. spectra: of a layer; share_out: spectra of
-    all layers, what each counts, shapes and bytes of a number -> sizes by layer.
+    [E, F], if in any. Of its parameters: pools, whether one Gram matrix does for all experts; crosses, outputs: whether
+    it wants these of `LayerExperts`; shares_out, whether sizes depend on all layers; weighs, whether it wants
+    `gradients`. spectra: of a layer; share_out: spectra of all layers, shapes and bytes of a number -> sizes by layer.
     """
 
     forms: Callable[..., dict[Part, Form]]
     projections: Callable[[Sequence[Part], Mapping[str, Any]], list[Part]]
     order: Callable[[MoEView, Mapping[str, Any]], Tensor | None]
     pools: Callable[[Mapping[str, Any]], bool]
+    crosses: Callable[[Mapping[str, Any]], bool]
+    outputs: Callable[[Mapping[str, Any]], bool]
     shares_out: Callable[[Mapping[str, Any]], bool]
     weighs: Callable[[Mapping[str, Any]], bool]
     spectra: Callable[..., Spectra]

@@ -11,7 +11,7 @@ from moe_compress.checkpoints.formats.registry import QUANTIZATION as PLAIN
 from moe_compress.checkpoints.partly_packed import packed_kinds
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.methods import registry
-from moe_compress.models.matrices import kinds_of
+from moe_compress.models.matrices import INNER, kinds_of
 from moe_compress.recipes.recipe import Stage
 
 # Tables as large as a Gram matrix that a solver holds beside it, for one source at a time.
@@ -49,13 +49,27 @@ def require_rescalable(stage: Stage, model: PreTrainedModel, values: Mapping[str
         )
 
 
-def gram_bytes(chosen: StageMatrices) -> dict[int, tuple[int, int]]:
-    """By layer: bytes that the Gram matrices of one expert and their solution take, and how many are held at once."""
+def gram_bytes(chosen: StageMatrices, *, crosses: bool = False) -> dict[int, tuple[int, int]]:
+    """By layer: bytes that the Gram matrices of one expert and their solution take, and how many are held at once.
+
+    crosses: besides them those that pair two streams.
+    """
     found = {}
     for index, matrices in chosen.by_layer.items():
         stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
         squares = [stack.shape[2] ** 2 for stack in stacks.values()]
-        each = FP32_BYTES * (sum(squares) + SOLVER_TABLES * max(squares, default=0))
+        each = FP32_BYTES * ((2 if crosses else 1) * sum(squares) + SOLVER_TABLES * max(squares, default=0))
         experts = max((len(stack) for stack in stacks.values()), default=0)
         found[index] = each, min(chosen.options.experts_at_once or experts, experts)
+    return found
+
+
+def output_gram_bytes(chosen: StageMatrices, pools: bool) -> dict[int, int]:
+    """By layer: bytes of second moments of gradients: at gate and up of each expert (pools: of all), and at down."""
+    found = {}
+    for index, matrices in chosen.by_layer.items():
+        shapes = [(matrix.source, *matrix.weight_BOI.shape) for matrix in matrices if matrix.kind == "experts"]
+        found[index] = FP32_BYTES * sum(
+            outputs**2 * (1 if pools or source == INNER else experts) for source, experts, outputs, _ in shapes
+        )
     return found

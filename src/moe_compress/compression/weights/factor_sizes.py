@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_compress.calibration.gradients import OutputWeights
+from moe_compress.calibration.gradients import OutputSquares
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.layer_grams import GramCollector
 from moe_compress.edits.factors import Part
@@ -52,14 +52,19 @@ def sizes_of_layers(
                     found.visit(index, layer)
         else:
             walk_layers(layers, run.windows("calibration", source), found.visit, progress=progress)
-        counts = dict.fromkeys(found.spectra, 1.0)
-        if factoring.weighs(own):
-            observer = OutputWeights(family_of(source.config))
-            seen = backward(layers, run.windows("calibration", source), observer, run.results("calibrations"))
-            counts = {index: float(seen[index]["weight"]) for index in found.spectra}
-        sizes = factoring.share_out(found.spectra, counts, found.shapes, collector.stored.itemsize, **own)
+        sizes = factoring.share_out(found.spectra, found.shapes, collector.stored.itemsize, **own)
         write_json(file, {i: {part: asdict(size) for part, size in each.items()} for i, each in sizes.items()})
     return {int(i): {part: _size(size) for part, size in each.items()} for i, each in read_json(file).items()}
+
+
+def squared_gradients(source: Checkpoint, run: Run, scratch: Path) -> Mapping[int, Mapping[Part, float]]:
+    """Mean squares of the loss's gradients at what projections put out. A killed run has them already."""
+    file = scratch / "gradients.json"
+    if not file.is_file():
+        observer = OutputSquares(family_of(source.config))
+        seen = backward(run.layers(source), run.windows("calibration", source), observer, run.results("calibrations"))
+        write_json(file, {i: {part: float(square) for part, square in each.items()} for i, each in enumerate(seen)})
+    return {int(i): each for i, each in read_json(file).items()}
 
 
 def _size(values: Mapping[str, Any]) -> Size:

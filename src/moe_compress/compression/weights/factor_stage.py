@@ -10,14 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from moe_compress.calibration.input_crosses import OriginalInputs
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers
+from moe_compress.compression.weights.checks import output_gram_bytes
+from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers, squared_gradients
 from moe_compress.compression.weights.factored_layer import FactoredStore
 from moe_compress.compression.weights.format_choice import Storage
 from moe_compress.compression.weights.layer_grams import GramCollector
+from moe_compress.compression.weights.output_grams import measure_outputs
 from moe_compress.compression.weights.stage import WeightStageResult, require_memory
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.edits import from_json, to_json
@@ -29,7 +33,8 @@ from moe_compress.models.families import family_of
 from moe_compress.models.moe import learned_view, permute_neurons
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
-from moe_compress.utils.files import read_json, write_json
+from moe_compress.utils.devices import free_memory
+from moe_compress.utils.files import gigabytes, read_json, require_disk, write_json
 from moe_compress.utils.logging import log
 
 
@@ -41,8 +46,14 @@ def run_factor_stage(
     storage = Storage(StageMatrices(stage, layers.model))
     windows = run.windows("calibration", source) if stage.needs != "nothing" else None
     stage_run = FactorStage(stage, source, layers, writer, storage)
-    if windows is not None and not stage_run.factoring.pools(stage.parameters):
-        require_memory(storage.matrices, layers.device, "or use grams=pooled")
+    crosses, pools = stage_run.factoring.crosses(stage.parameters), stage_run.factoring.pools(stage.parameters)
+    if windows is not None and not pools:
+        require_memory(storage.matrices, layers.device, "or use grams=pooled", crosses=crosses)
+    if stage_run.collector.outputs:
+        _require_room(storage.matrices, layers.device, pools, writer.scratch)
+        measure_outputs(source, run, writer.scratch, pools, progress)
+    if stage_run.factoring.weighs(stage.parameters):
+        stage_run.collector.gradients = squared_gradients(source, run, writer.scratch)
     stage_run.sizes = sizes_of_layers(stage, source, run, stage_run.collector, writer.scratch, progress)
     if not writer.has(None):
         writer.copy(None)
@@ -55,8 +66,22 @@ def run_factor_stage(
                 progress(index + 1, source.num_layers)
         return stage_run.finished({})
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    walk_layers(layers, windows, stage_run.visit, state=writer.scratch, progress=progress)
+    streams = 2 if crosses else 1
+    walk_layers(layers, windows, stage_run.visit, streams=streams, state=writer.scratch, progress=progress)
     return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+
+
+def _require_room(matrices: StageMatrices, device: torch.device, pools: bool, scratch: Path) -> None:
+    """Raise ValueError if second moments of gradients fit neither memory, layer by layer, nor the disk."""
+    needed, free = output_gram_bytes(matrices, pools), free_memory(device)
+    advice = "use objective=activation" if pools else "use grams=pooled"
+    for index, layer in needed.items():
+        if layer > free:
+            raise ValueError(
+                f"layer {index}: the second moments of its gradients need {gigabytes(layer)}, and {gigabytes(free)} "
+                f"are free: {advice}."
+            )
+    require_disk(scratch, sum(needed.values()), "the second moments of gradients", advice)
 
 
 class FactorStage:
@@ -71,37 +96,51 @@ class FactorStage:
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
         self.factoring = factoring_of(stage)
         self.collector = GramCollector(
-            self.family, self.options, self.factoring.pools(self.own), writer.scratch, layers.device, source.dense_dtype
+            self.family,
+            self.options,
+            self.factoring.pools(self.own),
+            writer.scratch,
+            layers.device,
+            source.dense_dtype,
+            self.factoring.outputs(self.own),
         )
         self.store = FactoredStore(source, layers, writer)
         self.values = writer.values = storage.values(source.values)
         writer.keep_prediction_layers = False
         self.sizes: Sizes = {}
 
-    def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
-        """One layer: observe, factor, write, verify, go on."""
+    def visit(self, index: int, layer: nn.Module, *runs: LayerPass) -> None:
+        """One layer: observe, factor, write, verify, go on. Of two runs the first is of the original stream."""
         view = learned_view(layer, self.family)
         stays = self.options.propagate == "original"
         if view is None:
             self.writer.copy(index)
             write_json(self._notes_file(index), {})
-            if run is not None:
+            for run in runs:
                 run([], True)
             return
+        originals = self._originals(runs[0]) if len(runs) > 1 else None
         order_EF = self.factoring.order(view, self.own)
         if order_EF is not None:  # what they compute stays the same
             permute_neurons(view, order_EF)
-        if run is not None:
-            self.collector.collect(view, run, stays)
+        if runs:
+            self.collector.collect(view, runs[-1], stays, originals)
             self.collector.require_seen(index)
-        layer_experts = self.collector.experts(index, view, self.factoring, self.own, self.sizes.get(index, {}))
-        found = self.method.run(layer_experts, **self.own)
+        sizes = self.sizes.get(index, {})
+        experts = self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF)
+        found = self.method.run(experts, **self.own)
         edit = self.store.write(index, layer, found.factors, order_EF)
         counts = self.collector.counts
         self.collector.release()
         write_json(self._notes_file(index), {"edit": to_json(edit), "projections": found.report, **counts})
-        if run is not None and not stays:
-            run([], True)
+        if runs and not stays:
+            runs[-1]([], True)
+
+    def _originals(self, run: LayerPass) -> list[Tensor]:
+        """What experts are sent of every batch where nothing is compressed, [T, D]; that stream goes on."""
+        observer = OriginalInputs(self.family)
+        run([observer], True)
+        return observer.batches
 
     def _notes_file(self, index: int) -> Path:
         return self.writer.scratch / f"notes-{index:05d}.json"

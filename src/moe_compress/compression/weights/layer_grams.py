@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
-from moe_compress.calibration.expert_grams import ExpertGrams, SpreadPool, SumsOnDisk
+from moe_compress.calibration.expert_grams import ExpertGrams, SpreadPool, Sums, SumsOnDisk
+from moe_compress.calibration.input_crosses import InputCrosses
 from moe_compress.calibration.input_moments import InputMomentCollector, Moments, Statistic
+from moe_compress.compression.weights.output_grams import outputs_of
 from moe_compress.edits.factors import Part
 from moe_compress.engine.forward import LayerPass
+from moe_compress.engine.observer import Observer
 from moe_compress.methods.factor_method import Factoring, LayerExperts
 from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.structures import Grams
 from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED
@@ -28,7 +33,8 @@ class GramCollector:
     """Sums up Gram matrices layer by layer; rows count as much as what an expert adds does, by its gate's square.
 
     options: of the stage; pools: one Gram matrix for all experts, with each expert's own diagonal; scratch: where sums
-    lie while experts come in turns; stored: the dtype in which factors will be stored.
+    lie while experts come in turns; stored: the dtype in which factors will be stored; outputs: whether `scratch` holds
+    how much the loss minds what projections put out; gradients: mean squares of that, where they were measured.
     """
 
     family: Family
@@ -37,24 +43,32 @@ class GramCollector:
     scratch: Path
     device: torch.device
     stored: torch.dtype
+    outputs: bool = False
+    gradients: Mapping[int, Mapping[Part, float]] = field(default_factory=dict)
     found: dict[str, ExpertGrams] = field(default_factory=dict)
-    kept: dict[str, SumsOnDisk] = field(default_factory=dict)
+    crossed: dict[str, ExpertGrams] = field(default_factory=dict)
+    kept: list[SumsOnDisk] = field(default_factory=list)
 
-    def collect(self, view: MoEView, run: LayerPass, go_on: bool) -> None:
-        """Run a layer as often as its experts need turns; `go_on` with the last of them."""
+    def collect(self, view: MoEView, run: LayerPass, go_on: bool, originals: Sequence[Tensor] | None = None) -> None:
+        """Run a layer as often as its experts need turns; `go_on` with the last of them.
+
+        originals: of each batch, what experts were sent before anything was compressed, to be paired with what they are
+        sent now.
+        """
         turns = self._turns(view.num_experts)
-        self.kept = {source: SumsOnDisk(self.device) for source in (ROUTED, INNER)} if len(turns) > 1 else {}
-        counts: dict[str, list[int]] = {}
+        crosses = InputCrosses(self.family, originals) if originals is not None else None
+        grams, crossed = _Gathered("grams", self), _Gathered("crosses", self)
         for experts in turns:
             own: Statistic = "input_squares" if self.pools else "input_grams"
             observer = InputMomentCollector(self.family, ["experts"], own, experts, by_gate=True, pooled="input_grams")
-            run([observer], go_on and experts is turns[-1])
-            for source, moments in observer.found.items():
-                counts.setdefault(source, []).extend(moments.count_B.tolist())
-                if experts is not None:
-                    self.kept[source].keep(experts, self.scratch / f"grams-{source}-{experts.start}", moments.total)
-        for source, moments in observer.found.items():
-            self.found[source] = self._grams(source, moments, counts[source])
+            observers: list[Observer] = [observer]
+            if crosses is not None:
+                crosses.experts = experts
+                observers.append(crosses)
+            run(observers, go_on and experts is turns[-1])
+            grams.take(experts, observer.found)
+            crossed.take(experts, crosses.found if crosses is not None else {})
+        self.found, self.crossed = grams.of_layer(), crossed.of_layer()
 
     def _turns(self, experts: int) -> list[range | None]:
         """Experts whose sums are held at the same time; None: all of them."""
@@ -63,28 +77,31 @@ class GramCollector:
             return [None]
         return [range(start, min(start + at_once, experts)) for start in range(0, experts, at_once)]
 
-    def _grams(self, source: str, moments: Moments, counts: list[int]) -> ExpertGrams:
-        sums = SpreadPool(moments.pooled, moments.total) if self.pools else self.kept.get(source, moments.total)
-        return ExpertGrams(
-            sums,
-            counts,
-            moments.pooled,
-            moments.pooled_count,
-            self.options.shrink,
-            self.options.min_tokens,
-            self.options.unseen == "pooled",
-        )
-
     def experts(
-        self, index: int, view: MoEView, factoring: Factoring, own: Mapping[str, Any], sizes: Mapping[Part, Size]
+        self,
+        index: int,
+        view: MoEView,
+        factoring: Factoring,
+        own: Mapping[str, Any],
+        sizes: Mapping[Part, Size],
+        order_EF: Tensor | None = None,
     ) -> LayerExperts:
-        """A layer's experts with what they multiply (None where no text was read), those projections that change."""
+        """A layer's experts with what they multiply (None where no text was read), those projections that change.
+
+        order_EF: the order in which neurons have been put.
+        """
         stacks = {part: stack_EOI for part in get_args(Part) if (stack_EOI := view.stacks().get(part)) is not None}
         chosen = factoring.projections(list(stacks), own)
+        outputs: dict[Part, Grams] = {}
+        if self.outputs:
+            outputs = outputs_of(self.scratch, index, view.num_experts, self.options, order_EF, self.device)
         return LayerExperts(
             layer=index,
             weights={part: stacks[part].detach() for part in chosen},
             grams={part: self.found.get(SOURCES[part]) for part in chosen},
+            crosses={part: self.crossed[SOURCES[part]] for part in chosen if SOURCES[part] in self.crossed},
+            outputs={part: outputs[part] for part in chosen if part in outputs},
+            gradients=self.gradients.get(index, {}),
             sizes=sizes,
             stored=self.stored,
         )
@@ -107,6 +124,47 @@ class GramCollector:
 
     def release(self) -> None:
         """The layer is done."""
-        for kept in self.kept.values():
+        for kept in self.kept:
             kept.remove()
-        self.found, self.kept = {}, {}
+        self.found, self.crossed, self.kept = {}, {}, []
+
+
+class _Gathered:
+    """Sums of one kind, by source, as experts come in turns: in memory where all come at once, else in files."""
+
+    def __init__(self, name: str, collector: GramCollector) -> None:
+        self.name, self.collector = name, collector
+        self.counts: dict[str, list[int]] = {}
+        self.on_disk: dict[str, SumsOnDisk] = {}
+        self.last: Mapping[str, Moments] = {}
+
+    def take(self, experts: range | None, found: Mapping[str, Moments]) -> None:
+        """The sums of those whose turn it was (None: of all), and the pooled ones of all that have been."""
+        self.last = found
+        for source, moments in found.items():
+            self.counts.setdefault(source, []).extend(moments.count_B.tolist())
+            if experts is None:
+                continue
+            if source not in self.on_disk:
+                self.on_disk[source] = SumsOnDisk(self.collector.device)
+                self.collector.kept.append(self.on_disk[source])
+            file = self.collector.scratch / f"{self.name}-{source}-{experts.start}"
+            self.on_disk[source].keep(experts, file, moments.total)
+
+    def of_layer(self) -> dict[str, ExpertGrams]:
+        """What comes of them, by source."""
+        options, found = self.collector.options, {}
+        for source, moments in self.last.items():
+            sums: Sums = self.on_disk.get(source, moments.total)
+            if self.collector.pools:
+                sums = SpreadPool(moments.pooled, moments.total)
+            found[source] = ExpertGrams(
+                sums,
+                self.counts[source],
+                moments.pooled,
+                moments.pooled_count,
+                options.shrink,
+                options.min_tokens,
+                options.unseen == "pooled",
+            )
+        return found

@@ -91,10 +91,19 @@ def run_weight_stage(
     return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
 
 
-def require_memory(matrices: StageMatrices, device: torch.device, otherwise: str = "not even one expert's fit") -> None:
-    """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would, or what."""
+def require_memory(
+    matrices: StageMatrices,
+    device: torch.device,
+    otherwise: str = "not even one expert's fit",
+    *,
+    crosses: bool = False,
+) -> None:
+    """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would, or what.
+
+    crosses: there are as many of those that pair two streams.
+    """
     free = free_memory(device)
-    for index, (each, at_once) in gram_bytes(matrices).items():
+    for index, (each, at_once) in gram_bytes(matrices, crosses=crosses).items():
         if at_once * each > free:
             fits = f"experts_at_once={free // each} would fit" if free >= each else otherwise
             raise ValueError(

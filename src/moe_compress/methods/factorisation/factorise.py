@@ -17,10 +17,12 @@ from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import FactoredLayer, Factoring, LayerExperts, Shapes, Spectra
 from moe_compress.methods.factorisation.alignment import align
 from moe_compress.methods.factorisation.auto import best_structure
+from moe_compress.methods.factorisation.objectives import anchored_target
 from moe_compress.methods.factorisation.requested import check_factorise, forms, projections_of, size_of, tried
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
 from moe_compress.methods.factorisation.sizes import Size
+from moe_compress.methods.factorisation.solve import errors
 from moe_compress.methods.factorisation.structures import Activation, Factors
 from moe_compress.methods.registry import Need, weight_method
 from moe_compress.models.moe import MoEView
@@ -38,12 +40,12 @@ def spectra(layer: LayerExperts, **own: Any) -> Spectra:
 
 
 def shared_out(
-    spectra: Mapping[int, Spectra], counts: Mapping[int, float], shapes: Mapping[int, Shapes], itemsize: int, **own: Any
+    spectra: Mapping[int, Spectra], shapes: Mapping[int, Shapes], itemsize: int, **own: Any
 ) -> dict[int, dict[Part, Size]]:
     """Sizes of all layers' projections out of one budget."""
     even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
     words = {key: own[key] for key in ("structure", "ratio", "multiple")}
-    return share_out(spectra, counts, shapes, even, **words)
+    return share_out(spectra, shapes, even, **words)
 
 
 def _even(shapes: Shapes, itemsize: int, own: Mapping[str, Any]) -> dict[Part, Size]:
@@ -60,7 +62,8 @@ def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
 
 @weight_method(
     group="slimming",
-    paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE)",
+    paper="arXiv 2503.12340 (SVD-LLM V2), 2502.17298 (D2-MoE), 2503.23100 (MoLAE), 2508.05257 (MoBE), "
+    "2604.02119 (AA-SVD), 2604.00821 (OBD-LLM)",
     needs=_needs,
     check=check_factorise,
     factoring=Factoring(
@@ -68,8 +71,10 @@ def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
         projections=lambda there, own: projections_of(own["projections"], there),
         order=order,
         pools=lambda own: own["grams"] == "pooled",
+        crosses=lambda own: own["objective"] == "anchored",
+        outputs=lambda own: own["objective"] == "two_sided",
         shares_out=lambda own: own["budget"] == "global",
-        weighs=lambda own: own["weigh"] == "gradient",
+        weighs=lambda own: own["budget"] != "uniform" and own["weigh"] == "gradient",
         spectra=spectra,
         share_out=shared_out,
     ),
@@ -85,10 +90,10 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     rank: int | None = None,
     ratio: float | None = 0.5,
     budget: Literal["uniform", "layer", "global"] = "uniform",
-    weigh: Literal["uniform", "gradient"] = "uniform",
+    weigh: Literal["gradient", "uniform"] = "gradient",
     projections: str = "all",
     align: bool = False,
-    objective: Literal["activation", "plain"] = "activation",
+    objective: Literal["activation", "plain", "anchored", "two_sided"] = "activation",
     grams: Literal["expert", "pooled"] = "expert",
     multiple: int = 1,
     bases: int | None = None,
@@ -107,11 +112,12 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     (basis_mixture, with `bases` of them and an `activation`), the core in low-rank wrappers (wrapper, by solver=als or
     as published: adam, steps=1000 lr=0.001), low ranks and single weights (sparse_low_rank, `sparse` of the budget or
     pattern=2:4), or for each layer and projection the nearest of these at the same bytes (auto); rank, or ratio: the
-    share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in
-    each layer or among all (weigh=gradient: layers count as the loss sees them), in multiples of `multiple`;
+    share of the factored projections' bytes that is kept; budget: the same rank for all, or ranks shared out in each
+    layer or among all, in multiples of `multiple` (weigh: errors count as the gradient sees them, or alike);
     projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
-    the tokens routed to an expert see its matrix, or plain distance; grams: second moments of each expert's inputs, or
-    pooled ones with each expert's own diagonal; sweeps: of alternating least squares.
+    the tokens routed to an expert see its matrix (activation), plain distance, the same made up for what earlier layers
+    lost (anchored), or as the loss sees outputs (two_sided); grams: second moments of each expert's inputs, or pooled
+    ones with each expert's own diagonal; sweeps: of alternating least squares.
     """
     own = {key: value for key, value in locals().items() if key != "layer"}
     sizes = _sizes(layer, own)
@@ -129,8 +135,7 @@ def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
     if own["budget"] == "uniform":
         return _even(layer.shapes, layer.stored.itemsize, own)
     here = layer.layer
-    found = shared_out({here: spectra(layer, **own)}, {here: 1.0}, {here: layer.shapes}, layer.stored.itemsize, **own)
-    return found[here]
+    return shared_out({here: spectra(layer, **own)}, {here: layer.shapes}, layer.stored.itemsize, **own)[here]
 
 
 def _projection(
@@ -143,15 +148,27 @@ def _projection(
     else:
         sizes = tried(part, layer.shapes[part], layer.stored.itemsize, own)
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
-    found = best_structure(weight_EOI, layer.grams[part], sizes, **words)
-    # Losses and errors are the same sums but for a ridge.
-    at_first = found.whitened * found.losses[0] / found.losses[-1] if found.losses[-1] else found.whitened
-    said = {
+    grams = layer.grams[part]
+    found = best_structure(_target(layer, part), grams, sizes, layer.outputs.get(part), **words)
+    # Losses and what is lost are the same sums but for a ridge.
+    at_first = found.lost * found.losses[0] / found.losses[-1] if found.losses[-1] else found.lost
+    said: dict[str, Any] = {
         "structure": found.structure,
         "parameters": found.factors.parameters,
         "parameters_before": weight_EOI.numel(),
-        "plain": found.plain,
-        "whitened": found.whitened,
-        "whitened_at_first": at_first,
     }
+    if part in layer.crosses or part in layer.outputs:
+        # Errors are those of every objective; what this one makes small comes beside them.
+        plain, whitened = errors(weight_EOI, found.factors, grams)
+        said |= {"plain": plain, "whitened": whitened, "lost": found.lost, "lost_at_first": at_first}
+    else:
+        said |= {"plain": found.plain, "whitened": found.whitened, "whitened_at_first": at_first}
     return found.factors, {**said, **({"tried": found.tried} if len(sizes) > 1 else {})}
+
+
+def _target(layer: LayerExperts, part: Part) -> Tensor:
+    """What factors are made of, [E, O, I]: the weights, or what stands for them on inputs that have changed."""
+    weight_EOI, crosses, grams = layer.weights[part], layer.crosses.get(part), layer.grams[part]
+    if crosses is None or grams is None:
+        return weight_EOI
+    return torch.stack([anchored_target(weight_OI, crosses[e], grams[e]) for e, weight_OI in enumerate(weight_EOI)])

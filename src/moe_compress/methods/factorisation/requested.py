@@ -50,9 +50,14 @@ def size_of(structure: str, part: Part, shape: tuple[int, int, int], itemsize: i
 
 
 def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> dict[str, Size]:
-    """The structures that can have a share of a projection's bytes, with the size of each; ValueError if none can."""
+    """The structures that can have a share of a projection's bytes, with the size of each; ValueError if none can.
+
+    Where the loss mixes outputs there can be no residue.
+    """
     found, reasons = {}, []
     for structure in TRIED:
+        if own["objective"] == "two_sided" and structure == "sparse_low_rank":
+            continue
         try:
             found[structure] = size_of(structure, part, shape, itemsize, own)
         except ValueError as error:
@@ -113,12 +118,24 @@ def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
         raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, not {structure}.")
     if parameters["solver"] == "adam" and structure != "wrapper":
         raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
-    if parameters["weigh"] == "gradient" and budget != "global":
-        raise ValueError("weigh=gradient weighs layers against each other: it goes with budget=global.")
     if min(parameters["multiple"], parameters["sweeps"]) < 1:
         raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
-    if parameters["objective"] == "plain" and parameters["shrink"]:
+    _require_objective(structure, **parameters)
+
+
+def _require_objective(structure: str, *, objective: str, **parameters: Any) -> None:
+    """Raise ValueError for words that do not fit what factors are to be near to."""
+    if objective == "plain" and parameters["shrink"]:
         raise ValueError("objective=plain looks at no text: shrink= says nothing to it.")
+    if objective == "anchored" and parameters["propagate"] == "original":
+        raise ValueError(
+            "objective=anchored makes up for what earlier layers lost, which propagate=original hides from it: use "
+            "propagate=compressed."
+        )
+    if objective == "anchored" and parameters["grams"] == "pooled":
+        raise ValueError("objective=anchored pairs each expert's own inputs: it goes with grams=expert.")
+    if objective == "two_sided" and structure == "sparse_low_rank":
+        raise ValueError("objective=two_sided mixes outputs, so structure=sparse_low_rank would not stay sparse.")
 
 
 def _part(matrix: Matrix) -> Part:

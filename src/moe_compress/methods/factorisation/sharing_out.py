@@ -1,6 +1,7 @@
 """Ranks shared out among projections and experts of one layer or of all, by what each further rank is worth.
 
-A rank is worth what the whitened error falls by, as a share of the projection's own size, times what its layer counts.
+A rank is worth what the whitened error falls by: as a share of the projection's own size, or times the square of the
+loss's gradient at what the projection puts out.
 E experts, O outputs, I inputs.
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import LayerExperts, Shapes, Spectra
+from moe_compress.methods.factorisation.objectives import two_sided
 from moe_compress.methods.factorisation.rank_allocation import allocate
 from moe_compress.methods.factorisation.rank_allocation import spectra_of as spectra_of_experts
 from moe_compress.methods.factorisation.sizes import OWN_RANKS, Side, Size, parameters
@@ -28,16 +30,21 @@ FLOOR = 1
 
 @torch.no_grad()
 def spectra_of(layer: LayerExperts, structure: str, even: Mapping[Part, Size]) -> Spectra:
-    """Squared singular values [min(O, I)] by projection and expert, as shares of all of their projection's.
+    """What each further rank is worth, descending, [min(O, I)] by projection and expert, from squared singular values.
 
-    Of a core's deltas, what the mean leaves; of a shared basis one spectrum for all experts. even: sizes if nothing
-    were shared out.
+    Of a core's deltas, what the mean leaves; of a shared basis one spectrum for all experts. Where the loss says how
+    much outputs count, of the matrices as it sees them (`two_sided`); pairs with the original inputs change nothing.
+    Values in units of the loss are compared as they are, others as shares of all of their projection's. even: sizes if
+    nothing were shared out.
     """
     found: dict[tuple[Part, int], Tensor] = {}
     with full_precision():
         for part, weight_EOI in layer.weights.items():
+            if part in layer.outputs:
+                weight_EOI, _ = two_sided(structure, weight_EOI, layer.outputs[part], even[part])
             own, whole = _spectra(structure, weight_EOI, layer.grams[part], even[part].side)
-            found |= {(part, e): (value_K / max(whole, TINY)).cpu() for e, value_K in own.items()}
+            unit = 1.0 if part in layer.outputs else layer.gradients.get(part, 1 / max(whole, TINY))
+            found |= {(part, e): (value_K * unit).cpu() for e, value_K in own.items()}
     return found
 
 
@@ -62,7 +69,6 @@ def _shared_spectrum(weight_EOI: Tensor, metrics: Metrics, side: Side) -> Tensor
 
 def share_out(
     spectra: Mapping[int, Spectra],
-    counts: Mapping[int, float],
     shapes: Mapping[int, Shapes],
     even: Mapping[int, Mapping[Part, Size]],
     *,
@@ -72,19 +78,18 @@ def share_out(
 ) -> dict[int, dict[Part, Size]]:
     """Sizes by layer and projection that store no more than `ratio` of all together.
 
-    counts: what a layer counts; even: their sizes if nothing were shared out.
+    even: their sizes if nothing were shared out.
     """
     cost: dict[tuple[int, Part, int], int] = {}
-    weight, budget = {}, 0
+    budget = 0
     for index, found in spectra.items():
         for part, (experts, outputs, inputs) in shapes[index].items():
             budget += int(ratio * experts * outputs * inputs + 1e-6)
             budget -= parameters(structure, _with_ranks(even[index][part], [0] * experts), experts, outputs, inputs)
         for part, e in found:
             cost[index, part, e] = _unit(structure, even[index][part], *shapes[index][part])
-            weight[index, part, e] = counts[index]
     every = {(index, part, e): value_K for index, found in spectra.items() for (part, e), value_K in found.items()}
-    ranks = allocate(every, cost, weight, budget, FLOOR, multiple)
+    ranks = allocate(every, cost, dict.fromkeys(every, 1.0), budget, FLOOR, multiple)
     return {
         index: {
             part: _with_ranks(size, [rank for key, rank in ranks.items() if key[:2] == (index, part)])

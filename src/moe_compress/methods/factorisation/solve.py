@@ -66,10 +66,13 @@ def solve(
 
 
 @torch.no_grad()
-def errors(weight_EOI: Tensor, factors: Factors, grams: Grams | None) -> tuple[float, float]:
+def errors(
+    weight_EOI: Tensor, factors: Factors, grams: Grams | None, left_grams: Grams | None = None
+) -> tuple[float, float]:
     """(plain, whitened) squared errors of all experts together, as shares of the originals' own squares.
 
-    Without Grams, or where no expert saw anything, both are the plain one; experts that are all zero have error 0.
+    left_grams: G_e [O, O], which make the whitened one of sum tr(G_e D H_e D'). Without Grams, or where no expert saw
+    anything, both are the plain one; experts that are all zero have error 0.
     """
     plain, white, dtype = [0.0, 0.0], [0.0, 0.0], working_dtype(weight_EOI)
     with full_precision():
@@ -77,9 +80,10 @@ def errors(weight_EOI: Tensor, factors: Factors, grams: Grams | None) -> tuple[f
             weight_OI = weight_EOI[e].to(dtype)
             error_OI = weight_OI - factors.expert(e).to(dtype)
             gram_II = None if grams is None else grams[e].to(weight_OI)
-            for sums, metric in ((plain, Metric(None)), (white, Metric(gram_II))):
-                sums[0] += metric.squared(error_OI)
-                sums[1] += metric.squared(weight_OI)
+            left_OO = None if left_grams is None else left_grams[e].to(weight_OI)
+            for sums, metric, left in ((plain, Metric(None), None), (white, Metric(gram_II), left_OO)):
+                sums[0] += metric.squared(error_OI, left)
+                sums[1] += metric.squared(weight_OI, left)
     share = plain[0] / plain[1] if plain[1] else 0.0
     return share, white[0] / white[1] if white[1] > 0 else share
 

@@ -52,9 +52,10 @@ class Metric:
         """matrix H, for [..., I]."""
         return matrix * self.scale if self.gram_II is None else matrix @ self.gram_II.to(matrix.dtype)
 
-    def squared(self, matrix_OI: Tensor) -> float:
-        """tr(D H D')."""
-        return float((matrix_OI * self.times(matrix_OI)).sum(dtype=torch.float64))
+    def squared(self, matrix_OI: Tensor, left_OO: Tensor | None = None) -> float:
+        """tr(D H D'), or with a left Gram G tr(G D H D')."""
+        seen_OI = matrix_OI if left_OO is None else left_OO @ matrix_OI
+        return float((seen_OI * self.times(matrix_OI)).sum(dtype=torch.float64))
 
     @cached_property
     def lower_II(self) -> Tensor | None:

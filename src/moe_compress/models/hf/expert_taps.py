@@ -17,12 +17,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_compress.models.modeling.expert_forward import (
     LISTENERS,
     Listener,
+    activated,
+    entering,
     experts_forward,
     gate_on_input_forward,
     run,
     running,
 )
-from moe_compress.models.modeling.unfused_experts import gate_on_input
+from moe_compress.models.modeling.unfused_experts import gate_on_input, halves, multiplied
 
 EXPERTS_FUNCTION = "moe_compress"
 UNDISPATCHED = "_moe_compress_undispatched"
@@ -87,6 +89,33 @@ def run_rows(experts: Any, input_END: Tensor) -> Tensor:
     count, each = input_END.shape[:2]
     number_R = torch.arange(count, device=input_END.device).repeat_interleave(each)
     return run(experts, input_END.flatten(0, 1), number_R, None)[1].view(count, each, -1)
+
+
+def inner_rows(experts: Any, input_RD: Tensor, expert_R: Tensor) -> Tensor:
+    """What fused experts' down projections would be given of rows sorted by expert; nobody who listens is told."""
+    return multiplied(experts, activated(experts, entering(experts, input_RD, expert_R, _ends(experts, expert_R))))
+
+
+def gradients_before(experts: Any, input_RD: Tensor, expert_R: Tensor, gradient_RF: Tensor) -> dict[str, Tensor]:
+    """Gradients [R, F] at what gate (where there is one) and up put out, from those at what down is given.
+
+    input_RD: rows sorted by expert, as these were sent them. What they put out is computed anew.
+    """
+    with torch.no_grad():
+        entered_RN = entering(experts, input_RD, expert_R, _ends(experts, expert_R))
+    with torch.enable_grad():
+        entered_RN.requires_grad_()
+        inner_RF = activated(experts, entered_RN)
+    (back_RN,) = torch.autograd.grad(inner_RF, entered_RN, gradient_RF.to(inner_RF.dtype))
+    if not getattr(experts, "has_gate", True):
+        return {"up": back_RN}
+    gate_RF, up_RF = halves(experts, back_RN)
+    return {"gate": gate_RF, "up": up_RF}
+
+
+def _ends(experts: Any, expert_R: Tensor) -> Tensor:
+    """Where the rows of each expert end."""
+    return torch.bincount(expert_R, minlength=int(experts.num_experts)).cumsum(0).to(torch.int32)
 
 
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_FUNCTION, experts_forward)

@@ -113,22 +113,36 @@ def run(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None)
     """
     if is_separate(experts):
         return run_separate(experts, input_RD, torch.bincount(expert_R, minlength=expert_count(experts)).tolist())
-    multiply = _batched_linear if ends_E is None else functools.partial(_grouped_linear, offs=ends_E)
+    inner_RF = multiplied(experts, activated(experts, entering(experts, input_RD, expert_R, ends_E)))
+    output_RD = _product(experts, "down_proj", inner_RF, expert_R, ends_E)
+    normed = getattr(experts, "has_post_expert_norm", False)
+    return inner_RF, experts.post_expert_norm(output_RD) if normed else output_RD
+
+
+def entering(experts: Any, input_RD: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> Tensor:
+    """What fused experts' gate and up make of rows sorted by expert [R, 2F], as they lie together; of up alone [R, F].
+
+    ends_E: see `run`.
+    """
+    gated = getattr(experts, "has_gate", True)
+    return _product(experts, "gate_up_proj" if gated else "up_proj", input_RD, expert_R, ends_E)
+
+
+def activated(experts: Any, entered_RN: Tensor) -> Tensor:
+    """What comes of that once it is activated, [R, F]."""
     if gate_on_input(experts):
-        gate_RF, up_RF = multiply(input_RD, experts.gate_up_proj, is_transposed=True).chunk(2, dim=-1)
-        inner_RF = multiplied(experts, up_RF * experts.act_fn(gate_RF))
-        return inner_RF, multiply(inner_RF, experts.down_proj, is_transposed=True)
+        gate_RF, up_RF = entered_RN.chunk(2, dim=-1)
+        return up_RF * experts.act_fn(gate_RF)
+    return experts._apply_gate(entered_RN) if experts.has_gate else experts.act_fn(entered_RN)
 
-    def linear(x_RI: Tensor, name: str) -> Tensor:
-        bias_EO = getattr(experts, f"{name}_bias") if experts.has_bias else None
-        bias_RO = None if bias_EO is None else bias_EO[expert_R]
-        weight = getattr(experts, name)
-        return multiply(x_RI, weight, bias=bias_RO, is_transposed=experts.is_transposed)
 
-    inner_RF = linear(input_RD, "gate_up_proj" if experts.has_gate else "up_proj")
-    inner_RF = multiplied(experts, experts._apply_gate(inner_RF) if experts.has_gate else experts.act_fn(inner_RF))
-    output_RD = linear(inner_RF, "down_proj")
-    return inner_RF, experts.post_expert_norm(output_RD) if experts.has_post_expert_norm else output_RD
+def _product(experts: Any, name: str, x_RI: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> Tensor:
+    """Rows sorted by expert times its matrix of that name, and its bias."""
+    multiply = _batched_linear if ends_E is None else functools.partial(_grouped_linear, offs=ends_E)
+    bias_EO = getattr(experts, f"{name}_bias") if getattr(experts, "has_bias", False) else None
+    bias_RO = None if bias_EO is None else bias_EO[expert_R]
+    transposed = getattr(experts, "is_transposed", True)
+    return multiply(x_RI, getattr(experts, name), bias=bias_RO, is_transposed=transposed)
 
 
 def _batched_linear(x_RI: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_transposed: bool) -> Tensor:

@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Holds every expert of DeepSeek in a low rank as its inputs see it, half of its numbers; trailing words override: ratio=0.75 budget=global ...
+exec bash "$(dirname "$0")/../../run.sh" compress "factorise structure=svd ratio=0.5" model="${MODEL:-tiny-deepseek}" "$@"

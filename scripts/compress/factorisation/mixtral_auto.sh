@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Holds every projection of Mixtral's experts in the factors that lose least, half of its bytes; trailing words override: ratio=0.75 ...
+exec bash "$(dirname "$0")/../../run.sh" compress "factorise structure=auto ratio=0.5" model="${MODEL:-tiny-mixtral}" "$@"
