@@ -169,7 +169,7 @@ def _held(
         for name, buffer in module._buffers.items():
             lasts = buffer is not None and name not in module._non_persistent_buffers_set
             each = itemsize if buffer is None or buffer.is_floating_point() else buffer.element_size()
-            held.bytes += buffer.numel() * each if lasts else 0
+            held.bytes += count * buffer.numel() * each if lasts else 0
     if tied and isinstance(embedding, nn.Embedding):
         sums[HEAD].touched += embedding.weight.numel() - embedding.weight.shape[1]
         sums[HEAD].multiplied += embedding.weight.numel()

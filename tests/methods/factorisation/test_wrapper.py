@@ -27,6 +27,9 @@ def test_what_is_stored_is_the_wrapped_core(shape: tuple[int, int]) -> None:
     assert same == pytest.approx(losses) and loss(weight, own, gram) == pytest.approx(losses[-1], rel=1e-5)
     assert factors.left[0].shape == (shape[0], 4) and factors.right[0].shape == (4, shape[1])
     assert factors.parameters == parameters("wrapper", Size(rank=2), 5, *shape)
+    for left, right in zip(factors.left, factors.right, strict=True):  # nothing cancels that is stored in few bits
+        torch.testing.assert_close(left.T @ left, torch.eye(4), rtol=0, atol=1e-5)
+        assert float(right.norm()) <= 1.001 * float((left @ right).norm())
     delta = factors.expert(0).double() - factors.core.double()
     assert float(torch.linalg.svdvals(delta)[4]) < 1e-4
 

@@ -60,9 +60,17 @@ class Wrapper:
         return self.outside(self.inside(core_OI))
 
     def stored(self, core_OI: Tensor) -> tuple[Tensor, Tensor]:
-        """(left [O, 2r], right [2r, I]) whose product is P C Q - C."""
-        left = torch.cat([self.outside(core_OI @ self.in_left), self.out_left], 1)
-        return left, torch.cat([self.in_right, self.out_right @ core_OI], 0)
+        """(left [O, 2r], right [2r, I]) whose product is P C Q - C.
+
+        The two wrappers may be large and cancel: with orthonormal columns on the left nothing does, and both sides can
+        be stored in few bits.
+        """
+        left = torch.cat([self.outside(core_OI @ self.in_left), self.out_left], 1).double()
+        right = torch.cat([self.in_right, self.out_right @ core_OI], 0).double()
+        if left.shape[1] > left.shape[0]:
+            return left, right
+        orthonormal, within = torch.linalg.qr(left)
+        return orthonormal, within @ right
 
 
 def solve_wrapper(weight_EOI: Tensor, metrics: Metrics, size: Size, settings: Settings) -> tuple[Factors, list[float]]:
