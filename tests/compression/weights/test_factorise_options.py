@@ -55,7 +55,7 @@ WHOLE = tiny.EXPERTS * 3 * tiny.HIDDEN * tiny.INNER
 @pytest.mark.parametrize("structure", slow_after(2, SHARED_OUT))
 def test_ranks_are_shared_out_within_the_budget(structure, run):
     even, layer, model = (
-        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget}")[0]
+        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget} weigh=uniform")[0]
         for budget in ("uniform", "layer", "global")
     )
     assert all(stored_of(layer, index) <= WHOLE // 2 for index in range(tiny.LAYERS))
@@ -73,7 +73,7 @@ def test_ranks_are_shared_out_within_the_budget(structure, run):
 def test_more_freedom_loses_no_more(run):
     """Of low ranks, whose errors are just what is shared out: a layer's own budget, and one of all layers."""
     lost = [
-        report(run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget}")[0])["whitened"]
+        report(run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget} weigh=uniform")[0])["whitened"]
         for budget in ("uniform", "layer", "global")
     ]
     assert lost[2] <= lost[1] <= lost[0]
@@ -94,12 +94,12 @@ def test_even_ranks_are_multiples(run):
 
 def test_layers_count_as_the_loss_sees_them(run):
     sentence = f"factorise structure=svd {ORIGINAL} budget=global"
-    even, weighed = (run("mixtral", words)[0] for words in (sentence, f"{sentence} weigh=gradient"))
-    assert ranks_of(even) != ranks_of(weighed) and stored_of(weighed) <= tiny.LAYERS * WHOLE // 2
+    alike, weighed = (run("mixtral", words)[0] for words in (f"{sentence} weigh=uniform", sentence))
+    assert ranks_of(alike) != ranks_of(weighed) and stored_of(weighed) <= tiny.LAYERS * WHOLE // 2
 
 
 def test_a_budget_of_plain_distance_reads_no_text(run, forwards):
-    folder, seen = run("mixtral", "factorise structure=svd objective=plain budget=global")
+    folder, seen = run("mixtral", "factorise structure=svd objective=plain budget=global weigh=uniform")
     assert not forwards and all(gram is None for layer in seen.values() for gram in layer.grams.values())
     assert stored_of(folder) <= tiny.LAYERS * WHOLE // 2 and len({*map(str, ranks_of(folder).values())}) > 2
     assert report(folder)["plain"] == pytest.approx(report(folder)["whitened"])

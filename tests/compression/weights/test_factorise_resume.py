@@ -25,15 +25,16 @@ from support.slow import slow_after
 
 STOPPED = {
     "plain": "factorise structure=svd",
-    "shared out": "factorise structure=base_delta budget=global sweeps=2",
+    "shared out": "factorise structure=base_delta budget=global weigh=uniform sweeps=2",
     "turns": "factorise structure=shared_basis experts_at_once=3 propagate=original",
-    "both": "factorise structure=svd budget=global experts_at_once=3",
+    "both": "factorise structure=svd budget=global weigh=uniform experts_at_once=3",
+    "weighed": "factorise structure=svd budget=layer",
     "aligned": "factorise align=true grams=pooled sweeps=2",
     "nothing": "factorise structure=svd objective=plain",
 }
 # Runs of a layer per layer, and of all layers before the first of them.
-RUNS_PER_LAYER = {"plain": 2, "shared out": 2, "turns": 3, "both": 4, "aligned": 2, "nothing": 0}
-SURVEY = {"shared out": tiny.LAYERS, "both": 3 * tiny.LAYERS}
+RUNS_PER_LAYER = {"plain": 2, "shared out": 2, "turns": 3, "both": 4, "weighed": 2, "aligned": 2, "nothing": 0}
+SURVEY = {"shared out": tiny.LAYERS, "both": 3 * tiny.LAYERS, "weighed": tiny.LAYERS}
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +76,9 @@ def test_two_runs_write_the_same_bytes(name, lab, whole, tmp_path):
 @pytest.mark.parametrize(
     ("name", "call"),
     slow_after(
-        5,
+        6,
         [
-            *(("plain", 3), ("shared out", 2), ("shared out", 5), ("turns", 4), ("both", 14)),
+            *(("plain", 3), ("shared out", 2), ("shared out", 5), ("turns", 4), ("both", 14), ("weighed", 6)),
             *(("plain", 0), ("plain", 5), ("shared out", 0), ("turns", 8), ("both", 4), ("both", 20), ("aligned", 3)),
         ],
     ),
