@@ -16,7 +16,7 @@ from support.pruned import report
 from support.slow import slow_after, slow_families
 
 SHARED_OUT = ("svd", "base_delta", "sparse_low_rank", "shared_basis")
-ORIGINAL = "propagate=original ratio=0.5"
+ORIGINAL = "propagate=original ratio=0.5 weigh=uniform"
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +93,13 @@ def test_even_ranks_are_multiples(run):
 
 
 def test_layers_count_as_the_loss_sees_them(run):
-    sentence = f"factorise structure=svd {ORIGINAL} budget=global"
-    even, weighed = (run("mixtral", words)[0] for words in (sentence, f"{sentence} weigh=gradient"))
+    sentence = "factorise structure=svd propagate=original budget=global"
+    even, weighed = (run("mixtral", f"{sentence} weigh={word}")[0] for word in ("uniform", "gradient"))
     assert ranks_of(even) != ranks_of(weighed) and stored_of(weighed) <= tiny.LAYERS * WHOLE // 2
 
 
 def test_a_budget_of_plain_distance_reads_no_text(run, forwards):
-    folder, seen = run("mixtral", "factorise structure=svd objective=plain budget=global")
+    folder, seen = run("mixtral", "factorise structure=svd objective=plain budget=global weigh=uniform")
     assert not forwards and all(gram is None for layer in seen.values() for gram in layer.grams.values())
     assert stored_of(folder) <= tiny.LAYERS * WHOLE // 2 and len({*map(str, ranks_of(folder).values())}) > 2
     assert report(folder)["plain"] == pytest.approx(report(folder)["whitened"])

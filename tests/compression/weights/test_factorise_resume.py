@@ -25,9 +25,10 @@ from support.slow import slow_after
 
 STOPPED = {
     "plain": "factorise structure=svd",
-    "shared out": "factorise structure=base_delta budget=global sweeps=2",
+    "shared out": "factorise structure=base_delta budget=global weigh=uniform sweeps=2",
     "turns": "factorise structure=shared_basis experts_at_once=3 propagate=original",
-    "both": "factorise structure=svd budget=global experts_at_once=3",
+    "both": "factorise structure=svd budget=global weigh=uniform experts_at_once=3",
+    "weighed": "factorise structure=svd budget=global weigh=gradient",
     "aligned": "factorise align=true grams=pooled sweeps=2",
     "nothing": "factorise structure=svd objective=plain",
 }
@@ -64,7 +65,9 @@ def stopped_run(
     return len(layers), len(written), folder
 
 
-@pytest.mark.parametrize("name", slow_after(3, ["plain", "both", "aligned", "shared out", "turns", "nothing"]))
+@pytest.mark.parametrize(
+    "name", slow_after(3, ["plain", "both", "weighed", "aligned", "shared out", "turns", "nothing"])
+)
 def test_two_runs_write_the_same_bytes(name, lab, whole, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
     folder = moe_compress.compress(STOPPED[name], **options).folder
@@ -122,6 +125,14 @@ def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, place, number
     assert written == tiny.LAYERS + (place is factor_sizes) - done
     assert layers >= RUNS_PER_LAYER[name] * (tiny.LAYERS - done)
     assert outcome(folder) == whole(name)[0] and report(folder) == whole(name)[1]
+
+
+@pytest.mark.parametrize("call", slow_after(1, [5, 2, 8, 11]))
+def test_a_run_stopped_while_gradients_are_measured_goes_on(call, lab, whole, monkeypatch, tmp_path):
+    options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
+    _, _, folder = stopped_run("weighed", (forward.hf, "run_layer", call), options, monkeypatch)
+    assert outcome(folder) == whole("weighed")[0] and report(folder) == whole("weighed")[1]
+    assert leftovers(tmp_path) == []
 
 
 def test_another_recipe_s_sizes_are_not_taken(lab, whole, monkeypatch, tmp_path):

@@ -8,10 +8,10 @@ import yaml
 from transformers import MixtralConfig
 
 from moe_compress.checkpoints.folder import STATISTICS
+from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.weights.factored_layer import factor_layer
 from moe_compress.edits.factors import Form
 from moe_compress.models import hf
-from moe_compress.models.factor_statistics import factor_statistics
 from moe_compress.models.sublayers import block_names
 from support.pruned import stored
 from support.slow import slow_after
