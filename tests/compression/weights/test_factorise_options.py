@@ -16,7 +16,7 @@ from support.pruned import report
 from support.slow import slow_after, slow_families
 
 SHARED_OUT = ("svd", "base_delta", "sparse_low_rank", "shared_basis")
-ORIGINAL = "propagate=original ratio=0.5"
+ORIGINAL = "propagate=original ratio=0.5 weigh=uniform"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ WHOLE = tiny.EXPERTS * 3 * tiny.HIDDEN * tiny.INNER
 @pytest.mark.parametrize("structure", slow_after(2, SHARED_OUT))
 def test_ranks_are_shared_out_within_the_budget(structure, run):
     even, layer, model = (
-        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget} weigh=uniform")[0]
+        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget}")[0]
         for budget in ("uniform", "layer", "global")
     )
     assert all(stored_of(layer, index) <= WHOLE // 2 for index in range(tiny.LAYERS))
@@ -73,7 +73,7 @@ def test_ranks_are_shared_out_within_the_budget(structure, run):
 def test_more_freedom_loses_no_more(run):
     """Of low ranks, whose errors are just what is shared out: a layer's own budget, and one of all layers."""
     lost = [
-        report(run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget} weigh=uniform")[0])["whitened"]
+        report(run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget}")[0])["whitened"]
         for budget in ("uniform", "layer", "global")
     ]
     assert lost[2] <= lost[1] <= lost[0]
@@ -93,9 +93,9 @@ def test_even_ranks_are_multiples(run):
 
 
 def test_layers_count_as_the_loss_sees_them(run):
-    sentence = f"factorise structure=svd {ORIGINAL} budget=global"
-    alike, weighed = (run("mixtral", words)[0] for words in (f"{sentence} weigh=uniform", sentence))
-    assert ranks_of(alike) != ranks_of(weighed) and stored_of(weighed) <= tiny.LAYERS * WHOLE // 2
+    sentence = "factorise structure=svd propagate=original budget=global"
+    even, weighed = (run("mixtral", f"{sentence} weigh={word}")[0] for word in ("uniform", "gradient"))
+    assert ranks_of(even) != ranks_of(weighed) and stored_of(weighed) <= tiny.LAYERS * WHOLE // 2
 
 
 def test_a_budget_of_plain_distance_reads_no_text(run, forwards):

@@ -38,7 +38,6 @@ from support.slow import slow_after
         ("structure=svd budget=layer rank=4", "budget=layer shares out ranks at the same bytes: say ratio= in place"),
         ("structure=wrapper budget=global", "budget=global is for structure=svd, base_delta, sparse_low_rank, shared"),
         ("structure=svd solver=adam", "solver=adam is for structure=wrapper, not svd."),
-        ("objective=plain structure=svd budget=layer", "and weigh=gradient does: say weigh=uniform."),
         ("multiple=0", "multiple=0 sweeps=4: at least 1 each."),
         ("sweeps=0", "multiple=1 sweeps=0: at least 1 each."),
         ("objective=plain shrink=4", "objective=plain looks at no text: shrink= says nothing to it."),
