@@ -24,8 +24,9 @@ from moe_compress.compression.weights.layer_grams import GramCollector
 from moe_compress.compression.weights.output_grams import measure_outputs
 from moe_compress.compression.weights.stage import WeightStageResult, require_memory
 from moe_compress.compression.weights.stage_matrices import StageMatrices
+from moe_compress.compression.weights.visiting import visit_layers
 from moe_compress.edits.edits import from_json, to_json
-from moe_compress.engine.forward import LayerPass, Progress, walk_layers
+from moe_compress.engine.forward import LayerPass, Progress
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Factoring
@@ -55,20 +56,12 @@ def run_factor_stage(
     if stage_run.factoring.weighs(stage.parameters):
         stage_run.collector.gradients = squared_gradients(source, run, writer.scratch)
     stage_run.sizes = sizes_of_layers(stage, source, run, stage_run.collector, writer.scratch, progress)
-    if not writer.has(None):
-        writer.copy(None)
-    if windows is None:
-        for index in range(source.num_layers):
-            if not stage_run.is_done(index):
-                with layers.layer(index) as layer:
-                    stage_run.visit(index, layer)
-            if progress is not None:
-                progress(index + 1, source.num_layers)
-        return stage_run.finished({})
-    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    if windows is not None:
+        log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     streams = 2 if crosses else 1
-    walk_layers(layers, windows, stage_run.visit, streams=streams, state=writer.scratch, progress=progress)
-    return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+    return stage_run.finished(
+        visit_layers(stage_run, source, layers, writer, windows, streams=streams, progress=progress)
+    )
 
 
 def _require_room(matrices: StageMatrices, device: torch.device, pools: bool, scratch: Path) -> None:

@@ -28,8 +28,9 @@ from moe_compress.compression.weights.report import counts, warn_of_skipped, wei
 from moe_compress.compression.weights.rescaling import Rescaler, rescaled_moments
 from moe_compress.compression.weights.sparsity_sensitivity import expert_sparsities
 from moe_compress.compression.weights.stage_matrices import StageMatrices
+from moe_compress.compression.weights.visiting import visit_layers
 from moe_compress.edits.edits import Edit
-from moe_compress.engine.forward import LayerPass, Progress, walk_layers
+from moe_compress.engine.forward import LayerPass, Progress
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.weight_method import Bits, InputRescaling, MatrixGroup
@@ -75,20 +76,9 @@ def run_weight_stage(
     shared = _shared_out(stage, storage, source, run, writer, progress)
     windows = run.windows("calibration", source) if stage.needs != "nothing" else None
     stage_run = WeightStage(stage, source, layers, writer, storage, shared, windows.tokens if windows else 0)
-    if not writer.has(None):
-        writer.copy(None)
-    if windows is None:
-        for index in range(source.num_layers):
-            if not stage_run.is_done(index):
-                with layers.layer(index) as layer:
-                    stage_run.visit(index, layer)
-            if progress is not None:
-                progress(index + 1, source.num_layers)
-        return stage_run.finished({})
-    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    walk_layers(layers, windows, stage_run.visit, state=writer.scratch, progress=progress)
-    # What it cost is the writing's: the two cannot be told apart here.
-    return stage_run.finished({"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}})
+    if windows is not None:
+        log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    return stage_run.finished(visit_layers(stage_run, source, layers, writer, windows, progress=progress))
 
 
 def require_memory(
