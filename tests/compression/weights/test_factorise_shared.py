@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from moe_compress.calibration.input_moments import InputMomentCollector
 from moe_compress.checkpoints.folder import STATISTICS
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.edits import checks
 from moe_compress.edits.edits import FactorExperts, from_json
 from moe_compress.engine.forward import walk_layers
 from moe_compress.evaluation.verification.verify import verification
@@ -32,7 +34,7 @@ from support.slow import slow_after, slow_unless
 
 SHARED = (
     *("deepseek_v3", "qwen2_moe", "granitemoeshared", "llama4_text", "nemotron_h", "hunyuan_v1_moe", "ernie4_5_moe"),
-    *("deepseek_v2", "qwen3_next", "glm4_moe", "dots1", "afmoe", "exaone_moe", "glm_moe_dsa", "hy_v4", "inkling_text"),
+    *("deepseek_v2", "qwen3_next", "glm4_moe", "dots1", "afmoe", "exaone_moe", "glm_moe_dsa", "hy_v4"),
     "deepseek_v4",
 )
 ROUNDED = "quantize method=rtn bits=4 group_size=8 clip=max format=packed where=experts,shared"
@@ -77,9 +79,10 @@ def test_shared_experts_are_held_in_low_ranks(family, sentence, made, lab):
             assert said["plain"] == pytest.approx(error, rel=1e-3) and said["whitened"] <= said["plain"]
     stock = load_model(folder, torch.float32)
     torch.testing.assert_close(logits_of(stock), logits_of(model), rtol=1e-4, atol=1e-4)
-    ids = tiny.token_ids(1, 8)
-    generated = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert torch.equal(generated, greedy(model, ids, 3)) or family in ("deepseek_v4", "hy_v4")
+    if family != "qwen3_next":  # whose tiny model has no attention that a cache could count by
+        ids = tiny.token_ids(1, 8)
+        made = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert torch.equal(made, greedy(model, ids, 3))
 
 
 @pytest.mark.parametrize("family", slow_after(1, SHARED))
@@ -89,9 +92,9 @@ def test_counts_are_those_of_the_file(family, made):
     assert sizes(hf.skeleton(checkpoint.config, torch.float32), 16, torch.float32).bytes == checkpoint.bytes
     found = yaml.safe_load((folder / STATISTICS).read_text())
     held = {name: t for name, t in stored(folder).items() if not name.endswith(".bias")}
-    places = [f"layers.{edit.layer}.{name}." for edit in edits_of(folder) for name in edit.linears]
-    own = sum(t.numel() for name, t in held.items() if any(place in name for place in places))
     routed = sum(t.numel() for name, t in held.items() if ".separate." in name or ".shared_parts." in name)
+    pairs = {name: t for name, t in held.items() if name.endswith((".left.weight", ".right.weight"))}
+    own = sum(t.numel() for name, t in pairs.items() if ".separate." not in name)
     assert own > 0 and found["total_params_compressed"] == own + routed
     assert found["total_params_compressed"] <= 0.6 * found["total_params_original"]
 
@@ -168,8 +171,40 @@ def test_a_narrower_stream_stores_the_same_exactly(lab, tmp_path):
             "factorise where=shared + factorise where=shared",
             "shared experts are held in factors already: use where=experts.",
         ),
+        (
+            "factorise where=shared structure=svd budget=global",
+            "shares out ranks of routed experts: where=shared",
+        ),
         ("factorise where=all", "where=all: factors are made of experts alone (where=experts, shared or both)."),
     ],
 )
 def test_what_cannot_be(sentence, said, lab, tmp_path):
     assert said in refused(sentence, lab("deepseek_v3"), tmp_path)
+
+
+def test_shared_experts_that_cannot_be_told_apart(lab, tmp_path):
+    """Routed and shared ones are stored in the same tensors."""
+    assert "has no such part that can be told apart" in refused(ALONE, lab("inkling_text"), tmp_path)
+
+
+def test_matrices_that_are_joined_while_they_are_read(sources):
+    model = hf.skeleton(sources("deepseek_v3").config, torch.float32)
+    edit = FactorExperts(1, linears={"mlp.shared_experts.up_proj": 4})
+    edit.check(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checks, "family_of", lambda config: replace(family_of(config), joins_shared=True))
+        with pytest.raises(ValueError, match="transformers joins matrices of shared experts while it reads them"):
+            edit.check(model)
+
+
+@pytest.mark.parametrize(
+    ("linears", "said"),
+    [
+        ({"mlp.shared_experts.side_proj": 4}, "layer 1: mlp.shared_experts.side_proj is no linear map"),
+        ({"mlp.shared_experts.up_proj": 25}, "layer 1: mlp.shared_experts.up_proj takes a rank from 1 to 24, not 25."),
+        ({"mlp.shared_experts.up_proj": 0}, "layer 1: mlp.shared_experts.up_proj takes a rank from 1 to 24, not 0."),
+    ],
+)
+def test_edits_of_maps_that_are_not_there(linears, said, sources):
+    with pytest.raises(ValueError, match=said):
+        FactorExperts(1, linears=linears).check(hf.skeleton(sources("deepseek_v3").config, torch.float32))

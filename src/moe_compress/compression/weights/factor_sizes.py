@@ -92,7 +92,7 @@ class _Spectra:
             return
         if run is not None:
             self.collector.collect(view, run, True)
-        experts = self.collector.experts(index, layer, view, factoring, self.own, {})
+        experts = self.collector.experts(index, view, factoring, self.own, {})
         self.spectra[index] = factoring.spectra(experts, **self.own)
         self.shapes[index] = experts.shapes
         self.collector.release()

@@ -30,6 +30,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Factoring
 from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.moe import learned_view, permute_neurons
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
@@ -129,7 +130,8 @@ class FactorStage:
             self.collector.collect(view, runs[-1], stays, originals)
             self.collector.require_seen(index)
         sizes = self.sizes.get(index, {})
-        experts = self.collector.experts(index, layer, view, self.factoring, self.own, sizes, order_EF)
+        beside = layer_matrices(layer, self.family, ["shared"]) if "shared" in self.collector.kinds else []
+        experts = self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF, beside)
         found = self.method.run(experts, **self.own)
         edit = self.store.write(index, layer, found.factors, order_EF, found.linears)
         counts = self.collector.counts

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_compress.calibration.expert_grams import ExpertGrams, SpreadPool, Sums, SumsOnDisk
 from moe_compress.calibration.input_crosses import InputCrosses
@@ -22,7 +22,7 @@ from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Grams
 from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models.families import Family
-from moe_compress.models.matrices import INNER, ROUTED, Kind, layer_matrices
+from moe_compress.models.matrices import INNER, ROUTED, Kind, Matrix
 from moe_compress.models.moe import MoEView
 
 SOURCES: Mapping[Part, str] = {"gate": ROUTED, "up": ROUTED, "down": INNER}
@@ -87,22 +87,21 @@ class GramCollector:
     def experts(
         self,
         index: int,
-        layer: nn.Module,
         view: MoEView,
         factoring: Factoring,
         own: Mapping[str, Any],
         sizes: Mapping[Part, Size],
         order_EF: Tensor | None = None,
+        beside: Sequence[Matrix] = (),
     ) -> LayerExperts:
         """A layer's experts with what they multiply (None where no text was read), those projections that change.
 
-        order_EF: the order in which neurons have been put.
+        order_EF: the order in which neurons have been put; beside: linear maps of shared experts that change.
         """
         stacks: dict[Part, Tensor] = {}
         if "experts" in self.kinds:
             stacks = {part: stack_EOI for part in get_args(Part) if (stack_EOI := view.stacks().get(part)) is not None}
         chosen = factoring.projections(list(stacks), own) if stacks else []
-        shared = layer_matrices(layer, self.family, ["shared"]) if "shared" in self.kinds else []
         outputs: dict[Part, Grams] = {}
         if self.outputs:
             outputs = outputs_of(self.scratch, index, view.num_experts, self.options, order_EF, self.device)
@@ -114,7 +113,7 @@ class GramCollector:
             outputs={part: outputs[part] for part in chosen if part in outputs},
             gradients=self.gradients.get(index, {}),
             sizes=sizes,
-            linears={matrix.name: matrix.weight_BOI[0] for matrix in shared},
+            linears={matrix.name: matrix.weight_BOI[0] for matrix in beside},
             linear_grams=self.linears,
             stored=self.stored,
         )
