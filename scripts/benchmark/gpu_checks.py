@@ -26,6 +26,9 @@ from moe_compress.data.windows import FOLDS
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.engine.observer import BatchInfo, Observer
+from moe_compress.methods.factorisation.sizes import size_for
+from moe_compress.methods.factorisation.solve import errors, solve
+from moe_compress.methods.factorisation.structures import STRUCTURES
 from moe_compress.methods.pruning.prune import prune
 from moe_compress.methods.quantization.gptq import gptq
 from moe_compress.methods.quantization.grid import Clip
@@ -175,6 +178,26 @@ def kernels(size: Size) -> dict[str, float]:
     return found
 
 
+def factorised(size: Size) -> dict[str, float]:
+    """Whitened error of every structure, device over CPU; seconds for low ranks of 8 full-size matrices."""
+    weight_BOI, gram_BII = solvable(size)
+    found: dict[str, float] = {}
+    for structure in STRUCTURES:
+        fitting = size_for(structure, *weight_BOI.shape, ratio=0.5)
+        sides = []
+        for place in (CPU, size.device):
+            weight, gram = weight_BOI.to(place), gram_BII.to(place)
+            sides.append(errors(weight, solve(structure, weight, gram, fitting, sweeps=2)[0], gram)[1])
+        found[structure] = sides[1] / sides[0]
+    outputs, inputs = size.matrix
+    weight_BOI = torch.randn(8, outputs, inputs, device=size.device) * 0.02
+    gram_BII = torch.eye(inputs, device=size.device).expand(8, -1, -1)
+    started = time.perf_counter()
+    solve("svd", weight_BOI, gram_BII, size_for("svd", *weight_BOI.shape, ratio=0.5))
+    synchronize(size.device)
+    return {**found, "seconds": time.perf_counter() - started}
+
+
 def timed(work: Callable[[], object], size: Size) -> float:
     """Seconds of one call, the device waited for."""
     for _ in range(min(size.repeats, 5)):
@@ -270,7 +293,12 @@ def report(size: Size) -> dict[str, Any]:
         for family in size.families:
             figures[family] = same_on_device(family, Path(place), size.device)
             print(family, figures[family])
-    for what, check in (("pruning", same_masks), ("quantization", quantized), ("kernels", kernels)):
+    for what, check in (
+        ("pruning", same_masks),
+        ("quantization", quantized),
+        ("kernels", kernels),
+        ("factors", factorised),
+    ):
         figures[what] = check(size)
         print(what, figures[what])
     with tempfile.TemporaryDirectory() as place:
