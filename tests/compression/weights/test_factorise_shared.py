@@ -16,6 +16,7 @@ from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.edits import checks
 from moe_compress.edits.edits import FactorExperts, from_json
+from moe_compress.engine import forward
 from moe_compress.engine.forward import walk_layers
 from moe_compress.evaluation.verification.verify import verification
 from moe_compress.methods.factorisation.sizes import Size
@@ -29,6 +30,7 @@ from moe_compress.models.moe import moe_views
 from moe_compress.models.sizes import sizes
 from support import tiny
 from support.editing import greedy, logits_of
+from support.interrupted import Interrupted, counting, leftovers, outcome
 from support.pruned import refused, report, run_of, stored
 from support.slow import slow_after, slow_unless
 
@@ -208,3 +210,27 @@ def test_matrices_that_are_joined_while_they_are_read(sources):
 def test_edits_of_maps_that_are_not_there(linears, said, sources):
     with pytest.raises(ValueError, match=said):
         FactorExperts(1, linears=linears).check(hf.skeleton(sources("deepseek_v3").config, torch.float32))
+
+
+@pytest.mark.parametrize(("sentence", "kept"), slow_after(1, [(ALONE, ".experts."), ("factorise", ".shared_experts.")]))
+def test_what_is_packed_and_does_not_change_stays_packed(sentence, kept, lab, tmp_path):
+    packed = "quantize method=rtn bits=8 group_size=8 clip=max where=experts,shared,attention format=compressed-tensors"
+    words = lab("deepseek_v3")
+    source = moe_compress.compress(packed, **{**words, "out": str(tmp_path / "packed")}).folder
+    folder = moe_compress.compress(sentence, **{**words, "model": str(source), "out": str(tmp_path / "out")}).folder
+    before, after = stored(source), stored(folder)
+    same = [name for name in before if kept in name or ".self_attn." in name]
+    assert any("packed" in name for name in same) and all(torch.equal(before[name], after[name]) for name in same)
+    model = moe_compress.load(folder, torch.float32)
+    assert bool(pairs_of(model)) == (sentence == ALONE) and logits_of(model).isfinite().all()
+    assert not verification(open_checkpoint(folder)).problems
+
+
+@pytest.mark.parametrize("call", slow_after(1, [4, 1, 6]))
+def test_a_stopped_run_goes_on(call, made, lab, monkeypatch, tmp_path):
+    options = {**lab("deepseek_v3"), "results": str(tmp_path), "out": str(tmp_path / "out")}
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        counting(patch, forward.hf, "run_layer", stop_at=call)
+        moe_compress.compress(BOTH, **options)
+    folder = moe_compress.compress(BOTH, **options).folder
+    assert outcome(folder) == outcome(made("deepseek_v3", BOTH)) and leftovers(tmp_path) == []
