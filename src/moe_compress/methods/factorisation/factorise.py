@@ -8,6 +8,7 @@ docs/methods/factorise.md has the formulas and the papers. E experts, O outputs,
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +29,7 @@ from moe_compress.methods.factorisation.requested import (
 )
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
-from moe_compress.methods.factorisation.sizes import Size, parameters
+from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, parameters, ratio_of_numbers
 from moe_compress.methods.factorisation.solve import errors
 from moe_compress.methods.factorisation.structures import Activation, Factors
 from moe_compress.methods.registry import Need, weight_method
@@ -51,7 +52,9 @@ def shared_out(
 ) -> dict[int, dict[Part, Size]]:
     """Sizes of all layers' projections out of one budget."""
     even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
-    return share_out(spectra, shapes, even, structure=_shared_out_as(own), ratio=own["ratio"], multiple=own["multiple"])
+    structure = _shared_out_as(own)
+    ratio = ratio_of_numbers(structure, own["ratio"], itemsize)
+    return share_out(spectra, shapes, even, structure=structure, ratio=ratio, multiple=own["multiple"])
 
 
 def _even(shapes: Shapes, itemsize: int, own: Mapping[str, Any]) -> dict[Part, Size]:
@@ -160,6 +163,8 @@ def _projection(layer: LayerExperts, part: Part, size: Size, own: Mapping[str, A
     if own["structure"] == "auto":
         ratio = own["ratio"] if own["budget"] == "uniform" else parameters("svd", size, *shape) / weight_EOI.numel()
         sizes = tried(part, shape, layer.stored.itemsize, {**own, "ratio": ratio})
+        if own["budget"] != "uniform":
+            sizes |= _own_ranks(layer, part, sizes, {**own, "ratio": ratio})
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
     grams = layer.grams[part]
     found = best_structure(_target(layer, part), grams, sizes, layer.outputs.get(part), **words)
@@ -193,6 +198,18 @@ def _linear(layer: LayerExperts, name: str, own: Mapping[str, Any]) -> tuple[Fac
         "whitened": found.whitened,
         "whitened_at_first": found.whitened,
     }
+
+
+def _own_ranks(layer: LayerExperts, part: Part, sizes: Mapping[str, Size], own: Mapping[str, Any]) -> dict[str, Size]:
+    """Of the structures with a rank for every expert, those of a projection shared out among its experts."""
+    here, found = layer.layer, {}
+    alone = replace(layer, weights={part: layer.weights[part]})
+    for structure in (each for each in sizes if each in OWN_RANKS):
+        worth = {here: spectra_of(alone, structure, {part: sizes[structure]})}
+        ratio = ratio_of_numbers(structure, own["ratio"], layer.stored.itemsize)
+        words = {"structure": structure, "ratio": ratio, "multiple": own["multiple"]}
+        found[structure] = share_out(worth, {here: alone.shapes}, {here: {part: sizes[structure]}}, **words)[here][part]
+    return found
 
 
 def _target(layer: LayerExperts, part: Part) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from moe_compress.edits.factors import Form, Part
 from moe_compress.methods.factor_method import Shapes
 from moe_compress.methods.factorisation.sharing_out import SHARED_OUT
-from moe_compress.methods.factorisation.sizes import Size, SizeOptions, size_for
+from moe_compress.methods.factorisation.sizes import Size, SizeOptions, ratio_of_numbers, size_for
 from moe_compress.methods.pruning.masks import pattern_of
 from moe_compress.models.matrices import Matrix
 
@@ -43,11 +43,11 @@ def _options(part: Part, bases: int | None, sparse: float, pattern: str | None) 
 def size_of(structure: str, part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> Size:
     """The size of a projection that the recipe's words ask for. ValueError for one that cannot be.
 
-    itemsize: bytes of a number; the mask of a residue takes a bit of every weight, and counts in a ratio as that.
+    itemsize: bytes of a number.
     """
     ratio, options = own["ratio"], _options(part, own["bases"], own["sparse"], own["pattern"])
-    if ratio is not None and structure == "sparse_low_rank":
-        ratio -= 1 / (8 * itemsize)
+    if ratio is not None:
+        ratio = ratio_of_numbers(structure, ratio, itemsize)
     return size_for(structure, *shape, ratio=ratio, rank=own["rank"], multiple=own["multiple"], options=options)
 
 

@@ -76,7 +76,7 @@ def share_out(
     ratio: float,
     multiple: int,
 ) -> dict[int, dict[Part, Size]]:
-    """Sizes by layer and projection that store no more than `ratio` of all together.
+    """Sizes by layer and projection that store no more than `ratio` of all numbers together.
 
     even: their sizes if nothing were shared out.
     """

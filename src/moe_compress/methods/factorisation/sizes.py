@@ -73,6 +73,11 @@ def parameters(structure: str, size: Size, experts: int, outputs: int, inputs: i
     return experts * outputs * size.rank + size.bases * size.rank * inputs + experts * size.bases
 
 
+def ratio_of_numbers(structure: str, ratio: float, itemsize: int) -> float:
+    """The share of the experts' numbers in a share of their bytes: a residue's mask takes a bit of every weight."""
+    return ratio - 1 / (8 * itemsize) if structure == "sparse_low_rank" else ratio
+
+
 def size_for(
     structure: str,
     experts: int,
