@@ -136,7 +136,7 @@ WRONG = [
     ({"up": {"rank": 25}}, "matrices of 24 x 32 take a width from 1 to 24, not 25"),
     ({"up": {"rank": [4] * 7 + [0]}}, "take a width from 1 to 24, not 0"),
     ({"up": {"rank": [4] * 7}}, "7 ranks are given to 8 experts"),
-    ({"up": {"basis": -1}}, "take a width from 1 to 24, not -1"),
+    ({"up": {"basis": -1}}, "take a width from 1 to 32, not -1"),
     ({"up": {"bases": [9, 4]}}, "8 experts mix 1 to 8 bases, not 9"),
     ({"up": {"rank": 4, "residue": 33}}, "a row of 32 numbers has no 33 nonzeros"),
 ]

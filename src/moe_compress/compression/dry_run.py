@@ -14,7 +14,7 @@ from moe_compress.compression.weights.format_choice import Storage, pack_skeleto
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import Edit, FactorExperts
-from moe_compress.edits.factors import Part
+from moe_compress.edits.factors import Form, Part
 from moe_compress.methods import registry
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import model_shape
@@ -93,8 +93,17 @@ def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
     found.values = Storage(matrices).values(found.values)
     planned: list[Edit] = []
     for index, view in moe_views(matrices.model).items():
-        shapes = {part: tuple(view.stacks()[part].shape) for part in get_args(Part) if part in view.stacks()}
-        planned.append(FactorExperts(index, factoring.forms(shapes, matrices.model.dtype.itemsize, **own)))
+        linears = {
+            matrix.name: factoring.linear_rank(*matrix.weight_BOI.shape[1:], **own)
+            for matrix in matrices.by_layer[index]
+            if matrix.kind == "shared"
+        }
+        forms: dict[Part, Form] = {}
+        if "experts" in matrices.kinds:
+            shapes = {part: tuple(view.stacks()[part].shape) for part in get_args(Part) if part in view.stacks()}
+            forms = factoring.forms(shapes, matrices.model.dtype.itemsize, **own)
+        if forms or linears:
+            planned.append(FactorExperts(index, forms, linears))
     check_edits(matrices.model, planned)
     found.edits += planned
     found.keeps_beside = False

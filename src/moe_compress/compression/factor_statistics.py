@@ -1,6 +1,7 @@
 """What factors save, in the words of `compression_statistics.yaml`: stored, used by a token and multiplied with it.
 
-All of it counts weights of routed experts alone, in layers that hold some of them in factors. A skeleton is enough.
+All of it counts weights of routed experts, in layers that hold some of them in factors, and of linear maps of shared
+ones that are held so. A skeleton is enough.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from moe_compress.edits.factors import Part
 from moe_compress.models.factor_counting import multiplied_times
 from moe_compress.models.families import experts_per_token
+from moe_compress.models.hf import decoder_layers
+from moe_compress.models.modeling.factored_experts import FactoredLinear
 from moe_compress.models.modeling.packed_linear import PARAMETERS as PACKED
 from moe_compress.models.modeling.unfused_experts import CHILDREN
 from moe_compress.models.moe import MoEView, moe_views
@@ -64,15 +67,21 @@ def factor_statistics(model: PreTrainedModel, itemsize: int) -> dict[str, Any]:
 
     itemsize: bytes of a number that is not packed.
     """
-    layers: dict[int, dict[Part, FactorCounts]] = {}
+    layers: dict[int, dict[str, FactorCounts]] = {}
     for index, view in moe_views(model).items():
+        found: dict[str, FactorCounts] = {}
         if view.factored:
             top_k = experts_per_token(model.config)
-            layers[index] = {
+            found = {
                 part: _counts(view, part, top_k if view.active is None else view.active, itemsize)
                 for part in get_args(Part)
                 if CHILDREN[part] in view.experts.separate[0]
             }
+        for name, module in decoder_layers(model)[index].named_modules():
+            if isinstance(module, FactoredLinear):
+                found[name] = _linear_counts(module, itemsize)
+        if found:
+            layers[index] = found
     every = [counts for parts in layers.values() for counts in parts.values()]
     by_layer = {
         index: {**_sum(parts.values()).to_json(), "projections": {part: each.to_json() for part, each in parts.items()}}
@@ -104,6 +113,21 @@ def _counts(view: MoEView, part: Part, active: float, itemsize: int) -> FactorCo
         once=active / experts * own_run + common_run,
         bytes_before=dense * itemsize,
         bytes=_bytes([*matrices, shared], itemsize),
+    )
+
+
+def _linear_counts(pair: FactoredLinear, itemsize: int) -> FactorCounts:
+    """Of a linear map of shared experts, which every token uses."""
+    dense, held = pair.left.out_features * pair.right.in_features, _numbers([pair], {})
+    return FactorCounts(
+        total_before=dense,
+        total=held,
+        active_before=dense,
+        active=held,
+        per_expert=held,
+        once=held,
+        bytes_before=dense * itemsize,
+        bytes=_bytes([pair], itemsize),
     )
 
 

@@ -23,6 +23,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.modeling import edited_model
+from moe_compress.models.modeling.factored_experts import FactoredLinear
 from moe_compress.models.modeling.unfused_experts import CHILDREN, biases
 from moe_compress.models.moe import MoEView, moe_view, moe_views
 from moe_compress.models.sublayers import block_names
@@ -88,12 +89,25 @@ def _write_layers(
     for index in range(checkpoint.num_layers):
         with layers.layer(index) as layer:
             view = moe_view(layer, family)
+            _join_linears(layer)
             if view is None or not view.factored:
-                writer.copy(index)
+                prefix = f"{hf.layers_prefix(plain)}{index}."
+                state = {prefix + key: tensor for key, tensor in layer.state_dict().items()}
             else:
-                writer.write(index, hf.checkpoint_tensors(plain, _full_state(plain, index, layer, view)))
+                state = _full_state(plain, index, layer, view)
+            writer.write(index, hf.checkpoint_tensors(plain, state))
         if progress is not None:
             progress(index + 1, checkpoint.num_layers)
+
+
+@torch.no_grad()
+def _join_linears(layer: nn.Module) -> None:
+    """One map again in the place of each that is held as two."""
+    for name, module in list(layer.named_modules()):
+        if isinstance(module, FactoredLinear):
+            joined = nn.Linear(1, 1, bias=False, device="meta")
+            joined.weight, joined.bias = nn.Parameter(module.dense(), requires_grad=False), module.left.bias
+            layer.set_submodule(name, joined)
 
 
 @torch.no_grad()

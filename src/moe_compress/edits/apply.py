@@ -75,6 +75,8 @@ def _alike(edit: PackMatrices | FactorExperts, view: MoEView) -> bool:
     """Whether the edit changes experts that are alike, and leaves them so."""
     if isinstance(edit, PackMatrices) and not any(n.startswith(f"{view.names['experts']}.") for n in edit.bits):
         return False
+    if isinstance(edit, FactorExperts) and not edit.forms:
+        return False
     one = not view.unfused or len({id(each) for each in view.experts.separate._modules.values()}) == 1
     return edit.alike and one
 

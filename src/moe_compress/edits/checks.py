@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
@@ -40,6 +40,22 @@ def view_of(model: PreTrainedModel, layer: int) -> MoEView:
     if view.by_table:
         raise ValueError(f"the plan edits layer {layer}, whose experts are looked up by token: they stay as they are.")
     return view
+
+
+def require_linears(model: PreTrainedModel, layer: int, ranks: Mapping[str, int]) -> None:
+    """Raise ValueError for linear maps that the layer does not have, or that cannot have these ranks."""
+    if ranks and family_of(model.config).joins_shared:
+        raise ValueError(
+            f"{model.config.model_type}: transformers joins matrices of shared experts while it reads them, so they "
+            "cannot be held in factors: choose where=experts."
+        )
+    for name, rank in ranks.items():
+        module = dict(hf.decoder_layers(model)[layer].named_modules()).get(name)
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"layer {layer}: {name} is no linear map that could be held in factors.")
+        most = min(module.out_features, module.in_features)
+        if not 1 <= rank <= most:
+            raise ValueError(f"layer {layer}: {name} takes a rank from 1 to {most}, not {rank}.")
 
 
 def require_layer(model: PreTrainedModel, layer: int) -> None:

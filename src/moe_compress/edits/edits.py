@@ -24,6 +24,7 @@ from moe_compress.edits.checks import (
     require_channels,
     require_earlier_choice,
     require_layer,
+    require_linears,
     require_other_moe,
     require_other_part,
     require_reroutable,
@@ -266,10 +267,12 @@ class PackMatrices(_OnLayer):
 class FactorExperts(_OnLayer):
     """Hold projections of one layer's experts in factors, each in a form of its own; the others stay as they are.
 
-    What the factors are, only a checkpoint knows: the edit makes room for them.
+    linears: the ranks of linear maps beside them (shared experts), by name within the layer. What the factors are, only
+    a checkpoint knows: the edit makes room for them.
     """
 
-    forms: dict[Part, Form]
+    forms: dict[Part, Form] = field(default_factory=dict)
+    linears: dict[str, int] = field(default_factory=dict)
     edit: Literal["factor_experts"] = field(default="factor_experts", kw_only=True)
 
     @property
@@ -280,8 +283,10 @@ class FactorExperts(_OnLayer):
     def check(self, model: PreTrainedModel) -> None:
         """Raise ValueError if the layer has no such projections, or they cannot be held so."""
         shape_of(model, self.layer)
-        require_alike(model, self.layer, "to hold them in factors")
-        require_forms(moe_views(model)[self.layer], self.layer, self.forms)
+        require_linears(model, self.layer, self.linears)
+        if self.forms or not self.linears:
+            require_alike(model, self.layer, "to hold them in factors")
+            require_forms(moe_views(model)[self.layer], self.layer, self.forms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +325,8 @@ class Plan:
 def to_json(edit: Edit) -> dict[str, Any]:
     """An edit as a JSON object, without its arrays."""
     names = [f.name for f in fields(edit) if f.name not in ("edit", "arrays")]
-    return {"edit": edit.edit, **{name: _listed(getattr(edit, name)) for name in names}}
+    given = {name: _listed(getattr(edit, name)) for name in names}
+    return {"edit": edit.edit, **{name: value for name, value in given.items() if name != "linears" or value}}
 
 
 def _listed(value: Any) -> Any:

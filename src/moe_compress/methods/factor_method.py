@@ -31,7 +31,8 @@ class LayerExperts:
     multiplies, as much as its gate counts, or none for plain distance; crosses: the same sums of what it would multiply
     in the original model (rows) and does (columns), where a method asks for them; outputs: where it does, means of the
     outer products [O, O] of the loss's gradients at what it puts out; gradients: mean squares of these by projection;
-    sizes: what was shared out among layers; stored: the dtype in which factors are stored.
+    sizes: what was shared out among layers; linears: linear maps beside them [O, I] by name, with linear_grams, the
+    same sums of theirs, as far as they were seen; stored: the dtype in which factors are stored.
     """
 
     layer: int
@@ -41,6 +42,8 @@ class LayerExperts:
     outputs: Mapping[Part, Grams] = field(default_factory=dict)
     gradients: Mapping[Part, float] = field(default_factory=dict)
     sizes: Mapping[Part, Size] = field(default_factory=dict)
+    linears: Mapping[str, Tensor] = field(default_factory=dict)
+    linear_grams: Mapping[str, Tensor] = field(default_factory=dict)
     stored: torch.dtype = torch.float32
 
     @property
@@ -51,10 +54,11 @@ class LayerExperts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FactoredLayer:
-    """The factors that come out, by projection, and what is reported of each of them."""
+    """The factors that come out, by projection or linear map, and what is reported of each of them."""
 
     factors: Mapping[Part, Factors]
-    report: Mapping[Part, Mapping[str, Any]]
+    report: Mapping[str, Mapping[str, Any]]
+    linears: Mapping[str, Factors] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +66,7 @@ class Factoring:
     """What a method that leaves factors tells the engine besides its run.
 
     forms: how a layer's projections will be held, as far as their shapes, the bytes of a number and the method's own
-    parameters tell;
+    parameters tell; linear_rank: the same of one linear map beside them;
     projections: those of a layer that are factored; order: in which the neurons of a layer's experts are put first
     [E, F], if in any. Of its parameters: pools, whether one Gram matrix does for all experts; crosses, outputs: whether
     it wants these of `LayerExperts`; shares_out, whether sizes depend on all layers; weighs, whether it wants
@@ -70,6 +74,7 @@ class Factoring:
     """
 
     forms: Callable[..., dict[Part, Form]]
+    linear_rank: Callable[..., int]
     projections: Callable[[Sequence[Part], Mapping[str, Any]], list[Part]]
     order: Callable[[MoEView, Mapping[str, Any]], Tensor | None]
     pools: Callable[[Mapping[str, Any]], bool]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
-from moe_compress.models.modeling.factored_experts import SHARED
+from moe_compress.models.modeling.factored_experts import SHARED, FactoredLinear
 from moe_compress.models.modeling.packed_linear import is_packed
 from moe_compress.models.modeling.unfused_experts import CHILDREN, UNFUSED, ExpertMatrix, places
 from moe_compress.models.moe import MoEView, moe_view
@@ -116,7 +116,8 @@ def _as_one(held: Sequence[Any]) -> Tensor:
 def _kind(layer: nn.Module, family: Family, name: str, module: nn.Linear, block: str) -> Kind:
     """What a linear map outside the experts is: one output inside a MoE block is a gate (Qwen's shared experts)."""
     if within(name, block):
-        return "router" if module.out_features == 1 else "shared"
+        factor = isinstance(layer.get_submodule(name.rpartition(".")[0]), FactoredLinear)
+        return "router" if module.out_features == 1 and not factor else "shared"
     first = name.partition(".")[0]
     if first in family.beside:
         return "shared"

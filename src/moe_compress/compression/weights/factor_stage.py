@@ -31,6 +31,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Factoring
 from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.moe import learned_view, permute_neurons
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
@@ -84,6 +85,7 @@ class FactorStage:
         self, stage: Stage, source: Checkpoint, layers: StreamedLayers, writer: CheckpointWriter, storage: Storage
     ) -> None:
         self.source, self.layers, self.writer = source, layers, writer
+        self.changes = storage.matrices.by_layer
         self.family, self.options = family_of(source.config), storage.matrices.options
         self.method = registry.find(stage.method)
         self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
@@ -96,6 +98,7 @@ class FactorStage:
             layers.device,
             source.dense_dtype,
             self.factoring.outputs(self.own),
+            kinds=storage.matrices.kinds,
         )
         self.store = FactoredStore(source, layers, writer)
         self.values = writer.values = storage.values(source.values)
@@ -106,23 +109,24 @@ class FactorStage:
         """One layer: observe, factor, write, verify, go on. Of two runs the first is of the original stream."""
         view = learned_view(layer, self.family)
         stays = self.options.propagate == "original"
-        if view is None:
+        if view is None or not self.changes[index]:
             self.writer.copy(index)
             write_json(self._notes_file(index), {})
             for run in runs:
                 run([], True)
             return
         originals = self._originals(runs[0]) if len(runs) > 1 else None
-        order_EF = self.factoring.order(view, self.own)
+        order_EF = self.factoring.order(view, self.own) if "experts" in self.collector.kinds else None
         if order_EF is not None:  # what they compute stays the same
             permute_neurons(view, order_EF)
         if runs:
             self.collector.collect(view, runs[-1], stays, originals)
             self.collector.require_seen(index)
         sizes = self.sizes.get(index, {})
-        experts = self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF)
+        beside = layer_matrices(layer, self.family, ["shared"]) if "shared" in self.collector.kinds else []
+        experts = self.collector.experts(index, view, self.factoring, self.own, sizes, order_EF, beside)
         found = self.method.run(experts, **self.own)
-        edit = self.store.write(index, layer, found.factors, order_EF)
+        edit = self.store.write(index, layer, found.factors, order_EF, found.linears)
         counts = self.collector.counts
         self.collector.release()
         write_json(self._notes_file(index), {"edit": to_json(edit), "projections": found.report, **counts})

@@ -79,9 +79,12 @@ def form_of(part: Part, values: Values) -> Form:
     return Form(rank=rank, core=values.core is not None, residue=each)
 
 
-def factor_layer(layer: nn.Module, names: Mapping[str, Any], forms: Mapping[Part, Form]) -> None:
+def factor_layer(
+    layer: nn.Module, names: Mapping[str, Any], forms: Mapping[Part, Form], linears: Mapping[str, int] | None = None
+) -> None:
     """Make room for factors in a layer in memory; `names`: of its parts (`block_names`)."""
-    edit_layer.factor_experts(layer, names, forms={part: form.to_json() for part, form in forms.items()})
+    by_part: dict[str, Mapping[str, Any]] = {part: form.to_json() for part, form in forms.items()}
+    edit_layer.factor_experts(layer, names, forms=by_part, linears=linears)
 
 
 def fill(fused: Any, part: Part, values: Values) -> None:
@@ -118,19 +121,27 @@ class FactoredStore:
 
     @torch.no_grad()
     def write(
-        self, index: int, layer: nn.Module, factors: Mapping[Part, Values], order_EF: Tensor | None = None
+        self,
+        index: int,
+        layer: nn.Module,
+        factors: Mapping[Part, Values],
+        order_EF: Tensor | None = None,
+        linears: Mapping[str, Values] | None = None,
     ) -> FactorExperts:
         """Write the layer at hand, whose experts are then those that the stored factors stand for; returns its edit.
 
-        order_EF: in which order the layer has the neurons of each expert, if not in that of its source.
+        order_EF: in which order the layer has the neurons of each expert, if not in that of its source; linears: left
+        and right of linear maps beside the experts, by name within the layer.
         """
-        model = self.layers.model
+        model, linears = self.layers.model, linears or {}
         if self.exact is None:
-            return write_factored(self.writer, model, index, layer, factors)
+            return write_factored(self.writer, model, index, layer, factors, linears)
         with self.exact.layer(index) as stored:
             if order_EF is not None:
                 permute_neurons(_view(stored, model), order_EF)
-            edit = write_factored(self.writer, self.exact.model, index, stored, factors)
+            edit = write_factored(self.writer, self.exact.model, index, stored, factors, linears)
+            for name in linears:
+                _weight(layer, name).copy_(_weight(stored, name))
             mine = _view(layer, model).stacks()
             for part, stack_EOI in _view(stored, model).stacks().items():
                 if part in factors:
@@ -140,28 +151,55 @@ class FactoredStore:
 
 @torch.no_grad()
 def write_factored(
-    writer: CheckpointWriter, model: PreTrainedModel, index: int, layer: nn.Module, factors: Mapping[Part, Values]
+    writer: CheckpointWriter,
+    model: PreTrainedModel,
+    index: int,
+    layer: nn.Module,
+    factors: Mapping[Part, Values],
+    linears: Mapping[str, Values] | None = None,
 ) -> FactorExperts:
     """Write one layer with factors in the place of its experts' matrices, and read it back; returns its edit.
 
     layer: of the model, with the numbers that are stored of all that stays; afterwards its experts are those that the
     stored factors stand for, and everything else is as it was: the text goes on as the checkpoint would pass it on.
     """
-    edit = FactorExperts(index, {part: form_of(part, values) for part, values in factors.items()})
+    linears = linears or {}
+    ranks = {name: values.left[0].shape[1] for name, values in linears.items()}
+    edit = FactorExperts(index, {part: form_of(part, values) for part, values in factors.items()}, ranks)
     edit.check(model)
     names, factored = block_names(model), shallow(layer)
-    factor_layer(factored, names, edit.forms)
+    factor_layer(factored, names, edit.forms, ranks)
     fused: Any = factored.get_submodule(names["experts"])
     for part, values in factors.items():
         fill(fused, part, values)
+    for name, values in linears.items():
+        pair: Any = factored.get_submodule(name)
+        _put(pair.left, values.left[0])
+        _put(pair.right, values.right[0])
     prefix = f"{hf.layers_prefix(model)}{index}."
-    own = {f"{prefix}{names['experts']}.{name}": tensor for name, tensor in fused.state_dict(keep_vars=True).items()}
+    places = [*([names["experts"]] if factors else []), *linears]
+    own = {
+        f"{prefix}{place}.{name}": tensor
+        for place in places
+        for name, tensor in factored.get_submodule(place).state_dict(keep_vars=True).items()
+    }
     state = {prefix + name: tensor for name, tensor in factored.state_dict().items()}
-    packed = still_packed(writer.source, model, index, _matrices(layer, model), True)
+    changed = {*(_matrices(layer, model) if factors else ()), *linears}
+    packed = still_packed(writer.source, model, index, changed, bool(factors))
     writer.write(index, {**hf.checkpoint_tensors(model, state, apart=bool(packed)), **packed})
     _read_back(writer, model, index, own)
-    _pass_on(layer, model, fused)
+    if factors:
+        _pass_on(layer, model, fused)
+    for name in linears:
+        pair = factored.get_submodule(name)
+        _weight(layer, name).copy_(pair.dense())
     return edit
+
+
+def _weight(layer: nn.Module, name: str) -> Tensor:
+    module: Any = layer.get_submodule(name)
+    found: Tensor = module.weight
+    return found
 
 
 def factored_values(
@@ -172,7 +210,11 @@ def factored_values(
     model: a skeleton in plain numbers. The writer has to know them (`writer.values`) before it reads a layer.
     """
     layers = hf.decoder_layers(model)
-    return unpacked(values, model, {edit.layer: sorted(_matrices(layers[edit.layer], model)) for edit in edits})
+    changed = {
+        edit.layer: sorted({*(_matrices(layers[edit.layer], model) if edit.forms else ()), *edit.linears})
+        for edit in edits
+    }
+    return unpacked(values, model, changed)
 
 
 def _matrices(layer: nn.Module, model: PreTrainedModel) -> set[str]:

@@ -22,7 +22,7 @@ from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Grams
 from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models.families import Family
-from moe_compress.models.matrices import INNER, ROUTED
+from moe_compress.models.matrices import INNER, ROUTED, Kind, Matrix
 from moe_compress.models.moe import MoEView
 
 SOURCES: Mapping[Part, str] = {"gate": ROUTED, "up": ROUTED, "down": INNER}
@@ -34,7 +34,8 @@ class GramCollector:
 
     options: of the stage; pools: one Gram matrix for all experts, with each expert's own diagonal; scratch: where sums
     lie while experts come in turns; stored: the dtype in which factors will be stored; outputs: whether `scratch` holds
-    how much the loss minds what projections put out; gradients: mean squares of that, where they were measured.
+    how much the loss minds what projections put out; gradients: mean squares of that, where they were measured; kinds:
+    what changes: routed experts, and linear maps of shared ones, whose rows all count alike.
     """
 
     family: Family
@@ -45,7 +46,9 @@ class GramCollector:
     stored: torch.dtype
     outputs: bool = False
     gradients: Mapping[int, Mapping[Part, float]] = field(default_factory=dict)
+    kinds: Sequence[Kind] = ("experts",)
     found: dict[str, ExpertGrams] = field(default_factory=dict)
+    linears: dict[str, Tensor] = field(default_factory=dict)
     crossed: dict[str, ExpertGrams] = field(default_factory=dict)
     kept: list[SumsOnDisk] = field(default_factory=list)
 
@@ -55,7 +58,11 @@ class GramCollector:
         originals: of each batch, what experts were sent before anything was compressed, to be paired with what they are
         sent now.
         """
-        turns = self._turns(view.num_experts)
+        turns = self._turns(view.num_experts) if "experts" in self.kinds else []
+        if "shared" in self.kinds:
+            beside = InputMomentCollector(self.family, ["shared"], "input_grams", None)
+            run([beside], go_on and not turns)
+            self.linears = {source: moments.total[0] for source, moments in beside.found.items()}
         crosses = InputCrosses(self.family, originals) if originals is not None else None
         grams, crossed = _Gathered("grams", self), _Gathered("crosses", self)
         for experts in turns:
@@ -85,13 +92,16 @@ class GramCollector:
         own: Mapping[str, Any],
         sizes: Mapping[Part, Size],
         order_EF: Tensor | None = None,
+        beside: Sequence[Matrix] = (),
     ) -> LayerExperts:
         """A layer's experts with what they multiply (None where no text was read), those projections that change.
 
-        order_EF: the order in which neurons have been put.
+        order_EF: the order in which neurons have been put; beside: linear maps of shared experts that change.
         """
-        stacks = {part: stack_EOI for part in get_args(Part) if (stack_EOI := view.stacks().get(part)) is not None}
-        chosen = factoring.projections(list(stacks), own)
+        stacks: dict[Part, Tensor] = {}
+        if "experts" in self.kinds:
+            stacks = {part: stack_EOI for part in get_args(Part) if (stack_EOI := view.stacks().get(part)) is not None}
+        chosen = factoring.projections(list(stacks), own) if stacks else []
         outputs: dict[Part, Grams] = {}
         if self.outputs:
             outputs = outputs_of(self.scratch, index, view.num_experts, self.options, order_EF, self.device)
@@ -103,6 +113,8 @@ class GramCollector:
             outputs={part: outputs[part] for part in chosen if part in outputs},
             gradients=self.gradients.get(index, {}),
             sizes=sizes,
+            linears={matrix.name: matrix.weight_BOI[0] for matrix in beside},
+            linear_grams=self.linears,
             stored=self.stored,
         )
 
@@ -126,7 +138,7 @@ class GramCollector:
         """The layer is done."""
         for kept in self.kept:
             kept.remove()
-        self.found, self.crossed, self.kept = {}, {}, []
+        self.found, self.crossed, self.linears, self.kept = {}, {}, {}, []
 
 
 class _Gathered:

@@ -9,6 +9,7 @@ from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
+from moe_compress.models.modeling.factored_experts import FactoredLinear
 from moe_compress.models.moe import moe_views
 from moe_compress.recipes.recipe import Stage
 
@@ -35,6 +36,13 @@ class StageMatrices:
 
     def _require_factors(self, stage: Stage) -> None:
         """Raise ValueError for experts that are held in factors, unless these are only rounded to the nearest."""
+        factors = registry.find(stage.method).implementation.factoring is not None
+        if (
+            factors
+            and "shared" in self.kinds
+            and any(isinstance(each, FactoredLinear) for each in self.model.modules())
+        ):
+            raise ValueError(f"{stage.method}: shared experts are held in factors already: use where=experts.")
         factored = any(view.factored for view in moe_views(self.model).values())
         shared_out = registry.find(stage.method).implementation.allocates_bits(stage.parameters) is not None
         if "experts" in self.kinds and factored and (self.grid is None or stage.needs != "nothing" or shared_out):

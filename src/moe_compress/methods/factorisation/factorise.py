@@ -19,7 +19,14 @@ from moe_compress.methods.factor_method import FactoredLayer, Factoring, LayerEx
 from moe_compress.methods.factorisation.alignment import align
 from moe_compress.methods.factorisation.auto import best_structure
 from moe_compress.methods.factorisation.objectives import anchored_target
-from moe_compress.methods.factorisation.requested import check_factorise, forms, projections_of, size_of, tried
+from moe_compress.methods.factorisation.requested import (
+    check_factorise,
+    forms,
+    linear_rank,
+    projections_of,
+    size_of,
+    tried,
+)
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
 from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, parameters, ratio_of_numbers
@@ -75,6 +82,7 @@ def order(view: MoEView, own: Mapping[str, Any]) -> Tensor | None:
     check=check_factorise,
     factoring=Factoring(
         forms=forms,
+        linear_rank=linear_rank,
         projections=lambda there, own: projections_of(own["projections"], there),
         order=order,
         pools=lambda own: own["grams"] == "pooled",
@@ -124,14 +132,17 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     projections: gate, up, down or all; align: neurons of a layer's experts are put in one order first; objective: as
     the tokens routed to an expert see its matrix (activation), plain distance, the same made up for what earlier layers
     lost (anchored), or as the loss sees outputs (two_sided); grams: second moments of each expert's inputs, or pooled
-    ones with each expert's own diagonal; sweeps: of alternating least squares.
+    ones with each expert's own diagonal; sweeps: of alternating least squares. Linear maps of shared experts (where=)
+    have nothing to share: whatever the structure, each becomes a low rank of the same ratio or rank.
     """
     own = {key: value for key, value in locals().items() if key != "layer"}
     sizes = _sizes(layer, own)
     found = {part: _projection(layer, part, sizes[part], own) for part in layer.weights}
+    linears = {name: _linear(layer, name, own) for name in layer.linears}
     return FactoredLayer(
         factors={part: factors for part, (factors, _) in found.items()},
-        report={part: said for part, (_, said) in found.items()},
+        report={name: said for each in (found, linears) for name, (_, said) in each.items()},
+        linears={name: factors for name, (factors, _) in linears.items()},
     )
 
 
@@ -171,6 +182,22 @@ def _projection(layer: LayerExperts, part: Part, size: Size, own: Mapping[str, A
     else:
         said |= {"plain": found.plain, "whitened": found.whitened, "whitened_at_first": at_first}
     return found.factors, {**said, **({"tried": found.tried} if len(sizes) > 1 else {})}
+
+
+def _linear(layer: LayerExperts, name: str, own: Mapping[str, Any]) -> tuple[Factors, dict[str, Any]]:
+    """The low rank of one linear map beside the experts, and what it is like."""
+    weight_1OI = layer.linears[name].unsqueeze(0)
+    grams = layer.linear_grams[name].unsqueeze(0) if name in layer.linear_grams else None
+    size = Size(ranks=[linear_rank(*layer.linears[name].shape, **own)])
+    found = best_structure(weight_1OI, grams, {"svd": size})
+    return found.factors, {
+        "structure": found.structure,
+        "parameters": found.factors.parameters,
+        "parameters_before": weight_1OI.numel(),
+        "plain": found.plain,
+        "whitened": found.whitened,
+        "whitened_at_first": found.whitened,
+    }
 
 
 def _own_ranks(layer: LayerExperts, part: Part, sizes: Mapping[str, Size], own: Mapping[str, Any]) -> dict[str, Size]:

@@ -17,6 +17,8 @@ from moe_compress.models.matrices import Matrix
 
 Own = Mapping[str, Any]
 PARTS: tuple[Part, ...] = get_args(Part)
+# Kinds of matrices that are held in factors.
+FACTORED = ("experts", "shared")
 # What auto tries: a wrapper is never nearer than the core and low rank that it is stored as.
 TRIED = ("svd", "base_delta", "shared_basis", "basis_mixture", "sparse_low_rank")
 
@@ -93,16 +95,31 @@ def _stored(activation: str) -> Literal["silu", "tanh"] | None:
     return "silu" if activation == "silu" else "tanh" if activation == "tanh" else None
 
 
+def linear_rank(outputs: int, inputs: int, **own: Any) -> int:
+    """The rank of a linear map beside the experts, which has nothing to share: at the same ratio, or of that rank."""
+    words = {key: own[key] for key in ("ratio", "rank", "multiple")}
+    return size_for("svd", 1, outputs, inputs, **words).ranks[0]
+
+
 def check_factorise(layers: Mapping[int, Sequence[Matrix]], **parameters: Any) -> None:
     """Raise ValueError for words that do not fit together, or sizes that these experts cannot have."""
     _require_words(**parameters)
+    if parameters["budget"] != "uniform" and all(m.kind != "experts" for each in layers.values() for m in each):
+        raise ValueError(
+            f"budget={parameters['budget']} shares out ranks of routed experts: where={parameters['where']} names none."
+        )
     for index, matrices in layers.items():
-        if any(matrix.kind != "experts" for matrix in matrices):
-            raise ValueError(f"where={parameters['where']}: factors are made of routed experts alone (where=experts).")
-        shapes = {_part(matrix): _shape(matrix) for matrix in matrices}
+        if any(matrix.kind not in FACTORED for matrix in matrices):
+            raise ValueError(
+                f"where={parameters['where']}: factors are made of experts alone (where=experts, shared or both)."
+            )
+        shapes = {_part(matrix): _shape(matrix) for matrix in matrices if matrix.kind == "experts"}
         try:
             if shapes:
                 forms(shapes, matrices[0].weight_BOI.element_size(), **parameters)
+            for matrix in matrices:
+                if matrix.kind == "shared":
+                    linear_rank(*_shape(matrix)[1:], **parameters)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .activation_rounding import round_inputs, rounding_of
 from .expert_forward import as_matrix, round_experts, separate
-from .factored_experts import SHARED, factored_room, shared_room
+from .factored_experts import SHARED, FactoredLinear, factored_room, shared_room
 from .packed_linear import PackedMatrix, expect_rounded
 from .rerouting import NOVICES, hook_rerouting, rerouting_of
 from .unfused_experts import (
@@ -223,8 +223,24 @@ def pack_matrices(
             expect_rounded(layer.get_submodule(names["experts"]))
 
 
-def factor_experts(layer: nn.Module, names: Mapping[str, Any], *, forms: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put room for factors in the place of the experts' matrices, by projection (gate, up, down); biases stay."""
+def factor_experts(
+    layer: nn.Module,
+    names: Mapping[str, Any],
+    *,
+    forms: Mapping[str, Mapping[str, Any]] | None = None,
+    linears: Mapping[str, int] | None = None,
+) -> None:
+    """Put room for factors in the place of the experts' matrices, by projection (gate, up, down); biases stay.
+
+    linears: of linear maps beside them, by name within the layer, the rank.
+    """
+    for name, rank in (linears or {}).items():
+        layer.set_submodule(name, FactoredLinear.empty(layer.get_submodule(name), rank))  # type: ignore[arg-type]
+    if forms:
+        _factor_routed(layer, names, forms)
+
+
+def _factor_routed(layer: nn.Module, names: Mapping[str, Any], forms: Mapping[str, Mapping[str, Any]]) -> None:
     fused: Any = layer.get_submodule(names["experts"])
     matrices = stacks(fused)
     shared = {part: shared_room(matrices[part][0], form, part == "down") for part, form in forms.items()}

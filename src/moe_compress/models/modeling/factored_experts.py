@@ -185,7 +185,37 @@ class FactoredMatrix(nn.Module):
 
 def _numbers(matrix: Any) -> Tensor:
     """A matrix as plain numbers, which gradients pass where it is held as such."""
-    return matrix.weight if isinstance(matrix, ExpertMatrix) else matrix.dense()
+    return matrix.weight if isinstance(matrix, ExpertMatrix | nn.Linear) else matrix.dense()
+
+
+class FactoredLinear(nn.Module):
+    """A linear map as two, left(right(x)), the bias with the left one: what sees linear maps sees both."""
+
+    def __init__(self, left: nn.Linear, right: nn.Linear) -> None:
+        super().__init__()
+        self.left, self.right = left, right
+
+    @classmethod
+    def empty(cls, like: nn.Linear, rank: int) -> FactoredLinear:
+        """Room for a map of these inputs and outputs; its bias stays."""
+        left, right = (nn.Linear(1, 1, bias=False, device="meta") for _ in range(2))
+        left.in_features, left.out_features, left.bias = rank, like.out_features, like.bias
+        right.in_features, right.out_features = like.in_features, rank
+        for each in (left, right):
+            room_OI = like.weight.new_empty(each.out_features, each.in_features)
+            each.weight = nn.Parameter(room_OI, requires_grad=False)
+        return cls(left, right)
+
+    def dense(self) -> Tensor:
+        """The matrix as plain numbers [O, I]."""
+        left, right = (_numbers(each).detach() for each in (self.left, self.right))
+        wide = torch.promote_types(left.dtype, torch.float32)
+        return (left.to(wide) @ right.to(wide)).to(left.dtype)
+
+    def forward(self, x_I: Tensor) -> Tensor:
+        """The product with inputs [..., I]."""
+        found: Tensor = self.left(self.right(x_I))
+        return found
 
 
 # --- making room --------------------------------------------------------------------------------------------
