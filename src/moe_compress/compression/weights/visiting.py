@@ -17,7 +17,7 @@ class Visitor(Protocol):
 
     @property
     def visit(self) -> Callable[..., None]:
-        """`visit(index, layer, *runs)`: observe, change, write and go on; no run (`LayerPass`) where no text is read."""
+        """`visit(index, layer, *runs)`: observe, change, write and go on; no run where no text is read."""
 
     def is_done(self, index: int) -> bool:
         """Whether an earlier, killed run has finished this layer."""
