@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import moe_compress
+from moe_compress.checkpoints import writer
 from moe_compress.checkpoints.folder import MANIFEST
+from moe_compress.engine import forward
+from support.pruned import Options, report
 
 
 class Interrupted(Exception):
@@ -42,3 +49,31 @@ def outcome(folder: Path) -> dict[str, bytes]:
 def leftovers(results: Path) -> list[str]:
     found = [path.name for path in results.rglob("*") if path.suffix in (".tmp", ".partial")]
     return found + [path.name for path in results.rglob("*.stage*")]
+
+
+def outcomes(
+    sentences: Mapping[str, str], options: Options, place: Path
+) -> Callable[[str], tuple[dict[str, bytes], dict[str, Any]]]:
+    """name -> the outcome of its recipe and what is reported, never interrupted."""
+
+    @functools.cache
+    def of(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        folder = moe_compress.compress(sentences[name], **{**options, "out": place / name}).folder
+        return outcome(folder), report(folder)
+
+    return of
+
+
+def stopped_run(
+    sentence: str, point: tuple[object, str, int], options: Options, monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, int, Path]:
+    """Stop a run somewhere and run it again; returns how many layers that ran and wrote, and the checkpoint."""
+    place, function, number = point
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        counting(patch, place, function, stop_at=number)
+        moe_compress.compress(sentence, **options)
+    assert not Path(str(options["out"])).exists()
+    with monkeypatch.context() as patch:
+        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
+        folder = moe_compress.compress(sentence, **options).folder
+    return len(layers), len(written), folder

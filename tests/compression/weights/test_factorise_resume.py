@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import signal
@@ -19,8 +18,8 @@ from moe_compress.checkpoints import writer
 from moe_compress.compression.weights import factor_sizes, factor_stage
 from moe_compress.engine import forward
 from support import killed, tiny
-from support.interrupted import Interrupted, counting, leftovers, outcome
-from support.pruned import Options, report
+from support.interrupted import Interrupted, counting, leftovers, outcome, outcomes, stopped_run
+from support.pruned import report
 from support.slow import slow_after
 
 STOPPED = {
@@ -40,29 +39,7 @@ SURVEY = {"shared out": tiny.LAYERS, "both": 3 * tiny.LAYERS}
 @pytest.fixture(scope="module")
 def whole(lab, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], dict[str, Any]]]:
     """name -> the outcome of its recipe and what is reported, never interrupted."""
-    place = tmp_path_factory.mktemp("whole")
-
-    @functools.cache
-    def of(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        folder = moe_compress.compress(STOPPED[name], **{**lab("mixtral"), "out": place / name}).folder
-        return outcome(folder), report(folder)
-
-    return of
-
-
-def stopped_run(
-    name: str, point: tuple[object, str, int], options: Options, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int, Path]:
-    """Stop a run somewhere and run it again; returns how many layers that ran and wrote, and the checkpoint."""
-    place, function, number = point
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, place, function, stop_at=number)
-        moe_compress.compress(STOPPED[name], **options)
-    assert not Path(str(options["out"])).exists()
-    with monkeypatch.context() as patch:
-        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
-        folder = moe_compress.compress(STOPPED[name], **options).folder
-    return len(layers), len(written), folder
+    return outcomes(STOPPED, lab("mixtral"), tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +65,7 @@ def test_two_runs_write_the_same_bytes(name, lab, whole, tmp_path):
 def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch, tmp_path):
     """One that was stopped while ranks were shared out begins that anew."""
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run(name, (forward.hf, "run_layer", call), options, monkeypatch)
+    layers, _, folder = stopped_run(STOPPED[name], (forward.hf, "run_layer", call), options, monkeypatch)
     each, survey = RUNS_PER_LAYER[name], SURVEY.get(name, 0)
     left = tiny.LAYERS - max(0, call - survey) // each
     assert layers == left * each + (survey if call < survey else 0)
@@ -101,7 +78,7 @@ def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch,
 )
 def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, written, folder = stopped_run(name, (writer, "write_shard", shard), options, monkeypatch)
+    layers, written, folder = stopped_run(STOPPED[name], (writer, "write_shard", shard), options, monkeypatch)
     assert written == tiny.LAYERS + 1 - shard
     assert layers == RUNS_PER_LAYER[name] * (tiny.LAYERS - max(0, shard - 1))
     assert outcome(folder) == whole(name)[0] and report(folder) == whole(name)[1]
@@ -120,7 +97,7 @@ def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch
 )
 def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, place, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, written, folder = stopped_run(name, (place, "write_json", number), options, monkeypatch)
+    layers, written, folder = stopped_run(STOPPED[name], (place, "write_json", number), options, monkeypatch)
     done = 0 if place is factor_sizes else number
     assert written == tiny.LAYERS + (place is factor_sizes) - done
     assert layers >= RUNS_PER_LAYER[name] * (tiny.LAYERS - done)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from moe_compress.checkpoints.folder import SCRATCH
 from moe_compress.compression.weights import stage
 from moe_compress.engine import forward
 from support import tiny
-from support.interrupted import Interrupted, counting, leftovers, outcome
-from support.pruned import Options, report, stored
+from support.interrupted import Interrupted, counting, leftovers, outcome, outcomes, stopped_run
+from support.pruned import report, stored
 from support.slow import slow_after
 
 
@@ -68,29 +67,7 @@ RUNS_PER_LAYER = {"compressed": 2, "original": 3, "router": 4, "allocated": 2, "
 @pytest.fixture(scope="module")
 def whole(lab, tmp_path_factory) -> Callable[[str], tuple[dict[str, bytes], dict[str, Any]]]:
     """name -> the outcome of its recipe and what is reported, never interrupted."""
-    place = tmp_path_factory.mktemp("whole")
-
-    @functools.cache
-    def of(name: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        folder = moe_compress.compress(STOPPED[name], **{**lab("mixtral"), "out": place / name}).folder
-        return outcome(folder), report(folder)
-
-    return of
-
-
-def stopped_run(
-    name: str, point: tuple[object, str, int], options: Options, monkeypatch: pytest.MonkeyPatch
-) -> tuple[int, int, Path]:
-    """Stop a run somewhere and run it again; returns how many layers that ran and wrote, and the checkpoint."""
-    place, function, number = point
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        counting(patch, place, function, stop_at=number)
-        moe_compress.compress(STOPPED[name], **options)
-    assert not Path(str(options["out"])).exists()
-    with monkeypatch.context() as patch:
-        layers, written = counting(patch, forward.hf, "run_layer"), counting(patch, writer, "write_shard")
-        folder = moe_compress.compress(STOPPED[name], **options).folder
-    return len(layers), len(written), folder
+    return outcomes(STOPPED, lab("mixtral"), tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +89,7 @@ def stopped_run(
 )
 def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run(name, (forward.hf, "run_layer", call), options, monkeypatch)
+    layers, _, folder = stopped_run(STOPPED[name], (forward.hf, "run_layer", call), options, monkeypatch)
     each, survey = RUNS_PER_LAYER[name], tiny.LAYERS if name == "allocated" else 0
     left = tiny.LAYERS - max(0, call - survey) // each
     assert layers == left * each + (survey if call < survey else 0)
@@ -125,7 +102,7 @@ def test_a_stopped_run_goes_on_at_its_layer(name, call, lab, whole, monkeypatch,
 )
 def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, written, folder = stopped_run(name, (writer, "write_shard", shard), options, monkeypatch)
+    layers, written, folder = stopped_run(STOPPED[name], (writer, "write_shard", shard), options, monkeypatch)
     assert written == tiny.LAYERS + 1 - shard
     assert layers == RUNS_PER_LAYER[name] * (tiny.LAYERS - max(0, shard - 1))
     assert outcome(folder) == whole(name)[0] and report(folder) == whole(name)[1]
@@ -139,7 +116,7 @@ def test_a_stopped_run_goes_on_at_its_shard(name, shard, lab, whole, monkeypatch
 def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
     point = (stage, "write_json", number)
-    _, written, folder = stopped_run(name, point, options, monkeypatch)
+    _, written, folder = stopped_run(STOPPED[name], point, options, monkeypatch)
     done = number - (name == "allocated")
     assert written == tiny.LAYERS + (done < 0) - max(0, done)
     assert outcome(folder) == whole(name)[0] and report(folder) == whole(name)[1]
@@ -158,7 +135,7 @@ def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, number, lab, 
 )  # fmt: skip
 def test_the_last_steps_do_not_begin_anew(place, function, number, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, written, folder = stopped_run("compressed", (place, function, number), options, monkeypatch)
+    layers, written, folder = stopped_run(STOPPED["compressed"], (place, function, number), options, monkeypatch)
     assert outcome(folder) == whole("compressed")[0] and report(folder) == whole("compressed")[1]
     assert leftovers(tmp_path) == []
     assert (layers, written) == (0, 0)
@@ -177,7 +154,9 @@ def test_notes_that_were_left_behind_go_with_the_next_run(lab, whole, monkeypatc
 @pytest.mark.parametrize("writes", [40, 70])
 def test_a_run_that_stops_between_two_tensors(writes, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    layers, _, folder = stopped_run("compressed", (safetensors_file, "write_all", writes), options, monkeypatch)
+    layers, _, folder = stopped_run(
+        STOPPED["compressed"], (safetensors_file, "write_all", writes), options, monkeypatch
+    )
     assert layers < 2 * tiny.LAYERS
     assert outcome(folder) == whole("compressed")[0] and leftovers(tmp_path) == []
 
