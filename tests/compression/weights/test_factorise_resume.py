@@ -107,7 +107,7 @@ def test_a_run_stopped_between_a_layer_and_its_notes_goes_on(name, place, number
 @pytest.mark.parametrize("call", slow_after(1, [5, 2, 8, 11]))
 def test_a_run_stopped_while_gradients_are_measured_goes_on(call, lab, whole, monkeypatch, tmp_path):
     options = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
-    _, _, folder = stopped_run("weighed", (forward.hf, "run_layer", call), options, monkeypatch)
+    _, _, folder = stopped_run(STOPPED["weighed"], (forward.hf, "run_layer", call), options, monkeypatch)
     assert outcome(folder) == whole("weighed")[0] and report(folder) == whole("weighed")[1]
     assert leftovers(tmp_path) == []
 
