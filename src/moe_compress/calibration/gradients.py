@@ -42,7 +42,7 @@ class ChannelGradients(ExpertObserver):
 
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """The layer's scores on the CPU."""
-        self.gradients.flush()
+        self.gradients.finish()
         down_EDF = view.stacks()["down"].float()
         mean_EDD = self.gradients.total / self.gradients.count_B.clamp_min(1)[:, None, None]
         curved_EF = ((mean_EDD @ down_EDF) * down_EDF).sum(1)
@@ -69,7 +69,7 @@ class OutputGradients(ExpertObserver):
 
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """The layer's mean on the CPU."""
-        self.gradients.flush()
+        self.gradients.finish()
         mean_DD = self.gradients.total[0] / self.gradients.count_B.clamp_min(1)
         return {"curvature": mean_DD.double().cpu()}
 

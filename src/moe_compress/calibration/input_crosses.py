@@ -98,7 +98,7 @@ class InputCrosses(ExpertObserver):
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """Sum what still waits; nothing of it is kept in files."""
         for source, sums in self.sums.items():
-            sums.flush()
+            sums.finish()
             before = self.found.get(source)
             pooled_II, count = sums.total.sum(0), int(sums.count_B.sum())
             if before is not None:

@@ -85,7 +85,7 @@ class OutputGrams(ExpertObserver):
     def finish(self, view: MoEView) -> dict[str, Tensor]:
         """Write the layer's file; nothing stays in memory."""
         for sums in (*self.sums.values(), self.added):
-            sums.flush()
+            sums.finish()
         count_B = self.sums["up"].count_B
         scale_B = (count_B / self.square_B).nan_to_num(0.0, 0.0, 0.0)  # an expert without rows has sums of zeros
         found = {"count": count_B, "down": self.added.total[0] / self.added.count_B.clamp_min(1)}
