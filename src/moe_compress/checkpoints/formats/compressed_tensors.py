@@ -180,19 +180,22 @@ def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {**config, "ignore": [*(config.get("ignore") or ()), *left]}
 
 
-def _joined(before: Config, new: Config) -> dict[str, Any] | None:
-    """The groups of both; None where what is left out before would be left out of the new ones."""
+def _joined(before: Config, new: Config) -> dict[str, Any]:
+    """The groups of both, the new ones first; a target of both is the new one's."""
     taken = {target for group in new["config_groups"].values() for target in group["targets"]}
-    groups = {f"before {name}": group for name, group in before["config_groups"].items()}
-    if any(taken & {*group["targets"]} for group in groups.values()):
-        return None
-    formats = {group.get("format") or before["format"] for group in groups.values()} | {new["format"]}
-    ignore = [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])]
+    groups = {}
+    for name, group in before["config_groups"].items():
+        targets = [target for target in group["targets"] if target not in taken]
+        if targets:
+            said = {**group, "targets": targets, "format": group.get("format") or before["format"]}
+            groups[f"before {name}"] = said
+    formats = {group["format"] for group in groups.values()} | {new["format"]}
     return {
+        **before,
         **new,
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "config_groups": {**new["config_groups"], **groups},
-        "ignore": ignore,
+        "ignore": [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])],
     }
 
 
