@@ -259,3 +259,24 @@ def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
         values["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(values))
     return numbers
+
+
+def publish_both(family: str, format: str, place: Path) -> tuple[Path, Path]:
+    """Folders of a tiny model in this format, and of a copy of its numbers in fp32."""
+    packed, dense = place / f"{family} {format}", place / f"{family} {format} dense"
+    numbers = publish(family, format, packed)
+    dense.mkdir()
+    for path in packed.iterdir():
+        if path.suffix != ".safetensors" and path.name != "hf_quant_config.json":
+            (dense / path.name).write_bytes(path.read_bytes())
+    values = json.loads((dense / "config.json").read_text()) | {"dtype": "float32"}
+    values.pop("quantization_config", None)
+    (dense / "config.json").write_text(json.dumps(values))
+    plain = {name: t for name, t in load_file(packed / "model.safetensors").items() if _is_plain(name, numbers)}
+    save_file({n: t.float().contiguous() for n, t in {**plain, **numbers}.items()}, dense / "model.safetensors")
+    return packed, dense
+
+
+def _is_plain(name: str, numbers: Parts) -> bool:
+    """Whether a tensor is no part of a packed matrix."""
+    return f"{name.rpartition('.')[0]}.weight" not in numbers and not name.endswith("k_scale")

@@ -199,16 +199,31 @@ def _joined(before: Config, new: Config) -> dict[str, Any]:
     }
 
 
+def _experts_group(config: Config) -> Mapping[str, Any]:
+    """The group that stock transformers takes for experts: one that names them, else one of all linear maps."""
+    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    named = [g for g in groups if any(t.startswith(INSIDE) and "experts" in t for t in g.get("targets") or ())]
+    classes = [g for g in groups if any(not t.startswith(INSIDE) for t in g.get("targets") or ())]
+    return next(iter([*named, *classes, *groups]), {})
+
+
 def _transformers(config: Config) -> Verdict:
     """It makes experts of packed whole numbers, FP8 and MXFP4 dense."""
-    group = next(iter((config.get("config_groups") or {"": {}}).values()))
+    group, groups = _experts_group(config), (config.get("config_groups") or {}).values()
     kind, instead = group.get("format") or config.get("format"), "use moe_compress.load or vLLM"
-    if not group.get("weights", {}).get("symmetric", True):
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    if not weights.get("symmetric", True):
         return False, f"its loader leaves out the zero points of experts: {instead}"
+    if any(not (each.get("weights") or {}).get("symmetric", True) for each in groups):
+        return False, f"its loader expects zero points in another shape: {instead}"
     if kind == NVFP4:
         return False, f"its loader leaves out the global scales of experts, without a word: {instead}"
     if kind in ("int-quantized", "naive-quantized"):
         return False, f"its loader fuses no experts of whole numbers that are not packed: {instead}"
+    if weights.get("strategy") == "block":
+        return False, f"its loader takes one scale for a row or a matrix of an expert, not for blocks: {instead}"
+    if inputs and inputs.get("dynamic") is False:
+        return False, f"its loader leaves over the scales of experts' inputs: {instead}"
     return True, "with compressed-tensors installed; weights are made dense"
 
 
