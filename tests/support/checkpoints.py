@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
 from moe_compress.models.shape import moe_shapes
 
@@ -41,3 +42,13 @@ def counts(folder: Path) -> dict[int, int]:
     """Layer -> experts that the checkpoint holds."""
     checkpoint = open_checkpoint(folder)
     return {s.layer: s.num_experts for s in moe_shapes(hf.skeleton(checkpoint.config, torch.float32))}
+
+
+def streamed(checkpoint: Checkpoint) -> Any:
+    """The model as this package reads it, in fp32."""
+    model = hf.skeleton(checkpoint.config, torch.float32)
+    with checkpoint.read(checkpoint.tensors) as tensors:
+        hf.materialize(model, tensors, torch.device("cpu"))
+    model.tie_weights()
+    hf.buffers_to(model, torch.device("cpu"))
+    return model.eval()

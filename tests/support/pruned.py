@@ -79,7 +79,8 @@ def stored(folder: object) -> dict[str, Tensor]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    here, there = (tensor.reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(here, there)
 
 
 def changed(before: object, after: object) -> set[str]:

@@ -31,6 +31,11 @@ def _groups(weight_OI: Tensor, size: int) -> Tensor:
     return weight_OI.float().unflatten(-1, (-1, size))
 
 
+def _largest_of_blocks(weight_OI: Tensor, rows: int, columns: int) -> Tensor:
+    padded = torch.nn.functional.pad(weight_OI, (0, -weight_OI.shape[1] % columns, 0, -weight_OI.shape[0] % rows))
+    return padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns)).abs().amax((1, 3))
+
+
 # --- compressed-tensors: the library packs, and unpacks ----------------------------------------------------------
 
 
@@ -39,10 +44,7 @@ def _scales(weight_OI: Tensor, args: QuantizationArgs) -> Parts:
     most = {8: FP8_MAX, 4: FP4_MAX}[args.num_bits] if args.type == "float" else 2.0 ** (args.num_bits - 1) - 0.5
     strategy = next(word for word in ("tensor", "channel", "group", "block", "tensor_group") if args.strategy == word)
     if strategy == "block":
-        rows, columns = args.block_structure
-        padded = torch.nn.functional.pad(weight_OI, (0, -weight_OI.shape[1] % columns, 0, -weight_OI.shape[0] % rows))
-        blocks = padded.unflatten(0, (-1, rows)).unflatten(2, (-1, columns))
-        return {"weight_scale": (blocks.abs().amax((1, 3)) / FP8_MAX).bfloat16()}
+        return {"weight_scale": (_largest_of_blocks(weight_OI, *args.block_structure) / FP8_MAX).bfloat16()}
     grouped = {"tensor": weight_OI.reshape(1, 1, -1), "channel": weight_OI.unsqueeze(1)}.get(strategy)
     grouped = _groups(weight_OI, args.group_size or 1) if grouped is None else grouped
     if not args.symmetric:
@@ -61,17 +63,24 @@ def _scales(weight_OI: Tensor, args: QuantizationArgs) -> Parts:
     return {"weight_scale": scale.bfloat16().reshape(1) if strategy == "tensor" else scale.bfloat16()}
 
 
-def library(format: str, **weights: Any) -> tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]]]:
-    """A config of llm-compressor's kind, and what packs a matrix: the tensors, and the numbers they stand for."""
+def library(
+    format: str, inputs: dict[str, Any] | None = None, **weights: Any
+) -> tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]]]:
+    """A config of llm-compressor's kind, and what packs a matrix: the tensors, and the numbers they stand for.
+
+    inputs: how they are rounded by a number found beforehand, which is stored as well.
+    """
     scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights), format=format)
     compressor = BaseCompressor.get_value_from_registry(format)
 
     def packed(weight_OI: Tensor) -> tuple[Parts, Tensor]:
         state = {"weight": weight_OI.float(), **_scales(weight_OI.float(), scheme.weights)}
         parts = compressor.compress(state, scheme)
-        return parts, compressor.decompress(dict(parts), scheme)["weight"]
+        number = compressor.decompress(dict(parts), scheme)["weight"]
+        return parts | ({"input_scale": torch.tensor([0.5]).bfloat16()} if inputs else {}), number
 
     group = {"targets": ["Linear"], "weights": scheme.weights.model_dump(mode="json"), "format": format}
+    group |= {"input_activations": inputs} if inputs else {}
     config = {"quant_method": "compressed-tensors", "format": format, "ignore": IGNORE}
     return {**config, "quantization_status": "compressed", "config_groups": {"group_0": group}}, packed
 
@@ -101,6 +110,38 @@ def modelopt_fp8(weight_OI: Tensor) -> tuple[Parts, Tensor]:
     scale = weight_OI.abs().max().float() / FP8_MAX
     codes = (weight_OI.float() / scale).to(torch.float8_e4m3fn)
     return {"weight": codes, "weight_scale": scale, "input_scale": torch.tensor(0.5)}, codes.float() * scale
+
+
+def modelopt_fp8_rows(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """`weight` and a number for every output, in a list."""
+    scale_O = weight_OI.abs().amax(1).float() / FP8_MAX
+    codes = (weight_OI.float() / scale_O[:, None]).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale": scale_O}, codes.float() * scale_O[:, None]
+
+
+def modelopt_mxfp4(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """`weight` of two codes a byte, `weight_scale` of exponents, and inputs' scale: they are rounded to FP8."""
+    exponent_OG = (_groups(weight_OI, 32).abs().amax(-1) / FP4_MAX).log2().ceil()
+    real_OG1 = exponent_OG.exp2().unsqueeze(-1)
+    octets, number = _fp4((_groups(weight_OI, 32) / real_OG1).flatten(-2))
+    parts = {"weight": octets, "weight_scale": (exponent_OG + 127).to(torch.uint8), "input_scale": torch.tensor(0.5)}
+    return parts, (number.unflatten(-1, (-1, 32)) * real_OG1).flatten(-2)
+
+
+def fp8_blocks(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """DeepSeek-V3's: `weight` and a factor for every block of 16 x 16, those at the edges cut off."""
+    factor = _largest_of_blocks(weight_OI.float(), 16, 16) / FP8_MAX
+    spread = factor.repeat_interleave(16, 0).repeat_interleave(16, 1)[: len(weight_OI), : weight_OI.shape[1]]
+    codes = (weight_OI.float() / spread).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": factor}, codes.float() * spread
+
+
+def fp8_static(weight_OI: Tensor) -> tuple[Parts, Tensor]:
+    """Mistral's: `weight`, one factor for it and one for its inputs."""
+    factor = (weight_OI.abs().max().float() / FP8_MAX).bfloat16()
+    codes = (weight_OI.float() / factor.float()).to(torch.float8_e4m3fn)
+    parts = {"weight": codes, "weight_scale_inv": factor, "activation_scale": torch.tensor(0.5).bfloat16()}
+    return parts, codes.float() * factor.float()
 
 
 def _asymmetric(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,6 +193,8 @@ def gptq(weight_OI: Tensor, act_order: bool = False, less: int = 1) -> tuple[Par
     return parts, (codes_OI - zero_OG[:, place]).half() * scale_OG[:, place]
 
 
+EIGHT = {"num_bits": 8, "type": "float"}
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": ["lm_head", "kv_b_proj"]}
 GROUP = {"strategy": "group", "group_size": 16}
 MODELOPT = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head", "*kv_b_proj"]}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "dynamic": {"-:.*kv_b_proj$": {}}}
@@ -160,15 +203,22 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]
     "int4 asymmetric": library("pack-quantized", num_bits=4, symmetric=False, **GROUP),
     "int3 asymmetric rows": library("pack-quantized", num_bits=3, symmetric=False, strategy="channel"),
     "int8": library("int-quantized", num_bits=8, strategy="channel"),
-    "fp8 rows": library("float-quantized", num_bits=8, type="float", strategy="channel"),
-    "fp8 matrix": library("float-quantized", num_bits=8, type="float", strategy="tensor"),
-    "fp8 blocks": library("float-quantized", num_bits=8, type="float", strategy="block", block_structure=[16, 16]),
+    "fp8 rows": library("float-quantized", **EIGHT, strategy="channel"),
+    "fp8 matrix": library("float-quantized", **EIGHT, strategy="tensor"),
+    "fp8 blocks": library("float-quantized", **EIGHT, strategy="block", block_structure=[16, 16]),
+    "fp8 static matrix": library(
+        "float-quantized", {**EIGHT, "strategy": "tensor", "dynamic": False}, **EIGHT, strategy="tensor"
+    ),
     "nvfp4": library("nvfp4-pack-quantized", num_bits=4, type="float", strategy="tensor_group", group_size=16),
     "mxfp4": library(
         "mxfp4-pack-quantized", num_bits=4, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
     ),
     "modelopt nvfp4": ({**MODELOPT, "quant_algo": "NVFP4", "group_size": 16}, modelopt_nvfp4),
     "modelopt fp8": ({**MODELOPT, "quant_algo": "FP8"}, modelopt_fp8),
+    "modelopt fp8 rows": ({**MODELOPT, "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, modelopt_fp8_rows),
+    "modelopt mxfp4": ({**MODELOPT, "quant_algo": "W4A8_MXFP4_FP8", "group_size": 32}, modelopt_mxfp4),
+    "deepseek fp8": ({**FP8, "activation_scheme": "dynamic", "weight_block_size": [16, 16]}, fp8_blocks),
+    "mistral fp8": ({**FP8, "activation_scheme": "static", "weight_block_size": None}, fp8_static),
     "awq": (
         {"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": True, "version": "gemm",
          "modules_to_not_convert": ["kv_b_proj"]},
@@ -209,3 +259,24 @@ def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
         values["quantization_config"] = config
     (folder / "config.json").write_text(json.dumps(values))
     return numbers
+
+
+def publish_both(family: str, format: str, place: Path) -> tuple[Path, Path]:
+    """Folders of a tiny model in this format, and of a copy of its numbers in fp32."""
+    packed, dense = place / f"{family} {format}", place / f"{family} {format} dense"
+    numbers = publish(family, format, packed)
+    dense.mkdir()
+    for path in packed.iterdir():
+        if path.suffix != ".safetensors" and path.name != "hf_quant_config.json":
+            (dense / path.name).write_bytes(path.read_bytes())
+    values = json.loads((dense / "config.json").read_text()) | {"dtype": "float32"}
+    values.pop("quantization_config", None)
+    (dense / "config.json").write_text(json.dumps(values))
+    plain = {name: t for name, t in load_file(packed / "model.safetensors").items() if _is_plain(name, numbers)}
+    save_file({n: t.float().contiguous() for n, t in {**plain, **numbers}.items()}, dense / "model.safetensors")
+    return packed, dense
+
+
+def _is_plain(name: str, numbers: Parts) -> bool:
+    """Whether a tensor is no part of a packed matrix."""
+    return f"{name.rpartition('.')[0]}.weight" not in numbers and not name.endswith("k_scale")

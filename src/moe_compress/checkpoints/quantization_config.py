@@ -17,6 +17,7 @@ from moe_compress.edits.edits import PackMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
+from moe_compress.models.moe import moe_view
 from moe_compress.utils.files import read_json
 
 ONE_EXPERT = re.compile(r"experts\\?\.\d")
@@ -108,7 +109,9 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
         alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
         here = [grid for grid in grids if not (grid.kinds and _left_out(f"{prefix}{index}.", grid))]
         matrices = layer_matrices(layer, family_of(model.config))
-        _require_as_stored(matrices, alone, here, f"{prefix}{index}.", model.config.model_type)
+        view = moe_view(layer, family_of(model.config))
+        if view is not None and not view.unfused:  # experts of edited layers are no stack
+            _require_as_stored(matrices, alone, here, f"{prefix}{index}.", model.config.model_type)
         found = _room(matrices, index, alone, here)
         if found is not None:
             edits.append(found)

@@ -115,7 +115,7 @@ class CheckpointWriter:
     def _put(self, layer: int | None, tensors: Mapping[str, Any]) -> None:
         """Write a shard, its tensors named by the place that the layer will have."""
         beside = {key: entry for key, entry in self.source.beside.items() if hf.layer_of(key) == layer}
-        tensors = {**tensors, **(beside if self.values.get(QUANTIZATION) else {})}
+        tensors = {**tensors, **(beside if self._says_scales() else {})}
         if layer is not None:
             place = self.layers.index(layer)
             tensors = {hf.renumbered(key, place): tensor for key, tensor in tensors.items()}
@@ -123,6 +123,11 @@ class CheckpointWriter:
         for key, tensor in tensors.items():
             parts |= stored_parts(key, tensor) if isinstance(tensor, StoredWeight) else {key: tensor}
         write_shard(self._shard(layer), parts)
+
+    def _says_scales(self) -> bool:
+        """Whether config.json still says what scales of a cache are for: with a config of another kind they mean nothing."""
+        before, now = (each.get(QUANTIZATION) or {} for each in (self.source.values, self.values))
+        return bool(now) and all(before.get(key) == now.get(key) for key in ("quant_method", "kv_cache_scheme"))
 
     def finish(
         self,

@@ -19,11 +19,11 @@ import moe_compress
 from moe_compress.checkpoints.formats.fp8 import Fp8Weight
 from moe_compress.checkpoints.formats.mxfp4 import Mxfp4Weight
 from moe_compress.checkpoints.load import load_model
-from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.edits.apply import apply_edits
 from moe_compress.edits.plan_file import PLAN, read_plan
-from moe_compress.models import hf
 from support import readers
+from support.checkpoints import streamed
 from support.editing import logits_of
 from support.pruned import stored
 from support.slow import each_once, slow_unless
@@ -86,16 +86,6 @@ def publish(family: str, folder: Path) -> Path:
 def published(tmp_path_factory) -> Callable[[str], Path]:
     place = tmp_path_factory.mktemp("published")
     return functools.cache(lambda family: publish(family, place / family))
-
-
-def streamed(checkpoint: Checkpoint) -> Any:
-    """The model as this package reads it, in fp32."""
-    model = hf.skeleton(checkpoint.config, torch.float32)
-    with checkpoint.read(checkpoint.tensors) as tensors:
-        hf.materialize(model, tensors, torch.device("cpu"))
-    model.tie_weights()
-    hf.buffers_to(model, torch.device("cpu"))
-    return model.eval()
 
 
 def test_blocks_at_the_edges_are_cut_off():

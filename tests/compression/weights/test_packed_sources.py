@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST
@@ -29,35 +24,6 @@ CHANGES = (
     "quantize method=rtn group_size=16 format=dense",
     "prune where=attention method=magnitude",
 )
-Pair = tuple[Path, Path]
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory) -> Callable[[str, str], Pair]:
-    """(family, format) -> a tiny model in it, and a copy of its numbers in fp32."""
-    place = tmp_path_factory.mktemp("pairs")
-
-    @functools.cache
-    def make(family: str, format: str) -> Pair:
-        packed, dense = place / f"{family} {format}", place / f"{family} {format} dense"
-        numbers = published.publish(family, format, packed)
-        dense.mkdir()
-        for path in packed.iterdir():
-            if path.suffix != ".safetensors" and path.name != "hf_quant_config.json":
-                (dense / path.name).write_bytes(path.read_bytes())
-        values = json.loads((dense / "config.json").read_text()) | {"dtype": "float32"}
-        values.pop("quantization_config", None)
-        (dense / "config.json").write_text(json.dumps(values))
-        plain = {name: t for name, t in load_file(packed / "model.safetensors").items() if belongs(name, numbers)}
-        save_file({n: t.float().contiguous() for n, t in {**plain, **numbers}.items()}, dense / "model.safetensors")
-        return packed, dense
-
-    return make
-
-
-def belongs(name: str, numbers: dict[str, Tensor]) -> bool:
-    """Whether a tensor is no part of a packed matrix."""
-    return f"{name.rpartition('.')[0]}.weight" not in numbers and not name.endswith("k_scale")
 
 
 FAST = {

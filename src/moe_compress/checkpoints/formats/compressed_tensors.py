@@ -180,32 +180,50 @@ def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {**config, "ignore": [*(config.get("ignore") or ()), *left]}
 
 
-def _joined(before: Config, new: Config) -> dict[str, Any] | None:
-    """The groups of both; None where what is left out before would be left out of the new ones."""
+def _joined(before: Config, new: Config) -> dict[str, Any]:
+    """The groups of both, the new ones first; a target of both is the new one's."""
     taken = {target for group in new["config_groups"].values() for target in group["targets"]}
-    groups = {f"before {name}": group for name, group in before["config_groups"].items()}
-    if any(taken & {*group["targets"]} for group in groups.values()):
-        return None
-    formats = {group.get("format") or before["format"] for group in groups.values()} | {new["format"]}
-    ignore = [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])]
+    groups = {}
+    for name, group in before["config_groups"].items():
+        targets = [target for target in group["targets"] if target not in taken]
+        if targets:
+            said = {**group, "targets": targets, "format": group.get("format") or before["format"]}
+            groups[f"before {name}"] = said
+    formats = {group["format"] for group in groups.values()} | {new["format"]}
     return {
+        **before,
         **new,
         "format": formats.pop() if len(formats) == 1 else MIXED,
         "config_groups": {**new["config_groups"], **groups},
-        "ignore": ignore,
+        "ignore": [*dict.fromkeys([*(before.get("ignore") or ()), *(new.get("ignore") or ())])],
     }
+
+
+def _experts_group(config: Config) -> Mapping[str, Any]:
+    """The group that stock transformers takes for experts: one that names them, else one of all linear maps."""
+    groups = [group for group in (config.get("config_groups") or {}).values() if isinstance(group, Mapping)]
+    named = [g for g in groups if any(t.startswith(INSIDE) and "experts" in t for t in g.get("targets") or ())]
+    classes = [g for g in groups if any(not t.startswith(INSIDE) for t in g.get("targets") or ())]
+    return next(iter([*named, *classes, *groups]), {})
 
 
 def _transformers(config: Config) -> Verdict:
     """It makes experts of packed whole numbers, FP8 and MXFP4 dense."""
-    group = next(iter((config.get("config_groups") or {"": {}}).values()))
+    group, groups = _experts_group(config), (config.get("config_groups") or {}).values()
     kind, instead = group.get("format") or config.get("format"), "use moe_compress.load or vLLM"
-    if not group.get("weights", {}).get("symmetric", True):
+    weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
+    if not weights.get("symmetric", True):
         return False, f"its loader leaves out the zero points of experts: {instead}"
+    if any(not (each.get("weights") or {}).get("symmetric", True) for each in groups):
+        return False, f"its loader expects zero points in another shape: {instead}"
     if kind == NVFP4:
         return False, f"its loader leaves out the global scales of experts, without a word: {instead}"
     if kind in ("int-quantized", "naive-quantized"):
         return False, f"its loader fuses no experts of whole numbers that are not packed: {instead}"
+    if weights.get("strategy") == "block":
+        return False, f"its loader takes one scale for a row or a matrix of an expert, not for blocks: {instead}"
+    if inputs and inputs.get("dynamic") is False:
+        return False, f"its loader leaves over the scales of experts' inputs: {instead}"
     return True, "with compressed-tensors installed; weights are made dense"
 
 

@@ -75,9 +75,9 @@ def _block(config: Config) -> tuple[int, int] | None:
 
 
 def _scale_bytes(config: Config, _itemsize: int) -> float:
-    """One in fp32, for a block of outputs as well."""
+    """One in fp32 for a block, of outputs as well; without blocks there is one for a whole matrix."""
     block = _block(config)
-    return SCALE_BYTES / float(block[0]) if block else SCALE_BYTES
+    return SCALE_BYTES / float(block[0]) if block else 0.0
 
 
 def _parts(matrix: CodedMatrix) -> Fp8Weight:

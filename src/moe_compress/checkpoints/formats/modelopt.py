@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
-from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, spread
-from moe_compress.checkpoints.formats.fp8 import Fp8Weight
+from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, powers_of_two, spread
+from moe_compress.checkpoints.formats.fp8 import SCALE_BYTES, Fp8Weight
 from moe_compress.checkpoints.formats.grid import INSIDE, LINEAR, Grid
 from moe_compress.checkpoints.formats.registry import Config, Format, Loaders, storage_format
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
@@ -25,7 +25,11 @@ ALGORITHMS = {
     "FP8_PER_CHANNEL_PER_TOKEN": (8, 0),
     "FP8_PB_WO": (8, 128),
     "MXFP8": (8, 32),
+    "W4A8_MXFP4_FP8": (4, 32),
+    "mxfp4": (4, 32),  # it has no name of its own in the exporter
 }
+# What FP8's scales take: of a matrix, of a row, of a block.
+FP8_SCALES = {"FP8": 0.0, "FP8_PER_CHANNEL_PER_TOKEN": float(SCALE_BYTES), "FP8_PB_WO": SCALE_BYTES / 128}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,30 @@ class Nvfp4Weight(StoredWeight):
         """The numbers [O, I], in fp32."""
         number_OI = e2m1_numbers(self.octets[...])
         return number_OI * spread(self.scale[...].float() * self.factor[...].float(), number_OI.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Mxfp4Pair(StoredWeight):
+    """`X.weight` of E2M1 codes [O, I / 2] and `X.weight_scale` of exponents [O, G], both bytes."""
+
+    scale: Any
+    octets: Any
+    input_scale: Any = None
+
+    NAMES: ClassVar[tuple[str, ...]] = (".weight_scale", ".weight")
+    OPTIONAL: ClassVar[tuple[str, ...]] = (".input_scale",)
+    SIGN: ClassVar[str] = ".weight_scale"
+    DTYPES: ClassVar[tuple[str, ...]] = ("U8", "torch.uint8")
+
+    @classmethod
+    def reads(cls, dtypes: Mapping[str, str]) -> bool:
+        """Whether both are bytes: NVFP4 has other scales, and MXFP8 other codes."""
+        return all(dtypes.get(name) in cls.DTYPES for name in cls.NAMES)
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The numbers [O, I], in fp32."""
+        number_OI = e2m1_numbers(self.octets[...])
+        return number_OI * spread(powers_of_two(self.scale[...]), number_OI.shape)
 
 
 def exported_config(content: Any) -> dict[str, Any] | None:
@@ -114,16 +142,16 @@ def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _scale_bytes(config: Config, _itemsize: int) -> float:
-    """NVFP4's take a byte, and so do MXFP8's; FP8's are few."""
-    return 1.0 if any(ALGORITHMS[name][1] for name in _algorithms(config)) else 0.0
+    """Those of groups take a byte, FP8's four."""
+    return max(FP8_SCALES.get(name, 1.0) for name in _algorithms(config))
 
 
 @storage_format(METHOD, written=False)
 def modelopt() -> Format:
     """FP8 and FP4 as NVIDIA publishes models in them."""
     return Format(
-        layouts=(Nvfp4Weight, Fp8Weight, ElementWeight),
-        described="modelopt (NVFP4, FP8, MXFP8)",
+        layouts=(Nvfp4Weight, Mxfp4Pair, Fp8Weight, ElementWeight),
+        described="modelopt (NVFP4, MXFP4, FP8, MXFP8)",
         unreadable=_unreadable,
         grids=_grids,
         leave_out=_leave_out,

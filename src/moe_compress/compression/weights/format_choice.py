@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from moe_compress.checkpoints.formats.grid import grid_of
+from moe_compress.checkpoints.formats.grid import Grid, grid_of
 from moe_compress.checkpoints.formats.registry import (
     DENSE,
     EDITED_PACKED,
@@ -67,33 +67,52 @@ class Storage:
         """
         changed = {i: [m.name for m in found] for i, found in self.matrices.by_layer.items()}
         values = unpacked(before, self.matrices.model, changed)
-        if self.writer.config is None:
+        old = values.get(QUANTIZATION)
+        if self.writer.config is None and (self.writer.layer is None or old is None):
             return values
-        new, old = self.writer.config(self._packing()), values.get(QUANTIZATION)
-        if old is None:
+        new = self.writer.config(self._packing()) if self.writer.config is not None else None
+        if new is not None and old is None:
             return with_new_config(values, new)
-        stays = sorted(packed_kinds(self.matrices.model, values))
-        same = old["quant_method"] == new["quant_method"]
-        joined = {**values, QUANTIZATION: format_in(values).joined(old, new) if same else None}
-        if joined[QUANTIZATION] is None or not self._said(joined, new):
+        joined = self._joined(before, values, new) if new is not None else None
+        if joined is None:
+            stays = sorted(packed_kinds(self.matrices.model, values))
             raise ValueError(
                 f"{', '.join(stays)}: what stays packed there and what format={self.format} packs cannot be said in "
                 "one config: choose where=all, or format=dense."
             )
         return joined
 
-    def _said(self, values: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-        """Whether a config for old and new means the new grids where matrices are packed anew."""
-        everything, model = format_in(values).grids(values[QUANTIZATION]), self.matrices.model
-        wanted = format_in(values).grids(new)
-        for index, found in self.matrices.packable.items():
-            names = {matrix.name for matrix in found if self.group_sizes[index, matrix.name]}
-            for stored, (name, _) in stored_matrices(model, index).items():
+    def _joined(
+        self, before: Mapping[str, Any], left: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Values that say what stays packed and what is packed anew, from those of the source; None if none can.
+
+        left: the values without anything that changes.
+        """
+        if left[QUANTIZATION]["quant_method"] != new["quant_method"]:
+            return None
+        packed, changed = self._packed_names(), self.matrices.by_layer
+        plain = {i: [m.name for m in found if m.name not in packed[i]] for i, found in changed.items()}
+        values = unpacked(before, self.matrices.model, plain)
+        config = format_in(values).joined(values[QUANTIZATION], new)
+        if config is None:
+            return None
+        everything, wanted, kept = (format_in(values).grids(each) for each in (config, new, left[QUANTIZATION]))
+        for index in range(len(hf.decoder_layers(self.matrices.model))):
+            for stored, (name, _) in stored_matrices(self.matrices.model, index).items():
                 stem = stored.removesuffix(".weight")
-                grid, meant = grid_of(stem, name, everything), grid_of(stem, name, wanted)
-                if name in names and (grid is None or meant is None or replace(grid, ignore=meant.ignore) != meant):
-                    return False
-        return True
+                anew = name in packed.get(index, ())
+                grid, meant = grid_of(stem, name, everything), grid_of(stem, name, wanted if anew else kept)
+                # Of patterns in several groups readers do not take the same.
+                if grid != grid_of(stem, name, everything[::-1]) or not _means(grid, meant):
+                    return None
+        return {**values, QUANTIZATION: config}
+
+    def _packed_names(self) -> dict[int, set[str]]:
+        """Names of the matrices that are packed, by layer."""
+        return {
+            i: {m.name for m in found if self.group_sizes[i, m.name]} for i, found in self.matrices.packable.items()
+        }
 
     def packing_edits(self, bits: Bits | None = None) -> list[PackMatrices]:
         """The edits that make room for codes, layer by layer."""
@@ -139,6 +158,13 @@ class Storage:
             beside=self.beside,
             towers=tuple(name.rpartition(".")[2] for name in hf.tower_names(model)),
         )  # fmt: skip
+
+
+def _means(grid: Grid | None, meant: Grid | None) -> bool:
+    """Whether a grid is the one that was meant, of a group that may have lost targets to others."""
+    if grid is None or meant is None:
+        return grid is meant
+    return {*grid.targets} <= {*meant.targets} and replace(grid, ignore=meant.ignore, targets=meant.targets) == meant
 
 
 def _module(name: str) -> str:
