@@ -85,7 +85,7 @@ def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
     assert factoring is not None
     own = {name: stage.parameters[name] for name in registry.find(stage.method).declaration.parameters}
     if stage.needs == "input_grams" and not factoring.pools(own):
-        needed = gram_bytes(matrices, crosses=factoring.crosses(own)).values()
+        needed = gram_bytes(matrices, crosses=factoring.crosses(own), tables=0).values()
         found.gram_bytes = max(found.gram_bytes, *(each * count for each, count in needed))
     if factoring.outputs(own):
         pools = factoring.pools(own)

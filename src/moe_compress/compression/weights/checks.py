@@ -49,16 +49,18 @@ def require_rescalable(stage: Stage, model: PreTrainedModel, values: Mapping[str
         )
 
 
-def gram_bytes(chosen: StageMatrices, *, crosses: bool = False) -> dict[int, tuple[int, int]]:
+def gram_bytes(
+    chosen: StageMatrices, *, crosses: bool = False, tables: int = SOLVER_TABLES
+) -> dict[int, tuple[int, int]]:
     """By layer: bytes that the Gram matrices of one expert and their solution take, and how many are held at once.
 
-    crosses: besides them those that pair two streams.
+    crosses: besides them those that pair two streams; tables: that a solver holds for every expert.
     """
     found = {}
     for index, matrices in chosen.by_layer.items():
         stacks = {matrix.source: matrix.weight_BOI for matrix in matrices if matrix.kind == "experts"}
         squares = [stack.shape[2] ** 2 for stack in stacks.values()]
-        each = FP32_BYTES * ((2 if crosses else 1) * sum(squares) + SOLVER_TABLES * max(squares, default=0))
+        each = FP32_BYTES * ((2 if crosses else 1) * sum(squares) + tables * max(squares, default=0))
         experts = max((len(stack) for stack in stacks.values()), default=0)
         found[index] = each, min(chosen.options.experts_at_once or experts, experts)
     return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_compress.calibration.input_crosses import OriginalInputs
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.checks import output_gram_bytes
+from moe_compress.compression.weights.checks import gram_bytes, output_gram_bytes
 from moe_compress.compression.weights.factor_sizes import Sizes, sizes_of_layers, squared_gradients
 from moe_compress.compression.weights.factored_layer import FactoredStore
 from moe_compress.compression.weights.format_choice import Storage
@@ -50,7 +50,9 @@ def run_factor_stage(
     stage_run = FactorStage(stage, source, layers, writer, storage)
     crosses, pools = stage_run.factoring.crosses(stage.parameters), stage_run.factoring.pools(stage.parameters)
     if windows is not None and not pools:
-        require_memory(storage.matrices, layers.device, "or use grams=pooled", crosses=crosses)
+        needed = gram_bytes(storage.matrices, crosses=crosses, tables=0)
+        require_memory(needed, layers.device, "use grams=pooled")
+        _require_disk_for_turns(storage.matrices, needed, writer.scratch)
     if stage_run.collector.outputs:
         _require_room(storage.matrices, layers.device, pools, writer.scratch)
         measure_outputs(source, run, writer.scratch, pools, progress)
@@ -76,6 +78,15 @@ def _require_room(matrices: StageMatrices, device: torch.device, pools: bool, sc
                 f"are free: {advice}."
             )
     require_disk(scratch, sum(needed.values()), "the second moments of gradients", advice)
+
+
+def _require_disk_for_turns(matrices: StageMatrices, needed: Mapping[int, tuple[int, int]], scratch: Path) -> None:
+    """Raise ValueError if Gram matrices of experts that wait for the others do not fit on the disk."""
+    counts = {i: max((len(each.weight_BOI) for each in found), default=0) for i, found in matrices.by_layer.items()}
+    kept = (each * counts[i] for i, (each, at_once) in needed.items() if at_once < counts[i])
+    require_disk(
+        scratch, max(kept, default=0), "the Gram matrices of a layer", "use more experts_at_once or grams=pooled"
+    )
 
 
 class FactorStage:

@@ -72,7 +72,7 @@ def run_weight_stage(
     layers = run.layers(source)
     storage = storage_for(StageMatrices(stage, layers.model), source.prediction_modules)
     if stage.needs == "input_grams":
-        require_memory(storage.matrices, layers.device)
+        require_memory(gram_bytes(storage.matrices), layers.device)
     shared = _shared_out(stage, storage, source, run, writer, progress)
     windows = run.windows("calibration", source) if stage.needs != "nothing" else None
     stage_run = WeightStage(stage, source, layers, writer, storage, shared, windows.tokens if windows else 0)
@@ -82,18 +82,14 @@ def run_weight_stage(
 
 
 def require_memory(
-    matrices: StageMatrices,
-    device: torch.device,
-    otherwise: str = "not even one expert's fit",
-    *,
-    crosses: bool = False,
+    needed: Mapping[int, tuple[int, int]], device: torch.device, otherwise: str = "not even one expert's fit"
 ) -> None:
     """Raise ValueError if a layer's Gram matrices would not fit, saying how many experts at a time would, or what.
 
-    crosses: there are as many of those that pair two streams.
+    needed: by layer, bytes of each expert and how many are held at once.
     """
     free = free_memory(device)
-    for index, (each, at_once) in gram_bytes(matrices, crosses=crosses).items():
+    for index, (each, at_once) in needed.items():
         if at_once * each > free:
             fits = f"experts_at_once={free // each} would fit" if free >= each else otherwise
             raise ValueError(

@@ -29,7 +29,7 @@ from moe_compress.methods.factorisation.requested import (
 )
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
-from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, parameters, ratio_of_numbers
+from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, mask_share, parameters
 from moe_compress.methods.factorisation.solve import errors
 from moe_compress.methods.factorisation.structures import Activation, Factors
 from moe_compress.methods.registry import Need, weight_method
@@ -53,7 +53,7 @@ def shared_out(
     """Sizes of all layers' projections out of one budget."""
     even = {index: _even(found, itemsize, own) for index, found in shapes.items()}
     structure = _shared_out_as(own)
-    ratio = ratio_of_numbers(structure, own["ratio"], itemsize)
+    ratio = own["ratio"] - mask_share(structure, itemsize)
     return share_out(spectra, shapes, even, structure=structure, ratio=ratio, multiple=own["multiple"])
 
 
@@ -137,7 +137,7 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     """
     own = {key: value for key, value in locals().items() if key != "layer"}
     sizes = _sizes(layer, own)
-    found = {part: _projection(layer, part, sizes[part], own) for part in layer.weights}
+    found = {part: _projection(layer, part, sizes.get(part), own) for part in layer.weights}
     linears = {name: _linear(layer, name, own) for name in layer.linears}
     return FactoredLayer(
         factors={part: factors for part, (factors, _) in found.items()},
@@ -147,8 +147,8 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
 
 
 def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
-    """The sizes of a layer's projections."""
-    if layer.sizes:
+    """The sizes of a layer's projections; none where each structure that is tried has its own at the same bytes."""
+    if layer.sizes or (own["structure"] == "auto" and own["budget"] == "uniform"):
         return layer.sizes
     if own["budget"] == "uniform":
         return _even(layer.shapes, layer.stored.itemsize, own)
@@ -156,20 +156,25 @@ def _sizes(layer: LayerExperts, own: Mapping[str, Any]) -> Mapping[Part, Size]:
     return shared_out({here: spectra(layer, **own)}, {here: layer.shapes}, layer.stored.itemsize, **own)[here]
 
 
-def _projection(layer: LayerExperts, part: Part, size: Size, own: Mapping[str, Any]) -> tuple[Factors, dict[str, Any]]:
+def _projection(
+    layer: LayerExperts, part: Part, size: Size | None, own: Mapping[str, Any]
+) -> tuple[Factors, dict[str, Any]]:
     """The factors of one projection, and what they are like: of those that are tried, the nearest."""
     weight_EOI, shape = layer.weights[part], layer.shapes[part]
-    sizes = {str(own["structure"]): size}
-    if own["structure"] == "auto":
-        ratio = own["ratio"] if own["budget"] == "uniform" else parameters("svd", size, *shape) / weight_EOI.numel()
-        sizes = tried(part, shape, layer.stored.itemsize, {**own, "ratio": ratio})
-        if own["budget"] != "uniform":
-            sizes |= _own_ranks(layer, part, sizes, {**own, "ratio": ratio})
+    if size is None:
+        sizes = tried(part, shape, layer.stored.itemsize, own)
+    elif own["structure"] == "auto":
+        shared = {**own, "ratio": parameters("svd", size, *shape) / weight_EOI.numel()}
+        sizes = tried(part, shape, layer.stored.itemsize, shared)
+        sizes |= _own_ranks(layer, part, sizes, shared)
+    else:
+        sizes = {str(own["structure"]): size}
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
     grams = layer.grams[part]
     found = best_structure(_target(layer, part), grams, sizes, layer.outputs.get(part), **words)
     # Losses and what is lost are the same sums but for a ridge.
-    at_first = found.lost * found.losses[0] / found.losses[-1] if found.losses[-1] else found.lost
+    least = min(found.losses)
+    at_first = found.lost * found.losses[0] / least if least > 0 else found.lost
     said: dict[str, Any] = {
         "structure": found.structure,
         "parameters": found.factors.parameters,
@@ -206,7 +211,7 @@ def _own_ranks(layer: LayerExperts, part: Part, sizes: Mapping[str, Size], own: 
     alone = replace(layer, weights={part: layer.weights[part]})
     for structure in (each for each in sizes if each in OWN_RANKS):
         worth = {here: spectra_of(alone, structure, {part: sizes[structure]})}
-        ratio = ratio_of_numbers(structure, own["ratio"], layer.stored.itemsize)
+        ratio = own["ratio"] - mask_share(structure, layer.stored.itemsize)
         words = {"structure": structure, "ratio": ratio, "multiple": own["multiple"]}
         found[structure] = share_out(worth, {here: alone.shapes}, {here: {part: sizes[structure]}}, **words)[here][part]
     return found

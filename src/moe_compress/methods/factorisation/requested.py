@@ -5,13 +5,14 @@ E experts, O outputs, I inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from moe_compress.edits.factors import Form, Part
 from moe_compress.methods.factor_method import Shapes
 from moe_compress.methods.factorisation.sharing_out import SHARED_OUT
-from moe_compress.methods.factorisation.sizes import Size, SizeOptions, ratio_of_numbers, size_for
+from moe_compress.methods.factorisation.sizes import Size, SizeOptions, mask_share, size_for, smallest_ratio
 from moe_compress.methods.pruning.masks import pattern_of
 from moe_compress.models.matrices import Matrix
 
@@ -45,10 +46,9 @@ def size_of(structure: str, part: Part, shape: tuple[int, int, int], itemsize: i
 
     itemsize: bytes of a number.
     """
-    ratio, options = own["ratio"], _options(part, own["bases"], own["sparse"], own["pattern"])
-    if ratio is not None:
-        ratio = ratio_of_numbers(structure, ratio, itemsize)
-    return size_for(structure, *shape, ratio=ratio, rank=own["rank"], multiple=own["multiple"], options=options)
+    options = _options(part, own["bases"], own["sparse"], own["pattern"])
+    words = {key: own[key] for key in ("ratio", "rank", "multiple")}
+    return size_for(structure, *shape, **words, options=options, itemsize=itemsize)
 
 
 def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> dict[str, Size]:
@@ -56,16 +56,17 @@ def tried(part: Part, shape: tuple[int, int, int], itemsize: int, own: Own) -> d
 
     Where the loss mixes outputs there can be no residue.
     """
-    found, reasons = {}, []
+    options = _options(part, own["bases"], own["sparse"], own["pattern"])
+    floors: dict[str, float] = {}
+    found = {}
     for structure in TRIED:
         if own["objective"] == "two_sided" and structure == "sparse_low_rank":
             continue
-        try:
+        floors[structure] = smallest_ratio(structure, *shape, options) + mask_share(structure, itemsize)
+        if floors[structure] <= own["ratio"]:
             found[structure] = size_of(structure, part, shape, itemsize, own)
-        except ValueError as error:
-            reasons.append(str(error))
     if not found:
-        raise ValueError(reasons[0])
+        size_of(min(floors, key=lambda name: floors[name]), part, shape, itemsize, own)  # says why not
     return found
 
 
@@ -74,7 +75,9 @@ def forms(shapes: Shapes, itemsize: int, **own: Any) -> dict[Part, Form]:
     found: dict[Part, Form] = {}
     for part in projections_of(own["projections"], list(shapes)):
         structure = own["structure"]
-        if structure == "auto":
+        if structure == "auto" and own["budget"] != "uniform":
+            structure, size = "svd", size_of("svd", part, shapes[part], itemsize, own)  # what ranks are shared out for
+        elif structure == "auto":
             structure, size = next(iter(tried(part, shapes[part], itemsize, own).items()))
         else:
             size = size_of(structure, part, shapes[part], itemsize, own)
@@ -137,7 +140,18 @@ def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
         raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
     if min(parameters["multiple"], parameters["sweeps"]) < 1:
         raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
+    _require_steps(**parameters)
     _require_objective(structure, budget=budget, **parameters)
+
+
+def _require_steps(*, steps: int | None, lr: float | None, sparse: float, **_: Any) -> None:
+    """Raise ValueError for numbers that no descent and no residue can have."""
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: at least 1.")
+    if lr is not None and not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}: a step size above 0 is needed, such as 0.001.")
+    if not 0 < sparse < 1:
+        raise ValueError(f"sparse={sparse}: the residue's share of what is stored is above 0 and below 1.")
 
 
 def _require_objective(structure: str, *, objective: str, **parameters: Any) -> None:

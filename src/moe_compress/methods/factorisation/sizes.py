@@ -73,9 +73,9 @@ def parameters(structure: str, size: Size, experts: int, outputs: int, inputs: i
     return experts * outputs * size.rank + size.bases * size.rank * inputs + experts * size.bases
 
 
-def ratio_of_numbers(structure: str, ratio: float, itemsize: int) -> float:
-    """The share of the experts' numbers in a share of their bytes: a residue's mask takes a bit of every weight."""
-    return ratio - 1 / (8 * itemsize) if structure == "sparse_low_rank" else ratio
+def mask_share(structure: str, itemsize: int) -> float:
+    """What a residue's mask takes of experts' bytes, a bit of every weight; itemsize: bytes of a number, 0: nothing."""
+    return 1 / (8 * itemsize) if structure == "sparse_low_rank" and itemsize else 0.0
 
 
 def size_for(
@@ -88,10 +88,12 @@ def size_for(
     rank: int | None = None,
     multiple: int = 1,
     options: SizeOptions = SizeOptions(),
+    itemsize: int = 0,
 ) -> Size:
     """The largest size that stores at most ratio * E * O * I numbers, or the size of a rank.
 
-    multiple: ranks of a ratio are rounded down to multiples of it, from there on. Raises ValueError for a ratio below
+    multiple: ranks of a ratio are rounded down to multiples of it, from there on; itemsize: bytes of a number, if the
+    ratio is one of bytes, of which a residue's mask takes some. Raises ValueError for a ratio below
     the structure's floor, and for a rank that is not one.
     """
     if (ratio is None) == (rank is None):
@@ -107,9 +109,10 @@ def size_for(
         return _of_rank(smallest, rank, min(inputs, int(kept + ROUNDING)))
     assert ratio is not None
     least = smallest_ratio(structure, experts, outputs, inputs, options)
-    budget = int(ratio * experts * outputs * inputs + ROUNDING)
+    mask = mask_share(structure, itemsize)
+    budget = int((ratio - mask) * experts * outputs * inputs + ROUNDING)
     if budget < round(least * experts * outputs * inputs):
-        raise ValueError(_too_little(structure, least, experts, ratio))
+        raise ValueError(_too_little(structure, least + mask, experts, ratio))
     return _within(structure, (experts, outputs, inputs), budget, multiple, options)
 
 

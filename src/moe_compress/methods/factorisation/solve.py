@@ -72,20 +72,21 @@ def errors(
     """(plain, whitened) squared errors of all experts together, as shares of the originals' own squares.
 
     left_grams: G_e [O, O], which make the whitened one of sum tr(G_e D H_e D'). Without Grams, or where no expert saw
-    anything, both are the plain one; experts that are all zero have error 0.
+    anything, both are the plain one; experts that are all zero have error 0. Grams have the ridge with which they are
+    solved: of fewer tokens than inputs they say nothing of most directions, and rounding may make them less than that.
     """
     plain, white, dtype = [0.0, 0.0], [0.0, 0.0], working_dtype(weight_EOI)
     with full_precision():
+        metrics = Metrics(grams, weight_EOI)
         for e in range(len(weight_EOI)):
             weight_OI = weight_EOI[e].to(dtype)
             error_OI = weight_OI - factors.expert(e).to(dtype)
-            gram_II = None if grams is None else grams[e].to(weight_OI)
             left_OO = None if left_grams is None else left_grams[e].to(weight_OI)
-            for sums, metric, left in ((plain, Metric(None), None), (white, Metric(gram_II), left_OO)):
+            for sums, metric, left in ((plain, Metric(None), None), (white, metrics[e], left_OO)):
                 sums[0] += metric.squared(error_OI, left)
                 sums[1] += metric.squared(weight_OI, left)
     share = plain[0] / plain[1] if plain[1] else 0.0
-    return share, white[0] / white[1] if white[1] > 0 else share
+    return share, max(white[0], 0.0) / white[1] if white[1] > 0 else share
 
 
 def _require_size(structure: str, size: Size, weight_EOI: Tensor) -> None:
