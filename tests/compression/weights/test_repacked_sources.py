@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import moe_compress
 from moe_compress.checkpoints.formats.registry import format_in
@@ -20,6 +22,7 @@ from support.decoders import decoded, stock_reads_the_same
 from support.editing import logits_of
 from support.pruned import same_bits, stored
 from support.quantized import form, packed_in
+from support.slow import slow_after
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*made dense")
 
@@ -99,6 +102,49 @@ def test_all_of_it_is_packed_anew(family, source, target, pair, options):
         return
     require_equal(folder, dense, lambda name: exact or ".layers." not in name)
     require_decoded(folder)
+
+
+@pytest.mark.parametrize(
+    "source", slow_after(1, ["modelopt fp8", "awq", "fp8 blocks", "mistral fp8", "gptq act-order"])
+)
+def test_all_of_it_is_packed_in_blocks_of_fp8(source, options, tmp_path):
+    """Where widths are whole blocks of 128."""
+    pair = published.publish_both("mixtral", source, tmp_path, hidden_size=128, intermediate_size=128)
+    folder, dense = both("quantize method=rtn format=fp8 where=experts,attention", pair, options)
+    require_equal(folder, dense, lambda name: ".experts." in name, most=0.01)  # heads are no whole blocks
+    require_decoded(folder)
+    assert stock_reads_the_same(folder)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "stays"),
+    slow_after(
+        2,
+        [
+            ("prune method=magnitude", True),
+            ("quantize method=rtn group_size=16 format=gptq where=all", False),
+            ("prune method=magnitude where=all", False),
+            ("quantize method=rtn format=nvfp4a16 where=all", False),
+        ],
+    ),
+)
+@pytest.mark.parametrize("source", slow_after(1, ["deepseek fp8", "fp8 rows"]))
+def test_layers_that_predict_stay_packed_or_are_left_out(source, sentence, stays, options, tmp_path):
+    folder = tmp_path / "model"
+    published.publish("deepseek_v3", source, folder)
+    tensors, values = stored(folder), json.loads((folder / "config.json").read_text())
+    last = values["num_hidden_layers"]
+    before = {n.replace(f".{last - 1}.", f".{last}.", 1): t.clone() for n, t in tensors.items() if f".{last - 1}." in n}
+    before = {name: tensor for name, tensor in before.items() if f"layers.{last}." in name}
+    save_file({**tensors, **before}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**values, "num_nextn_predict_layers": 1}))
+    notes = moe_compress.plan(sentence, model=str(folder), **options).notes
+    assert any(("copied as they are" if stays else "left out") in note for note in notes)
+    out = moe_compress.compress(sentence, model=str(folder), eval=False, **options).folder
+    after = {name: tensor for name, tensor in stored(out).items() if f"layers.{last}." in name}
+    assert after.keys() == (before.keys() if stays else set())
+    assert all(same_bits(before[name], tensor) for name, tensor in after.items())
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == stays
 
 
 def require_alike_modules(one, other):
