@@ -15,6 +15,10 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match, match_targets
 from torch import Tensor, nn
 
+from moe_compress.checkpoints.load import load_model
+from moe_compress.checkpoints.reader import open_checkpoint
+from support.checkpoints import streamed
+from support.editing import logits_of
 from support.pruned import stored
 
 # How the names of the tensors end that a packed matrix is known by.
@@ -69,3 +73,14 @@ def fp8(parts: dict[str, Tensor], config: dict[str, Any], _name: str) -> Tensor:
     (rows, columns), codes = config["weight_block_size"], parts["weight"].float()
     block_OI = torch.arange(len(codes))[:, None] // rows, torch.arange(codes.shape[1])[None] // columns
     return codes * parts["weight_scale_inv"][block_OI]
+
+
+def stock_reads_the_same(folder: Path) -> bool:
+    """Whether stock transformers reads what we do, but for scales that it rounds to the dtype that is published."""
+    try:
+        model = load_model(folder, torch.bfloat16)
+        logits_of(model)  # it makes some maps dense as they are used
+    except (ValueError, RuntimeError, ImportError):
+        return False
+    theirs, ours = dict(model.named_parameters()), streamed(open_checkpoint(folder)).named_parameters()
+    return all(float((theirs[name] - each).norm()) <= 0.01 * float(each.norm()) for name, each in ours)

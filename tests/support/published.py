@@ -235,9 +235,9 @@ WIDE = {"mixtral": {"intermediate_size": 64}, "deepseek_v3": {
     "moe_intermediate_size": 64}}  # fmt: skip
 
 
-def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
+def publish(family: str, format: str, folder: Path, **sizes: int) -> dict[str, Tensor]:
     """A tiny model whose linear maps but a few are in this format; the numbers that they stand for, by name."""
-    readers.save_model(family, folder, **WIDE[family])
+    readers.save_model(family, folder, **{**WIDE[family], **sizes})
     config, pack = FORMATS[format]
     found: dict[str, Tensor] = {}
     numbers: dict[str, Tensor] = {}
@@ -261,10 +261,10 @@ def publish(family: str, format: str, folder: Path) -> dict[str, Tensor]:
     return numbers
 
 
-def publish_both(family: str, format: str, place: Path) -> tuple[Path, Path]:
+def publish_both(family: str, format: str, place: Path, **sizes: int) -> tuple[Path, Path]:
     """Folders of a tiny model in this format, and of a copy of its numbers in fp32."""
     packed, dense = place / f"{family} {format}", place / f"{family} {format} dense"
-    numbers = publish(family, format, packed)
+    numbers = publish(family, format, packed, **sizes)
     dense.mkdir()
     for path in packed.iterdir():
         if path.suffix != ".safetensors" and path.name != "hf_quant_config.json":

@@ -125,7 +125,7 @@ class CheckpointWriter:
         write_shard(self._shard(layer), parts)
 
     def _says_scales(self) -> bool:
-        """Whether config.json still says what scales of a cache are for: one of another kind does not."""
+        """Whether config.json still says what scales of a cache are for: under another kind they mean nothing."""
         before, now = (each.get(QUANTIZATION) or {} for each in (self.source.values, self.values))
         return bool(now) and all(before.get(key) == now.get(key) for key in ("quant_method", "kv_cache_scheme"))
 

@@ -73,10 +73,10 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(matrices).values())
         found.gram_bytes = max(found.gram_bytes, *needed)
-    found.values = storage.values(found.values)
+    before, found.values = found.values, storage.values(found.values)
     require_rescalable(stage, model, found.values)
     found.edits += pack_skeleton(storage)
-    found.keeps_beside &= storage.keeps_beside
+    found.keeps_beside &= storage.keeps_beside(before, found.values)
 
 
 def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:

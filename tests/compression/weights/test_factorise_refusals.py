@@ -31,7 +31,7 @@ from support.slow import slow_after
         ("structure=wrapper solver=adam steps=-5", "steps=-5: at least 1."),
         ("structure=wrapper solver=adam lr=nan", "lr=nan: a step size above 0 is needed"),
         ("sparse=nan", "sparse=nan: the residue's share of what is stored is above 0 and below 1."),
-        ("structure=sparse_low_rank ratio=0.05", "keeps at least 0.1355 of 8 experts (its residue and rank 1): ratio=0.05"),
+        ("structure=sparse_low_rank ratio=0.05", "keeps at least 0.1355 of 8 experts (its residue and rank 1)"),
         ("structure=auto budget=global ratio=0.05", "structure=svd keeps at least 0.0730 of 8 experts"),
         ("structure=qr", "factorise.structure=qr: allowed: base_delta, svd, shared_basis"),
         ("projections=gates", "projections=gates: 'gates' is no projection of these experts; they have gate, up, down"),

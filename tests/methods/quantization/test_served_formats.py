@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationConfig
 
 import moe_compress
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.evaluation.verification.compatibility import compatibility
 from support import readers
+from support.decoders import decoded, stock_reads_the_same
 from support.editing import logits_of
 from support.pruned import report, stored
 from support.slow import slow_unless
@@ -76,21 +76,16 @@ CASES = slow_unless(lambda *case: case in FAST, SIZES, FORMATS)
 @pytest.mark.parametrize(("family", "format"), CASES)
 def test_its_own_decoder_makes_the_same_numbers(family, format, served):
     model, folder, _ = served(family, format)
-    config, tensors = json.loads((folder / "config.json").read_text())["quantization_config"], stored(folder)
-    checkpoint, before = open_checkpoint(folder), stored(model)
+    checkpoint, before, expected = open_checkpoint(folder), stored(model), decoded(folder)
     _, bits, most = FORMATS[format]
     assert report(folder)["bits"] == {"experts": bits} and report(folder)["rounded"] == {"experts": 1}
     names = [name for name in before if ".experts." in name]
+    assert expected.keys() == {*names}
     with checkpoint.read(names) as found:
         for name in names:
             number = found[name][...].float()
             assert float((number - before[name]).norm() / before[name].norm()) < most, name
-            if config["quant_method"] == "compressed-tensors":
-                stem = name.removesuffix("weight")
-                parts = {key.removeprefix(stem): t for key, t in tensors.items() if key.startswith(stem)}
-                scheme = QuantizationConfig.model_validate(config).config_groups["experts"]
-                compressor = BaseCompressor.get_value_from_registry(str(config["format"]))
-                assert torch.equal(number, compressor.decompress(parts, scheme)["weight"].float()), name
+            torch.testing.assert_close(number, expected[name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(("family", "format"), CASES)
@@ -107,6 +102,32 @@ def test_stock_transformers_gives_our_logits_where_it_is_said_to(family, format,
         assert not said.loads
     else:
         assert torch.allclose(theirs, ours, rtol=0, atol=1e-5) == said.loads
+
+
+EVERYWHERE = {("deepseek_v3", "awq"), ("mixtral", "gptq"), ("qwen3_moe", "nvfp4a16")}
+
+
+@pytest.mark.parametrize(
+    ("family", "format"), slow_unless(lambda *case: case in EVERYWHERE, SIZES, (*FORMATS, "gptq", "compressed-tensors"))
+)
+def test_everything_is_decoded_where_all_of_a_layer_is_packed(family, format, served, tmp_path):
+    """Attention, dense and shared layers are in it as well, and routers are not."""
+    model, _, given = served(family, "signed")
+    words = FORMATS[format][0] if format in FORMATS else f"method=rtn format={format} group_size=16"
+    folder = moe_compress.compress(f"quantize {words} where=all", **{**given, "out": tmp_path / "out"}).folder
+    expected, checkpoint, before = decoded(folder), open_checkpoint(folder), stored(model)
+    packed = {name for name, entry in checkpoint.tensors.items() if isinstance(entry, StoredWeight)}
+    assert packed == expected.keys() and not any(name.endswith("gate.weight") for name in packed)
+    assert {".experts." in name for name in packed} == {True, False}
+    most = FORMATS[format][2] if format in FORMATS else 0.12
+    with checkpoint.read(packed) as found:
+        for name in packed:
+            number = found[name][...].float()
+            torch.testing.assert_close(number, expected[name], rtol=1e-3, atol=1e-6, msg=name)
+            assert float((number - before[name]).norm() / before[name].norm()) < most, name
+    assert logits_of(moe_compress.load(folder, torch.float32)).isfinite().all()
+    said = compatibility(checkpoint)[0]
+    assert stock_reads_the_same(folder) == said.loads == (format in (*STOCK, "compressed-tensors")), said.why
 
 
 def test_equal_schemes_are_one_group_and_different_ones_are_said_to_be_refused_by_llama_cpp(served):

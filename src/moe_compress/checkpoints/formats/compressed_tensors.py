@@ -28,7 +28,7 @@ from moe_compress.checkpoints.formats.registry import (
     storage_format,
     vllm_integers,
 )
-from moe_compress.checkpoints.formats.stored_weight import PackedWeight
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight, transposed
 from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
 
 # How groups of weights may be stored: the type of their numbers, and bits.
@@ -88,7 +88,7 @@ class CompressedTensorsWeight(PackedWeight):
             group_I = self.g_idx[...].long()
         number_OI = codes_OI.to(scale_OG.dtype)
         if self.zeros is not None:
-            zeros_OG = unpack(self.zeros[...].T.contiguous(), bits, len(codes_OI)).T
+            zeros_OG = unpack(transposed(self.zeros[...]), bits, len(codes_OI)).T
             number_OI = number_OI - zeros_OG.to(scale_OG.dtype)[:, group_I]
         return number_OI * scale_OG[:, group_I]
 

@@ -26,7 +26,7 @@ from moe_compress.checkpoints.formats.registry import (
     storage_format,
     vllm_integers,
 )
-from moe_compress.checkpoints.formats.stored_weight import PackedWeight
+from moe_compress.checkpoints.formats.stored_weight import PackedWeight, transposed
 from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack, unpack
 
 KEPT = "-:"
@@ -74,7 +74,7 @@ class GptqWeight(PackedWeight):
         return words_OW, scale_OG, bits, inputs
 
     def _unchecked(self) -> tuple[Tensor, Tensor, int, int]:
-        words_OW, scale_OG = self.words[...].T.contiguous(), self.scale[...].T.contiguous()
+        words_OW, scale_OG = transposed(self.words[...]), transposed(self.scale[...])
         inputs = len(self.g_idx[...])
         return words_OW, scale_OG, self.bits or words_OW.shape[1] * WORD // inputs, inputs
 

@@ -6,12 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 from moe_compress.models.modeling.bit_packing import dequantized, unpack
 
 if TYPE_CHECKING:
     from moe_compress.checkpoints.formats.grid import Grid
+
+
+def transposed(words: Tensor) -> Tensor:
+    """Columns as rows, one behind the other in memory, which `contiguous` does not see to where there is one alone."""
+    return words.T.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,13 @@ class Storage:
         """How the format is written."""
         return _writer(self.format)
 
-    @property
-    def keeps_beside(self) -> bool:
-        """Whether what is stored beside the model's layers can stay: nothing claims it, or it is excepted."""
+    def keeps_beside(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+        """Whether what is stored beside the model's layers can stay: nothing claims it, or it is excepted.
+
+        Of a packed model it may be packed, too, and stays where the config that says so does. before, after: values.
+        """
+        if before.get(QUANTIZATION):
+            return self.format == DENSE and bool(after.get(QUANTIZATION))
         return self.format == DENSE or self.writer.excepts
 
     def edits(self, bits: Bits | None = None) -> list[PackMatrices]:

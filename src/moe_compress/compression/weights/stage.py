@@ -141,7 +141,7 @@ class WeightStage:
         self.stored_dtype = storage.writer.scale_dtype or source.dense_dtype
         self.values = writer.values = storage.values(source.values)
         warn_of_skipped(storage.group_sizes)
-        writer.keep_prediction_layers = storage.keeps_beside
+        writer.keep_prediction_layers = storage.keeps_beside(source.values, self.values)
 
     def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
         """One layer: observe, change, write, verify, go on."""
