@@ -175,7 +175,7 @@ def test_a_narrower_stream_stores_the_same_exactly(lab, tmp_path):
         ),
         (
             "factorise where=shared structure=svd budget=global",
-            "shares out ranks of routed experts: where=shared",
+            "budget=global is for routed experts alone: where=shared names none of them.",
         ),
         ("factorise where=all", "where=all: factors are made of experts alone (where=experts, shared or both)."),
     ],

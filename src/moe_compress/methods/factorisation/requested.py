@@ -107,10 +107,12 @@ def linear_rank(outputs: int, inputs: int, **own: Any) -> int:
 def check_factorise(layers: Mapping[int, Sequence[Matrix]], **parameters: Any) -> None:
     """Raise ValueError for words that do not fit together, or sizes that these experts cannot have."""
     _require_words(**parameters)
-    if parameters["budget"] != "uniform" and all(m.kind != "experts" for each in layers.values() for m in each):
-        raise ValueError(
-            f"budget={parameters['budget']} shares out ranks of routed experts: where={parameters['where']} names none."
-        )
+    routed = any(matrix.kind == "experts" for matrices in layers.values() for matrix in matrices)
+    for key, others in (("budget", ("uniform",)), ("objective", ("activation", "plain"))):
+        if not routed and parameters[key] not in others:
+            raise ValueError(
+                f"{key}={parameters[key]} is for routed experts alone: where={parameters['where']} names none of them."
+            )
     for index, matrices in layers.items():
         if any(matrix.kind not in FACTORED for matrix in matrices):
             raise ValueError(
