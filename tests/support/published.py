@@ -138,10 +138,9 @@ def fp8_blocks(weight_OI: Tensor) -> tuple[Parts, Tensor]:
 
 def fp8_static(weight_OI: Tensor) -> tuple[Parts, Tensor]:
     """Mistral's: `weight`, one factor for it and one for its inputs."""
-    factor = (weight_OI.abs().max().float() / FP8_MAX).bfloat16()
-    codes = (weight_OI.float() / factor.float()).to(torch.float8_e4m3fn)
-    parts = {"weight": codes, "weight_scale_inv": factor, "activation_scale": torch.tensor(0.5).bfloat16()}
-    return parts, codes.float() * factor.float()
+    factor = weight_OI.abs().max().float() / FP8_MAX
+    codes = (weight_OI.float() / factor).to(torch.float8_e4m3fn)
+    return {"weight": codes, "weight_scale_inv": factor, "activation_scale": torch.tensor(0.5)}, codes.float() * factor
 
 
 def _asymmetric(weight_OI: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
