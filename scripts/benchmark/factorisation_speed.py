@@ -226,7 +226,7 @@ def measured(at_once: int, setting: Setting) -> int:
     if not setting.fresh:
         return peak(at_once, setting)
     command = [sys.executable, __file__, "--peak", str(at_once)]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["bytes"])
 
 
 @torch.no_grad()
@@ -298,7 +298,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     setting = SMOKE if given.smoke else Setting()
     if given.peak:
-        print(json.dumps(peak(given.peak, setting)))
+        print(json.dumps({"bytes": peak(given.peak, setting)}))
         return
     save_figures(report(setting), given.out, given.smoke)
 

@@ -31,6 +31,7 @@ RESULTS, SCRIPTS = ROOT / "results", ROOT / "scripts"
 sys.path[:0] = [str(SCRIPTS / "benchmark"), str(SCRIPTS / "zoo")]
 import common  # noqa: E402
 import engine_speed  # noqa: E402
+import factorisation_speed  # noqa: E402
 import gpu_checks  # noqa: E402
 import paper_rows  # noqa: E402
 import paper_table  # noqa: E402
@@ -109,8 +110,14 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]
 @pytest.mark.usefixtures("shipped")
 @pytest.mark.parametrize(
     ("main", "name"),
-    slow_after(1, [(engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")]),
-    ids=["engine", "trimming", "pruning"],
+    slow_after(
+        1,
+        [
+            *((engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")),
+            (factorisation_speed.main, "factorisation"),
+        ],
+    ),
+    ids=["engine", "trimming", "pruning", "factorisation"],
 )
 def test_speed_of_parts(main: Main, name: str, tmp_path):
     main(["--smoke", "--out", str(tmp_path / "made.json")])
@@ -130,9 +137,14 @@ def test_what_fresh_processes_of_the_speed_scripts_run(tmp_path, capsys):
     for name in engine_speed.MEASUREMENTS:
         engine_speed.main(["--measure", name, "--folder", str(tmp_path / "8"), "--windows", "1"])
     pruning_speed.main(["--peak", "64", "--smoke"])
+    factorisation_speed.main(["--peak", "64", "--smoke"])
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     figures = read(RESULTS / "engine.json")
-    assert [set(each) for each in said] == [*(set(figures[n]) for n in ("peak_8", "forward", "copy")), {"bytes"}]
+    assert [set(each) for each in said] == [
+        *(set(figures[n]) for n in ("peak_8", "forward", "copy")),
+        {"bytes"},
+        {"bytes"},
+    ]
 
 
 @pytest.mark.slow  # test_speed_of_parts
