@@ -109,7 +109,8 @@ def trimming(records: Sequence[Record], low: float, high: float) -> str:
         simple = given.get("stage") == SCORE and OTHERS.isdisjoint(given)
         if not given or not low <= removed(found) < high or (simple and not _name(given).endswith(BESIDE)):
             continue
-        grid.setdefault(_name(given), {})[found[0].model] = found
+        # What is kept in factors is no share of parameters alone, so that one name could stand for two sizes.
+        grid.setdefault(_name(given, given["stage"] == "factorise"), {})[found[0].model] = found
     return table("recipe", grid, sorted(whole), lambda found: cell(found, f" at {-removed(found):.0%}"))
 
 
