@@ -16,7 +16,7 @@ from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
-from moe_compress.models.matrices import stored_matrices
+from moe_compress.models.matrices import require_masks, stored_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.sublayers import block_names
 from moe_compress.utils.devices import dtype_name, free_memory, return_memory
@@ -45,6 +45,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
+    require_masks(model, str(folder))
     hf.complete_experts(model)
     hf.ask_for_logits_alone(model.config)
     return model.eval()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.models import hf
+from moe_compress.models.matrices import require_masks
 from moe_compress.utils.devices import return_memory
 
 
@@ -92,6 +93,7 @@ def require_real(layer: nn.Module, index: int) -> None:
         if tensor.is_meta:
             raise ValueError(f"the checkpoint holds no tensor for {name} of layer {index}.")
     _require_finite(layer.state_dict(), f"of layer {index}")
+    require_masks(layer, f"layer {index}")
 
 
 def _require_finite(tensors: Mapping[str, Tensor], where: str) -> None:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from moe_compress.models import hf
 from moe_compress.models.families import Family, family_of
-from moe_compress.models.modeling.factored_experts import SHARED, FactoredLinear
+from moe_compress.models.modeling.bit_packing import parts_of_bytes
+from moe_compress.models.modeling.factored_experts import SHARED, FactoredLinear, SparseMatrix
 from moe_compress.models.modeling.packed_linear import is_packed
 from moe_compress.models.modeling.unfused_experts import CHILDREN, UNFUSED, ExpertMatrix, places
 from moe_compress.models.moe import MoEView, moe_view
@@ -123,6 +124,17 @@ def _kind(layer: nn.Module, family: Family, name: str, module: nn.Linear, block:
         return "shared"
     dense = first in family.dense or "MLP" in type(layer.get_submodule(first)).__name__
     return "dense" if dense else "attention"
+
+
+def require_masks(module: nn.Module, where: str) -> None:
+    """Raise ValueError for a residue whose mask names more or fewer places in a row than there are values."""
+    for name, each in module.named_modules():
+        if isinstance(each, SparseMatrix) and not each.mask.is_meta:
+            kept_O = parts_of_bytes(each.mask, 1)[:, : each.in_features].sum(1)
+            if each.mask.dtype != torch.uint8 or bool((kept_O != each.values.shape[1]).any()):
+                raise ValueError(
+                    f"{where}: the mask of {name} does not name {each.values.shape[1]} places in every row."
+                )
 
 
 def stored_matrices(model: PreTrainedModel, index: int) -> dict[str, tuple[str, int]]:

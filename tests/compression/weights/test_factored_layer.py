@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST, read_manifest
@@ -222,3 +223,20 @@ def test_stages_that_change_whole_matrices_are_refused(sentence, factored, lab):
     with pytest.raises(ValueError, match="its experts are held in factors, and have to be whole matrices") as caught:
         compressed(sentence, factored["same"], lab)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [lambda mask: mask.zero_(), lambda mask: mask[0].bitwise_xor_(1)])
+def test_a_mask_that_does_not_fit_its_values_is_refused(change, sources, tmp_path):
+    checkpoint, _ = write(sources("mixtral"), {"up": Form(rank=4, residue=3)}, tmp_path / "broken")
+    file = next(
+        path
+        for path in sorted(checkpoint.folder.glob("*.safetensors"))
+        if "residue.mask" in path.read_bytes().decode("latin1")
+    )
+    tensors = load_file(file)
+    change(next(tensor for name, tensor in tensors.items() if name.endswith("residue.mask")))
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="does not name 3 places in every row"):
+        load_model(checkpoint.folder, torch.float32)
+    with pytest.raises(ValueError, match=r"layer 0: the mask of .* does not name 3 places"):
+        moe_compress.export(checkpoint.folder, out=tmp_path / "out")
