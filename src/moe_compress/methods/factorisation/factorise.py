@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_compress.edits.factors import Part
 from moe_compress.methods.factor_method import FactoredLayer, Factoring, LayerExperts, Shapes, Spectra
 from moe_compress.methods.factorisation.alignment import align
-from moe_compress.methods.factorisation.auto import best_structure
+from moe_compress.methods.factorisation.auto import Solution, best_structure
 from moe_compress.methods.factorisation.objectives import anchored_target
 from moe_compress.methods.factorisation.requested import (
     check_factorise,
@@ -30,8 +30,8 @@ from moe_compress.methods.factorisation.requested import (
 from moe_compress.methods.factorisation.settings import Solver
 from moe_compress.methods.factorisation.sharing_out import share_out, spectra_of
 from moe_compress.methods.factorisation.sizes import OWN_RANKS, Size, mask_share, parameters
-from moe_compress.methods.factorisation.solve import errors
-from moe_compress.methods.factorisation.structures import Activation, Factors
+from moe_compress.methods.factorisation.solve import errors, solve
+from moe_compress.methods.factorisation.structures import Activation, Factors, Grams
 from moe_compress.methods.registry import Need, weight_method
 from moe_compress.models.moe import MoEView
 
@@ -172,21 +172,30 @@ def _projection(
     words = {key: own[key] for key in ("sweeps", "activation", "solver", "steps", "lr", "seed")}
     grams = layer.grams[part]
     found = best_structure(_target(layer, part), grams, sizes, layer.outputs.get(part), **words)
-    # Losses and what is lost are the same sums but for a ridge.
-    least = min(found.losses)
-    at_first = found.lost * found.losses[0] / least if least > 0 else found.lost
     said: dict[str, Any] = {
         "structure": found.structure,
         "parameters": found.factors.parameters,
         "parameters_before": weight_EOI.numel(),
     }
+    said["plain"], said["whitened"] = errors(weight_EOI, found.factors, grams)
     if part in layer.crosses or part in layer.outputs:
         # Errors are those of every objective; what this one makes small comes beside them.
-        plain, whitened = errors(weight_EOI, found.factors, grams)
-        said |= {"plain": plain, "whitened": whitened, "lost": found.lost, "lost_at_first": at_first}
+        least = min(found.losses)
+        at_first = found.lost * found.losses[0] / least if least > 0 else found.lost
+        said |= {"lost": found.lost, "lost_at_first": at_first}
     else:
-        said |= {"plain": found.plain, "whitened": found.whitened, "whitened_at_first": at_first}
+        said["plain_at_first"], said["whitened_at_first"] = _at_first(weight_EOI, grams, found, sizes, own)
     return found.factors, {**said, **({"tried": found.tried} if len(sizes) > 1 else {})}
+
+
+def _at_first(
+    weight_EOI: Tensor, grams: Grams | None, found: Solution, sizes: Mapping[str, Size], own: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Plain and whitened errors after the first sweep; of what one step or a descent solves, those at the end."""
+    if found.structure == "svd" or own["solver"] == "adam" or own["sweeps"] == 1:
+        return found.plain, found.whitened
+    first, _ = solve(found.structure, weight_EOI, grams, sizes[found.structure], sweeps=1, seed=own["seed"])
+    return errors(weight_EOI, first, grams)
 
 
 def _linear(layer: LayerExperts, name: str, own: Mapping[str, Any]) -> tuple[Factors, dict[str, Any]]:
@@ -201,6 +210,7 @@ def _linear(layer: LayerExperts, name: str, own: Mapping[str, Any]) -> tuple[Fac
         "parameters_before": weight_1OI.numel(),
         "plain": found.plain,
         "whitened": found.whitened,
+        "plain_at_first": found.plain,
         "whitened_at_first": found.whitened,
     }
 
