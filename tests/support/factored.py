@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_compress.checkpoints.folder import MANIFEST
+from moe_compress.checkpoints.partly_packed import unpacked
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
-from moe_compress.compression.weights.factored_layer import factor_layer, factored_values, fill, write_factored
+from moe_compress.compression.weights.factored_layer import factor_layer, fill, write_factored
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.moe import moe_views
 from moe_compress.models.sublayers import block_names
 from support import tiny
@@ -130,7 +133,9 @@ def write(
     writer, edits = CheckpointWriter(out, source, "test", keep_prediction_layers=False), []
     which = list(moe_views(streamed.model)) if layers is None else layers
     everything = {i: FactorExperts(i, forms_for(streamed.model, i, forms)) for i in which}
-    writer.values = values = factored_values(source.values, streamed.model, list(everything.values()))
+    family, inside = family_of(streamed.model.config), hf.decoder_layers(streamed.model)
+    changed = {i: [matrix.name for matrix in layer_matrices(inside[i], family, ("experts",))] for i in which}
+    writer.values = values = unpacked(source.values, streamed.model, changed)
     writer.copy(None)
     for index in range(source.num_layers):
         if index in everything:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.compression.weights.checks import check_weights, gram_bytes, output_gram_bytes, require_rescalable
 from moe_compress.compression.weights.format_choice import Storage, pack_skeleton, storage_for
-from moe_compress.compression.weights.stage_matrices import StageMatrices
+from moe_compress.compression.weights.stage_matrices import StageMatrices, factoring_of
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import Edit, FactorExperts
 from moe_compress.edits.factors import Form, Part
@@ -81,9 +81,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
 
 def _dry_factors(stage: Stage, matrices: StageMatrices, found: DryRun) -> None:
     """The same for one that leaves factors: about as large as its words say, where they are shared out."""
-    factoring = registry.find(stage.method).implementation.factoring
-    assert factoring is not None
-    own = {name: stage.parameters[name] for name in registry.find(stage.method).declaration.parameters}
+    factoring, own = factoring_of(stage), stage.own_parameters
     if stage.needs == "input_grams" and not factoring.pools(own):
         needed = gram_bytes(matrices, crosses=factoring.crosses(own), tables=0).values()
         found.gram_bytes = max(found.gram_bytes, *(each * count for each, count in needed))

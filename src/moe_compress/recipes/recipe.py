@@ -37,6 +37,11 @@ class Stage(BaseModel):
         }
 
     @property
+    def own_parameters(self) -> dict[str, Any]:
+        """The method's own parameters, without those that the engine has for every method."""
+        return {name: self.parameters[name] for name in registry.find(self.method).declaration.parameters}
+
+    @property
     def needs(self) -> registry.Need:
         """What the stage must see."""
         return registry.find(self.method).needs(self.parameters)

@@ -12,10 +12,10 @@ from torch import nn
 from moe_compress.calibration.gradients import OutputSquares
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.weights.layer_grams import GramCollector
+from moe_compress.compression.weights.stage_matrices import factoring_of
 from moe_compress.edits.factors import Part
 from moe_compress.engine.backward import backward
 from moe_compress.engine.forward import LayerPass, Progress, walk_layers
-from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Shapes, Spectra
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.models.families import family_of
@@ -36,10 +36,7 @@ def sizes_of_layers(
     progress: Progress | None = None,
 ) -> Sizes:
     """Sizes by layer and projection; none where each layer has its own budget. A killed run has them already."""
-    method = registry.find(stage.method)
-    own = {name: stage.parameters[name] for name in method.declaration.parameters}
-    factoring = method.implementation.factoring
-    assert factoring is not None
+    factoring, own = factoring_of(stage), stage.own_parameters
     if not factoring.shares_out(own):
         return {}
     file = scratch / "sizes.json"
@@ -77,22 +74,20 @@ class _Spectra:
 
     def __init__(self, stage: Stage, source: Checkpoint, collector: GramCollector) -> None:
         self.collector, self.family = collector, family_of(source.config)
-        self.method = registry.find(stage.method)
-        self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
+        self.factoring, self.own = factoring_of(stage), stage.own_parameters
         self.spectra: dict[int, Spectra] = {}
         self.shapes: dict[int, Shapes] = {}
 
     def visit(self, index: int, layer: nn.Module, run: LayerPass | None = None) -> None:
         """One layer."""
-        factoring, view = self.method.implementation.factoring, learned_view(layer, self.family)
-        assert factoring is not None
+        view = learned_view(layer, self.family)
         if view is None:
             if run is not None:
                 run([], True)
             return
         if run is not None:
             self.collector.collect(view, run, True)
-        experts = self.collector.experts(index, view, factoring, self.own, {})
-        self.spectra[index] = factoring.spectra(experts, **self.own)
+        experts = self.collector.experts(index, view, self.factoring, self.own, {})
+        self.spectra[index] = self.factoring.spectra(experts, **self.own)
         self.shapes[index] = experts.shapes
         self.collector.release()

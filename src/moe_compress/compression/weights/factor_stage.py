@@ -23,13 +23,12 @@ from moe_compress.compression.weights.format_choice import Storage
 from moe_compress.compression.weights.layer_grams import GramCollector
 from moe_compress.compression.weights.output_grams import measure_outputs
 from moe_compress.compression.weights.stage import WeightStageResult, require_memory
-from moe_compress.compression.weights.stage_matrices import StageMatrices
+from moe_compress.compression.weights.stage_matrices import StageMatrices, factoring_of
 from moe_compress.compression.weights.visiting import visit_layers
 from moe_compress.edits.edits import from_json, to_json
 from moe_compress.engine.forward import LayerPass, Progress
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
-from moe_compress.methods.factor_method import Factoring
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.moe import learned_view, permute_neurons
@@ -99,7 +98,7 @@ class FactorStage:
         self.changes = storage.matrices.by_layer
         self.family, self.options = family_of(source.config), storage.matrices.options
         self.method = registry.find(stage.method)
-        self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
+        self.own = stage.own_parameters
         self.factoring = factoring_of(stage)
         self.collector = GramCollector(
             self.family,
@@ -171,10 +170,3 @@ class FactorStage:
             **{key: {i: note[key] for i, note in changed.items() if note.get(key)} for key in ("unseen", "tokens")},
         }
         return WeightStageResult(found, [from_json(note["edit"]) for note in changed.values()], self.values)
-
-
-def factoring_of(stage: Stage) -> Factoring:
-    """What the stage's method tells of its factors."""
-    factoring = registry.find(stage.method).implementation.factoring
-    assert factoring is not None
-    return factoring

@@ -5,14 +5,13 @@ E experts, O outputs, I inputs, N bases, K their width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.partly_packed import unpacked
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.weights.layer_stores import exact_layers, still_packed
@@ -20,6 +19,7 @@ from moe_compress.edits.apply import shallow
 from moe_compress.edits.edits import FactorExperts
 from moe_compress.edits.factors import Form, Part
 from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods.factorisation.structures import Factors
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
@@ -32,39 +32,7 @@ from moe_compress.models.sublayers import block_names
 LINEAR = "linear"
 
 
-class Values(Protocol):
-    """The factors of one projection, as methods give them (`Factors`).
-
-    left [O, K] and right [K, I] of each expert, either empty where `basis` stands in its place; core [O, I]; bases
-    [N, K, I] and mix [E, N]; residue: [O, I] of each, with equally many numbers other than zero in every row.
-    """
-
-    @property
-    def left(self) -> Sequence[Tensor]: ...  # noqa: D102
-
-    @property
-    def right(self) -> Sequence[Tensor]: ...  # noqa: D102
-
-    @property
-    def core(self) -> Tensor | None: ...  # noqa: D102
-
-    @property
-    def basis(self) -> Tensor | None: ...  # noqa: D102
-
-    @property
-    def bases(self) -> Tensor | None: ...  # noqa: D102
-
-    @property
-    def mix(self) -> Tensor | None: ...  # noqa: D102
-
-    @property
-    def activation(self) -> str: ...  # noqa: D102
-
-    @property
-    def residue(self) -> Sequence[Tensor]: ...  # noqa: D102
-
-
-def form_of(part: Part, values: Values) -> Form:
+def form_of(part: Part, values: Factors) -> Form:
     """The form of the factors of a projection."""
     if values.bases is not None:
         activation: Any = None if values.activation == LINEAR else values.activation
@@ -87,7 +55,7 @@ def factor_layer(
     edit_layer.factor_experts(layer, names, forms=by_part, linears=linears)
 
 
-def fill(fused: Any, part: Part, values: Values) -> None:
+def fill(fused: Any, part: Part, values: Factors) -> None:
     """Put factors into the room that was made for those of one projection, in the dtype of that room."""
     matrices: list[FactoredMatrix] = [expert[CHILDREN[part]] for expert in fused.separate]
     bases_XI = None if values.bases is None else values.bases.flatten(0, 1)
@@ -124,9 +92,9 @@ class FactoredStore:
         self,
         index: int,
         layer: nn.Module,
-        factors: Mapping[Part, Values],
+        factors: Mapping[Part, Factors],
         order_EF: Tensor | None = None,
-        linears: Mapping[str, Values] | None = None,
+        linears: Mapping[str, Factors] | None = None,
     ) -> FactorExperts:
         """Write the layer at hand, whose experts are then those that the stored factors stand for; returns its edit.
 
@@ -155,8 +123,8 @@ def write_factored(
     model: PreTrainedModel,
     index: int,
     layer: nn.Module,
-    factors: Mapping[Part, Values],
-    linears: Mapping[str, Values] | None = None,
+    factors: Mapping[Part, Factors],
+    linears: Mapping[str, Factors] | None = None,
 ) -> FactorExperts:
     """Write one layer with factors in the place of its experts' matrices, and read it back; returns its edit.
 
@@ -200,21 +168,6 @@ def _weight(layer: nn.Module, name: str) -> Tensor:
     module: Any = layer.get_submodule(name)
     found: Tensor = module.weight
     return found
-
-
-def factored_values(
-    values: Mapping[str, Any], model: PreTrainedModel, edits: Sequence[FactorExperts]
-) -> dict[str, Any]:
-    """config.json values of a source, without what they say of packed experts in the layers that are now in factors.
-
-    model: a skeleton in plain numbers. The writer has to know them (`writer.values`) before it reads a layer.
-    """
-    layers = hf.decoder_layers(model)
-    changed = {
-        edit.layer: sorted({*(_matrices(layers[edit.layer], model) if edit.forms else ()), *edit.linears})
-        for edit in edits
-    }
-    return unpacked(values, model, changed)
 
 
 def _matrices(layer: nn.Module, model: PreTrainedModel) -> set[str]:

@@ -135,7 +135,7 @@ class WeightStage:
         self.model, self.family, self.tokens = layers.model, family_of(source.config), tokens
         self.options, self.kinds = storage.matrices.options, storage.matrices.kinds
         self.method = registry.find(stage.method)
-        self.own = {name: stage.parameters[name] for name in self.method.declaration.parameters}
+        self.own = stage.own_parameters
         self.rescaling = self.method.implementation.rescales_inputs(stage.parameters)
         self.store = LayerStore(storage.writer, source, layers, writer, self.kinds)
         self.stored_dtype = storage.writer.scale_dtype or source.dense_dtype

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from moe_compress.methods import registry
+from moe_compress.methods.factor_method import Factoring
 from moe_compress.methods.registry import WeightStageOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -12,6 +13,13 @@ from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
 from moe_compress.models.modeling.factored_experts import FactoredLinear
 from moe_compress.models.moe import moe_views
 from moe_compress.recipes.recipe import Stage
+
+
+def factoring_of(stage: Stage) -> Factoring:
+    """What the method of a stage that leaves factors tells of them."""
+    factoring = registry.find(stage.method).implementation.factoring
+    assert factoring is not None
+    return factoring
 
 
 class StageMatrices:

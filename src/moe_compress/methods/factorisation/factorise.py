@@ -177,13 +177,14 @@ def _projection(
         "parameters": found.factors.parameters,
         "parameters_before": weight_EOI.numel(),
     }
-    said["plain"], said["whitened"] = errors(weight_EOI, found.factors, grams)
     if part in layer.crosses or part in layer.outputs:
         # Errors are those of every objective; what this one makes small comes beside them.
+        said["plain"], said["whitened"] = errors(weight_EOI, found.factors, grams)
         least = min(found.losses)
         at_first = found.lost * found.losses[0] / least if least > 0 else found.lost
         said |= {"lost": found.lost, "lost_at_first": at_first}
     else:
+        said |= {"plain": found.plain, "whitened": found.whitened}
         said["plain_at_first"], said["whitened_at_first"] = _at_first(weight_EOI, grams, found, sizes, own)
     return found.factors, {**said, **({"tried": found.tried} if len(sizes) > 1 else {})}
 
