@@ -99,32 +99,38 @@ def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Pack
     config = values.get(QUANTIZATION)
     grids = format_in(values).grids(config) if config else []
     layers, prefix = list(hf.decoder_layers(model)) if grids else [], hf.layers_prefix(model)
-    # Names of matrices, found once for all layers of the same modules.
-    known: dict[Any, dict[str, tuple[str, int]]] = {}
+    # Names of tensors by matrix, found once for all layers of the same modules.
+    known: dict[Any, dict[str, list[str]]] = {}
     edits: list[PackMatrices] = []
     for index, layer in enumerate(layers):
         kind = hf.layer_kind(layer)
         if kind not in known:
-            known[kind] = stored_matrices(model, index) if any(grid.targets for grid in grids) else {}
-        alone = {hf.renumbered(name, index): place for name, place in known[kind].items()}
+            known[kind] = _by_matrix(stored_matrices(model, index)) if any(grid.targets for grid in grids) else {}
         here = [grid for grid in grids if not (grid.kinds and _left_out(f"{prefix}{index}.", grid))]
         matrices = layer_matrices(layer, family_of(model.config))
         view = moe_view(layer, family_of(model.config))
         if view is not None and not view.unfused:  # experts of edited layers are no stack
-            _require_as_stored(matrices, alone, here, f"{prefix}{index}.", model.config.model_type)
-        found = _room(matrices, index, alone, here)
+            _require_as_stored(matrices, known[kind], here, f"{prefix}{index}.", model.config.model_type)
+        found = _room(matrices, index, known[kind], here)
         if found is not None:
             edits.append(found)
     return edits
+
+
+def _by_matrix(stored: Mapping[str, tuple[str, int]]) -> dict[str, list[str]]:
+    """Matrix -> the tensors that hold it, one of each expert."""
+    found: dict[str, list[str]] = {}
+    for tensor, (matrix, _number) in stored.items():
+        found.setdefault(matrix, []).append(tensor)
+    return found
 
 
 def _require_as_stored(
     matrices: Sequence[Matrix], alone: Mapping[str, Any], grids: Sequence[Grid], stem: str, model_type: str
 ) -> None:
     """Raise ValueError for experts of a stack that a grid of linear maps means."""
-    apart = {name for name, _ in alone.values()}
     for matrix in matrices:
-        if matrix.kind != "experts" or matrix.name in apart or any("experts" in grid.kinds for grid in grids):
+        if matrix.kind != "experts" or matrix.name in alone or any("experts" in grid.kinds for grid in grids):
             continue
         experts, _, part = matrix.name.rpartition(".")
         if grid_of(f"{stem}{experts}.0.{part}_proj", matrix.name, grids) is not None:
@@ -135,9 +141,9 @@ def _require_as_stored(
 
 
 def _room(
-    matrices: Sequence[Matrix], index: int, alone: Mapping[str, tuple[str, int]], grids: Sequence[Grid]
+    matrices: Sequence[Matrix], index: int, alone: Mapping[str, Sequence[str]], grids: Sequence[Grid]
 ) -> PackMatrices | None:
-    """The same for one layer. alone: tensors that hold one matrix each."""
+    """The same for one layer. alone: matrix -> tensors of such a layer that hold one of its experts' each."""
     bits: dict[str, list[int]] = {}
     group_sizes: dict[str, int] = {}
     for matrix in matrices:
@@ -147,13 +153,11 @@ def _room(
                 bits[matrix.name], group_sizes[matrix.name] = [grid.bits] * count, math.gcd(grid.group_size, inputs)
     widths = {matrix.name: matrix.weight_BOI.shape[2] for matrix in matrices}
     each = any(ONE_EXPERT.search(word) for grid in grids for word in (*grid.targets, *grid.ignore))
-    first: dict[str, Grid | None] = {}
-    for stored, (name, _number) in alone.items():
-        if each or name not in first:  # one expert stands for all, unless any is named by its number
-            first[name] = grid_of(stored.removesuffix(".weight"), name, grids)
-        found = first[name]
-        if found is not None and name in widths:
-            bits.setdefault(name, []).append(found.bits)
+    for name in [name for name in alone if name in widths and grids]:
+        tensors = alone[name] if each else alone[name][:1]  # one expert stands for all, unless any is named
+        grids_of = (grid_of(hf.renumbered(stored, index).removesuffix(".weight"), name, grids) for stored in tensors)
+        for found in filter(None, grids_of):
+            bits.setdefault(name, []).extend([found.bits] * (1 if each else len(alone[name])))
             group_sizes[name] = math.gcd(found.group_size, widths[name])
     return PackMatrices(index, {name: tuple(each) for name, each in bits.items()}, group_sizes) if bits else None
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from torch import Tensor
 
 from moe_compress.evaluation.quality.perplexity import Measurement
@@ -69,6 +68,8 @@ def per_token(total: Any, tokens: Any, unit: str) -> Metric:
 
 def accuracy(correct: Tensor) -> Metric:
     """Share of those that are true, right answers say, with Wilson's interval."""
+    from scipy import stats  # here: to plan needs none of it, and should not wait for it
+
     right, asked = int(correct.sum()), len(correct)
     interval = stats.binomtest(right, asked).proportion_ci(LEVEL, method="wilson")
     return metric(right / asked, "fraction", interval.low, interval.high)
@@ -76,6 +77,8 @@ def accuracy(correct: Tensor) -> Metric:
 
 def _bootstrap(data: tuple[Any, ...], statistic: Callable[..., Any]) -> tuple[float | None, float | None]:
     """Percentile interval over resampled documents; (None, None) with fewer than two documents."""
+    from scipy import stats  # here: to plan needs none of it, and should not wait for it
+
     if len(data[0]) < 2:
         return None, None
     result = stats.bootstrap(

@@ -17,7 +17,6 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe_compress.models.moe import Expert, MoEView, inner_width
@@ -184,6 +183,8 @@ def _prepared(reference: Neurons, other: Neurons, by: By) -> Callable[[], Order]
 
 
 def _best(similarity_FF: Array) -> Order:
+    from scipy.optimize import linear_sum_assignment  # here: to plan needs none of it, and should not wait for it
+
     chosen: Order = linear_sum_assignment(similarity_FF, maximize=True)[1]
     return chosen
 

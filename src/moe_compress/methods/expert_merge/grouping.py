@@ -15,8 +15,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -187,6 +185,9 @@ def _take(row_E: Array, tie: float) -> int:
 
 def _by_scipy(distance_EE: Array, count: int, method: str) -> list[list[int]] | None:
     """Clusters by scipy's linkage; None where two pairs are equally near, since scipy promises no order of ties."""
+    from scipy.cluster import hierarchy  # here: to plan needs none of it, and should not wait for it
+    from scipy.spatial.distance import squareform
+
     if len(distance_EE) < 2:
         return None
     pairs = squareform(distance_EE, checks=False)

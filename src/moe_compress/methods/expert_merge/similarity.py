@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
 from moe_compress.models.moe import MoEView
@@ -25,6 +24,8 @@ def output_cosine(mean_ED: Tensor) -> Tensor:
 
 def output_distance(mean_ED: Tensor) -> Tensor:
     """Euclidean distance between the experts' mean outputs, [E, E] (HC-SMoE, arXiv 2410.08589)."""
+    from scipy.spatial.distance import pdist, squareform  # here: to plan needs none of it, and should not wait for it
+
     return torch.from_numpy(squareform(pdist(mean_ED.double().cpu().numpy())))
 
 
