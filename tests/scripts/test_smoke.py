@@ -71,7 +71,15 @@ def shipped() -> Any:
 
 @pytest.fixture
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole models are timed by threads of this process, which has imported everything."""
+    """Whole models are timed by threads of this process, which has imported everything.
+
+    One loads at a time: transformers changes a method of all models while it loads one, and changes it back.
+    """
+    loading, load = threading.Lock(), worker.load
+
+    def load_alone(*arguments: Any) -> Any:
+        with loading:
+            return load(*arguments)
 
     def serve(connection: Any) -> None:
         with contextlib.suppress(EOFError, OSError):
@@ -85,6 +93,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.start()
         self.process: Any = SimpleNamespace(poll=lambda: None, wait=thread.join, kill=theirs.close)
 
+    monkeypatch.setattr(worker, "load", load_alone)
     monkeypatch.setattr(worker.Worker, "_launch", launch)
     monkeypatch.setattr(worker, "pin", lambda _: None)
     monkeypatch.setattr(benchmark, "LOOK_SECONDS", 0.01)
