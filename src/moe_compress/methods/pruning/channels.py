@@ -130,6 +130,7 @@ def _edit(layer: int, widths_E: list[int], ranked_EF: Tensor | None = None) -> K
     breaks_patterns=True,
     exclusive=(("keep", "ratio"),),
     shown_in_names=("score", "keep", "ratio"),
+    goes_with={"alpha": "score=camera"},
 )
 def channels(
     model: ModelStatistics,
