@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from moe_compress.cli.catalogue import choices, recipe_words, word
+from moe_compress.cli.catalogue import choices, goes_with, recipe_words, word
 from moe_compress.cli.help import FUNCTIONS
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.methods import registry, score_registry
@@ -52,6 +52,7 @@ def parameters(name: str) -> str:
     method = registry.find(name)
     found = [table(("parameter", "default", "values"), rows_of(method.parameters))]
     found += [f"At most one of {', '.join(f'`{key}`' for key in group)} is given." for group in method.exclusive]
+    found += ["".join(f"- {sentence}\n" for sentence in goes_with(method)).rstrip()] * bool(method.goes_with)
     if method.presets:
         presets = ([f"`preset={preset}`", f"`{recipe_words(given)}`"] for preset, given in method.presets.items())
         found += [table(("preset", "sets"), presets)]

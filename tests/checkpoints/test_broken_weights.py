@@ -194,3 +194,37 @@ def test_a_matrix_of_eight_bits_in_a_model_of_sixteen_is_copied(copy, options):
     assert made is not None
     found = {key: tensor for path in shards(made) for key, tensor in load_file(path).items()}
     assert torch.equal(found[name].view(torch.uint8), tensors[name].view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("twice", "beside"),
+    [
+        ("layers.1.mlp.experts.gate_up_proj", "experts.0.w1"),
+        ("layers.1.block_sparse_moe.experts.down_proj", "experts.0.w2"),
+        ("layers.1.block_sparse_moe.experts.0.gate_up_proj.weight", "experts.0.w1"),
+        ("layers.1.mlp.experts.0.gate_proj.weight", "experts.0.w1"),
+    ],
+)
+def test_fused_and_split_matrices_of_one_layer(twice, beside, copy, refused):
+    """Of two tensors that say one matrix, one would go unread without a word."""
+    key = "model.layers.1.block_sparse_moe." + beside + ".weight"
+    add_tensor(copy, f"model.{twice}", torch.zeros(8, 4, 4))
+    said = refused(model=copy)
+    assert f"model.{twice}" in said and key in said and "remove the one that does not belong" in said
+
+
+def test_one_parameter_from_two_tensors(copy):
+    key = "model.layers.1.block_sparse_moe.gate.weight"
+    add_tensor(copy, other := "model.layers.1.mlp.gate.weight", torch.zeros(8, 32))
+    layers = StreamedLayers(open_checkpoint(copy), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="remove the one that does not belong") as caught, layers.layer(1):
+        pass
+    assert key in str(caught.value) and other in str(caught.value)
+
+
+def add_tensor(folder: Path, key: str, tensor: torch.Tensor) -> None:
+    """One more tensor in the last shard, and in the index."""
+    shard, index = shards(folder)[-1], json.loads((folder / INDEX).read_text())
+    save_file({**load_file(shard), key: tensor}, shard, metadata={"format": "pt"})
+    index["weight_map"][key] = shard.name
+    (folder / INDEX).write_text(json.dumps(index))

@@ -61,3 +61,12 @@ def test_the_recipe_in_the_checkpoint_rebuilds_it(sentence, reader_folder, optio
     )
     assert same_checkpoint(again.folder, made)
     assert (again.folder / "plan.json").read_bytes() == (made / "plan.json").read_bytes()
+
+
+def test_a_plan_without_edits_changes_nothing(made, options, tmp_path):
+    plan = json.loads((made("mixtral", "expert_drop score=weight_norm keep=6") / "plan.json").read_text())
+    plan["stages"][0]["edits"] = []
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(ValueError, match=r"plan\.json holds no edits, so it would leave its model as it is"):
+        moe_compress.apply(tmp_path / "plan.json", out=tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()

@@ -137,6 +137,7 @@ def test_every_parameter_and_preset_is_documented_with_its_default(name):
         assert f"| `preset={preset}` | `{catalogue.recipe_words(values)}` |" in section
     for group in method.exclusive:
         assert f"At most one of {', '.join(f'`{key}`' for key in group)} is given." in section
+    assert all(f"`{key}`" in section.partition("Only with ")[2] for key in method.goes_with)
     overview = (DOCS / "methods" / "README.md").read_text(encoding="utf-8")
     assert f"| `{name}` |" in overview and f"({name}.md)" in overview
 

@@ -120,4 +120,3 @@ def test_every_way_to_merge_shares_out_the_experts(family, router, seen):
             assert len(edit.groups) == 4 and max(map(len, edit.groups)) <= 3 and edit.router == router
             assert edit.aligned is (align != "none") is bool(edit.arrays)
             assert all(list(group[1:]) == sorted(group[1:]) for group in edit.groups)
-        assert planned(model, f"expert_merge grouping={grouping} by={by} router={router} keep=8").edits == []

@@ -60,8 +60,8 @@ ALLOCATED += [("mixtral", allocate) for allocate in ("utilisation", "sensitivity
 @pytest.mark.parametrize(("family", "allocate"), slow_after(2, ALLOCATED))
 def test_as_many_zeros_as_if_all_were_alike(family, allocate, lab, made):
     method = "sparsegpt" if family in ("mixtral", "gpt_oss") else "wanda"
-    words = f"prune method={method} sparsity=0.43 spread=0.3"
-    folder, layers = made(family, f"{words} allocate={allocate}"), moe_layers(lab(family)["model"], family)
+    words = f"prune method={method} sparsity=0.43"
+    folder, layers = made(family, f"{words} allocate={allocate} spread=0.3"), moe_layers(lab(family)["model"], family)
     counts = zero_counts(folder, family, layers)
     even = zero_counts(made(family, words), family, layers)
     assert len(set(even.flatten().tolist())) == 1

@@ -25,6 +25,7 @@ from moe_compress.checkpoints.numbering import require_numbering
 from moe_compress.checkpoints.quantization_config import require_readable, with_export, with_inner_config
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, FileRegion, read_regions
 from moe_compress.checkpoints.stored_tensors import beside_weights, require_agreement, with_weights
+from moe_compress.checkpoints.stored_twice import require_stored_once
 from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
 from moe_compress.models.families import REFUSED, family_of
@@ -234,6 +235,7 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)
     _require_layers(checkpoint)
     require_numbering(folder, tensors, checkpoint.num_layers)
+    require_stored_once(folder, tensors)
     _require_no_more_layers(checkpoint)
     if familiar_type(read_json(folder / "config.json")) is not None:
         apart = set(checkpoint.prediction_keys)

@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_compress import zoo
 from moe_compress.methods import registry
+from moe_compress.methods.conditions import described
 from moe_compress.models.families import ALIASES, FAMILIES, REFUSED
 from moe_compress.utils.files import gigabytes
 
@@ -28,6 +29,7 @@ def method_markdown(name: str) -> str:
     lines = [_method(name), *(["", about] if about else [])]
     for group in method.exclusive:
         lines += ["", f"At most one of {', '.join(f'`{key}=`' for key in group)} is given."]
+    lines += [line for sentence in goes_with(method) for line in ("", sentence)]
     return "\n".join([*lines, "", f"Options of every run, and how recipes are written: {PAGE}."])
 
 
@@ -40,6 +42,14 @@ def _method(name: str) -> str:
         lines.append(f"- `{key}={default}`: {choices(parameter.hint)}{', has to be given' * needed}")
     lines += [f"- `preset={preset}`: {recipe_words(values)}" for preset, values in method.presets.items()]
     return "\n".join(lines).rstrip()
+
+
+def goes_with(method: registry.Method) -> list[str]:
+    """Beside what else the parameters are said that mean nothing alone."""
+    by_rule: dict[str, list[str]] = {}
+    for key, rule in method.goes_with.items():
+        by_rule.setdefault(rule, []).append(f"`{key}`")
+    return [f"Only with {described(rule)}: {', '.join(keys)}." for rule, keys in by_rule.items()]
 
 
 def choices(hint: Any) -> str:

@@ -48,6 +48,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
         try:
             if pattern and registry.find(stage.method).breaks_patterns:
                 raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
+            _require_text(stage)
             if registry.find(stage.method).scope == "weight":
                 _dry_weights(stage, model, found)
             else:
@@ -59,6 +60,15 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
                 raise
             raise ValueError(f"stage {number} ({stage.method}): {error}") from error
     return found
+
+
+def _require_text(stage: Stage) -> None:
+    """Raise ValueError for words about the text of a stage that looks at none."""
+    said = [f"{key}={stage.parameters[key]}" for key in registry.WORDS_OF_TEXT if key in stage.explicit_parameters]
+    if said and stage.needs not in registry.FROM_TEXT:
+        raise ValueError(
+            f"{' '.join(said)} would do nothing: with its other words {stage.method} looks at no text; leave it out."
+        )
 
 
 def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:

@@ -191,13 +191,17 @@ def _statistics(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
-    """(stages, their model) of a plan that holds all there is to do. ValueError for one whose stages change weights."""
+    """(stages, their model) of a plan that holds all there is to do: ValueError if that is weights, or nothing."""
     stages, base = read_plan(path)
     for stage in stages:
         if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
             raise ValueError(
                 f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
             )
+    if not any(stage.plan.edits for stage in stages):
+        raise ValueError(
+            f"{path} holds no edits, so it would leave its model as it is: write at least one under a stage."
+        )
     return stages, base
 
 

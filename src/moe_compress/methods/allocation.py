@@ -45,7 +45,8 @@ def kept_counts(
 ) -> dict[int, int]:
     """Experts left in each layer if all layers are treated alike: `keep`, or all but the fraction `ratio`.
 
-    Raises ValueError for a count that a layer's router cannot work with (any will do while it stays whole).
+    Raises ValueError for a count that a layer's router cannot work with (any will do while it stays whole), and where
+    no layer would lose an expert.
     """
     if keep is None and (ratio is None or not 0 <= ratio < 1):
         raise ValueError(f"{name}.ratio={ratio}: the fraction of experts removed is in [0, 1).")
@@ -57,6 +58,14 @@ def kept_counts(
         elif not 0 < count <= shape.num_experts:
             raise ValueError(f"layer {shape.layer} has {shape.num_experts} experts, so keep={count} is not possible.")
         counts[shape.layer] = count
+    if all(counts[shape.layer] == shape.num_experts for shape in shapes):
+        said = f"keep={keep}" if keep is not None else f"ratio={ratio}"
+        least = min((1 if router_whole else shape.groups) / shape.num_experts for shape in shapes)
+        most = max(shape.num_experts for shape in shapes)
+        raise ValueError(
+            f"{name} {said} would leave every layer all of its {most} experts: keep fewer, or say at least "
+            f"ratio={least:.4g}."
+        )
     return counts
 
 

@@ -77,6 +77,7 @@ def _skips(shape: ModelShape, layers: Sequence[int], part: Part) -> list[Edit]:
     check=check_layers,
     exclusive=(("drop", "layers"),),
     shown_in_names=("drop", "layers"),
+    goes_with={"metric": "layers=none"},
 )
 def layer_drop(
     model: ModelStatistics,
@@ -148,6 +149,7 @@ def check_blocks(shape: ModelShape, *, drop: int | None, layers: str | None, mod
     check=check_blocks,
     exclusive=(("drop", "layers"),),
     shown_in_names=("drop", "layers", "mode"),
+    goes_with={"mode": "layers=none"},
 )
 def block_drop(
     model: ModelStatistics,

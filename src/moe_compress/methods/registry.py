@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from moe_compress.methods.conditions import described as as_words
+from moe_compress.methods.conditions import meaningless, parameters_of, word
 from moe_compress.utils.choices import coerce, nearest, one_of
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Registered, declarations, of_function
 
@@ -51,6 +53,7 @@ class Implementation:
 class Method:
     """A registered method: what it is called, what it is given, which parameters a recipe may set.
 
+    goes_with: by parameter, what others have to say for it to mean anything (`methods/conditions.py`);
     leaves_pattern: the parameter that says which n:m pattern the weights then have; breaks_patterns: puts other weights
     side by side than were counted for one; allocates: the parameter that allocate= shares out; quantizes: leaves codes
     and scales; forecast_note: what sizes do not say of it, in a sentence.
@@ -65,6 +68,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]]
     exclusive: tuple[tuple[str, ...], ...]
     shown_in_names: tuple[str, ...]
+    goes_with: Mapping[str, str]
     leaves_pattern: str = ""
     breaks_patterns: bool = False
     allocates: str = ""
@@ -112,7 +116,19 @@ class Method:
         for name, value in bound.items():
             if value is REQUIRED:
                 raise ValueError(f"{self.name} needs {name}=.")
-        return bound
+        return bound | self._without_meaning(typed, bound)
+
+    def _without_meaning(self, typed: Mapping[str, Any], bound: Mapping[str, Any]) -> dict[str, Any]:
+        """Defaults of what a preset sets and other words make meaningless; ValueError for such a word itself."""
+        found: dict[str, Any] = {}
+        for name, rule in meaningless(self.goes_with, bound):
+            default = self.parameters[name].default
+            if bound[name] not in (None, default):
+                if name in typed:
+                    said = f"{self.name}.{name}={word(bound[name])}"
+                    raise ValueError(f"{said} would do nothing: it goes with {as_words(rule)}.")
+                found[name] = default
+        return found
 
     def _implied(self, bound: Mapping[str, Any]) -> dict[str, Any]:
         """Defaults that the chosen word of a registry brings along: `format=` of one of 8 bits, for one, bits=8."""
@@ -167,10 +183,10 @@ def find(name: str) -> Method:
 # What decorators take as values: needed, and allowed besides the functions that are handed over.
 NEEDED = {"method": {"group", "paper"}, "weight_method": {"group", "paper", "unseen", "selection_after"}}
 ALLOWED = {
-    "method": {"presets", "exclusive", "shown_in_names", "breaks_patterns", "forecast_note"},
+    "method": {"presets", "exclusive", "shown_in_names", "goes_with", "breaks_patterns", "forecast_note"},
     "weight_method": {
-        "presets", "exclusive", "shown_in_names", "leaves_pattern", "allocates", "quantizes", "forecast_note",
-        "min_tokens",
+        "presets", "exclusive", "shown_in_names", "goes_with", "leaves_pattern", "allocates", "quantizes", "min_tokens",
+        "forecast_note",
     },
 }  # fmt: skip
 
@@ -181,16 +197,18 @@ def _method(declaration: Declaration) -> Method:
     _require_keywords(declaration)
     weight = declaration.decorator == "weight_method"
     scope: Scope = "weight" if weight else declaration.positional[0]
+    parameters = _with_engine_parameters(declaration) if weight else declaration.parameters
     return Method(
         name=declaration.name,
         scope=scope,
         group=given["group"],
         paper=given["paper"],
         declaration=declaration,
-        parameters=_with_engine_parameters(declaration) if weight else declaration.parameters,
+        parameters=parameters,
         presets=given.get("presets") or {},
         exclusive=given.get("exclusive", ()),
         shown_in_names=given.get("shown_in_names", ()),
+        goes_with=_rules(declaration, parameters),
         leaves_pattern=given.get("leaves_pattern", ""),
         breaks_patterns=given.get("breaks_patterns", False),
         allocates=given.get("allocates", ""),
@@ -207,6 +225,17 @@ def _require_keywords(declaration: Declaration) -> None:
         raise ValueError(f"@{kind} of {declaration.name} needs {', '.join(f'{key}=' for key in lacking)}.")
     if strange := sorted(given - known):
         raise ValueError(f"@{kind} of {declaration.name} has no keyword {strange[0]!r}; it takes: {sorted(known)}.")
+
+
+def _rules(declaration: Declaration, parameters: Mapping[str, Parameter]) -> dict[str, str]:
+    """When parameters mean anything, the engine's too. Raises ValueError for a rule about one that is not there."""
+    rules = {key: rule for key, rule in WORDS_OF_ENGINE.items() if key in parameters}
+    rules |= declaration.keywords.get("goes_with", {})
+    for key, rule in rules.items():
+        strange = sorted({key.partition("=")[0], *parameters_of(rule)} - set(parameters))
+        if strange:
+            raise ValueError(f"goes_with of {declaration.name} names {strange[0]!r}, which is no parameter of it.")
+    return rules
 
 
 def _require_functions(declared: Method, functions: Implementation) -> None:
@@ -238,7 +267,8 @@ def method(
     needs: calibration text (its sums, or a sample of outputs), the weights, or nothing (may depend on the parameters);
     check: same parameters, run on shapes alone before any weight is read; said, as values that the source alone tells:
     group and paper; presets: named sets of parameters (`preset=paper`); exclusive: groups of parameters of which a
-    recipe sets at most one; shown_in_names: parameters that names and tables show; breaks_patterns: see `Method`.
+    recipe sets at most one; shown_in_names: parameters that names and tables show; goes_with, breaks_patterns: see
+    `Method`.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -276,6 +306,9 @@ class WeightStageOptions:
 
 
 ALLOCATION, SELECTION = ("allocate", "spread"), ("where", "spare")
+WORDS_OF_ENGINE = {"spread": "allocate!=uniform"}
+# What is said of the text that a stage sees; of nothing, where it looks at none.
+WORDS_OF_TEXT = ("propagate", "unseen", "min_tokens", "shrink", "experts_at_once")
 
 
 def _with_engine_parameters(declaration: Declaration) -> dict[str, Parameter]:
@@ -316,7 +349,7 @@ def weight_method(
     parameters, a cheap stand-in for the run that says what a fraction would do; grid: on which grid weights are wanted,
     of those that quantize; rescales_inputs: how inputs are made larger first; allocates_bits: how bits are shared out;
     factoring: of those that are handed a layer's experts and leave factors.
-    said, as values that the source alone tells: group, paper, exclusive, shown_in_names as for `method`;
+    said, as values that the source alone tells: group, paper, exclusive, shown_in_names, goes_with as for `method`;
     leaves_pattern, quantizes, forecast_note: see `Method`; unseen: choices of unseen=, the first one its default;
     min_tokens: its default; allocates: what allocate= shares out, which with spread= is then a parameter;
     selection_after: the parameter behind which where= and spare= are named.

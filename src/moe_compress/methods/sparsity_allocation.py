@@ -33,6 +33,13 @@ def require_allocatable(
         raise ValueError(f"spread={spread}: how far an expert's sparsity may be from the common one is in (0, 1).")
     if len(experts) != 1:
         raise ValueError(f"allocate={allocate} needs experts (where=) of one size; this recipe has {sorted(experts)}.")
+    weights = min(experts)
+    if len(set(levels(sparsity, spread, weights))) == 1:
+        least = ((LEVELS - 1) // 2 + 0.5) / weights
+        raise ValueError(
+            f"allocate={allocate} has nothing to share out at sparsity={sparsity} spread={spread}: of {weights} "
+            f"weights both, and what stays, are at least {least:.3g}."
+        )
 
 
 def levels(sparsity: float, spread: float, weights: int) -> list[float]:

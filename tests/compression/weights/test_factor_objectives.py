@@ -351,9 +351,9 @@ def test_a_stopped_run_goes_on_with_the_same_bytes(objective, call, lab, made, m
 
 def test_ranks_are_shared_out_as_the_loss_sees_them(made):
     """Neurons that are put in order, and one matrix of gradients for all experts, go with it."""
-    words = "structure=svd budget=global objective=two_sided"
+    words = "structure=base_delta budget=global objective=two_sided"
     each, together = (report(made("mixtral", f"factorise {words} {more}")) for more in ("align=true", "grams=pooled"))
-    plain = report(made("mixtral", "factorise structure=svd budget=global"))
+    plain = report(made("mixtral", "factorise structure=base_delta budget=global"))
     for found in (each, together, plain):
         assert 0.45 < found["kept"] <= 0.5
     sizes = [

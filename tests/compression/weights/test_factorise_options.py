@@ -16,7 +16,8 @@ from support.pruned import report
 from support.slow import slow_after, slow_families
 
 SHARED_OUT = ("svd", "base_delta", "sparse_low_rank", "shared_basis")
-ORIGINAL = "propagate=original ratio=0.5 weigh=uniform"
+ORIGINAL = "propagate=original ratio=0.5"
+BUDGETS = ("uniform", "layer weigh=uniform", "global weigh=uniform")
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +56,7 @@ WHOLE = tiny.EXPERTS * 3 * tiny.HIDDEN * tiny.INNER
 @pytest.mark.parametrize("structure", slow_after(2, SHARED_OUT))
 def test_ranks_are_shared_out_within_the_budget(structure, run):
     even, layer, model = (
-        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget}")[0]
-        for budget in ("uniform", "layer", "global")
+        run("mixtral", f"factorise structure={structure} {ORIGINAL} budget={budget}")[0] for budget in BUDGETS
     )
     assert all(stored_of(layer, index) <= WHOLE // 2 for index in range(tiny.LAYERS))
     assert stored_of(model) <= tiny.LAYERS * WHOLE // 2
@@ -74,14 +74,14 @@ def test_more_freedom_loses_no_more(run):
     """Of low ranks, whose errors are just what is shared out: a layer's own budget, and one of all layers."""
     lost = [
         report(run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget}")[0])["whitened"]
-        for budget in ("uniform", "layer", "global")
+        for budget in BUDGETS
     ]
     assert lost[2] <= lost[1] <= lost[0]
 
 
 @pytest.mark.parametrize("budget", slow_after(1, ["global", "layer"]))
 def test_ranks_are_multiples(budget, run):
-    folder, _ = run("mixtral", f"factorise structure=svd {ORIGINAL} budget={budget} multiple=4")
+    folder, _ = run("mixtral", f"factorise structure=svd {ORIGINAL} weigh=uniform budget={budget} multiple=4")
     ranks = {rank for each in ranks_of(folder).values() for rank in each}
     assert len(ranks) > 2 and all(rank < 4 or rank % 4 == 0 for rank in ranks)
     assert stored_of(folder) <= tiny.LAYERS * WHOLE // 2
@@ -143,7 +143,7 @@ def test_pooled_grams_make_other_factors(run):
 @pytest.mark.parametrize("family", slow_families(tiny.EDITABLE, 2))
 def test_another_order_of_neurons_changes_nothing(family, run, lab):
     """At full rank, where nothing is lost."""
-    folder, seen = run(family, f"factorise structure=svd align=true objective=plain rank={tiny.INNER}")
+    folder, seen = run(family, f"factorise structure=base_delta align=true objective=plain rank={tiny.INNER}")
     before = moe_compress.load(lab(family)["model"], torch.float32)
     moved = [
         not torch.equal(seen[index].weights["up"], view.stacks()["up"]) for index, view in moe_views(before).items()

@@ -19,6 +19,9 @@ from support.slow import slow_after
     ("family", "sentence", "said"),
     [
         ("mixtral", "prune sparsity=1", "sparsity=1.0: the fraction of weights that become zero is in [0, 1)."),
+        ("mixtral", "prune sparsity=0", "sparsity=0.0 would set no weight to zero in matrices of at most 768 weights"),
+        ("mixtral", "prune sparsity=0.0005", "of at most 768 weights: say at least sparsity=0.001302."),
+        ("mixtral", "prune allocate=owl spread=0.001", "allocate=owl has nothing to share out at sparsity=0.5 spread"),
         ("mixtral", "prune sparsity=-0.1", "sparsity=-0.1: the fraction of weights"),
         ("mixtral", "prune sparsity=nan", "sparsity=nan: the fraction of weights"),
         ("mixtral", "prune sparsity=inf", "sparsity=inf: the fraction of weights"),

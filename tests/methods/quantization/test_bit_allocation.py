@@ -160,7 +160,7 @@ def test_sharing_out_is_measured_as_a_naive_loop_would(by, lab, monkeypatch):
         ("mixtral", "quantize bits=auto budget=9", "the mean bits a weight, from 2 to 8, not"),
         ("mixtral", "quantize bits=auto budget=1.5", "the mean bits a weight, from 2 to 8, not"),
         ("mixtral", "quantize bits=auto budget=3 where=all", "shares out bits among experts"),
-        ("mixtral", "quantize method=awq experts_at_once=2", "experts_at_once= is for GPTQ"),
+        ("mixtral", "quantize method=awq experts_at_once=2", "quantize.experts_at_once=2 would do nothing"),
         ("mixtral", "prune pattern=2:4 + channels keep=8", "it would not leave 2:4 as it is"),
         ("mixtral", "prune pattern=2:4 + expert_merge keep=6", "it would not leave 2:4 as it is"),
         ("mixtral", "prune allocate=both unseen=dense", "allocate=both keeps a budget"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import moe_compress
@@ -19,12 +21,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
     [
         ("mixtral", "quantize bits=5", "quantize.bits=5: allowed: 2, 3, 4, 8, auto."),
         ("mixtral", "quantize bits=auto", "bits=auto needs budget=, the mean bits a weight, from 2 to 8."),
-        ("mixtral", "quantize budget=3", "budget=3.0 shares out bits=auto; bits=4 are the same everywhere."),
+        ("mixtral", "quantize budget=3", "quantize.budget=3.0 would do nothing: it goes with bits=auto."),
         ("mixtral", "quantize group_size=-1", "group_size=-1: the inputs that share a scale are 0 (a whole row) or 8"),
         ("mixtral", "quantize group_size=4", "group_size=4: the inputs that share a scale are 0 (a whole row) or 8"),
+        (
+            "mixtral",
+            "quantize format=fp8",
+            "format=fp8 packs matrices whose number of inputs is a multiple of 128, and",
+        ),
         ("mixtral", "quantize damping=0", "damping=0.0: a share of the mean of the diagonal, above 0, is needed."),
         ("mixtral", "quantize damping=nan", "damping=nan: a share of the mean of the diagonal"),
-        ("mixtral", "quantize method=rtn act_order=true", "act_order=true is GPTQ's, and method=rtn goes through no"),
+        ("mixtral", "quantize method=rtn act_order=true", "quantize.act_order=true would do nothing: it goes with"),
         ("mixtral", "quantize method=foo", "quantize.method=foo: allowed: rtn, gptq, awq."),
         ("mixtral", "quantize format=foo", "quantize.format=foo: allowed: auto, awq, compressed-tensors"),
         ("mixtral", "quantize unseen=magnitude", "quantize.unseen=magnitude: allowed: rtn, pooled, error."),
@@ -39,6 +46,16 @@ def test_what_cannot_be_quantized(family, sentence, said, wide_lab, monkeypatch,
     calls = counting(monkeypatch, forward.hf, "run_layer")
     assert said in refused(sentence, wide_lab(family), tmp_path)
     assert not calls
+
+
+def test_widths_that_no_group_divides(reader_folder, tmp_path):
+    config = json.loads((reader_folder("mixtral") / "config.json").read_text())
+    values = {**config, "hidden_size": 36, "head_dim": 8, "intermediate_size": 20}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="divides the inputs of these matrices, so none would be rounded"):
+        moe_compress.plan("quantize group_size=8", model=str(tmp_path))
+    found = moe_compress.plan("quantize group_size=0", model=str(tmp_path))
+    assert found.after.bytes < found.before.bytes
 
 
 def test_no_plan_holds_quantized_weights(wide_lab, wide_made, tmp_path):

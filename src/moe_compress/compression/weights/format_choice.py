@@ -22,7 +22,7 @@ from moe_compress.checkpoints.quantization_config import with_new_config
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
-from moe_compress.methods.weight_method import Bits, GridOptions, GroupSizes, group_size_for
+from moe_compress.methods.weight_method import NARROWEST, Bits, GridOptions, GroupSizes, group_size_for
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
@@ -182,7 +182,26 @@ def storage_for(matrices: StageMatrices, beside: Sequence[str] = ()) -> Storage:
     if grid is None:
         return Storage(matrices)
     format = _format_of(matrices, grid)
-    return Storage(matrices, format, _group_sizes(matrices, grid, _writer(format)), beside)
+    sizes = _group_sizes(matrices, grid, _writer(format))
+    _require_rounded(matrices, grid, format, sizes)
+    return Storage(matrices, format, sizes, beside)
+
+
+def _require_rounded(matrices: StageMatrices, grid: GridOptions, format: str, sizes: GroupSizes) -> None:
+    """Raise ValueError where every matrix that is to be packed would be left as it is."""
+    chosen = matrices.packable if any(matrices.packable.values()) else matrices.routers
+    if any(sizes[layer, matrix.name] for layer, found in chosen.items() for matrix in found):
+        return
+    inputs = _writer(format).inputs
+    if inputs is not None:
+        raise ValueError(
+            f"format={format} packs matrices whose number of inputs is a multiple of {inputs}, and none of these is "
+            "one: use another format=, or choose other parts (where=)."
+        )
+    raise ValueError(
+        f"group_size={grid.group_size}: no group of {NARROWEST} inputs or more, and at most so many, divides the "
+        "inputs of these matrices, so none would be rounded: use group_size=0, a scale for a whole row."
+    )
 
 
 def _writer(format: str) -> Writer:

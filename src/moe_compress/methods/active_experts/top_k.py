@@ -63,6 +63,7 @@ def _total(shape: ModelShape, mean: float | None) -> int:
     check=check_top_k,
     exclusive=(("k", "mean"),),
     shown_in_names=("k", "mean"),
+    goes_with={"on": "mean!=none"},
 )
 def top_k(
     model: ModelStatistics, *, k: int | None = 1, mean: float | None = None, on: Literal["text", "noise"] = "text"

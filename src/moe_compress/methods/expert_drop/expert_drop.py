@@ -91,6 +91,7 @@ def _require_compatible(
     },
     exclusive=(("keep", "ratio"),),
     shown_in_names=("score", "keep", "ratio"),
+    goes_with={"gate": "score=gate_mass", "evaluations": "budget=search"},
 )
 def expert_drop(  # noqa: PLR0913 - its arguments are the recipe's parameters
     model: ModelStatistics,

@@ -105,6 +105,7 @@ def _arbitrary(shape: MoEShape, count: int, router: Router) -> MergeExperts | No
     breaks_patterns=True,
     exclusive=(("keep", "ratio"),),
     shown_in_names=("grouping", "router", "keep", "ratio"),
+    goes_with={"linkage": "grouping=hc_smoe", "evaluations": "budget=search"},
 )
 def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
     model: ModelStatistics,

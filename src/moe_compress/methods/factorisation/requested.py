@@ -138,8 +138,6 @@ def _require_words(*, structure: str, budget: str, **parameters: Any) -> None:
         raise ValueError(f"{word} at the same bytes: say ratio= in place of rank=.")
     if budget != "uniform" and structure not in (*SHARED_OUT, "auto"):
         raise ValueError(f"budget={budget} is for structure={', '.join(SHARED_OUT)}, auto, not {structure}.")
-    if parameters["solver"] == "adam" and structure != "wrapper":
-        raise ValueError(f"solver=adam is for structure=wrapper, not {structure}.")
     if min(parameters["multiple"], parameters["sweeps"]) < 1:
         raise ValueError(f"multiple={parameters['multiple']} sweeps={parameters['sweeps']}: at least 1 each.")
     _require_steps(**parameters)
@@ -158,8 +156,6 @@ def _require_steps(*, steps: int | None, lr: float | None, sparse: float, **_: A
 
 def _require_objective(structure: str, *, objective: str, **parameters: Any) -> None:
     """Raise ValueError for words that do not fit what factors are to be near to."""
-    if objective == "plain" and parameters["shrink"]:
-        raise ValueError("objective=plain looks at no text: shrink= says nothing to it.")
     if objective == "plain" and parameters["budget"] != "uniform" and parameters["weigh"] == "gradient":
         raise ValueError("objective=plain looks at no text, and weigh=gradient does: say weigh=uniform.")
     if objective == "anchored" and parameters["propagate"] == "original":

@@ -8,7 +8,7 @@ where experts get widths of their own; the widths of layers may differ too (budg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -70,7 +70,19 @@ def _even(shapes: Sequence[MoEShape], keep: int | None, ratio: float | None, mul
         if not 0 < left <= shape.inner or left % multiple:
             raise ValueError(f"keep={left}: layer {shape.layer} can keep multiples of {multiple} up to {shape.inner}.")
         steps[shape.layer] = (shape.inner - left) // multiple
+    if not any(steps.values()):
+        _refuse_whole(max(shape.inner for shape in shapes), keep, ratio, multiple)
     return steps
+
+
+def _refuse_whole(inner: int, keep: int | None, ratio: float | None, multiple: int) -> NoReturn:
+    """Raise ValueError for words that leave every expert as wide as it is."""
+    said = f"keep={keep}" if keep is not None else f"ratio={ratio}"
+    least = f"keep fewer, or say at least ratio={multiple / inner:.4g}"
+    raise ValueError(
+        f"channels {said} would leave every expert all of its {inner} neurons, in steps of {multiple}: "
+        f"{least if multiple < inner else 'use a smaller multiple='}."
+    )
 
 
 def _widths(
@@ -118,6 +130,7 @@ def _edit(layer: int, widths_E: list[int], ranked_EF: Tensor | None = None) -> K
     breaks_patterns=True,
     exclusive=(("keep", "ratio"),),
     shown_in_names=("score", "keep", "ratio"),
+    goes_with={"alpha": "score=camera"},
 )
 def channels(
     model: ModelStatistics,

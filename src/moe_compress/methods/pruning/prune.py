@@ -48,6 +48,8 @@ def check_prune(
         raise ValueError(
             f"allocate={allocate} keeps a budget, which unseen=dense would break: use pooled or magnitude."
         )
+    if kept is None:
+        _require_zeros(layers, sparsity or 0.0)
     if allocate != "uniform":
         require_allocatable(layers, allocate, sparsity, spread)
     for layer, matrices in layers.items():
@@ -58,6 +60,21 @@ def check_prune(
                     f"pattern={pattern}: {matrix.name} of layer {layer} has {inputs} inputs, which are no groups of "
                     f"{kept[1]}: choose another pattern, or leave {matrix.kind} out (where=, spare=)."
                 )
+
+
+def _require_zeros(layers: Mapping[int, Sequence[Matrix]], sparsity: float) -> None:
+    """Raise ValueError for a fraction that is less than one weight of every matrix."""
+    most = max(matrix.weight_BOI[0].numel() for matrices in layers.values() for matrix in matrices)
+    if _count(sparsity, most) == 0:
+        raise ValueError(
+            f"sparsity={sparsity} would set no weight to zero in matrices of at most {most} weights: say at least "
+            f"sparsity={1 / most:.4g}."
+        )
+
+
+def _count(sparsity: float, weights: int) -> int:
+    """How many of a matrix's weights a fraction is."""
+    return int(sparsity * weights + 0.5)
 
 
 def try_prune(group: MatrixGroup, *, sparsity_B: Tensor, method: Way, **_: Any) -> list[Tensor]:

@@ -72,21 +72,15 @@ def _needs(parameters: Mapping[str, Any]) -> Need:
     return "nothing" if blind else NEEDS[parameters["method"]]
 
 
-def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
+def check_quantize(
     layers: Mapping[int, Sequence[Matrix]],
     *,
     bits: BitsWord,
     budget: float | None,
     group_size: int,
-    method: Way,
-    act_order: bool,
     damping: float,
-    experts_at_once: int,
     where: str,
     spare: str,
-    by: str,
-    per: str,
-    scales: str,
     **_: Any,
 ) -> None:
     """Raise ValueError for a grid that these matrices cannot have."""
@@ -98,11 +92,6 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
         raise ValueError(f"group_size={group_size}: no matrix has so many inputs; 0 means a scale for a whole row.")
     if not 0 < damping < math.inf:
         raise ValueError(f"damping={damping}: a share of the mean of the diagonal, above 0, is needed.")
-    _check_method(method, act_order, experts_at_once, scales)
-    if bits != "auto" and (by != "error" or per != "matrix"):
-        raise ValueError(f"by={by} per={per} say how bits=auto are shared out; bits={bits} are the same everywhere.")
-    if bits != "auto" and budget is not None:
-        raise ValueError(f"budget={budget} shares out bits=auto; bits={bits} are the same everywhere.")
     if bits == "auto" and (budget is None or not BITS[0] <= budget <= BITS[-1]):
         given = "." if budget is None else f", not {budget}."
         raise ValueError(f"bits=auto needs budget=, the mean bits a weight, from {BITS[0]} to {BITS[-1]}{given}")
@@ -110,16 +99,6 @@ def check_quantize(  # noqa: PLR0913 - these are the recipe's parameters
         raise ValueError(
             f"bits=auto shares out bits among experts: where={where} spare={spare} has to leave just those."
         )
-
-
-def _check_method(method: Way, act_order: bool, experts_at_once: int, scales: str) -> None:
-    """Raise ValueError for parameters that say nothing to the method."""
-    if act_order and method != "gptq":
-        raise ValueError(f"act_order=true is GPTQ's, and method={method} goes through no columns.")
-    if experts_at_once and method != "gptq":
-        raise ValueError(f"experts_at_once= is for GPTQ's Gram matrices, and method={method} takes experts together.")
-    if scales != "pow2" and method != "awq":
-        raise ValueError(f"scales={scales} is AWQ's, and method={method} makes no inputs larger.")
 
 
 def _grid(parameters: Mapping[str, Any]) -> GridOptions:
@@ -153,6 +132,16 @@ def _bit_allocation(parameters: Mapping[str, Any]) -> BitAllocation | None:
     needs=_needs,
     check=check_quantize,
     shown_in_names=("method", "bits"),
+    goes_with={
+        "budget": "bits=auto",
+        "by": "bits=auto",
+        "per": "bits=auto",
+        "act_order": "method=gptq",
+        "damping": "method=gptq",
+        "experts_at_once": "method=gptq",
+        "scales": "method=awq",
+        "clip=signed": "format!=awq,asymmetric,fp8,fp8-dynamic,nvfp4,nvfp4a16,mxfp4,mxfp4a16",
+    },
     selection_after="group_size",
     unseen=("rtn", "pooled", "error"),
     min_tokens=32,

@@ -101,6 +101,7 @@ def materialize(
         if not name.startswith(wanted):
             continue
         _require_weights(by_pattern, name, expected)
+        _require_one_source(by_pattern, name)
         converter = converters.get(next(iter(by_pattern)))
         if converter is not None and not _stacks(converter):
             _convert(model, mapping, {k: t for found in by_pattern.values() for k, t in found.items()}, device)
@@ -170,6 +171,17 @@ def _require_weights(by_pattern: Mapping[str, Mapping[str, Any]], name: str, exp
                 raise ValueError(
                     f"{key} is stored as {kind}, but {name} needs floating-point weights: use a bf16 copy."
                 )
+
+
+def _require_one_source(by_pattern: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """A parameter is stored as it is, once, or as what it is made of: of two sources one would go unread."""
+    whole = [*by_pattern.get("", ())]
+    others = [key for pattern, found in by_pattern.items() if pattern for key in found]
+    if whole and len(whole) + len(others) > 1:
+        raise ValueError(
+            f"the checkpoint holds both {whole[0]} and {[*whole[1:], *others][0]} for {name}: remove the one that does "
+            "not belong."
+        )
 
 
 def _stack(value: Tensor, converter: Any, by_pattern: Mapping[str, Mapping[str, Any]], name: str) -> None:
