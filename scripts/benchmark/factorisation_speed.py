@@ -35,7 +35,7 @@ from moe_compress.evaluation.speed.paired_timing import TimingBudget, paired, su
 from moe_compress.methods.factorisation.sizes import Size as FactorSize
 from moe_compress.methods.factorisation.sizes import parameters, size_for
 from moe_compress.methods.factorisation.solve import solve
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import learned_view
 from moe_compress.utils.devices import peak_memory_bytes, reset_peak_memory

@@ -14,7 +14,8 @@ import torch
 import moe_compress
 from moe_compress.cli.catalogue import method_markdown
 from moe_compress.methods import registry
-from moe_compress.methods.registry import Method, WeightStageOptions
+from moe_compress.methods.registry import Method
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.methods.weight_method import MatrixGroup, NewMatrices
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.declarations import declarations

@@ -16,6 +16,7 @@ from moe_compress.edits.apply import check_edits, refuse_if_uneditable
 from moe_compress.edits.edits import Edit, FactorExperts
 from moe_compress.edits.factors import Form, Part
 from moe_compress.methods import registry
+from moe_compress.methods.stage_options import WORDS_OF_TEXT
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import model_shape
 from moe_compress.recipes.recipe import Recipe, Stage
@@ -64,7 +65,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
 
 def _require_text(stage: Stage) -> None:
     """Raise ValueError for words about the text of a stage that looks at none."""
-    said = [f"{key}={stage.parameters[key]}" for key in registry.WORDS_OF_TEXT if key in stage.explicit_parameters]
+    said = [f"{key}={stage.parameters[key]}" for key in WORDS_OF_TEXT if key in stage.explicit_parameters]
     if said and stage.needs not in registry.FROM_TEXT:
         raise ValueError(
             f"{' '.join(said)} would do nothing: with its other words {stage.method} looks at no text; leave it out."

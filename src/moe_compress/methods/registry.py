@@ -11,11 +11,12 @@ torch is imported, which happens once a method has to run, check or say what it 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from moe_compress.methods.conditions import described as as_words
 from moe_compress.methods.conditions import meaningless, parameters_of, word
+from moe_compress.methods.stage_options import WORDS_OF_ENGINE, with_engine_parameters
 from moe_compress.utils.choices import coerce, nearest, one_of
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Registered, declarations, of_function
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 # What counts of tensors hold.
 DIGITS = 15
-Scope = Literal["model", "weight"]
+Scope = Literal["model", "weight", "recovery"]
+SCOPES: dict[str, Scope] = {"weight_method": "weight", "recovery_method": "recovery"}
 Need = Literal[
     "text", "outputs", "noise", "weights", "input_squares", "input_grams", "channels", "gradients", "nothing"
 ]  # fmt: skip
@@ -181,13 +183,18 @@ def find(name: str) -> Method:
 
 
 # What decorators take as values: needed, and allowed besides the functions that are handed over.
-NEEDED = {"method": {"group", "paper"}, "weight_method": {"group", "paper", "unseen", "selection_after"}}
+NEEDED = {
+    "method": {"group", "paper"},
+    "weight_method": {"group", "paper", "unseen", "selection_after"},
+    "recovery_method": {"group", "paper"},
+}
 ALLOWED = {
     "method": {"presets", "exclusive", "shown_in_names", "goes_with", "breaks_patterns", "forecast_note"},
     "weight_method": {
         "presets", "exclusive", "shown_in_names", "goes_with", "leaves_pattern", "allocates", "quantizes", "min_tokens",
         "forecast_note",
     },
+    "recovery_method": {"presets", "exclusive", "shown_in_names", "goes_with", "lr"},
 }  # fmt: skip
 
 
@@ -195,9 +202,8 @@ def _method(declaration: Declaration) -> Method:
     """What a declaration says, with the engine's parameters where it is a weight method's."""
     given = declaration.keywords
     _require_keywords(declaration)
-    weight = declaration.decorator == "weight_method"
-    scope: Scope = "weight" if weight else declaration.positional[0]
-    parameters = _with_engine_parameters(declaration) if weight else declaration.parameters
+    scope: Scope = SCOPES.get(declaration.decorator) or declaration.positional[0]
+    parameters = with_engine_parameters(declaration)
     return Method(
         name=declaration.name,
         scope=scope,
@@ -279,58 +285,6 @@ def method(
     return register
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightStageOptions:
-    """What the engine of weight stages does for every method, as recipes say it.
-
-    where, spare: parts of a layer that change, and that do not; propagate: what later layers see; unseen: what becomes
-    of experts with fewer than `min_tokens` tokens; shrink: tokens of the mean over all experts that are mixed into an
-    expert's statistics; allocate, spread: how a budget is shared out among experts, and how far from even it may be (of
-    methods with a trial); experts_at_once: whose statistics are held at the same time (0: all).
-    """
-
-    where: str = "experts"
-    spare: str = ""
-    propagate: Literal["compressed", "original"] = "compressed"
-    unseen: str = "pooled"
-    min_tokens: int = 1
-    shrink: float = 0.0
-    allocate: Literal["uniform", "sensitivity", "utilisation", "both", "owl"] = "uniform"
-    spread: float = 0.1
-    experts_at_once: int = 0
-
-    @classmethod
-    def of(cls, parameters: Mapping[str, Any]) -> WeightStageOptions:
-        """Those among a stage's parameters."""
-        return cls(**{name: parameters[name] for name in cls.__dataclass_fields__ if name in parameters})
-
-
-ALLOCATION, SELECTION = ("allocate", "spread"), ("where", "spare")
-WORDS_OF_ENGINE = {"spread": "allocate!=uniform"}
-# What is said of the text that a stage sees; of nothing, where it looks at none.
-WORDS_OF_TEXT = ("propagate", "unseen", "min_tokens", "shrink", "experts_at_once")
-
-
-def _with_engine_parameters(declaration: Declaration) -> dict[str, Parameter]:
-    """A weight method's own parameters and the engine's, in the order in which names and lists show them."""
-    given = declaration.keywords
-    engine = of_function(WeightStageOptions, "").parameters
-    unseen = given["unseen"]
-    engine = {**engine, "unseen": Parameter(Literal[tuple(unseen)], unseen[0])}
-    if "min_tokens" in given:
-        engine["min_tokens"] = replace(engine["min_tokens"], default=given["min_tokens"])
-    if not given.get("allocates"):
-        engine = {name: parameter for name, parameter in engine.items() if name not in ALLOCATION}
-    found: dict[str, Parameter] = {}
-    if given["selection_after"] not in declaration.parameters:
-        raise ValueError(f"selection_after={given['selection_after']!r} is no parameter of {declaration.name}.")
-    for name, parameter in declaration.parameters.items():
-        found[name] = parameter
-        if name == given["selection_after"]:
-            found |= {each: engine[each] for each in SELECTION}
-    return found | {name: parameter for name, parameter in engine.items() if name not in SELECTION}
-
-
 def weight_method(
     *,
     needs: Needs | Need,
@@ -369,9 +323,26 @@ def weight_method(
     return register
 
 
+def recovery_method(
+    *, needs: Needs | Need = "text", check: Callable[..., Any] | None = None, **said: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that says what of a compressed model is trained, and towards what, under its own name.
+
+    The recipe's parameters are its keyword-only arguments and those of `TrainingOptions`. What it returns is one of the
+    kinds in `methods/recovery_method.py`. check: same parameters, on a skeleton of the compressed model; said, as
+    values that the source alone tells: group, paper, presets, exclusive, shown_in_names, goes_with as for `method`; lr:
+    the default of the learning rate.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        asked: Needs = needs if callable(needs) else lambda _: needs
+        _enter(of_function(run, "recovery_method", **said), Implementation(run=run, needs=asked, check=check))
+        return run
+
+    return register
+
+
 # Every method of the package, as its source declares it.
 METHODS |= {
-    declaration.name: _method(declaration)
-    for decorator in ("method", "weight_method")
-    for declaration in declarations(PACKAGE, decorator)
+    declaration.name: _method(declaration) for decorator in NEEDED for declaration in declarations(PACKAGE, decorator)
 }

@@ -24,7 +24,7 @@ from moe_compress.engine.layers import StreamedLayers
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import LayerExperts
 from moe_compress.methods.factorisation.solve import errors
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import INNER, ROUTED
 from moe_compress.models.moe import learned_view, moe_views, permute_neurons

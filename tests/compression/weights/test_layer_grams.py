@@ -11,7 +11,7 @@ import moe_compress
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.compression.weights.layer_grams import GramCollector
 from moe_compress.engine.forward import walk_layers
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import INNER, ROUTED
 from moe_compress.models.moe import learned_view

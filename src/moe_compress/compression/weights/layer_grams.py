@@ -20,7 +20,7 @@ from moe_compress.engine.observer import Observer
 from moe_compress.methods.factor_method import Factoring, LayerExperts
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.structures import Grams
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED, Kind, Matrix
 from moe_compress.models.moe import MoEView

@@ -19,7 +19,7 @@ from moe_compress.edits.factors import Part
 from moe_compress.engine.backward import backward
 from moe_compress.engine.forward import Progress
 from moe_compress.methods.factorisation.structures import Grams
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models.families import family_of
 from moe_compress.run.context import Run
 from moe_compress.utils.files import write_json

@@ -18,7 +18,7 @@ from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.engine.forward import Progress, walk_layers
 from moe_compress.engine.observer import Observer
 from moe_compress.methods import registry, sparsity_allocation
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.methods.weight_method import MatrixGroup
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, layer_matrices

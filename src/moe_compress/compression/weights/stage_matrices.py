@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.methods import registry
 from moe_compress.methods.factor_method import Factoring
-from moe_compress.methods.registry import WeightStageOptions
+from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Matrix, kinds_of, layer_matrices
