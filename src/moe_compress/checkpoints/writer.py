@@ -89,15 +89,23 @@ class CheckpointWriter:
             named = {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
             yield with_weights(named, self.values)
 
-    def copy(self, layer: int | None) -> None:
-        """Pass one layer through untouched, byte for byte."""
+    def copy(self, layer: int | None, changed: Mapping[str, Tensor] | None = None) -> None:
+        """Pass one layer through byte for byte, but for tensors that are `changed`, by the source's names.
+
+        These are written in the dtypes that they were stored in. ValueError for a name that the source lacks.
+        """
+        changed = changed or {}
         keys = [*self.source.keys(layer)]
         if layer is None and self.keep_prediction_layers:
             keys += self.source.prediction_keys
         stored = {key: self.source.tensors[key] for key in keys}
-        made = [key for key, entry in stored.items() if isinstance(entry, DerivedTensor)]
+        strange = sorted(changed.keys() - stored.keys())
+        if strange:
+            raise ValueError(f"{self.source.name} stores no tensor {strange[0]}, which was to be changed.")
+        new = {key: _as_stored(key, tensor, stored[key], self.source.dense_dtype) for key, tensor in changed.items()}
+        made = [key for key, entry in stored.items() if isinstance(entry, DerivedTensor) and key not in new]
         with self.source.read(made) as values:
-            self._put(layer, {**stored, **values})
+            self._put(layer, {**stored, **values, **new})
 
     def write(self, layer: int, tensors: Mapping[str, Tensor | StoredWeight]) -> None:
         """Write one layer's tensors, each in the dtype it was stored in; packed ones as they are."""

@@ -9,6 +9,7 @@ from typing import Any, get_args
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.partly_packed import after_edits
+from moe_compress.compression.recovery.checks import check_recovery
 from moe_compress.compression.weights.checks import check_weights, gram_bytes, output_gram_bytes, require_rescalable
 from moe_compress.compression.weights.format_choice import Storage, pack_skeleton, storage_for
 from moe_compress.compression.weights.stage_matrices import StageMatrices, factoring_of
@@ -52,6 +53,8 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
             _require_text(stage)
             if registry.find(stage.method).scope == "weight":
                 _dry_weights(stage, model, found)
+            elif registry.find(stage.method).scope == "recovery":
+                check_recovery(stage, model, found.values, found.edits, first=number == 1)
             else:
                 found.edits += _dry_stage(stage, model, found)
             found.keeps_beside &= not found.edits

@@ -32,17 +32,21 @@ from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
+from moe_compress.compression.recovery.lineage import edits_between
+from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
 from moe_compress.compression.weights.factor_stage import run_factor_stage
-from moe_compress.compression.weights.stage import run_weight_stage
+from moe_compress.compression.weights.stage import WeightStageResult, run_weight_stage
 from moe_compress.edits.apply import check_edits
 from moe_compress.edits.checks import require_few
 from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
 from moe_compress.edits.resulting_config import kept_layers, resulting_config, split_values
+from moe_compress.engine.forward import Progress
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
+from moe_compress.methods.stage_options import TEACHER
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
@@ -112,7 +116,7 @@ class _Job:
     plan: list[StagePlan]
     report: list[dict[str, Any]]
     stages: list[dict[str, Any]]
-    weight_stage: Stage | None = None
+    stage: Stage | None = None
 
 
 def _plan_job(
@@ -136,7 +140,7 @@ def _plan_job(
         ],
         report=[*before["report"], report],
         stages=[*before["stages"], done],
-        weight_stage=stage if scope == "weight" else None,
+        stage=stage if scope != "model" else None,
     )
 
 
@@ -160,10 +164,8 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             job.target, job.source, str(about["identity"]), keep_prediction_layers=not job.edits, layers=layers
         )
         writer.values = values
-        if job.weight_stage is not None:
-            leaves_factors = registry.find(job.weight_stage.method).implementation.factoring is not None
-            carry_out = run_factor_stage if leaves_factors else run_weight_stage
-            done_stage = carry_out(job.weight_stage, job.source, run, writer, progress)
+        if job.stage is not None:
+            done_stage = _carry_out(job, job.stage, run, writer, progress)
             job.report[-1] |= done_stage.report
             after = resulting_config(done_stage.values, done_stage.edits)
         else:
@@ -181,6 +183,19 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     log.info("%s checkpoint written: %s", form, job.target)
 
 
+def _carry_out(
+    job: _Job, stage: Stage, run: Run, writer: CheckpointWriter, progress: Progress | None
+) -> WeightStageResult:
+    """A stage that changes weights, by the engine of its kind."""
+    method = registry.find(stage.method)
+    if method.scope == "recovery":
+        edits = [edit for earlier in job.plan for edit in earlier.plan.edits]
+        led = edits_between(job.origin) if stage.parameters[TEACHER] else []
+        return run_recovery_stage(stage, job.source, job.origin, [*led, *edits], run, writer, progress)
+    engine = run_factor_stage if method.implementation.factoring is not None else run_weight_stage
+    return engine(stage, job.source, run, writer, progress)
+
+
 def _statistics(values: Mapping[str, Any]) -> dict[str, str]:
     """What factors save, as a file of the checkpoint; none for one without."""
     if not any(edit["edit"] == FACTORED for edit in split_values(values)[1]):
@@ -194,7 +209,7 @@ def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
     """(stages, their model) of a plan that holds all there is to do: ValueError if that is weights, or nothing."""
     stages, base = read_plan(path)
     for stage in stages:
-        if stage.method in registry.METHODS and registry.find(stage.method).scope == "weight":
+        if stage.method in registry.METHODS and registry.find(stage.method).scope != "model":
             raise ValueError(
                 f"{path}: its stage {stage.method} changes weights, which no plan holds: run the recipe.yaml beside it."
             )

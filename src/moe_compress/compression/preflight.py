@@ -7,12 +7,13 @@ from pathlib import Path
 
 from moe_compress.checkpoints.folder import begun_bytes, read_manifest, require_free, stage_folder
 from moe_compress.checkpoints.reader import Checkpoint
-from moe_compress.checkpoints.resolve import config_folder
+from moe_compress.checkpoints.resolve import config_folder, resolve_model
 from moe_compress.compression.forecast import Forecast, forecast
 from moe_compress.data.documents import Use, parts, read_documents, require_sources, text_identity
 from moe_compress.data.overlap import refuse_same_documents, refuse_same_files
 from moe_compress.data.windows import parse_mix
 from moe_compress.methods import registry
+from moe_compress.methods.stage_options import TEACHER
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run, text_spec
 from moe_compress.utils.devices import dtype_name
@@ -77,11 +78,12 @@ def default_name(recipe: Recipe) -> str:
 def stage_identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
     steps = [stage.model_dump(mode="json") for stage in stages]
+    steps += [{TEACHER: resolve_model(name).fingerprint} for s in stages if (name := s.parameters.get(TEACHER))]
     options = run.options
     arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]
     if all(stage.needs not in registry.FROM_TEXT for stage in stages):
         # Noise is run through layers, and weights are read, in the arithmetic of the run.
-        noisy = any(stage.needs == "noise" or registry.find(stage.method).scope == "weight" for stage in stages)
+        noisy = any(stage.needs == "noise" or registry.find(stage.method).scope != "model" for stage in stages)
         return fingerprint(source.fingerprint, steps, *([arithmetic] if noisy else []))
     return fingerprint(
         source.fingerprint, steps, text_identity(text_spec(options, "calibration")), options.mix, arithmetic

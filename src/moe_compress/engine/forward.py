@@ -152,7 +152,7 @@ def walk_layers(
     """
     batches, stream = embed_windows(layers, windows)
     all_streams = [stream, *(stream.copy() for _ in range(streams - 1))]
-    start = _resume_streams(state, all_streams)
+    start = resume_streams(state, all_streams)
     count = len(hf.decoder_layers(layers.model))
     for index in range(start, count):
         with layers.layer(index) as layer:
@@ -165,7 +165,7 @@ def walk_layers(
 
             visit(index, layer, *(functools.partial(run, each) for each in all_streams))
         if state is not None:
-            _save_streams(state, index + 1, all_streams)
+            save_streams(state, index + 1, all_streams)
         if progress is not None:
             progress(index + 1, count)
 
@@ -206,17 +206,17 @@ def _batch_info(windows: Windows, batch: slice, device: torch.device) -> BatchIn
 def _save(state: Path, index: int, seen: Sequence[dict[str, Tensor]], stream: Stream) -> None:
     """First what was seen of the layer, then what leaves it: a kill in between repeats it."""
     write_shard(state / _layer_file(index), {f"{i}.{k}": v for i, part in enumerate(seen) for k, v in part.items()})
-    _save_streams(state, index + 1, [stream])
+    save_streams(state, index + 1, [stream])
 
 
-def _save_streams(state: Path, following: int, streams: Sequence[Stream]) -> None:
+def save_streams(state: Path, following: int, streams: Sequence[Stream]) -> None:
     """Keep the streams that enter layer `following`."""
     named = {f"hidden.{i}": stream.hidden_NSD for i, stream in enumerate(streams)}
     handed = {f"handed.{i}.{row}": each for i, stream in enumerate(streams) for row, each in stream.handed.items()}
     write_shard(state / BOUNDARY, {"next": torch.tensor(following), **named, **handed})
 
 
-def _resume_streams(state: Path | None, streams: Sequence[Stream]) -> int:
+def resume_streams(state: Path | None, streams: Sequence[Stream]) -> int:
     """Read the streams back in place; returns the layer that they enter. A file that is broken counts for nothing."""
     if state is None or not (state / BOUNDARY).is_file():
         return 0
@@ -242,7 +242,7 @@ def _layer_file(index: int) -> str:
 def _resume(state: Path | None, stream: Stream, observers: int) -> tuple[list[list[dict[str, Tensor]]], int]:
     """What was seen of finished layers, and the first layer to run; the stream is read back in place."""
     resumed = stream.copy()
-    start = _resume_streams(state, [resumed])
+    start = resume_streams(state, [resumed])
     seen = []
     try:
         for index in range(start):

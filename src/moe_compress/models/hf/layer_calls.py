@@ -110,6 +110,11 @@ def enter(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None) -> tup
     `mask_BS` is None without padding, so that the fast attention paths stay open. Only embeddings and
     buffers need to be real: masks that alternate by layer come out right because the model itself makes them.
     """
+    return entered(model, ids_BS, mask_BS)
+
+
+def entered(model: PreTrainedModel, ids_BS: Tensor, mask_BS: Tensor | None) -> tuple[Tensor, list[LayerCall]]:
+    """The same, with gradients where they are enabled."""
     with _stand_ins(model) as recorders, quiet():
         try:
             with lazy_masks(ids_BS.shape[1]):

@@ -1,0 +1,179 @@
+"""Training end to end: the whole student learns towards what the teacher says of the calibration text.
+
+Every loss is a mean over tokens that count, so that padding, windows, and how many run at the same time change nothing.
+P predicted tokens, V vocabulary, D model width, T tokens that count.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from moe_compress.compression.recovery.lineage import Lineage
+from moe_compress.compression.recovery.trained_weights import Optimiser
+from moe_compress.compression.recovery.training_state import resume, save
+from moe_compress.compression.recovery.whole_model import (
+    TOKENS_AT_ONCE,
+    TextBatch,
+    WholeModel,
+    chunked_loss,
+    text_batch,
+)
+from moe_compress.data.windows import Windows
+from moe_compress.engine.forward import Progress
+from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
+from moe_compress.methods.recovery_method import Distillation, Term
+from moe_compress.methods.stage_options import TrainingOptions
+from moe_compress.models import hf
+from moe_compress.models.families import family_of
+from moe_compress.models.moe import all_moe_views, router_logits
+
+LARGEST_SEED = 2**31
+NEXT_TOKENS: tuple[Term, ...] = ("logits", "labels")
+
+
+class DistillationRun:
+    """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left."""
+
+    def __init__(
+        self,
+        task: Distillation,
+        options: TrainingOptions,
+        student: WholeModel,
+        teacher: WholeModel,
+        windows: Windows,
+        parameters: Mapping[str, nn.Parameter],
+        kin: Lineage,
+        seed: int,
+    ) -> None:
+        self.task, self.options, self.student, self.teacher = task, options, student, teacher
+        self.windows, self.kin, self.seed = windows, kin, seed
+        self.optimiser = Optimiser(parameters, options)
+
+    def run(self, state: Path, progress: Progress | None = None) -> dict[str, Any]:
+        """Train; what is to be reported of it. ValueError where the loss is no number."""
+        curve = resume(state, self.optimiser)
+        started = time.perf_counter() - curve.seconds
+        for step in range(curve.steps, self.options.steps):
+            losses, tokens = self.step(step)
+            curve.add(step, losses, tokens)
+            self.optimiser.step(step)
+            curve.seconds = time.perf_counter() - started
+            if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
+                save(state, self.optimiser, curve)
+            if progress is not None:
+                progress(step + 1, self.options.steps)
+        count = sum(each.numel() for each in self.optimiser.parameters.values())
+        return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
+
+    def step(self, step: int) -> tuple[dict[str, float], int]:
+        """Leave the gradients of one step; its losses by term, and how many tokens it saw."""
+        rows = rows_of_step(step, self.options.batch, len(self.windows), self.seed)
+        size = max(1, TOKENS_AT_ONCE // self.windows.ids_NS.shape[1])
+        batches = [text_batch(self.windows, part, self.student.device) for part in rows.split(size)]
+        predicted = sum(len(batch.where_P2) for batch in batches)
+        counted = sum(int(batch.counted_BS.sum()) for batch in batches)
+        losses: dict[str, float] = dict.fromkeys(map(str, self.task.terms), 0.0)
+        for batch in batches:
+            for term, value in self.back(batch, predicted, counted).items():
+                losses[term] += value
+        return losses, counted
+
+    def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
+        """Bring the gradients of a part of a step back; its share of each loss."""
+        routed = "router" in self.task.terms
+        with torch.no_grad(), _routers(self.teacher, routed) as theirs:
+            said = self.teacher.states(batch)
+        with _routers(self.student, routed) as ours:
+            states = self.student.states(batch)
+        found: dict[Term, Tensor] = {}
+        if "hidden" in self.task.terms:
+            found["hidden"] = self._hidden(states, said, batch) / counted
+        if routed:
+            found["router"] = self._router(ours, theirs, batch) / counted
+        losses: dict[str, float] = {term: float(loss.detach()) for term, loss in found.items()}
+        ends = [self.task.terms[term] * loss for term, loss in found.items()]
+        gradients = [torch.ones_like(each) for each in ends]
+        for term in (each for each in NEXT_TOKENS if each in self.task.terms):
+            losses[term], gradient_PD = self._next_tokens(term, states, said, batch, predicted)
+            ends.append(self.student.final(batch, states))
+            gradients.append(gradient_PD)
+        torch.autograd.backward(ends, gradients)
+        return losses
+
+    def _next_tokens(
+        self, term: Term, states: list[Tensor], said: list[Tensor], batch: TextBatch, predicted: int
+    ) -> tuple[float, Tensor]:
+        """The mean loss of next tokens, and its gradient at the final hidden states."""
+        teacher_PD, target_P = self.teacher.final(batch, said), batch.targets_P
+
+        def loss_of(logits_PV: Tensor, part: slice) -> Tensor:
+            if term == "labels":
+                return cross_entropy(logits_PV.float(), target_P[part], reduction="none")
+            return self.task.divergence(logits_PV, hf.head(self.teacher.model, teacher_PD[part]))
+
+        student_PD = self.student.final(batch, states)
+        total, gradient_PD = chunked_loss(self.student, student_PD, loss_of, self.task.terms[term] / predicted)
+        return total / predicted, gradient_PD
+
+    def _hidden(self, states: list[Tensor], said: list[Tensor], batch: TextBatch) -> Tensor:
+        """Squared error of what leaves each layer over the square of what the teacher's gives, by token; summed."""
+        total = states[-1].new_zeros((), dtype=torch.float32)
+        for layer, end in enumerate(self.kin.ends):
+            ours_TD, theirs_TD = (
+                each[batch.counted_BS].flatten(1).float() for each in (states[layer + 1], said[end + 1])
+            )
+            error_T = (ours_TD - theirs_TD).square().sum(1) / theirs_TD.square().sum(1).clamp_min(1e-12)
+            total = total + error_T.sum() / len(self.kin.ends)
+        return total
+
+    def _router(self, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], batch: TextBatch) -> Tensor:
+        """KL of every layer's routing from the teacher's by token, the mean over layers; summed."""
+        counted_T = batch.counted_BS.flatten()
+        scores = family_of(self.student.model.config).router_scores
+        total = next(iter(ours.values())).new_zeros((), dtype=torch.float32)
+        for layer, logits_TE in ours.items():
+            place = self.kin.rows[layer]
+            target_TR = theirs[self.kin.sources[layer]][counted_T].float()
+            target_TE = mapped_logits(target_TR, place, logits_TE.shape[1], scores)
+            total = total + router_kl(logits_TE[counted_T].float(), target_TE, scores).sum() / len(ours)
+        return total
+
+
+@contextlib.contextmanager
+def _routers(whole: WholeModel, wanted: bool) -> Iterator[dict[int, Tensor]]:
+    """By layer, what its router gives to each token while the block runs, [T, rows]."""
+    family, found = family_of(whole.model.config), dict[int, Tensor]()
+    hooks = []
+    for layer, view in all_moe_views(whole.model).items() if wanted else ():
+
+        def keep(_module: nn.Module, _args: Any, output: Any, layer: int = layer, rows: int = view.router_rows) -> None:
+            found[layer] = router_logits(output, rows, family)
+
+        hooks.append(view.router.register_forward_hook(keep))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def rows_of_step(step: int, batch: int, count: int, seed: int) -> Tensor:
+    """Which of `count` windows a step sees: all in the order of one draw, then of the next."""
+    found = []
+    for place in range(step * batch, (step + 1) * batch):
+        epoch, within = divmod(place, count)
+        found.append(_order(epoch, count, seed)[within])
+    return torch.stack(found)
+
+
+def _order(epoch: int, count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % LARGEST_SEED)
+    return torch.randperm(count, generator=generator)

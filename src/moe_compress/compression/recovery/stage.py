@@ -1,0 +1,178 @@
+"""Stages that recover: a compressed model learns from its teacher, whole or a layer at a time, and is written."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.recovery.distillation import DistillationRun
+from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
+from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
+from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
+from moe_compress.compression.recovery.whole_model import WholeModel
+from moe_compress.compression.weights.stage import WeightStageResult
+from moe_compress.data.windows import Windows
+from moe_compress.edits.edits import Edit
+from moe_compress.engine.forward import Progress
+from moe_compress.engine.layers import StreamedLayers
+from moe_compress.methods import registry
+from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
+from moe_compress.methods.stage_options import TEACHER, TrainingOptions
+from moe_compress.models import hf
+from moe_compress.recipes.recipe import Stage
+from moe_compress.run.context import Run
+from moe_compress.utils.files import read_json, write_json
+from moe_compress.utils.logging import log
+
+
+def run_recovery_stage(
+    stage: Stage,
+    source: Checkpoint,
+    origin: Checkpoint,
+    edits: Sequence[Edit],
+    run: Run,
+    writer: CheckpointWriter,
+    progress: Progress | None = None,
+) -> WeightStageResult:
+    """Carry out a stage that recovers into `writer`.
+
+    origin: the model that the recipe starts from; edits: those that led from it to `source`.
+    """
+    named = stage.parameters[TEACHER]
+    teacher = resolve_model(named) if named else origin
+    require_teacher(source, teacher)
+    task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
+    windows = run.windows("calibration", source)
+    log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    given = (stage, source, teacher, edits, windows, run, writer, progress)
+    report = _whole(task, *given) if isinstance(task, Distillation) else _by_layer(task, *given)
+    about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
+    return WeightStageResult({**about, **report}, [], dict(source.values))
+
+
+def require_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
+    """Raise ValueError for a teacher that is the student itself, or has other tokens."""
+    if teacher.fingerprint == student.fingerprint:
+        raise ValueError(
+            f"{student.name} would learn from itself: put this stage behind one that compresses, or name the model to "
+            "learn from (teacher=)."
+        )
+    theirs, ours = (each.text_config.vocab_size for each in (teacher, student))
+    if theirs != ours:
+        raise ValueError(f"teacher={teacher.name} has a vocabulary of {theirs}, the model one of {ours}.")
+
+
+def _whole(
+    task: Distillation,
+    stage: Stage,
+    source: Checkpoint,
+    teacher: Checkpoint,
+    edits: Sequence[Edit],
+    windows: Windows,
+    run: Run,
+    writer: CheckpointWriter,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Train end to end."""
+    options = TrainingOptions.of(stage.parameters)
+    student = WholeModel(source, run, torch.float32, recompute=options.recompute)
+    parameters = trained_parameters(student.model, task.trains)
+    require_plain(source, parameters)
+    taught_by = WholeModel(teacher, run, run.dtype)
+    layered = {"hidden", "router"} & task.terms.keys()
+    kin = lineage(student.model, taught_by.model, edits) if layered else Lineage([], [], {})
+    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
+    report = training.run(writer.scratch / "training.safetensors", progress)
+    changed = _by_layers(student.model, parameters)
+    for index in (None, *range(source.num_layers)):
+        writer.copy(index, changed.get(index))
+    return {"training": report}
+
+
+def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+    """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
+    found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+        found[hf.layer_of(key)][key] = tensor
+    return found
+
+
+def _by_layer(
+    task: LayerDistillation | RouterFit | Rebalancing,
+    stage: Stage,
+    source: Checkpoint,
+    teacher: Checkpoint,
+    edits: Sequence[Edit],
+    windows: Windows,
+    run: Run,
+    writer: CheckpointWriter,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Train, fit or rebalance one layer after the other."""
+    theirs = run.layers(teacher)
+    ours = StreamedLayers(source, run.device, torch.float32, run.options.attn)
+    kin = lineage(ours.model, theirs.model, edits)
+    visitor = LayerVisitor(
+        task, TrainingOptions.of(stage.parameters), source, ours.model, kin, writer, run.options.seed
+    )
+    if not writer.has(None):
+        writer.copy(None)
+    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, progress=progress)
+    notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
+    return {"layers": {i: note for i, note in notes.items() if note}}
+
+
+class LayerVisitor:
+    """Recovers one layer after the other and writes it."""
+
+    def __init__(
+        self,
+        task: LayerDistillation | RouterFit | Rebalancing,
+        options: TrainingOptions,
+        source: Checkpoint,
+        model: PreTrainedModel,
+        kin: Lineage,
+        writer: CheckpointWriter,
+        seed: int,
+    ) -> None:
+        self.task, self.options, self.model, self.kin = task, options, model, kin
+        self.writer, self.seed, self.prefix = writer, seed, hf.layers_prefix(model)
+        self.names: list[str] = []
+        if isinstance(task, LayerDistillation):
+            self.names = [name for name in trained_parameters(model, task.trains) if name.startswith(self.prefix)]
+            require_plain(source, self.names)
+
+    def visit(self, pair: LayerPair) -> None:
+        """One layer: recover it, write it, note what came of it."""
+        changed, note = self._recovered(pair)
+        full = {f"{self.prefix}{pair.index}.{name}": tensor for name, tensor in changed.items()}
+        self.writer.copy(pair.index, stored_tensors(self.model, full) if full else None)
+        write_json(self.notes_file(pair.index), note)
+
+    def _recovered(self, pair: LayerPair) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The layer's changed tensors by their names in it, and what is to be reported."""
+        if isinstance(self.task, RouterFit):
+            return fit_router(pair, self.task, self.kin)
+        if isinstance(self.task, Rebalancing):
+            return rebalance(pair, self.task)
+        start = f"{self.prefix}{pair.index}."
+        here = {name.removeprefix(start) for name in self.names if name.startswith(start)}
+        parameters = {name: each for name, each in pair.layer.named_parameters() if name in here}
+        if not parameters:
+            return {}, {}
+        report = train_layer(pair, self.task, parameters, self.options, self.seed)
+        return {name: each.detach() for name, each in parameters.items()}, report
+
+    def notes_file(self, index: int) -> Path:
+        """What was reported of a layer."""
+        return self.writer.scratch / f"notes-{index:05d}.json"

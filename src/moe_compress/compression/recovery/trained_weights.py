@@ -1,0 +1,165 @@
+"""Which weights of a model a recovery trains, how they are stepped, and how they come into a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.methods.stage_options import TrainingOptions
+from moe_compress.models import hf
+from moe_compress.models.component_map import (
+    EXPERTS,
+    MLPS,
+    NORMS,
+    PROJECTIONS,
+    RECURRENT,
+    ROUTERS,
+    SCANS,
+    SHARED,
+    component_of_modules,
+)
+from moe_compress.models.modeling.factored_experts import FactoredLinear, is_factored
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+
+PARTS = {
+    "routers": (ROUTERS,), "experts": (EXPERTS,), "shared": (SHARED,), "attention": (PROJECTIONS, RECURRENT, SCANS),
+    "dense": (MLPS,), "norms": (NORMS,),
+}  # fmt: skip
+NEW = "new"
+NOVICES = "novices"
+# Weights of which at least this share is zero were pruned: their zeros stay.
+PRUNED = 0.01
+BETAS = (0.9, 0.95)
+
+
+def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
+    """The parameters that train=`parts` means, by their full names.
+
+    Raises ValueError if there is none, or one is packed: codes are no numbers that could be moved.
+    """
+    place, inside = component_of_modules(model), hf.layers_prefix(model)
+    read = hf.text_prefixes(model)
+    components = {each for part in parts for each in PARTS.get(part, ())}
+    found: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if not name.startswith(read):
+            continue
+        meant = "all" in parts or (name.startswith(inside) and place.get(module) in components)
+        if meant or (NEW in parts and _is_new(model, module, leaf)):
+            found[name] = parameter
+    packed = next((name for name in found if _is_packed(model.get_submodule(name.rpartition(".")[0]))), None)
+    if packed is not None:
+        raise ValueError(f"train={','.join(sorted(parts))}: {packed} is packed, and codes cannot be trained.")
+    if not found:
+        raise ValueError(f"train={','.join(sorted(parts))}: {model.config.model_type} as it is here has none of these.")
+    return found
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return isinstance(module, PackedMatrix)
+
+
+def _is_new(model: PreTrainedModel, module: str, leaf: str) -> bool:
+    """Whether a stage before made it: factors, or constants in place of experts."""
+    if leaf == NOVICES:
+        return True
+    steps = module.split(".")
+    inside = (model.get_submodule(".".join(steps[:n])) for n in range(1, len(steps) + 1))
+    return any(is_factored(each) or isinstance(each, FactoredLinear) for each in inside)
+
+
+def require_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Raise ValueError if one of these parameters is stored packed in a plain checkpoint, whose numbers are read."""
+    packed = {key for key, entry in checkpoint.tensors.items() if isinstance(entry, StoredWeight)}
+    stored = stored_tensors(checkpoint.skeleton(torch.float32), {name: None for name in names})
+    found = sorted(stored.keys() & packed)
+    if found:
+        raise ValueError(f"{found[0]} is packed, and codes cannot be trained: train what is plain, such as routers.")
+
+
+@dataclass
+class Optimiser:
+    """AdamW over some parameters with a cosine schedule; what was pruned to zero stays zero.
+
+    Everything that it has to remember is tensors, by name: see `state` and `restore`.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    options: TrainingOptions
+    masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters.values():
+            parameter.requires_grad_()
+        options = self.options
+        self.adam = torch.optim.AdamW(
+            list(self.parameters.values()), lr=options.lr, betas=BETAS, weight_decay=options.decay
+        )
+        for name, parameter in self.parameters.items():
+            zero = parameter.detach() == 0
+            if parameter.dim() > 1 and int(zero.sum()) >= PRUNED * parameter.numel():
+                self.masks[name] = ~zero
+
+    def step(self, number: int) -> None:
+        """One step, the `number`th of all, with the gradients that are there; these are gone then."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.options.lr * schedule(number, self.options)
+        if self.options.clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+        self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                self.parameters[name].mul_(mask)
+
+    def state(self) -> dict[str, Tensor]:
+        """What it needs to go on: values and moments."""
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            found[f"{name}|value"] = parameter.detach()
+            for key, tensor in self.adam.state.get(parameter, {}).items():
+                found[f"{name}|{key}"] = tensor
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(state[f"{name}|value"])
+            keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith("|value")]
+            if keys:
+                device = parameter.device
+                self.adam.state[parameter] = {
+                    key.rpartition("|")[2]: state[key].to("cpu" if key.endswith("|step") else device) for key in keys
+                }
+
+    @property
+    def bytes(self) -> int:
+        """Of the moments, once there are any."""
+        return 2 * sum(each.numel() * each.element_size() for each in self.parameters.values())
+
+
+def schedule(step: int, options: TrainingOptions) -> float:
+    """The share of the highest learning rate at a step: up in a line, down on a cosine."""
+    warm = options.warmup * options.steps
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(options.steps - warm, 1)))
+
+
+def stored_tensors(model: PreTrainedModel, named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Parameters by their full names as tensors under the names that the checkpoint has for them.
+
+    None stands for the model's own.
+    """
+    state = dict(model.named_parameters())
+    values = {name: state[name].detach() if value is None else value for name, value in named.items()}
+    return hf.checkpoint_tensors(model, values)

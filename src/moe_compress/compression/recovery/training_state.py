@@ -1,0 +1,80 @@
+"""What a training run remembers, so that a killed one goes on: weights, moments, and the curve up to there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from moe_compress.checkpoints.safetensors_file import write_shard
+from moe_compress.compression.recovery.trained_weights import Optimiser
+from moe_compress.utils.logging import log
+
+# A curve is reported by at most so many of its steps.
+SHOWN = 40
+TOKENS, SECONDS, LOSSES = "curve|tokens", "curve|seconds", "curve|loss|"
+
+
+@dataclass
+class Curve:
+    """Losses by term of every step so far, the tokens that it saw, and the seconds that all of it took."""
+
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Steps that were taken."""
+        return max(map(len, self.losses.values()), default=0)
+
+    def add(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
+        """Enter a step. ValueError for a loss that is no number."""
+        wrong = next((term for term, value in losses.items() if not math.isfinite(value)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"the loss ({wrong}) of step {step + 1} is no number: nothing is written. A lower lr= helps, or a "
+                "longer warmup=."
+            )
+        for term, value in losses.items():
+            self.losses.setdefault(term, []).append(value)
+        self.tokens += tokens
+
+    def report(self) -> dict[str, Any]:
+        """Tokens, seconds, and the losses at evenly spaced steps, the first and the last among them."""
+        count = self.steps
+        at = sorted({round(n * (count - 1) / (SHOWN - 1)) for n in range(SHOWN)}) if count else []
+        curve = {term: [float(f"{values[n]:.6g}") for n in at] for term, values in self.losses.items()}
+        return {
+            "tokens": self.tokens, "seconds": round(self.seconds, 3), "steps": count,
+            "curve_steps": [n + 1 for n in at], "curve": curve,
+        }  # fmt: skip
+
+
+def save(file: Path, optimiser: Optimiser, curve: Curve) -> None:
+    """Keep all that the next step depends on, in one file that is written as a whole."""
+    losses = {f"{LOSSES}{term}": torch.tensor(each, dtype=torch.float64) for term, each in curve.losses.items()}
+    numbers = {TOKENS: torch.tensor(curve.tokens), SECONDS: torch.tensor(curve.seconds, dtype=torch.float64)}
+    write_shard(file, {**optimiser.state(), **losses, **numbers})
+
+
+def resume(file: Path, optimiser: Optimiser) -> Curve:
+    """Put back what `save` kept; an empty curve where there is nothing, or nothing whole."""
+    if not file.is_file():
+        return Curve()
+    try:
+        kept = load_file(file)
+    except SafetensorError:
+        return Curve()
+    curve = Curve(tokens=int(kept.pop(TOKENS)), seconds=float(kept.pop(SECONDS)))
+    for key in [key for key in kept if key.startswith(LOSSES)]:
+        curve.losses[key.removeprefix(LOSSES)] = kept.pop(key).tolist()
+    optimiser.restore(kept)
+    log.info("going on behind step %d, as an earlier run was stopped.", curve.steps)
+    return curve

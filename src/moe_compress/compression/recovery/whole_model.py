@@ -1,0 +1,95 @@
+"""A model that is wholly in memory and run layer by layer as the engine runs it, with gradients.
+
+B windows of S positions, D model width, P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from moe_compress.checkpoints.load import load_as_run, require_memory
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.data.windows import Windows
+from moe_compress.models import hf
+from moe_compress.run.context import Run
+
+# Of so many tokens hidden states of all layers are held for the way back at the same time.
+TOKENS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Some windows: their tokens, padding mask (None: none), which tokens count, and which predict one that does.
+
+    counted_BS, where_P2: window and position.
+    """
+
+    ids_BS: Tensor
+    mask_BS: Tensor | None
+    counted_BS: Tensor
+    where_P2: Tensor
+
+    @property
+    def targets_P(self) -> Tensor:
+        """The tokens that are predicted."""
+        return self.ids_BS[self.where_P2[:, 0], self.where_P2[:, 1] + 1]
+
+
+def text_batch(windows: Windows, rows: Tensor, device: torch.device) -> TextBatch:
+    """The windows of these numbers."""
+    mask_BS, counted_BS = windows.mask_NS[rows], windows.counted_NS[rows]
+    where_P2 = (mask_BS[:, :-1] & counted_BS[:, 1:]).nonzero()
+    padded = None if bool(mask_BS.all()) else mask_BS.long().to(device)
+    return TextBatch(windows.ids_NS[rows].to(device), padded, counted_BS.to(device), where_P2.to(device))
+
+
+class WholeModel:
+    """A checkpoint in memory; `states` is a forward up to the head."""
+
+    def __init__(self, checkpoint: Checkpoint, run: Run, dtype: torch.dtype, *, recompute: bool = False) -> None:
+        require_memory([checkpoint], dtype, run.device, "does not fit as a whole: use layerwise, or solver=ridge")
+        self.device, self.recompute = run.device, recompute
+        self.model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+        self.model.requires_grad_(False)
+        hf.use_experts_function(self.model)
+
+    def states(self, batch: TextBatch) -> list[Tensor]:
+        """What enters the first layer and leaves each, [B, S, D]; with gradients where they are enabled."""
+        hidden_BSD, calls = hf.entered(self.model, batch.ids_BS, batch.mask_BS)
+        found, handed = [hidden_BSD], None
+        for layer, call in zip(hf.decoder_layers(self.model), calls, strict=True):
+            if self.recompute and torch.is_grad_enabled():
+                output = recomputed(hf.layer_output, layer, found[-1], call, handed, use_reentrant=False)
+            else:
+                output = hf.layer_output(layer, found[-1], call, handed)
+            found.append(output.hidden_BSD)
+            handed = output.handed
+        return found
+
+    def final(self, batch: TextBatch, states: list[Tensor]) -> Tensor:
+        """The last states of the tokens that predict, [P, ...]."""
+        return states[-1][batch.where_P2[:, 0], batch.where_P2[:, 1]]
+
+
+def chunked_loss(
+    student: WholeModel, hidden_PD: Tensor, loss_of: Callable[[Tensor, slice], Tensor], scale: float
+) -> tuple[float, Tensor]:
+    """The sum of losses of predicted tokens, and its gradient times `scale` at their final hidden states.
+
+    loss_of: logits [p, V] of some of the tokens, and which -> their losses [p]. Logits are made and left a chunk at a
+    time, so that memory does not grow with tokens times vocabulary; gradients of the head itself add up meanwhile.
+    """
+    leaf_PD = hidden_PD.detach().requires_grad_()
+    rows, total = hf.head_rows(student.model), 0.0
+    for start in range(0, len(leaf_PD), rows):
+        part = slice(start, start + rows)
+        loss = loss_of(hf.logits(student.model, leaf_PD[part]), part).sum()
+        torch.autograd.backward(loss * scale)
+        total += float(loss.detach())
+    gradient_PD = leaf_PD.grad if leaf_PD.grad is not None else torch.zeros_like(hidden_PD)
+    return total, gradient_PD

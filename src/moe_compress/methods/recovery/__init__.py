@@ -1,0 +1,1 @@
+"""Methods that recover what compression lost, and their arithmetic."""

@@ -1,0 +1,25 @@
+"""Layerwise distillation: one layer at a time learns to give what the original's gives. One layer of memory."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from moe_compress.methods.recovery_method import LayerDistillation, trained_parts
+from moe_compress.methods.registry import recovery_method
+
+
+@recovery_method(
+    group="recovery",
+    paper="ModelOpt's LayerwiseDistillationModel; AA-SVD (arXiv 2604.02119)",
+    shown_in_names=("train",),
+)
+def layerwise(
+    *, train: str = "experts,routers", inputs: Literal["student", "teacher"] = "student"
+) -> LayerDistillation:
+    """Train one layer after the other, each by itself, on what the original's layers give in its place.
+
+    train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms and new
+    (factors, and constants in place of experts); inputs: what enters a layer while it learns, the hidden states that the
+    compressed model has by then, so that earlier errors are made good, or the original's. steps: of each layer.
+    """
+    return LayerDistillation(trains=trained_parts(train), inputs=inputs)

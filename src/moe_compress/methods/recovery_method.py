@@ -1,0 +1,95 @@
+"""What a method that recovers tells the engine: what of a compressed model changes, and towards what.
+
+P predicted tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+# Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts.
+TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new")
+# Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
+Term = Literal["logits", "hidden", "router", "labels"]
+TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")
+# Of logits [P, V] of the student and of the teacher, the loss of each token, [P].
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """The whole model learns to say what the teacher says.
+
+    trains: parts of it; terms: the weight of each loss; divergence: what `logits` means.
+    """
+
+    trains: frozenset[str]
+    terms: Mapping[Term, float]
+    divergence: Divergence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDistillation:
+    """Each layer learns by itself to give what the teacher's layers give in its place.
+
+    trains: parts of it; inputs: what enters it meanwhile, the teacher's hidden states or those that the student has.
+    """
+
+    trains: frozenset[str]
+    inputs: Literal["teacher", "student"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterFit:
+    """Each router is fitted, in closed form, to the teacher's routing of the same tokens.
+
+    ridge: how much the router that is there counts, as a share of the mean square of what it multiplies.
+    """
+
+    ridge: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rebalancing:
+    """Selection biases move until experts are used as evenly as the teacher's.
+
+    rounds: at most so many over the text; rate: of the first step, as a share of the scores' spread; tolerance: of the
+    coefficient of variation.
+    """
+
+    rounds: int
+    rate: float
+    tolerance: float
+
+
+Recovery = Distillation | LayerDistillation | RouterFit | Rebalancing
+
+
+def trained_parts(text: str) -> frozenset[str]:
+    """The parts of a comma-separated list. ValueError for one that there is not, or for none."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    strange = next((word for word in words if word not in TRAINED), None)
+    if strange is not None or not words:
+        raise ValueError(f"train={text}: a comma-separated list of {', '.join(TRAINED)} is needed.")
+    return frozenset(words)
+
+
+def weighted_terms(text: str) -> dict[Term, float]:
+    """`logits,hidden:0.1` -> weights. ValueError for a loss that there is not, twice the same, or a weight of none."""
+    found: dict[Term, float] = {}
+    for word in text.split(","):
+        name, _, weight = word.strip().partition(":")
+        term = next((each for each in TERMS if each == name), None)
+        if term is None or term in found:
+            raise ValueError(f"loss={text}: each of {', '.join(TERMS)} once, with its weight behind a colon.")
+        try:
+            found[term] = float(weight or 1.0)
+        except ValueError:
+            found[term] = 0.0
+        if not 0.0 < found[term] < float("inf"):
+            raise ValueError(f"loss={text}: the weight of {term} is a number above 0.")
+    return found
