@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moe_compress.recipes.parser import key_value
+from moe_compress.utils.choices import key_value
 
 FLAGS = ("", "check", "dry-run", "help", "pad", "verbose", "version")
 

@@ -6,6 +6,8 @@ what is wrong with a word is said before torch is imported: commands import what
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import signal
@@ -20,7 +22,6 @@ from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import FUNCTIONS, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
-from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.options import typed_words
 from moe_compress.utils.declarations import function_of
 from moe_compress.utils.text import printable
@@ -81,6 +82,8 @@ def _show(found: Any) -> None:
 @app.command(cls=WithWords)
 def compress(words: Words) -> None:
     """Run a recipe and evaluate the result: compress "expert_drop score=reap ratio=0.25" model=tiny-mixtral."""
+    from moe_compress.recipes.parser import parse, split_words
+
     sentence, overrides = split_words(words)
     recipe = parse(sentence, overrides)
     require_model_name(recipe.options.model)
@@ -109,6 +112,8 @@ def evaluate(words: ModelWords) -> None:
 @app.command(cls=WithWords)
 def plan(words: Words) -> None:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
+    from moe_compress.recipes.parser import parse, split_words
+
     sentence, overrides = split_words(words)
     require_model_name(parse(sentence, overrides).options.model)
     from moe_compress import api
@@ -270,6 +275,8 @@ def zoo() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
+    # The system takes back all that is left at the end: to look for cycles in it first is a seventh of a short command.
+    atexit.register(gc.freeze)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
     try:
         app(args=normalised(sys.argv[1:]))

@@ -20,7 +20,7 @@ from moe_compress.reports.companions import LATENCY, JoinedColumns
 from moe_compress.reports.record import Metric, Record
 
 DRAWS = 10_000
-TAILS = (2.5, 97.5)
+TAILS = (0.025, 0.975)
 # Standard deviations between the ends of a 95 % interval.
 SPREAD = 2 * 1.959964
 # Beyond this the sums of a file are those of another run.
@@ -157,12 +157,13 @@ def make_fronts(
     if not rows:
         return []
     drawn = draw(rows, folders)
+    intervals = _intervals(rows, drawn)
     fronts = [
-        _front(key, label, names, [_size(row, key, unit) for row in rows], drawn, _intervals(rows, drawn))
+        _front(key, label, names, [_size(row, key, unit) for row in rows], drawn, intervals)
         for key, (label, unit) in COSTS.items()
     ]
     timed = [_latency(row, speedups) for row in rows]
-    latency = _front(LATENCY, "decoding time / the original's", names, timed, drawn, _intervals(rows, drawn))
+    latency = _front(LATENCY, "decoding time / the original's", names, timed, drawn, intervals)
     fronts.append(replace(latency, how=f"decoding {speedups.how}"))
     return [front for front in fronts if len(front.points) > 1]
 
@@ -225,9 +226,15 @@ def _intervals(rows: Sequence[Row], drawn: Drawn) -> list[tuple[float, float]]:
         values_B = drawn.values_BR[:, at]
         if base is not None and drawn.paired_R[base] and drawn.paired_R[at]:
             values_B = values_B / drawn.values_BR[:, base] * drawn.perplexity_R[base]
-        low, high = np.percentile(values_B, TAILS)
-        found.append((float(low), float(high)))
+        found.append(tails(values_B))
     return found
+
+
+def tails(values_B: Floats) -> tuple[float, float]:
+    """The ends of the middle 95 % of draws, as np.quantile has them, which would import masked arrays for it."""
+    places_B = np.linspace(0, 1, len(values_B))
+    low, high = np.interp(TAILS, places_B, np.sort(values_B))
+    return float(low), float(high)
 
 
 def _notes(paired_R: Iterable[Any]) -> list[str]:
