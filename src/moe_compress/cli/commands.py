@@ -12,7 +12,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,9 +20,10 @@ import typer
 
 from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
-from moe_compress.cli.help import FUNCTIONS, WithWords
+from moe_compress.cli.help import FUNCTIONS, TABLES, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
 from moe_compress.run.options import typed_words
+from moe_compress.utils.choices import coerce
 from moe_compress.utils.declarations import function_of
 from moe_compress.utils.text import printable
 
@@ -212,7 +213,7 @@ for _harness in HARNESSES.values():
 
 Records = Annotated[
     list[str] | None,
-    typer.Argument(help="records, or folders of them (runs/records), and out=DIR (runs)", metavar="[RECORDS] [out=]"),
+    typer.Argument(help="records, or folders of them (runs/records), and words", metavar="[RECORDS] [WORDS]"),
 ]
 
 
@@ -223,7 +224,8 @@ def table(words: Records = None) -> None:
     from moe_compress.reports.table import read_tables, write_tables
     from moe_compress.utils.files import require_writable
 
-    places, out = _places(words)
+    places, options = _places(words, "table")
+    out = Path(options.get("out", "runs"))
     require_writable(out, f"out={out}")
     tables, skipped = read_tables(places)
     written = write_tables(tables, out)
@@ -237,20 +239,22 @@ def table(words: Records = None) -> None:
 
 @app.command(cls=WithWords)
 def report(words: Records = None) -> None:
-    """Make one HTML page of records: tables, fronts, pictures; and the plots as files: report [RECORDS] [out=DIR]."""
+    """Make one HTML page of records: tables, fronts, pictures; and fronts as files: report [RECORDS] [out=] [png=]."""
     from moe_compress.reports.html_report import make_report
 
-    made = make_report(*_places(words), report_columns())
+    places, options = _places(words, "report")
+    png = coerce(bool, options.get("png", False), "png")
+    made = make_report(places, options.get("out", "runs"), report_columns(), png)
     typer.echo(f"written: {', '.join(map(str, made.files))}", err=True)
     if made.skipped:
         raise typer.Exit(1)
 
 
-def _places(words: list[str] | None) -> tuple[list[str], Path]:
-    """Records, and the folder to write to."""
+def _places(words: list[str] | None, command: str) -> tuple[list[str], Mapping[str, str]]:
+    """Records, and the command's own words."""
     places = [word for word in words or () if "=" not in word]
-    options = only(option_pairs([word for word in words or () if "=" in word]), ("out",), "this command")
-    return places or ["runs/records"], Path(options.get("out", "runs"))
+    options = only(option_pairs([word for word in words or () if "=" in word]), TABLES[command], command)
+    return places or ["runs/records"], options
 
 
 @app.command("list")

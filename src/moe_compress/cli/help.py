@@ -19,8 +19,8 @@ RECIPE = (
     "A recipe is a method and its parameters (`list METHOD` shows them), stages joined by +, or a .yaml file; words "
     "behind it set options of the run, or override parameters (expert_drop.keep=5, or 2.keep=5 by the stage's number)."
 )
-# Commands whose other words are folders of records.
-TABLES = ("table", "report")
+# Commands whose other words are folders of records, and their own, as the page's function has them.
+TABLES = {"table": ("out",), "report": ("out", "png")}
 # Commands whose first word may choose another function.
 KINDS = {"export": {"gguf-plan": "export_gguf_plan", "imatrix": "export_imatrix"}}
 # Commands whose function is called otherwise: `data` is a package.
@@ -39,7 +39,9 @@ class WithWords(TyperCommand):
 def options_of(command: str) -> list[str]:
     """Paragraphs: the command's own words and what they mean, and the options of a run where it takes them."""
     if command in TABLES:
-        return [_listed("Words", {"out": function_of(API, "report").parameters["out"]})]
+        page = function_of(API, "report")
+        words = _listed("Words", {key: page.parameters[key] for key in TABLES[command]})
+        return [words, " ".join(page.about.split())] if command == "report" else [words]
     harness = HARNESSES.get(command)
     found = harness.declaration if harness else function_of(API, FUNCTIONS.get(command, command))
     own = {key: each for key, each in found.parameters.items() if (command, key) != ("export", "pad")}
