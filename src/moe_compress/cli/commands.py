@@ -21,6 +21,7 @@ from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import FUNCTIONS, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
 from moe_compress.recipes.parser import parse, split_words
+from moe_compress.run.option_uses import USED, require_used
 from moe_compress.run.options import typed_words
 from moe_compress.utils.declarations import function_of
 from moe_compress.utils.text import printable
@@ -63,8 +64,10 @@ def _options(
 
 def _called(name: str, positional: list[str], words: list[str], models: int = 1, **flags: Any) -> Any:
     """What a function of the API returns; its words are checked before it is imported. models: among the positional."""
-    given = option_pairs(words)
-    typed_words(name.replace("export_", "export ").replace("_", "-"), function_of(API, name), given)
+    given, declared = option_pairs(words), function_of(API, name)
+    command = name.replace("export_", "export ").replace("_", "-").replace("show-data", "data show")
+    typed_words(command, declared, given)
+    require_used(command, declared.parameters, USED.get(name, ()), given)
     for model in positional[:models]:
         require_model_name(model)
     from moe_compress import api
@@ -180,6 +183,7 @@ def push(
 
 def _measure(harness: Harness, words: list[str], **flags: bool) -> None:
     given = harness.typed({**flags, **option_pairs(words[1:])})
+    require_used(harness.name, harness.declaration.parameters, harness.options, given)
     require_model_name(words[0])
     found = harness.run(words[0], **given)
     _show(found)

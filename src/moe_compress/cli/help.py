@@ -9,6 +9,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from moe_compress.evaluation.harnesses import HARNESSES
+from moe_compress.run.option_uses import USED
 from moe_compress.run.options import Options
 from moe_compress.utils.declarations import REQUIRED, Parameter, function_of
 
@@ -47,11 +48,11 @@ def options_of(command: str) -> list[str]:
     parts += [_listed("Words", own)] if own else []
     parts += [" ".join(found.about.split())] if found.about and own else []
     if found.takes_others:
-        names_model = command in ("compress", "plan", "apply")
+        used = harness.options if harness else USED.get(FUNCTIONS.get(command, command), ())
         fields = {
             key: Parameter(each.annotation, each.default)
             for key, each in Options.model_fields.items()
-            if key not in own and (key != "model" or names_model)
+            if key not in own and (key in used or not used) and (key != "model" or not harness)
         }
         parts.append(_listed("Options of the run (docs/recipes.md says what they mean)", fields))
     for kind, function in KINDS.get(command, {}).items():
