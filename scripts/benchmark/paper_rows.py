@@ -229,7 +229,7 @@ def write(folder: Path) -> None:
         (folder / f"{STEM}.{kind}").write_text(text, encoding="utf-8")
     write_json(folder / f"{STEM}.json", {"cells": [_numbers(cell) for cell in found]})
     if any(cell.record for cell in found):
-        make_report([folder / "records"], folder, report_columns())
+        make_report([folder / "records"], folder, report_columns(), png=True)
     compared = [PAPERS] if any(IN_PAPER in set(table["method"]) for table in frames.values()) else []
     # Last, for it says that all is there.
     (folder / f"{STEM}.md").write_text("\n\n".join([*parts, MEANING, *compared]) + "\n", encoding="utf-8")

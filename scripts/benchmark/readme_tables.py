@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from moe_compress.evaluation.statistics import per_token
 from moe_compress.methods import registry
-from moe_compress.reports import pareto, plots
+from moe_compress.reports import pareto
+from moe_compress.reports.fronts import write_front
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import make_tables, one_row_each
@@ -322,7 +323,7 @@ def write_picture(records: Sequence[Record], results: Path) -> list[Path]:
     if table is None:
         return []
     fronts = pareto.make_fronts(table.cells.column("recipe"), table.rows, [results / "documents"])
-    files = [plots.front(results / "pareto", SHOWN_MODEL, front) for front in fronts if front.key == "bytes"]
+    files = [write_front(results / "pareto", SHOWN_MODEL, each, png=True) for each in fronts if each.key == "bytes"]
     return [path for made in files for path in made]
 
 

@@ -262,9 +262,12 @@ def table(records: Places = "runs/records") -> list[Table]:
     return found
 
 
-def report(records: Places = "runs/records", out: str | Path = "runs") -> list[Path]:
-    """Write out/report.html and out/plots/ of records, and of what harnesses left beside them; returns their paths."""
-    return make_report(records, out, report_columns()).files
+def report(records: Places = "runs/records", out: str | Path = "runs", *, png: bool = False) -> list[Path]:
+    """Write out/report.html and out/plots/ of records, and of what harnesses left beside them; returns their paths.
+
+    png: draw the fronts as PNG as well as SVG, which takes a second more.
+    """
+    return make_report(records, out, report_columns(), coerce(bool, png, "png")).files
 
 
 def load(model: str | Path, dtype: torch.dtype | None = None, **keywords: Any) -> PreTrainedModel:

@@ -22,6 +22,28 @@ from moe_compress.cli.commands import main
         (["apply", "plan.json", "colour=red"], "unknown key 'colour'"),
         (["evaluate", "MODEL", "eval_data=nope.txt"], "there is no file nope.txt."),
         (["evaluate", "MODEL", "eval_sample=3"], "unknown key 'eval_sample': did you mean 'eval_samples'?"),
+        (
+            ["evaluate", "MODEL", "samples=3"],
+            "evaluate would do nothing with samples=; what it uses: original, eval_data",
+        ),
+        (["evaluate", "MODEL", "out=here"], "evaluate would do nothing with out=; what it uses: "),
+        (["evaluate", "MODEL", "seed=1", "seed=2"], "seed= is given twice."),
+        (["apply", "plan.json", "data=zoo"], "apply would do nothing with data=; what it uses: any_model, eval_data"),
+        (["routing", "MODEL", "data=zoo"], "routing would do nothing with data=; what it uses: original, eval_data"),
+        (
+            ["tasks", "MODEL", "eval_samples=3"],
+            "tasks would do nothing with eval_samples=; what it uses: tasks, original",
+        ),
+        (["analyze", "MODEL", "eval_data=zoo"], "analyze would do nothing with eval_data=; what it uses: layers"),
+        (
+            ["compare", "MODEL", "MODEL", "resident=true"],
+            "compare would do nothing with resident=; what it uses: prompts",
+        ),
+        (["data", "show", "MODEL", "device=cpu"], "data show would do nothing with device=; what it uses: documents"),
+        (
+            ["export", "imatrix", "MODEL", "mix=a:1"],
+            "export imatrix would do nothing with mix=; what it uses: out, data",
+        ),
         (["evaluate", "MODEL", "resident"], "'resident' is not key=value"),
         (["analyze", "MODEL", "threshold=nan"], "threshold=nan: a cosine from -1 to 1 is needed"),
         (["analyze", "MODEL", "threshold=-2"], "threshold=-2.0: a cosine from -1 to 1 is needed"),

@@ -1,9 +1,10 @@
-"""What is a matter of words is answered without torch, transformers, numpy, pandas or matplotlib."""
+"""What is a matter of words is answered without torch, transformers, numpy, pandas or matplotlib; a page almost so."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ import pytest
 from support.slow import slow_after
 
 HEAVY = ("torch", "transformers", "numpy", "pandas", "matplotlib", "scipy", "datasets")
-CODE = f"""
+CODE = """
 import sys
-sys.argv = ["moe-compress", *sys.argv[1:]]
+_, heavy, *words = sys.argv
+HEAVY = heavy.split()
+sys.argv = ["moe-compress", *words]
 from moe_compress.cli.commands import main
 try:
     main()
@@ -21,7 +24,7 @@ except SystemExit as stop:
     code = stop.code or 0
 else:
     code = 0
-heavy = [name for name in {HEAVY} if name in sys.modules]
+heavy = [name for name in HEAVY if name in sys.modules]
 assert not heavy, heavy
 sys.exit(code)
 """
@@ -40,14 +43,26 @@ ANSWERED = [
 ]  # fmt: skip
 
 
+def run(words: Sequence[str], heavy: Iterable[str], place: Path) -> subprocess.CompletedProcess[str]:
+    """The command line, which fails if it imports something heavy."""
+    return subprocess.run(
+        [sys.executable, "-c", CODE, " ".join(heavy), *words], capture_output=True, text=True, check=False, cwd=place
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "code"), slow_after(12, ANSWERED), ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
 def test_words_are_answered_without_heavy_imports(words, code, tmp_path):
     records = Path(__file__).parents[2] / "results" / "records" / "tiny-mixtral-original.json"
     given = [str(next(records.parent.glob("tiny-mixtral-top_k*"))) if word == "RECORDS" else word for word in words]
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *given], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    done = run(given, HEAVY, tmp_path)
     assert done.returncode == code, done.stderr
     assert not code or (done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1)
+
+
+def test_a_page_with_fronts_is_made_without_heavy_imports_but_numpy(tmp_path):
+    records = map(str, (Path(__file__).parents[2] / "results" / "records").glob("tiny-mixtral-[ot]*-*.json"))
+    done = run(["report", *records, "out=."], set(HEAVY) - {"numpy"}, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.html").is_file() and {path.suffix for path in tmp_path.glob("plots/*")} == {".svg"}

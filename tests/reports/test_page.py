@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -72,8 +73,7 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
     assert len(made.skipped) == 2 and all("broken.json" in sentence for sentence in made.skipped)
     assert "broken.json" in caplog.text
     names = {path.name for path in made.files}
-    plots = {f"tiny-012345-{key}.{kind}" for key in ("bytes", "flops_per_token", "latency") for kind in ("png", "svg")}
-    assert names == {"report.html"} | plots
+    assert names == {"report.html"} | {f"tiny-012345-{key}.svg" for key in ("bytes", "flops_per_token", "latency")}
     text = made.files[0].read_text()
     assert "&lt;script&gt;document.title" in text and "<script>document.title" not in text and "<img" not in text
     assert text.count("<script>") == 1 and 'src="' not in text and 'href="http' not in text and "@import" not in text
@@ -83,7 +83,27 @@ def test_the_page_says_everything_and_runs_nothing_of_what_it_says(results, tmp_
     assert SAME in text and "share of zeros" in text and "prefers-color-scheme: dark" in text
     again = api.report([results / "records"], tmp_path / "again")
     for first, second in zip(made.files[1:], again[1:], strict=True):
-        assert first.suffix == ".png" or first.read_bytes() == second.read_bytes()
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_front_is_drawn_alike_on_the_page_and_in_its_file_and_as_png_on_request(results, tmp_path):
+    page, *files = api.report([results / "records"], tmp_path / "out")
+    drawn = (svg.partition('role="img"')[2] for svg in page.read_text().split("<svg")[1:])
+    shown = [re.findall(r"<(?:path|circle|text|title).*", svg) for svg in drawn if "perplexity, root" in svg][:3]
+    for path, of_page in zip(files, shown, strict=True):
+        root = ElementTree.parse(path).getroot()
+        named = {found.partition(": ")[0] for title in root.iter() if (found := title.text or "").endswith("of draws")}
+        assert {"original", "expert_drop keep=6"} <= {*named} and any(HOSTILE in name for name in named) == (
+            "latency" not in path.name
+        )
+        of_file = path.read_text().partition("<g transform")[2].partition("</g>")[0]
+        assert re.findall(r"<(?:path|circle|text|title).*", of_file) == of_page
+    drawn_as_png = api.report([results / "records"], tmp_path / "png", png=True)
+    kinds = [path.suffix for path in drawn_as_png]
+    assert kinds == [".html", *[".svg", ".png"] * 3]
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in drawn_as_png if path.suffix == ".png")
+    with pytest.raises(ValueError, match="png=perhaps: allowed: true, false"):
+        api.report([results / "records"], tmp_path / "png", png="perhaps")
 
 
 def test_bad_input_is_one_sentence(tmp_path):

@@ -68,7 +68,7 @@ def test_the_interval_of_drawn_perplexities_covers(tmp_path):
     for number in range(200):
         row = [measured(tmp_path, record(f"text{number}", 2.0), rng.normal(200, 30, DOCUMENTS))]
         values_B = pareto.draw([row], [tmp_path], draws=1000).values_BR[:, 0]
-        low, high = np.percentile(values_B, pareto.TAILS)
+        low, high = pareto.tails(values_B)
         inside += low <= math.exp(2.0) <= high
     assert 0.89 <= inside / 200 <= 0.99
 

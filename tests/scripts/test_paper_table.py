@@ -199,6 +199,7 @@ def test_what_failed_is_a_row_with_its_reason(results):
     failed = {path.stem.removeprefix(f"{MODEL}-") for path in (results / "failures").glob("*.json")}
     assert failed == {"awq", "expert_drop", "expert_drop-awq", "layer_drop-awq", "block_drop-awq"}
     assert "no room on the disk" in (results / "report.html").read_text()
+    assert {path.suffix for path in (results / "plots").iterdir()} == {".svg", ".png"}
     assert (results / "paper_table.csv").read_text().count("in the paper") == 8
     assert r"\begin{longtable}" in (results / "paper_table.tex").read_text()
     (numbers,) = [c for c in json.loads((results / "paper_table.json").read_text())["cells"] if c["cell"] == "awq"]

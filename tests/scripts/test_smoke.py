@@ -22,7 +22,9 @@ import torch
 
 from moe_compress import zoo
 from moe_compress.cli import commands
+from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.evaluation.speed import benchmark, worker
+from moe_compress.reports import html_report
 from moe_compress.zoo import text
 from support.slow import slow_after
 
@@ -221,6 +223,10 @@ def test_results_are_rebuilt_byte_for_byte_from_their_records(tmp_path):
     made = [path for path in tmp_path.iterdir() if not path.is_symlink()]
     assert {path.name for path in made} > {"tables.md", "tables.tex", "tables.json", "summary.md", "README.md"}
     assert [path.name for path in made if path.read_bytes() != (RESULTS / path.name).read_bytes()] == []
+    plots = html_report.make_report([TABLE / "records"], tmp_path / "page", report_columns(), True)
+    kept = {path.name: path for path in (TABLE / "plots").iterdir()}
+    assert {path.name for path in plots.files[1:]} == set(kept) and len(kept) == 12
+    assert [path.name for path in plots.files[1:] if path.read_bytes() != kept[path.name].read_bytes()] == []
     page = (tmp_path / "README.md").read_text()
     targets = {part.partition(")")[0] for part in page.split("](")[1:]}
     assert len(targets) > 2 and all((tmp_path / name).exists() for name in targets - {"paper_table/report.html"})

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_compress.cli.arguments import FLAGS, normalised, only, option_pairs
 from moe_compress.cli.commands import EXPORTS
+from moe_compress.cli.help import TABLES
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.options import typed_words
@@ -95,14 +96,14 @@ def require_command(words: list[str]) -> None:
         count = len(positional)
     if command == "data":
         command, given = "show_data", given[1:]
-    if command in ("table", "report"):
+    if command in TABLES:
         count = sum("=" not in word for word in given)
     places, pairs = given[:count], option_pairs(given[count:])
     if any("=" in word for word in places) or (len(places) < count and command != "list"):
         raise ValueError(f"{command} takes {count} words that are no key=value.")
     if command in HARNESSES:
         HARNESSES[command].typed(pairs)
-    elif command in ("table", "report", "list", "zoo"):
-        only(pairs, ("out",) if command in ("table", "report") else (), command)
+    elif command in (*TABLES, "list", "zoo"):
+        only(pairs, TABLES.get(command, ()), command)
     else:
         typed_words(command, function_of("moe_compress.api", command), pairs)

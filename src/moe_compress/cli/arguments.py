@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moe_compress.recipes.parser import key_value
+from moe_compress.utils.choices import key_value
 
 FLAGS = ("", "check", "dry-run", "help", "pad", "verbose", "version")
 
@@ -27,8 +27,13 @@ def normalised(arguments: list[str]) -> list[str]:
 
 
 def option_pairs(words: Sequence[str]) -> dict[str, str]:
-    """Options from `key=value` words."""
-    return dict(key_value(word) for word in words)
+    """Options from `key=value` words. ValueError for one that is given twice."""
+    found: dict[str, str] = {}
+    for key, value in map(key_value, words):
+        if key in found:
+            raise ValueError(f"{key}= is given twice.")
+        found[key] = value
+    return found
 
 
 def only(options: Mapping[str, str], known: tuple[str, ...], command: str) -> Mapping[str, str]:

@@ -6,11 +6,13 @@ what is wrong with a word is said before torch is imported: commands import what
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,10 +20,15 @@ import typer
 
 from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
-from moe_compress.cli.help import FUNCTIONS, WithWords
+from moe_compress.cli.help import FUNCTIONS, TABLES, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
+<<<<<<< .merge_file_IC3abP
+=======
 from moe_compress.recipes.parser import parse, split_words
+from moe_compress.run.option_uses import USED, require_used
+>>>>>>> .merge_file_yWuNcq
 from moe_compress.run.options import typed_words
+from moe_compress.utils.choices import coerce
 from moe_compress.utils.declarations import function_of
 from moe_compress.utils.text import printable
 
@@ -63,8 +70,10 @@ def _options(
 
 def _called(name: str, positional: list[str], words: list[str], models: int = 1, **flags: Any) -> Any:
     """What a function of the API returns; its words are checked before it is imported. models: among the positional."""
-    given = option_pairs(words)
-    typed_words(name.replace("export_", "export ").replace("_", "-"), function_of(API, name), given)
+    given, declared = option_pairs(words), function_of(API, name)
+    command = name.replace("export_", "export ").replace("_", "-").replace("show-data", "data show")
+    typed_words(command, declared, given)
+    require_used(command, declared.parameters, USED.get(name, ()), given)
     for model in positional[:models]:
         require_model_name(model)
     from moe_compress import api
@@ -81,6 +90,8 @@ def _show(found: Any) -> None:
 @app.command(cls=WithWords)
 def compress(words: Words) -> None:
     """Run a recipe and evaluate the result: compress "expert_drop score=reap ratio=0.25" model=tiny-mixtral."""
+    from moe_compress.recipes.parser import parse, split_words
+
     sentence, overrides = split_words(words)
     recipe = parse(sentence, overrides)
     require_model_name(recipe.options.model)
@@ -109,6 +120,8 @@ def evaluate(words: ModelWords) -> None:
 @app.command(cls=WithWords)
 def plan(words: Words) -> None:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
+    from moe_compress.recipes.parser import parse, split_words
+
     sentence, overrides = split_words(words)
     require_model_name(parse(sentence, overrides).options.model)
     from moe_compress import api
@@ -180,6 +193,7 @@ def push(
 
 def _measure(harness: Harness, words: list[str], **flags: bool) -> None:
     given = harness.typed({**flags, **option_pairs(words[1:])})
+    require_used(harness.name, harness.declaration.parameters, harness.options, given)
     require_model_name(words[0])
     found = harness.run(words[0], **given)
     _show(found)
@@ -207,7 +221,7 @@ for _harness in HARNESSES.values():
 
 Records = Annotated[
     list[str] | None,
-    typer.Argument(help="records, or folders of them (runs/records), and out=DIR (runs)", metavar="[RECORDS] [out=]"),
+    typer.Argument(help="records, or folders of them (runs/records), and words", metavar="[RECORDS] [WORDS]"),
 ]
 
 
@@ -218,7 +232,8 @@ def table(words: Records = None) -> None:
     from moe_compress.reports.table import read_tables, write_tables
     from moe_compress.utils.files import require_writable
 
-    places, out = _places(words)
+    places, options = _places(words, "table")
+    out = Path(options.get("out", "runs"))
     require_writable(out, f"out={out}")
     tables, skipped = read_tables(places)
     written = write_tables(tables, out)
@@ -232,20 +247,24 @@ def table(words: Records = None) -> None:
 
 @app.command(cls=WithWords)
 def report(words: Records = None) -> None:
-    """Make one HTML page of records: tables, fronts, pictures; and the plots as files: report [RECORDS] [out=DIR]."""
+    """Make one HTML page of records: tables, fronts, pictures; and fronts as files: report [RECORDS] [out=] [png=]."""
     from moe_compress.reports.html_report import make_report
 
-    made = make_report(*_places(words), report_columns())
+    places, options = _places(words, "report")
+    png = coerce(bool, options.get("png", False), "png")
+    # To start a thread for every core, as numpy does on import, costs more than all that is multiplied for a page.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    made = make_report(places, options.get("out", "runs"), report_columns(), png)
     typer.echo(f"written: {', '.join(map(str, made.files))}", err=True)
     if made.skipped:
         raise typer.Exit(1)
 
 
-def _places(words: list[str] | None) -> tuple[list[str], Path]:
-    """Records, and the folder to write to."""
+def _places(words: list[str] | None, command: str) -> tuple[list[str], Mapping[str, str]]:
+    """Records, and the command's own words."""
     places = [word for word in words or () if "=" not in word]
-    options = only(option_pairs([word for word in words or () if "=" in word]), ("out",), "this command")
-    return places or ["runs/records"], Path(options.get("out", "runs"))
+    options = only(option_pairs([word for word in words or () if "=" in word]), TABLES[command], command)
+    return places or ["runs/records"], options
 
 
 @app.command("list")
@@ -270,6 +289,8 @@ def zoo() -> None:
 
 def main() -> None:
     """Run the command line; a user's mistake is one sentence."""
+    # The system takes back all that is left at the end: to look for cycles in it first is a seventh of a short command.
+    atexit.register(gc.freeze)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
     try:
         app(args=normalised(sys.argv[1:]))

@@ -9,6 +9,7 @@ from typing import Any
 from typer.core import TyperCommand
 
 from moe_compress.evaluation.harnesses import HARNESSES
+from moe_compress.run.option_uses import USED
 from moe_compress.run.options import Options
 from moe_compress.utils.declarations import REQUIRED, Parameter, function_of
 
@@ -19,8 +20,8 @@ RECIPE = (
     "A recipe is a method and its parameters (`list METHOD` shows them), stages joined by +, or a .yaml file; words "
     "behind it set options of the run, or override parameters (expert_drop.keep=5, or 2.keep=5 by the stage's number)."
 )
-# Commands whose other words are folders of records.
-TABLES = ("table", "report")
+# Commands whose other words are folders of records, and their own, as the page's function has them.
+TABLES = {"table": ("out",), "report": ("out", "png")}
 # Commands whose first word may choose another function.
 KINDS = {"export": {"gguf-plan": "export_gguf_plan", "imatrix": "export_imatrix"}}
 # Commands whose function is called otherwise: `data` is a package.
@@ -39,7 +40,9 @@ class WithWords(TyperCommand):
 def options_of(command: str) -> list[str]:
     """Paragraphs: the command's own words and what they mean, and the options of a run where it takes them."""
     if command in TABLES:
-        return [_listed("Words", {"out": function_of(API, "report").parameters["out"]})]
+        page = function_of(API, "report")
+        words = _listed("Words", {key: page.parameters[key] for key in TABLES[command]})
+        return [words, " ".join(page.about.split())] if command == "report" else [words]
     harness = HARNESSES.get(command)
     found = harness.declaration if harness else function_of(API, FUNCTIONS.get(command, command))
     own = {key: each for key, each in found.parameters.items() if (command, key) != ("export", "pad")}
@@ -47,11 +50,11 @@ def options_of(command: str) -> list[str]:
     parts += [_listed("Words", own)] if own else []
     parts += [" ".join(found.about.split())] if found.about and own else []
     if found.takes_others:
-        names_model = command in ("compress", "plan", "apply")
+        used = harness.options if harness else USED.get(FUNCTIONS.get(command, command), ())
         fields = {
             key: Parameter(each.annotation, each.default)
             for key, each in Options.model_fields.items()
-            if key not in own and (key != "model" or names_model)
+            if key not in own and (key in used or not used) and (key != "model" or not harness)
         }
         parts.append(_listed("Options of the run (docs/recipes.md says what they mean)", fields))
     for kind, function in KINDS.get(command, {}).items():

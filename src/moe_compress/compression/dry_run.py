@@ -83,7 +83,7 @@ def _dry_weights(stage: Stage, model: PreTrainedModel, found: DryRun) -> None:
     if registry.find(stage.method).implementation.factoring is not None:
         _dry_factors(stage, matrices, found)
         return
-    storage = storage_for(matrices)
+    storage = storage_for(matrices, found.values)
     if stage.needs == "input_grams":
         needed = (each * experts for each, experts in gram_bytes(matrices).values())
         found.gram_bytes = max(found.gram_bytes, *needed)

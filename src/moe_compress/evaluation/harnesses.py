@@ -33,13 +33,14 @@ class Harness:
     """A registered harness.
 
     results: the folder under results= that keeps its reports; columns: module with the columns that tables join from
-    them (`reports.companions.Columns`), "" for none.
+    them (`reports.companions.Columns`), "" for none; options: of a run that it uses, where it takes any (**options).
     """
 
     name: str
     declaration: Declaration
     results: str
     columns: str
+    options: tuple[str, ...] = ()
 
     def typed(self, words: Mapping[str, Any]) -> dict[str, Any]:
         """Its own words in the types of their annotations, and options of a run as they are.
@@ -57,7 +58,9 @@ class Harness:
         return importlib.import_module(self.columns).COLUMNS
 
 
-def harness(name: str, *, results: str = "", columns: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def harness(
+    name: str, *, results: str = "", columns: str = "", options: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that measures a checkpoint and returns a `SavedReport`; see `Harness`.
 
     The function is given typed words; the one that is registered checks them, and keeps the report.
@@ -74,7 +77,7 @@ def harness(name: str, *, results: str = "", columns: str = "") -> Callable[[Cal
             report.save(folder)
             return report
 
-        found = _harness(of_function(measure, "harness", name, results=results, columns=columns))
+        found = _harness(of_function(measure, "harness", name, results=results, columns=columns, options=options))
         if HARNESSES.setdefault(name, found).declaration.module != found.declaration.module:
             raise ValueError(f"the harness {name!r} is registered twice.")
         return measured
@@ -90,6 +93,7 @@ def _harness(declaration: Declaration) -> Harness:
         declaration=declaration,
         results=given.get("results") or name,
         columns=given.get("columns", ""),
+        options=given.get("options", ()),
     )
 
 

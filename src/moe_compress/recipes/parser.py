@@ -18,7 +18,7 @@ from typing import Any
 from moe_compress.methods import registry
 from moe_compress.recipes.recipe import Recipe, build
 from moe_compress.run.options import Options
-from moe_compress.utils.choices import unknown_key
+from moe_compress.utils.choices import key_value, unknown_key
 from moe_compress.utils.files import read_text
 from moe_compress.utils.yaml_text import parse_yaml
 
@@ -115,14 +115,6 @@ def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str,
         for key in registry.find(stage.method).displaced_by(later.given):
             stage.given.pop(key, None)
         stage.given |= later.given
-
-
-def key_value(word: str) -> tuple[str, str]:
-    """A word in two. ValueError if it is no `key=value`."""
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise ValueError(f"{word!r} is not key=value; stages are joined by +.")
-    return key, value
 
 
 def _target(key: str, stages: Sequence[_Draft], options: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_compress.reports import charts, companions
 from moe_compress.reports.companions import LATENCY, Columns, CompanionResult, JoinedColumns
+from moe_compress.reports.fronts import write_front
 from moe_compress.reports.page import Contents, Gallery, Section, render
 from moe_compress.reports.reading import Places, failures_of, gather, sibling_folders
 from moe_compress.reports.record import write_whole
@@ -26,11 +27,11 @@ class Report:
     skipped: list[str]
 
 
-def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns]) -> Report:
+def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns], png: bool = False) -> Report:
     """Write the page and the plots of records (files, or folders of them) and of what other commands left beside them.
 
-    columns: by the folder beside the records whose files add them. Files that are none of ours, or were changed, are
-    named in a warning and skipped. ValueError without any record.
+    columns: by the folder beside the records whose files add them; png: whether plots are drawn as PNG as well. Files
+    that are none of ours, or were changed, are named in a warning and skipped. ValueError without any record.
     """
     require_writable(Path(out) / "plots", f"out={out}")
     good, skipped = gather(records)
@@ -48,7 +49,7 @@ def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns]
     homeless = [failure for failure in failures if failure.model not in models]
     for sentence in skipped:
         log.warning("skipped: %s.", sentence)
-    files = _plots(sections, Path(out) / "plots")
+    files = _plots(sections, Path(out) / "plots", png)
     page = write_whole(Path(out) / PAGE, render(Contents(sections, homeless, galleries, skipped)))
     return Report([page, *files], skipped)
 
@@ -86,11 +87,9 @@ def _galleries(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
     return [*analyses, *routing], [*wrong, *others]
 
 
-def _plots(sections: Sequence[Section], folder: Path) -> list[Path]:
-    from moe_compress.reports import plots  # matplotlib: a second that an error need not wait for
-
+def _plots(sections: Sequence[Section], folder: Path, png: bool) -> list[Path]:
     files: list[Path] = []
     for stem, section in zip(stems([section.table for section in sections]), sections, strict=True):
         for front in section.fronts:
-            files += plots.front(folder / f"{stem}-{front.key}", section.table.title, front)
+            files += write_front(folder / f"{stem}-{front.key}", section.table.title, front, png)
     return files

@@ -9,15 +9,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 from moe_compress.reports import charts, svg, table_formats
 from moe_compress.reports.companions import LATENCY, JoinedColumns
 from moe_compress.reports.record import Failure, Metric, Record, now
 from moe_compress.reports.table import SAME, Table, row_numbers, sentence_of
+from moe_compress.reports.templates import template
 
 if TYPE_CHECKING:
     from moe_compress.reports.pareto import Front
@@ -57,11 +55,7 @@ class Contents:
 
 def render(contents: Contents) -> str:
     """The page, whole: styles, scripts and pictures are in it."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    source = resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return environment.from_string(source).render(
+    return template(TEMPLATE).render(
         sections=[_section(at, section) for at, section in enumerate(contents.sections)],
         failures=contents.failures,
         galleries=contents.galleries,

@@ -20,7 +20,7 @@ from moe_compress.reports.companions import LATENCY, JoinedColumns
 from moe_compress.reports.record import Metric, Record
 
 DRAWS = 10_000
-TAILS = (2.5, 97.5)
+TAILS = (0.025, 0.975)
 # Standard deviations between the ends of a 95 % interval.
 SPREAD = 2 * 1.959964
 # Beyond this the sums of a file are those of another run.
@@ -76,17 +76,22 @@ def on_front(costs: Floats, values: Floats) -> NDArray[np.bool_]:
 
     Points that are equal in both do not dominate each other.
     """
-    costs = np.broadcast_to(costs, values.shape)
-    order = np.lexsort((values, costs), axis=-1)
-    cost, value = (np.take_along_axis(each, order, -1) for each in (costs, values))
-    best = np.minimum.accumulate(value, axis=-1)
-    before = np.concatenate([np.full_like(best[..., :1], np.inf), best[..., :-1]], axis=-1)
-    better = value < before
-    # Costs rise along the axis, so the largest of those that were better is the latest one's.
-    latest = np.maximum.accumulate(np.where(better, cost, -np.inf), axis=-1)
-    found = np.empty(values.shape, dtype=bool)
-    np.put_along_axis(found, order, better | ((value == best) & (cost == latest)), -1)
-    return found
+    order = np.argsort(costs, axis=-1)
+    cost, value = _taken(costs, order), _taken(values, order)
+    least = np.minimum.accumulate(value, axis=-1)
+    least = np.concatenate([np.full_like(least[..., :1], np.inf), least], axis=-1)  # of the first 0, 1, ... points
+    # How many cost less than each point, and how many at most as much.
+    places = np.arange(cost.shape[-1])
+    below = np.maximum.accumulate(np.where(np.diff(cost, prepend=-np.inf) > 0, places, 0), axis=-1)
+    ends = np.where(np.diff(cost, append=np.inf) > 0, places + 1, len(places))
+    upto = np.minimum.accumulate(ends[..., ::-1], axis=-1)[..., ::-1]
+    found = (value < _taken(least, below)) & (value == _taken(least, upto))
+    return _taken(found, np.argsort(order, axis=-1))
+
+
+def _taken(values: NDArray[Any], places: NDArray[np.int64]) -> NDArray[Any]:
+    """Of the last axis; places that are the same in all draws are given once."""
+    return values[..., places] if places.ndim == 1 else np.take_along_axis(values, places, -1)
 
 
 def draw(rows: Sequence[Row], folders: Sequence[Path] = (), draws: int = DRAWS) -> Drawn:
@@ -157,12 +162,13 @@ def make_fronts(
     if not rows:
         return []
     drawn = draw(rows, folders)
+    intervals = _intervals(rows, drawn)
     fronts = [
-        _front(key, label, names, [_size(row, key, unit) for row in rows], drawn, _intervals(rows, drawn))
+        _front(key, label, names, [_size(row, key, unit) for row in rows], drawn, intervals)
         for key, (label, unit) in COSTS.items()
     ]
     timed = [_latency(row, speedups) for row in rows]
-    latency = _front(LATENCY, "decoding time / the original's", names, timed, drawn, _intervals(rows, drawn))
+    latency = _front(LATENCY, "decoding time / the original's", names, timed, drawn, intervals)
     fronts.append(replace(latency, how=f"decoding {speedups.how}"))
     return [front for front in fronts if len(front.points) > 1]
 
@@ -225,9 +231,15 @@ def _intervals(rows: Sequence[Row], drawn: Drawn) -> list[tuple[float, float]]:
         values_B = drawn.values_BR[:, at]
         if base is not None and drawn.paired_R[base] and drawn.paired_R[at]:
             values_B = values_B / drawn.values_BR[:, base] * drawn.perplexity_R[base]
-        low, high = np.percentile(values_B, TAILS)
-        found.append((float(low), float(high)))
+        found.append(tails(values_B))
     return found
+
+
+def tails(values_B: Floats) -> tuple[float, float]:
+    """The ends of the middle 95 % of draws, as np.quantile has them, which would import masked arrays for it."""
+    places_B = np.linspace(0, 1, len(values_B))
+    low, high = np.interp(TAILS, places_B, np.sort(values_B))
+    return float(low), float(high)
 
 
 def _notes(paired_R: Iterable[Any]) -> list[str]:

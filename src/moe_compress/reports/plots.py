@@ -1,4 +1,4 @@
-"""Pictures of analyses and fronts: numbers in, PNG and SVG files out. This module knows nothing of ours.
+"""Pictures by matplotlib: analyses as PNG and SVG, fronts as PNG. This module knows nothing of ours.
 
 Colours tell apart what colour-blind readers can tell apart: cividis and PuOr for tables, Okabe and Ito's for lines.
 """
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_compress.reports import svg
-from moe_compress.reports.pareto import Front, Point
+from moe_compress.reports.pareto import Front
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
@@ -26,10 +26,7 @@ COLUMNS = 6
 DPI = 150
 ALIKE = "PuOr_r"
 LEAST_LIMIT = 0.2
-NAMED, NAME, FEW = 0.05, 70, 16
-HIGH, NEAR = 1000, 40
-WIDE = 80
-LEGEND = "orange: on the front as measured\n%: on it in so many of the draws"
+HIGH, WIDE = 1000, 80
 WHISKER: dict[str, Any] = {"colors": "grey", "linewidth": 0.7}
 META: dict[str, dict[str, Any]] = {".svg": {"metadata": {"Date": None}}}
 Table = Sequence[Sequence[float | None]]
@@ -121,10 +118,10 @@ def _ticks(values: Sequence[int], most: int = TICKS) -> tuple[list[int], list[st
     return places, [str(values[place]) for place in places]
 
 
-def _saved(figure: Figure, stem: Path) -> list[Path]:
-    """As PNG and as SVG."""
+def _saved(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """One file of each kind."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in kinds]
     # Without salt and date, a second run would write other bytes.
     with rc_context({"svg.hashsalt": "moe-compress"}):
         for path in files:
@@ -133,15 +130,10 @@ def _saved(figure: Figure, stem: Path) -> list[Path]:
 
 
 def front(stem: Path, title: str, found: Front) -> list[Path]:
-    """A front as PNG and SVG: perplexity with whiskers over cost, orange on the front as measured.
-
-    What is often on it is numbered and named, and so is everything where there is little.
-    """
+    """A front as PNG, with the numbers and the names that it has as SVG: perplexity with whiskers over cost."""
     figure = Figure(figsize=(11.0, 4.8), layout="constrained")
     axes = figure.subplots()
     up = svg.perplexity_axis(found.points, 0, HIGH)
-    best = [point for point in found.points if point.front or point.share >= NAMED]
-    named = found.points if len(found.points) <= FEW else best
     for points, colour in ((found.points, LINES[0]), ([point for point in found.points if point.front], LINES[1])):
         x, y = [point.cost for point in points], [up(point.perplexity) for point in points]
         axes.vlines(
@@ -149,27 +141,15 @@ def front(stem: Path, title: str, found: Front) -> list[Path]:
         )
         axes.hlines(y, *zip(*(p.cost_interval or (p.cost, p.cost) for p in points), strict=True), **WHISKER)
         axes.plot(x, y, "o", color=colour, markersize=4, alpha=0.8)
-    for (cost, height), numbers in _together(named, up).items():
-        axes.annotate(numbers, (cost, height), (4, 4), textcoords="offset points", fontsize=7)
-    for number, point in enumerate(named, 1):
-        name = f"{number}  {textwrap.shorten(point.name, NAME, placeholder=' ...')}: {point.share:.0%}"
+    for point, numbers in svg.numbers(found).items():
+        place = (point.cost, up(point.perplexity))
+        axes.annotate(numbers, place, (4, 4), textcoords="offset points", fontsize=7)
+    for name in svg.names(found):
         axes.plot([], [], " ", label=name.replace("$", r"\$"))
     below = f"{found.label} ({found.how})" if found.how else found.label
     plain = [text.replace("$", r"\$") for text in (title, textwrap.fill(below, WIDE))]
     axes.set(title=plain[0], xlabel=plain[1], ylabel="perplexity, root of log scale")
     axes.set_yticks(*zip(*up.ticks(), strict=True))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title=LEGEND)
-    return _saved(figure, stem)
-
-
-def _together(points: Sequence[Point], up: svg.Axis) -> dict[tuple[float, float], str]:
-    """Numbers of points by place, those that are too near for a number each in one text."""
-    across = svg.axis([point.cost for point in points], 0, HIGH)
-    found: dict[tuple[float, float], str] = {}
-    cells: dict[tuple[int, int], tuple[float, float]] = {}
-    for number, point in enumerate(points, 1):
-        cell = int(across(point.cost) // NEAR), int(up(point.perplexity) // NEAR)
-        place = cells.setdefault(cell, (point.cost, up(point.perplexity)))
-        found[place] = f"{found[place]}, {number}" if place in found else f"{number}"
-    return found
+    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="\n".join(svg.LEGEND))
+    return _saved(figure, stem, ("png",))

@@ -1,4 +1,4 @@
-"""Where things stand on the page's inline SVG: numbers in, pixels and ticks out; the template draws them.
+"""Where things stand in SVG, on the page and in files: numbers in, pixels, ticks and names out; templates draw them.
 
 This module knows nothing of ours.
 """
@@ -6,6 +6,7 @@ This module knows nothing of ours.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,13 @@ CELL, SHADES = 9, 16
 LABELS = 44
 BAR_HEIGHT = 64
 TICKS = 6
+# What is on a front in so many of the draws is named, and everything where there are few; names are cut at a length.
+OFTEN, FEW, NAME = 0.05, 16, 70
+# Numbers that are nearer than this, across and up, would touch; those that are this near to the edge stand before it.
+NEAR, EDGE = (15, 11), 100
+LEGEND = ("orange: on the front as measured", "%: on it in so many of the draws")
+# Of a picture of its own: room above for the title, to the right for the names; the height and the length of a line.
+TITLE, NAMES, LINE, LONG = 28, 500, 15, 180
 
 
 @dataclass(frozen=True)
@@ -75,10 +83,36 @@ def perplexity_axis(points: Sequence[Point], start: float, end: float) -> Axis:
     return Axis(low, max(high, low * 1.001), start, end, root=True)
 
 
+def named(front: Front) -> list[Point]:
+    """The points that have a number, counted from one: those that are often on the front; all, where there are few."""
+    few = len(front.points) <= FEW
+    return [point for point in front.points if few or point.front or point.share >= OFTEN]
+
+
+def names(front: Front) -> list[str]:
+    """What stands beside a plot for each number: the name, cut where it is long, and the share of the draws."""
+    found = []
+    for number, point in enumerate(named(front), 1):
+        name, *rest = textwrap.wrap(point.name, NAME) or [""]
+        found.append(f"{number}  {name}{' ...' if rest else ''}: {point.share:.0%}")
+    return found
+
+
+def numbers(front: Front) -> dict[Point, str]:
+    """What stands at points: their numbers, with those of later points that are too near for a number of their own."""
+    across, up = _scales(front)
+    places = {point: (across(point.cost), up(point.perplexity)) for point in named(front)}
+    found: dict[Point, str] = {}
+    for number, (point, (x, y)) in enumerate(places.items(), 1):
+        near = (other for other in found if abs(places[other][0] - x) < NEAR[0] and abs(places[other][1] - y) < NEAR[1])
+        first = next(near, point)
+        found[first] = f"{found[first]}, {number}" if first in found else f"{number}"
+    return found
+
+
 def scatter(front: Front) -> dict[str, Any]:
-    """A plot of a front: points with whiskers, the line through those on the front, ticks."""
-    costs = [end for point in front.points for end in (point.cost, *(point.cost_interval or ()))]
-    across, up = axis(costs, LEFT, WIDTH - RIGHT), perplexity_axis(front.points, HEIGHT - BOTTOM, TOP)
+    """A plot of a front: points with whiskers and numbers, the line through those on the front, ticks."""
+    across, up = _scales(front)
     stairs = [(across(point.cost), up(point.perplexity)) for point in front.points if point.front]
     line = "".join(f"{'H' if n else 'M'}{x}{'V' if n else ' '}{y}" for n, (x, y) in enumerate(stairs))
     return {
@@ -87,8 +121,35 @@ def scatter(front: Front) -> dict[str, Any]:
         "line": line,
         "xticks": across.ticks(),
         "yticks": up.ticks(),
-        "best": sorted((p for p in front.points if p.share >= 0.05 or p.front), key=lambda p: -p.share),
+        "named": named(front),
+        "numbers": [_beside(across(point.cost), up(point.perplexity), text) for point, text in numbers(front).items()],
     }
+
+
+def picture(title: str, front: Front) -> dict[str, Any]:
+    """The same as a picture of its own, with lines of text around it."""
+    right = [*LEGEND, "", *names(front)]
+    below = textwrap.wrap(front.how, LONG)
+    return {
+        "found": scatter(front),
+        "title": title,
+        "above": TITLE,
+        "width": WIDTH + NAMES,
+        "height": TITLE + max(HEIGHT + LINE * len(below), TOP + LINE * len(right)) + LINE,
+        "right": [(WIDTH, TITLE + TOP + LINE * n, text) for n, text in enumerate(right, 1) if text],
+        "below": [(LEFT, TITLE + HEIGHT + LINE * n, text) for n, text in enumerate(below, 1)],
+    }
+
+
+def _scales(front: Front) -> tuple[Axis, Axis]:
+    """Of costs, to the right, and of perplexities, upwards."""
+    costs = [end for point in front.points for end in (point.cost, *(point.cost_interval or ()))]
+    return axis(costs, LEFT, WIDTH - RIGHT), perplexity_axis(front.points, HEIGHT - BOTTOM, TOP)
+
+
+def _beside(x: float, y: float, text: str) -> tuple[float, float, str, str]:
+    """Where a point's numbers stand, and which end of them."""
+    return (x - 5, y - 5, "end", text) if x > WIDTH - EDGE else (x + 5, y - 5, "start", text)
 
 
 def _dot(point: Point, across: Axis, up: Axis) -> dict[str, Any]:

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from moe_compress.reports.record import Metric, Record
 from moe_compress.utils.text import printable
 
@@ -94,6 +92,8 @@ def _unasked(cell: str) -> str:
 
 def markdown(cells: Cells) -> str:
     """A Markdown table of text cells, each in one line, none with a bar that would end it."""
+    from tabulate import tabulate  # nothing but Markdown needs it
+
     titles, *rows = [list(map(_inert, row)) for row in (cells.titles, *cells.rows)]
     return tabulate(rows, titles, tablefmt="pipe", disable_numparse=True)
 

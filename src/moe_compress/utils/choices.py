@@ -1,4 +1,4 @@
-"""Words that people write: the nearest known one, and values in the type of an annotation."""
+"""Words that people write: in two, the nearest known one, and values in the type of an annotation."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
+
+
+def key_value(word: str) -> tuple[str, str]:
+    """A word in two. ValueError if it is no `key=value`."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{word!r} is not key=value; stages are joined by +.")
+    return key, value
 
 
 def coerce(hint: Any, value: Any, where: str) -> Any:

@@ -149,3 +149,18 @@ def test_what_is_packed_outlasts_a_stage_on_other_parts(family, first, second, w
     packed = {name for name in before if name.endswith(("_packed", "_scale", ".words", ".scales"))}
     assert packed and packed <= after.keys() and all(same_bits(before[name], after[name]) for name in packed)
     require_alike(ours(folder), theirs(folder))
+
+
+def test_attention_is_packed_beside_experts_that_are(wide_made):
+    """One config says both, so that they need not be packed at once."""
+    folder, first = wide_made("mixtral", f"{BLIND} + {BLIND} bits=8 where=attention"), wide_made("mixtral", BLIND)
+    before, after = stored(first), stored(folder)
+    assert form(folder) == "plain" and all(same_bits(before[name], after[name]) for name in before if "experts" in name)
+    assert any("self_attn" in name and name.endswith("_packed") for name in after)
+    require_alike(ours(folder), theirs(folder))
+
+
+def test_plain_formats_are_not_for_experts_held_one_by_one(wide_lab, wide_made, tmp_path):
+    model = {**wide_lab("mixtral"), "model": str(wide_made("mixtral", f"{BLIND} format=packed"))}
+    said = refused(f"{BLIND} where=attention format=gptq", model, tmp_path)
+    assert said.startswith("format=gptq is for plain checkpoints, and the experts of this one are held one by one: use")

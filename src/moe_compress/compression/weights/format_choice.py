@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,8 @@ from moe_compress.edits.edits import Edit, PackMatrices
 from moe_compress.methods.weight_method import NARROWEST, Bits, GridOptions, GroupSizes, group_size_for
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
-from moe_compress.models.matrices import Matrix, layer_matrices, stored_matrices
+from moe_compress.models.matrices import Kind, Matrix, layer_matrices, stored_matrices
+from moe_compress.models.moe import moe_views
 from moe_compress.utils.logging import log
 
 # What format=auto stands for: the first that can hold the matrices.
@@ -176,12 +177,15 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0] if ".experts." in name else name
 
 
-def storage_for(matrices: StageMatrices, beside: Sequence[str] = ()) -> Storage:
-    """How the matrices are to be stored, with others `beside` them. ValueError for a format that cannot hold them."""
+def storage_for(matrices: StageMatrices, values: Mapping[str, Any], beside: Sequence[str] = ()) -> Storage:
+    """How the matrices are to be stored, with others `beside` them. ValueError for a format that cannot hold them.
+
+    values: config.json's, which say what else is packed and stays so.
+    """
     grid = matrices.grid
     if grid is None:
         return Storage(matrices)
-    format = _format_of(matrices, grid)
+    format = _format_of(matrices, grid, packed_kinds(matrices.model, values) - {*matrices.kinds})
     sizes = _group_sizes(matrices, grid, _writer(format))
     _require_rounded(matrices, grid, format, sizes)
     return Storage(matrices, format, sizes, beside)
@@ -210,15 +214,15 @@ def _writer(format: str) -> Writer:
     return writer
 
 
-def _format_of(matrices: StageMatrices, grid: GridOptions) -> str:
-    """The name of a format that is written."""
+def _format_of(matrices: StageMatrices, grid: GridOptions, stays: Set[Kind]) -> str:
+    """The name of a format that is written. stays: parts of layers that are packed, and are left as they are."""
     if grid.format == DENSE or not any(matrices.packable.values()):
         return DENSE
     kind, wrapped = matrices.model.config.model_type, hf.is_wrapper(matrices.model.config)
     if grid.format == "auto":
         writers = {name: _writer(name) for name in AUTO}
         found = next(
-            n for n, each in writers.items() if not _one_width(grid, each) and not _refused(matrices, grid, each)
+            n for n, each in writers.items() if not _one_width(grid, each) and not _refused(matrices, grid, each, stays)
         )
         if found == DENSE:
             log.warning("no format holds the codes of %s: its weights are rounded, and stored as plain numbers.", kind)
@@ -228,7 +232,7 @@ def _format_of(matrices: StageMatrices, grid: GridOptions) -> str:
         raise ValueError(
             f"format={grid.format} holds one width for all experts: bits=auto needs format=packed or dense."
         )
-    reason = _refused(matrices, grid, writer)
+    reason = _refused(matrices, grid, writer, stays)
     if reason:
         others = "format=dense" if wrapped else "format=packed or format=dense"
         raise ValueError(f"format={grid.format} {reason}: use {others}.")
@@ -240,21 +244,23 @@ def _one_width(grid: GridOptions, writer: Writer) -> bool:
     return grid.bits is None and writer.parts is not None
 
 
-def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> str:
+def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer, stays: Set[Kind]) -> str:
     """Why a format cannot hold the matrices; empty if it can."""
     if writer.layer is not None and hf.is_wrapper(matrices.model.config):
         return "needs an edited architecture, which no language model inside a wrapper can have"
     if writer.parts is None:
         return ""
+    if any(view.unfused for view in moe_views(matrices.model).values()):
+        return "is for plain checkpoints, and the experts of this one are held one by one"
     lacking = _without_names(matrices)
     if lacking:
         model_type = matrices.model.config.model_type
         return f"packs matrices one by one, but {model_type} stores {lacking} together with others"
     if family_of(matrices.model.config).joins_shared:
         return "is not read by stock transformers, which joins matrices of shared experts while it reads them"
-    kinds = frozenset(matrix.kind for found in matrices.packable.values() for matrix in found)
+    kinds = stays | {matrix.kind for found in matrices.packable.values() for matrix in found}
     assert grid.bits is not None
-    reason = writer.refuses(Request(kinds=kinds, bits=grid.bits, group_size=grid.group_size))
+    reason = writer.refuses(Request(kinds=frozenset(kinds), bits=grid.bits, group_size=grid.group_size))
     if reason:
         return reason
     for which, alike in _alike(matrices.packable, writer).items():

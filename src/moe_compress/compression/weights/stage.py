@@ -70,7 +70,7 @@ def run_weight_stage(
 ) -> WeightStageResult:
     """Carry out a weight stage into `writer`."""
     layers = run.layers(source)
-    storage = storage_for(StageMatrices(stage, layers.model), source.prediction_modules)
+    storage = storage_for(StageMatrices(stage, layers.model), source.values, source.prediction_modules)
     if stage.needs == "input_grams":
         require_memory(gram_bytes(storage.matrices), layers.device)
     shared = _shared_out(stage, storage, source, run, writer, progress)

@@ -24,6 +24,7 @@ from moe_compress.models.moe import moe_views
 from moe_compress.reports import table_formats
 from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
+from moe_compress.run.option_uses import ARITHMETIC, EVALUATION, MODEL
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.devices import dtype_name, threads
 from moe_compress.utils.hashing import fingerprint
@@ -115,7 +116,7 @@ class RoutingReport(SavedReport):
         return as_markdown(self.to_json())
 
 
-@harness("routing")
+@harness("routing", options=(*EVALUATION, *ARITHMETIC, *MODEL, "results"))
 def routing(checkpoint: str | Path, /, original: str | None = None, **options: Any) -> RoutingReport:
     """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
     opened, base, run = open_pair(checkpoint, original, options, "routing")

@@ -23,6 +23,7 @@ from moe_compress.reports import table_formats
 from moe_compress.reports.table import SAME
 from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
+from moe_compress.run.option_uses import ARITHMETIC, MODEL
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.choices import AtLeast
 from moe_compress.utils.devices import dtype_name, threads
@@ -101,7 +102,7 @@ class TaskReport(SavedReport):
 AT_LEAST = "a number from {least} is needed."
 
 
-@harness("tasks", columns="moe_compress.evaluation.tasks.columns")
+@harness("tasks", columns="moe_compress.evaluation.tasks.columns", options=(*ARITHMETIC, *MODEL, "results"))
 def tasks(
     checkpoint: str | Path,
     /,

@@ -19,7 +19,7 @@ def layerwise(
     """Train one layer after the other, each by itself, on what the original's layers give in its place.
 
     train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms and new
-    (factors, and constants in place of experts); inputs: what enters a layer while it learns, the hidden states that the
-    compressed model has by then, so that earlier errors are made good, or the original's. steps: of each layer.
+    (factors, and constants in place of experts); inputs: what enters a layer while it learns, the hidden states that
+    the compressed model has by then, so that earlier errors are made good, or the original's. steps: of each layer.
     """
     return LayerDistillation(trains=trained_parts(train), inputs=inputs)
