@@ -22,11 +22,7 @@ from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import FUNCTIONS, TABLES, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
-<<<<<<< .merge_file_IC3abP
-=======
-from moe_compress.recipes.parser import parse, split_words
 from moe_compress.run.option_uses import USED, require_used
->>>>>>> .merge_file_yWuNcq
 from moe_compress.run.options import typed_words
 from moe_compress.utils.choices import coerce
 from moe_compress.utils.declarations import function_of
