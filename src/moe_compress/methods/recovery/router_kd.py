@@ -9,6 +9,9 @@ from moe_compress.methods.recovery_method import Distillation, RouterFit
 from moe_compress.methods.registry import recovery_method
 
 TRAINING = "solver=adam"
+TRAINED_BY = (
+    "steps", "batch", "lr", "warmup", "decay", "clip", "recompute", "keep", "checkpoint_every", "log",
+)  # fmt: skip
 
 
 @recovery_method(
@@ -18,9 +21,8 @@ TRAINING = "solver=adam"
     shown_in_names=("solver",),
     goes_with={
         "ridge": "solver=ridge",
-        **dict.fromkeys(
-            ("temperature", "steps", "batch", "lr", "warmup", "decay", "clip", "recompute", "keep"), TRAINING
-        ),
+        **dict.fromkeys(("temperature", *TRAINED_BY), TRAINING),
+        "keep_checkpoints": "solver=adam and checkpoint_every!=0",
     },
 )
 def router_kd(
