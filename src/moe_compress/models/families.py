@@ -7,6 +7,7 @@ for, and neither torch nor transformers is imported, so that listing families is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +53,7 @@ class Family:
     model_type: str
     _: KW_ONLY
 
-    # --- what its config.json calls things; an empty name: it does not say so ---
+    # --- what its config.json calls things; an empty name: it does not say so; `part.key`: inside an object ---
 
     # Routed experts a layer, and those active per token; empty: the first of COUNT_KEYS and TOP_K_KEYS that is set.
     count_key: str = ""
@@ -100,7 +101,7 @@ class Family:
     # Which gate mass the Unified-MoE-Compression code sums for this family.
     paper_gate: Literal["full", "topk"] = "full"
 
-    # --- what the children of a decoder layer are called ---
+    # --- what the children of a decoder layer are called; `part.child`: inside one ---
 
     # Norms that leave with the MoE block: the first of these groups that the layer has all of.
     moe_norms: tuple[tuple[str, ...], ...] = MOE_NORMS
@@ -262,8 +263,27 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def experts_per_token(config: PreTrainedConfig) -> int:
     """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan)."""
-    said = getattr(config.get_text_config(), family_of(config).top_k_key)
+    said = setting(config.get_text_config(), family_of(config).top_k_key)
     return int(max(said) if isinstance(said, list | tuple) else said)
+
+
+def setting(config: Any, key: str, default: Any = None) -> Any:
+    """What a config (or its values) says under a key; `part.key`: what an object in it says."""
+    for name in key.split("."):
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if found is None:
+            return default
+        config = found
+    return config
+
+
+def with_settings(values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values with others under these keys; `part.key`: inside an object."""
+    changed = dict(values)
+    for key, value in found.items():
+        part, _, inner = key.partition(".")
+        changed[part] = with_settings(changed.get(part) or {}, {inner: value}) if inner else value
+    return changed
 
 
 def family_named(model_type: str) -> Family:

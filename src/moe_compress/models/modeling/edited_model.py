@@ -21,6 +21,7 @@ from .edit_layer import (
     factor_experts,
     keep_channels,
     keep_experts,
+    layers_name,
     merge_experts,
     pack_matrices,
     round_activations,
@@ -58,12 +59,13 @@ def apply(
     if edit["edit"] == "drop_layer":
         drop_layer(stack, edit["layer"])
     else:
-        EDITS[edit["edit"]](stack.layers[edit["layer"]], names, **arguments, **(arrays or {}))
+        layers = getattr(stack, layers_name(stack))
+        EDITS[edit["edit"]](layers[edit["layer"]], names, **arguments, **(arrays or {}))
 
 
 def replay(model: Any, manifest: Mapping[str, Any]) -> None:
     """Carry out all edits of a manifest, in order, on a whole model."""
-    stack = model.base_model if hasattr(model.base_model, "layers") else model.model
+    stack = model.base_model if layers_name(model.base_model) else model.model
     for edit in manifest["edits"]:
         apply(stack, manifest["moe"], edit)
 
