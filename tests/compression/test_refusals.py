@@ -167,7 +167,6 @@ def test_families_whose_experts_cannot_go_say_why(family, reason, family_folder,
     ("values", "said"),
     [
         ({"model_type": "llama"}, "llama is not a Mixture-of-Experts architecture"),
-        ({"model_type": "dbrx"}, "dbrx is not supported: its experts are one flat matrix"),
         (
             {"model_type": "llama4"},
             "holds none of text_config, llm_config, language_config, which says",

@@ -18,6 +18,10 @@ from support import tiny
 from support.slow import slow_families
 from support.tiny import CPU, windows_of
 
+# Largest distance from stock logits of about 4: DBRX's own loop over flat experts multiplies in another order than
+# stacks of them do.
+ROUNDING = {"dbrx": 1e-5}
+
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
 def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
@@ -28,7 +32,7 @@ def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
-    assert torch.equal(logits, expected)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=ROUNDING.get(family, 0.0))
     _, resident = forward_layers(ResidentLayers(model), windows_of(ids))
     assert torch.equal(resident, hidden)
 
@@ -59,7 +63,7 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
     # DeepSeek-V4's sums depend on where in memory a batch begins.
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-6 if family == "deepseek_v4" else 0.0)
+    torch.testing.assert_close(logits, expected, rtol=0, atol={**ROUNDING, "deepseek_v4": 1e-6}.get(family, 0.0))
 
 
 def test_what_a_config_asks_for_beside_the_logits_is_not_given(family_folder, tmp_path):

@@ -81,6 +81,9 @@ class Family:
     identity_experts_key: str = ""
     # Factors on what the MoE block adds to the stream.
     residual_keys: tuple[str, ...] = ("residual_multiplier",)
+    # Keys that it is published with and transformers passes over, and the names under which transformers reads what
+    # they say: the first is given unless any is there.
+    moved_keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     # --- how its router works ---
 
@@ -100,6 +103,11 @@ class Family:
     fixed_top_k: bool = False
     # Which gate mass the Unified-MoE-Compression code sums for this family.
     paper_gate: Literal["full", "topk"] = "full"
+
+    # --- how its experts are held ---
+
+    # In the MoE block: the flat matrices [experts * inner width, model width] of gate, up and (transposed) down.
+    flat_experts: tuple[str, ...] = ()
 
     # --- what the children of a decoder layer are called; `part.child`: inside one ---
 
@@ -154,7 +162,19 @@ _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
     _sigmoid("afmoe", normed_output=True, tested=True),
     _sigmoid("beam", normed_output=True),
-    Family("dbrx", refused="its experts are one flat matrix per projection, which no edit here can cut yet"),
+    Family(
+        "dbrx",
+        count_key="ffn_config.moe_num_experts",
+        top_k_key="ffn_config.moe_top_k",
+        layers_key="n_layers",
+        width_keys=("ffn_config.ffn_hidden_size",),
+        moved_keys=(("attn_config.rope_theta", ("rope_theta", "rope_parameters")),),
+        flat_experts=("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"),
+        moe_norms=(("norm_attn_norm.norm_2",),),
+        attention=("norm_attn_norm.attn",),
+        attention_norms=("norm_attn_norm.norm_1",),
+        **_ALL,
+    ),
     # transformers cannot build it.
     Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
     Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_ALL),
