@@ -158,6 +158,10 @@ _SIGMOID = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "flint", "glm4_moe_lite", "hy_v3",
     "kimi_linear", "laguna", "solar_open",
 )  # fmt: skip
+_INKLING2 = (
+    "its layers attend to the streams between earlier ones, which its model gathers outside them, and no layer can run "
+    "or go by itself"
+)
 _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
     _sigmoid("afmoe", normed_output=True, tested=True),
@@ -201,6 +205,7 @@ _ENTRIES = (
     Family("granitemoeshared", tested=True, vllm=True),
     Family("hunyuan_v1_moe", tested=True),
     _sigmoid("hy_v4", attention_outputs=3, normed_output=True, tested=True),
+    *(Family(name, refused=_INKLING2) for name in ("inkling2", "inkling2_text")),
     _sigmoid("inkling_text", spare_rows="n_shared_experts", normed_output=True, rough_attention=True, tested=True),
     Family("jamba", **_ALL),
     Family(
@@ -244,6 +249,11 @@ _ENTRIES = (
     Family("qwen2_moe", **_ALL),
     Family("qwen3_moe", **_ALL),
     Family("qwen3_next", **_ALL),
+    Family(
+        "qwen3_omni_moe",
+        refused="its class in transformers generates speech, but has no forward that text could run through; its "
+        "thinker alone is read as qwen3_omni_moe_thinker",
+    ),
     Family(
         "zaya",
         tested=True,
