@@ -66,12 +66,17 @@ _GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2
 _GEMMA |= {"hidden_size_per_layer_input": 0, "global_head_dim": 8}
 _GLM5_NEXT: dict[str, Any] = {"qk_rope_head_dim": 0, "head_dim": 0, "num_key_value_heads": 4, "linear_num_heads": 4}
 _GLM5_NEXT |= {"linear_head_dim": 8, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4, "index_kpool": 2}
+# Its attention cannot be built of its defaults, which have no rope_theta.
+_DBRX: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": 64}
+_DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500_000}}
+_DBRX |= {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2}}
 _DOTS3: dict[str, Any] = {"per_layer_config": {}, "head_dim": 16}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA),
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "linear_num_heads": 4, "linear_head_dim": 8},
     **dict.fromkeys(("dots3_note", "dots3_note_text"), _DOTS3),
     **dict.fromkeys(("glm5_next", "glm5_next_text"), _GLM5_NEXT),
+    "dbrx": _DBRX,
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", *["moe"] * (LAYERS - 1)]},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
                   | {"partial_rotary_factor": 1.0}},

@@ -179,7 +179,12 @@ def test_families_whose_experts_cannot_go_say_why(family, reason, family_folder,
     ("values", "said"),
     [
         ({"model_type": "llama"}, "llama is not a Mixture-of-Experts architecture"),
-        ({"model_type": "dbrx"}, "dbrx is not supported: its experts are one flat matrix"),
+        (
+            {"model_type": "inkling2"},
+            "inkling2 is not supported: its layers attend to the streams",
+        ),
+        ({"model_type": "qwen3_omni_moe"}, "its thinker alone is read as qwen3_omni_moe_thinker"),
+        ({"model_type": "dbrx", "ffn_config": {"ffn_act_fn": "silu"}}, "is no dbrx config: Validation error"),
         (
             {"model_type": "llama4"},
             "holds none of text_config, llm_config, language_config, which says",

@@ -16,6 +16,7 @@ from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
+from moe_compress.models.families import family_named
 from moe_compress.models.matrices import require_masks, stored_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.sublayers import block_names
@@ -31,6 +32,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     if (folder / GENERATION).is_file():
         _generation_config(folder)
     loader = open_checkpoint(folder).auto_class if hf.is_wrapper(config) else hf.auto_class(config)
+    if family_named(config.model_type).moved_keys:  # else transformers passes over what it does not read
+        keywords = {"config": config, **keywords}
     with hf.quiet():
         model, info = loader.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False, **keywords

@@ -230,6 +230,8 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     values = _as_stock_ties(folder, values, tensors)
+    for key, name in hf.moved(read_json(folder / "config.json")).items():
+        log.warning("%s says %s, which transformers passes over: it is read as %s.", folder, key, name)
     stamps = {path: stamp(path) for path in {folder / "config.json", *(region.file for region in stored.values())}}
     beside = {key: stored[key] for key in beside_weights(stored, values)}
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_compress.models.families import entry_of
+from moe_compress.models.families import entry_of, family_named, setting
 from moe_compress.models.hf.config_checks import KERNELS, require_consistent, require_plausible
 from moe_compress.models.hf.edited_architectures import edited_classes_of
 from moe_compress.models.modeling import edited_model
@@ -30,7 +30,15 @@ def read_values(path: Path) -> dict[str, Any]:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except RecursionError as error:
         raise ValueError(f"the config.json in {path} nests too deeply.") from error
-    return values
+    return {**values, **{name: setting(values, key) for key, name in moved(values).items()}}
+
+
+def moved(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of config.json values that transformers passes over -> those under which it would read what they say."""
+    keys = family_named(str(values.get("model_type"))).moved_keys
+    return {
+        key: names[0] for key, names in keys if setting(values, key) is not None and values.keys().isdisjoint(names)
+    }
 
 
 def is_architecture(model_type: Any) -> bool:

@@ -20,6 +20,7 @@ from transformers.initialization import no_init_weights
 from moe_compress.models.hf.config_checks import unknown_word
 from moe_compress.models.hf.configs import auto_class, is_wrapper
 from moe_compress.models.hf.expert_taps import complete_experts
+from moe_compress.models.modeling.edit_layer import layers_name
 
 # What parameters are made of, and from how many elements on it is no table that a model computes with.
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -98,8 +99,10 @@ def stack(model: PreTrainedModel) -> Any:
     """The module that holds the list of decoder layers."""
     decoder: Any = model.get_decoder()
     inner = (getattr(each, "model", None) for each in (decoder, model))
-    for holder in (decoder, model.base_model, *inner):
-        if isinstance(getattr(holder, "layers", None), nn.ModuleList):
+    holders = [each for each in (decoder, model.base_model, *inner) if isinstance(each, nn.Module)]
+    named = [each for each in holders if isinstance(getattr(each, "layers", None), nn.ModuleList)]
+    for holder in (*named, *holders):
+        if layers_name(holder):
             return holder
     raise ValueError(f"{type(model).__name__} keeps its decoder layers under a name that is not known here.")
 
@@ -122,8 +125,21 @@ def buffers_to(model: PreTrainedModel, device: torch.device) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
-    layers: nn.ModuleList = stack(model).layers
+    holder = stack(model)
+    layers: nn.ModuleList = getattr(holder, layers_name(holder))
     return layers
+
+
+@contextlib.contextmanager
+def other_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[None]:
+    """Other decoder layers in the place of the model's own, inside the block."""
+    holder, real = stack(model), decoder_layers(model)
+    name = layers_name(holder)
+    setattr(holder, name, layers)
+    try:
+        yield
+    finally:
+        setattr(holder, name, real)
 
 
 def tied_names(config: PreTrainedConfig) -> dict[str, str]:
