@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -18,6 +19,7 @@ from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
@@ -87,22 +89,28 @@ def _whole(
     options = TrainingOptions.of(stage.parameters)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
-    require_plain(source, parameters)
+    if not task.trains & {CODES, SCALES}:
+        require_plain(source, parameters)
     taught_by = WholeModel(teacher, run, run.dtype)
     layered = {"hidden", "router"} & task.terms.keys()
     kin = lineage(student.model, taught_by.model, edits) if layered else Lineage([], [], {})
     training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
     report = training.run(writer.scratch / "training.safetensors", progress)
-    changed = _by_layers(student.model, parameters)
+    changed = _by_layers(source, student.model, parameters)
     for index in (None, *range(source.num_layers)):
         writer.copy(index, changed.get(index))
     return {"training": report}
 
 
-def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+def _by_layers(
+    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
+) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
     """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
-    found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
+    plain = {name: each.detach() for name, each in named.items() if name.rpartition(".")[0] not in coded}
+    stored = {**stored_tensors(model, plain), **(packed_again(source, model) if coded else {})}
+    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
+    for key, tensor in stored.items():
         found[hf.layer_of(key)][key] = tensor
     return found
 
