@@ -76,8 +76,8 @@ def release(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Param
     packed = [(name, each) for name, each in model.named_modules() if isinstance(each, PackedMatrix)]
     if not packed:
         raise ValueError(
-            f"train={','.join(sorted(parts))}: no matrix of this model is held in whole codes with scales of their own: "
-            "put it behind `quantize` with format=packed, compressed-tensors, gptq or awq."
+            f"train={','.join(sorted(parts))}: no matrix of this model is held in whole codes with scales of their "
+            "own: put it behind `quantize` with format=packed, compressed-tensors, gptq or awq."
         )
     for name, matrix in packed:
         outer, _, leaf = name.rpartition(".")
