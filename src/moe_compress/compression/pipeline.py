@@ -200,7 +200,7 @@ def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
             )
     if not any(stage.plan.edits for stage in stages):
         raise ValueError(
-            f"{path} holds no edits, so it would leave its model as it is: write at least one under a stage."
+            f"{path} holds no edits, so it changes nothing of its model: write at least one under a stage."
         )
     return stages, base
 
