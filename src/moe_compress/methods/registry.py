@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from moe_compress.methods.conditions import described as as_words
 from moe_compress.methods.conditions import meaningless, parameters_of, word
-from moe_compress.utils.choices import coerce, nearest, one_of
+from moe_compress.utils.choices import Means, coerce, nearest, one_of
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, Registered, declarations, of_function
 
 if TYPE_CHECKING:
@@ -290,14 +290,14 @@ class WeightStageOptions:
     """
 
     where: str = "experts"
-    spare: str = ""
+    spare: Annotated[str, Means("empty: nothing")] = ""
     propagate: Literal["compressed", "original"] = "compressed"
     unseen: str = "pooled"
     min_tokens: int = 1
     shrink: float = 0.0
     allocate: Literal["uniform", "sensitivity", "utilisation", "both", "owl"] = "uniform"
     spread: float = 0.1
-    experts_at_once: int = 0
+    experts_at_once: Annotated[int, Means("0: all")] = 0
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any]) -> WeightStageOptions:
