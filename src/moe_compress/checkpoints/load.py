@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
+from moe_compress.checkpoints.normalizers import require_bounded
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
 from moe_compress.models.families import family_named
@@ -161,6 +162,7 @@ def load_tokenizer(folder: Path, vocab_size: int, trust_remote_code: bool = Fals
 
     trust_remote_code: also one that is code in the folder, which is then run.
     """
+    require_bounded(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exceptions

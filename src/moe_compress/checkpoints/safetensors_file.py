@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compress.utils.files import copy_range, write_all
+from moe_compress.utils.files import copy_range, replacing, write_all
 from moe_compress.utils.hashing import flat_bytes
 
 STORED_DTYPES = {
@@ -101,7 +101,6 @@ def write_shard(
 
     Written under a temporary name and renamed, so that a file under its real name is always whole.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key, tensor in tensors.items():
@@ -110,15 +109,13 @@ def write_shard(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb", buffering=0) as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    with replacing(file) as temporary, temporary.open("wb", buffering=0) as out:
+        write_all(out.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
         for tensor in tensors.values():
             if isinstance(tensor, FileRegion):
                 _copy(tensor, out.fileno())
             else:
                 write_all(out.fileno(), flat_bytes(tensor).numpy().data)
-    temporary.replace(file)
 
 
 def _describe(tensor: Tensor | FileRegion) -> tuple[str, tuple[int, ...], int]:

@@ -33,7 +33,7 @@ from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_region
 from moe_compress.checkpoints.stored_tensors import stored_parts, with_weights
 from moe_compress.models import hf
 from moe_compress.models.prediction_layers import PREDICTION_COUNT, without_prediction_layers
-from moe_compress.utils.files import write_json
+from moe_compress.utils.files import room_for, write_json
 
 
 class CheckpointWriter:
@@ -156,7 +156,8 @@ class CheckpointWriter:
         if self.source.prediction_keys and not self.keep_prediction_layers:
             values = {PREDICTION_COUNT: 0, **without_prediction_layers(values)}
         for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
-            (self.partial / name).write_text(text, encoding="utf-8")
+            with room_for(self.out / name):
+                (self.partial / name).write_text(text, encoding="utf-8")
         for name, tensors in (arrays or {}).items():
             if tensors:
                 write_shard(self.partial / name, tensors)
