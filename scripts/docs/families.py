@@ -22,7 +22,7 @@ from architectures import Small, default_values, lists, small_values
 from moe_compress.compression.dry_run import dry_run
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
-from moe_compress.models.families import FAMILIES, Family
+from moe_compress.models.families import FAMILIES, Family, with_settings
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.files import atomic_write
 
@@ -84,6 +84,13 @@ OWN: dict[str, dict[str, Any]] = {
     "step3p7": {"sliding_window": 16},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+# Models that cannot be built of their defaults.
+WHOLE: dict[str, dict[str, Any]] = {
+    "qwen3_omni_moe": {
+        **dict.fromkeys(("talker_config.text_config.num_hidden_layers", "thinker_config.vision_config.depth"), 1),
+        **{"talker_config.text_config.shared_expert_intermediate_size": 32, "talker_config.spatial_merge_size": 2},
+    },
+}
 HEAD = """# Families
 
 What works with which architecture. `python scripts/docs/families.py` makes this page of what the code's own checks
@@ -136,7 +143,8 @@ def attempts(model_type: str) -> list[Small]:
 
     def small(model_type: str, **other: Any) -> PreTrainedConfig:
         own = OWN.get(model_type, {})
-        return hf.config_from(small_values(default_values(model_type), lambda text: {**sizes_of(text), **other, **own}))
+        values = with_settings(default_values(model_type), WHOLE.get(model_type, {}))
+        return hf.config_from(small_values(values, lambda text: {**sizes_of(text), **other, **own}))
 
     tested = [small_config] if FAMILIES.get(model_type, Family(model_type)).tested else []
     return [*tested, small, functools.partial(small, num_key_value_heads=4)]

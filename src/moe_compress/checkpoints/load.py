@@ -51,6 +51,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
     require_masks(model, str(folder))
     hf.complete_experts(model)
+    hf.run_text_through_part(model)
     hf.ask_for_logits_alone(model.config)
     return model.eval()
 

@@ -250,11 +250,6 @@ _ENTRIES = (
     Family("qwen3_moe", **_ALL),
     Family("qwen3_next", **_ALL),
     Family(
-        "qwen3_omni_moe",
-        refused="its class in transformers generates speech, but has no forward that text could run through; its "
-        "thinker alone is read as qwen3_omni_moe_thinker",
-    ),
-    Family(
         "zaya",
         tested=True,
         block_outputs=2,

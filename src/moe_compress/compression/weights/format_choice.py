@@ -256,6 +256,8 @@ def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer, stays: 
     if lacking:
         model_type = matrices.model.config.model_type
         return f"packs matrices one by one, but {model_type} stores {lacking} together with others"
+    if hf.holds_experts_beside(matrices.model):
+        return "leaves the experts beside the language model plain, which stock transformers does not expect"
     if family_of(matrices.model.config).joins_shared:
         return "is not read by stock transformers, which joins matrices of shared experts while it reads them"
     kinds = stays | {matrix.kind for found in matrices.packable.values() for matrix in found}

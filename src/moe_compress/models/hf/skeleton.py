@@ -18,7 +18,7 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from moe_compress.models.hf.config_checks import unknown_word
-from moe_compress.models.hf.configs import auto_class, is_wrapper
+from moe_compress.models.hf.configs import TEXT_KEYS, auto_class, is_wrapper
 from moe_compress.models.hf.expert_taps import complete_experts
 from moe_compress.models.modeling.edit_layer import layers_name
 
@@ -67,7 +67,23 @@ def skeleton(
         raise ValueError(f"config.json describes a {config.model_type} model that cannot be built: {said}") from error
     _keep_in_fp32(model, dtype)
     complete_experts(model)
+    run_text_through_part(model)
     return model.eval().requires_grad_(False)
+
+
+def run_text_through_part(model: PreTrainedModel) -> None:
+    """Let a model of several language models that only generates run text through the one that makes text."""
+    name = text_part(type(model))
+    if name in model._modules:
+        part = model.get_submodule(name)
+        shared = ("forward", "get_decoder", "get_input_embeddings", "get_output_embeddings")
+        model.__dict__ |= {each: getattr(part, each) for each in shared}
+
+
+def text_part(kind: type) -> str:
+    """The name of that model inside a class that has no forward of its own (Qwen3-Omni); empty for all others."""
+    inside = next(key.partition(".")[0].removesuffix("_config") for key in TEXT_KEYS if "." in key)
+    return inside if getattr(kind, "forward", None) is nn.Module.forward else ""
 
 
 def ask_for_logits_alone(config: PreTrainedConfig) -> None:
@@ -181,6 +197,13 @@ def tower_names(model: PreTrainedModel) -> list[str]:
         if not holds_text and not known and next(module.parameters(), None) is not None:
             found.append(name)
     return found
+
+
+def holds_experts_beside(model: PreTrainedModel) -> bool:
+    """Whether a tower beside the language model holds fused experts, too."""
+    towers = map(model.get_submodule, tower_names(model)) if is_wrapper(model.config) else ()
+    downs = (module._parameters.get("down_proj") for tower in towers for module in tower.modules())
+    return any(down is not None and down.dim() == 3 for down in downs)
 
 
 def layer_kind(layer: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
