@@ -166,6 +166,11 @@ def tied_names(config: PreTrainedConfig) -> dict[str, str]:
     return dict(found) if isinstance(found, dict) else {}
 
 
+def kept_plain(model: PreTrainedModel) -> list[str]:
+    """Modules, as the last parts of their names, that no quantizer of transformers touches in this architecture."""
+    return sorted(model._keep_in_fp32_modules or ())
+
+
 def tie(model: PreTrainedModel) -> None:
     """Tie what stock transformers ties once a checkpoint is loaded: a name that was not stored to the one that was."""
     absent = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.is_meta}

@@ -216,6 +216,7 @@ def pack_matrices(
         else:
             linear: Any = layer.get_submodule(name)
             matrix = PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias)
+            matrix.groups = getattr(linear, "n_groups", 1)
             if rounding_of(linear):
                 round_inputs(matrix)
             layer.set_submodule(name, matrix)
