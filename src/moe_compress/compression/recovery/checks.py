@@ -41,6 +41,11 @@ def check_recovery(
     if not isinstance(task, Distillation | LayerDistillation):
         return
     trained_parameters(model, task.trains)
+    vocabulary = model.config.get_text_config().vocab_size
+    if isinstance(task, Distillation) and task.keeping is not None and stage.parameters["top"] >= vocabulary:
+        raise ValueError(
+            f"top={stage.parameters['top']}: fewer tokens than the vocabulary has ({vocabulary}) are needed."
+        )
     packed = packed_kinds(model, values) | _packed_by(edits, model)
     for word, kind in KINDS.items():
         if kind in packed and (word in task.trains or "all" in task.trains):
