@@ -47,6 +47,11 @@ def check_recovery(
         raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
     if task.trains - coded:
         trained_parameters(model, task.trains - coded)
+    vocabulary = model.config.get_text_config().vocab_size
+    if isinstance(task, Distillation) and task.keeping is not None and stage.parameters["top"] >= vocabulary:
+        raise ValueError(
+            f"top={stage.parameters['top']}: fewer tokens than the vocabulary has ({vocabulary}) are needed."
+        )
     for word, kind in KINDS.items():
         if kind in packed and (word in task.trains or "all" in task.trains):
             raise ValueError(
