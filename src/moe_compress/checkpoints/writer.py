@@ -53,6 +53,7 @@ class CheckpointWriter:
         layers: Sequence[int] | None = None,
     ) -> None:
         self.out = out
+        self.identity = identity
         self.keep_prediction_layers = keep_prediction_layers
         self.source = source
         self.partial = partial_folder(out)

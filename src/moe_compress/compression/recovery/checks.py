@@ -79,6 +79,8 @@ def _require_sense(stage: Stage) -> None:
         "steps": options.steps < 1,
         "batch": options.batch < 1,
         "keep": options.keep < 1,
+        "checkpoint_every": options.checkpoint_every < 0,
+        "keep_checkpoints": options.keep_checkpoints < 0,
         "lr": not 0.0 < options.lr < float("inf"),
         "warmup": not 0.0 <= options.warmup <= 1.0,
         "decay": not 0.0 <= options.decay < float("inf"),

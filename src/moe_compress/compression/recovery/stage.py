@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,14 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.recovery.distillation import DistillationRun
+from moe_compress.compression.recovery.following import Follower
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.teacher_pass import filled
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, packed_again
@@ -35,6 +39,7 @@ from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
+from moe_compress.run.trackers import open_tracker
 from moe_compress.utils.devices import dtype_name
 from moe_compress.utils.files import read_json, write_json
 from moe_compress.utils.logging import log
@@ -47,11 +52,13 @@ def run_recovery_stage(
     edits: Sequence[Edit],
     run: Run,
     writer: CheckpointWriter,
+    finish: Finish,
     progress: Progress | None = None,
 ) -> WeightStageResult:
     """Carry out a stage that recovers into `writer`.
 
-    origin: the model that the recipe starts from; edits: those that led from it to `source`.
+    origin: the model that the recipe starts from; edits: those that led from it to `source`; finish: makes a checkpoint
+    of the student so far.
     """
     named = stage.parameters[TEACHER]
     teacher = resolve_model(named) if named else origin
@@ -59,9 +66,12 @@ def run_recovery_stage(
     task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    given = (stage, source, teacher, edits, windows, run, writer, progress)
-    report = _whole(task, *given) if isinstance(task, Distillation) else _by_layer(task, *given)
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
+    given = (stage, source, teacher, edits, windows, run, writer, progress)
+    if isinstance(task, Distillation):
+        report = _whole(task, *given, lambda target, so_far: finish(target, {**about, **so_far}))
+    else:
+        report = _by_layer(task, *given)
     return WeightStageResult({**about, **report}, [], dict(source.values))
 
 
@@ -87,9 +97,11 @@ def _whole(
     run: Run,
     writer: CheckpointWriter,
     progress: Progress | None,
+    finish: Finish,
 ) -> dict[str, Any]:
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
+    tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     cache = _kept(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
@@ -100,12 +112,24 @@ def _whole(
     layered = {"hidden", "router"} & task.terms.keys()
     kin = lineage(student.model, online.model, edits) if layered and online else Lineage([], [], {})
     training = DistillationRun(task, options, student, online or cache, windows, parameters, kin, run.options.seed)
-    report = training.run(writer.scratch / "training.safetensors", progress)
-    report |= {"kept": cache.report()} if cache is not None else {}
-    changed = _by_layers(source, student.model, parameters)
-    for index in (None, *range(source.num_layers)):
-        writer.copy(index, changed.get(index))
-    return {"training": report}
+
+    def fill(target: CheckpointWriter) -> None:
+        changed = _by_layers(source, student.model, parameters)
+        for index in (None, *range(source.num_layers)):
+            target.copy(index, changed.get(index))
+
+    steps = StepCheckpoints(
+        writer.out, source, writer.identity, options.checkpoint_every, options.keep_checkpoints, finish
+    )
+    steps.begin()
+    follow = Follower(
+        options, run.log, tracker, progress,
+        then=lambda curve: steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report()}),
+    )  # fmt: skip
+    with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
+        report = training.run(writer.scratch / "training.safetensors", follow)
+    fill(writer)
+    return {TRAINING: {**report, **({"kept": cache.report()} if cache is not None else {})}}
 
 
 def _kept(
