@@ -141,9 +141,12 @@ class Checkpoint:
 
     @property
     def loads_as_stock(self) -> bool:
-        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for."""
+        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for.
+
+        Its kernels know the layers of ordinary architectures alone.
+        """
         stored = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
-        return not stored or format_in(self.values).kept_by_stock
+        return not stored or (format_in(self.values).kept_by_stock and "moe_compress" not in self.values)
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
