@@ -44,7 +44,7 @@ from moe_compress.reports.table import Table, read_tables
 from moe_compress.run.context import Run, start, text_spec
 from moe_compress.run.options import Options, make_options, typed_words
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import AtLeast, coerce
+from moe_compress.utils.choices import AtLeast, Means, coerce
 from moe_compress.utils.declarations import function_of
 from moe_compress.utils.devices import threads
 from moe_compress.utils.logging import log
@@ -107,7 +107,12 @@ def apply(plan_file: str | Path, /, *, any_model: bool = False, **options: Any) 
         return _evaluated(outcome, run)
 
 
-def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
+def evaluate(
+    checkpoint: str | Path,
+    /,
+    original: Annotated[str | Path | None, Means("none: the one that it was made from")] = None,
+    **options: Any,
+) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
     opened, base, run = open_pair(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
@@ -118,13 +123,13 @@ def watch(
     run_folder: str | Path,
     /,
     *,
-    tasks: str = "",
-    limit: Annotated[int, AtLeast(1)] | None = None,
+    tasks: Annotated[str, Means("empty: none")] = "",
+    limit: Annotated[Annotated[int, AtLeast(1)] | None, Means("none: all")] = None,
     every: Annotated[int, AtLeast(1)] = 1,
-    best: str = "",
+    best: Annotated[str, Means("empty: none is kept")] = "",
     once: bool = False,
     poll: float = 10.0,
-    original: str | None = None,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
     png: bool = False,
     log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl",
     **options: Any,
@@ -171,10 +176,10 @@ def analyze(
     model: str | Path,
     /,
     *,
-    layers: str | Sequence[int] = "",
-    prompts: str | Path = "",
+    layers: Annotated[str | Sequence[int], Means("empty: all with experts")] = "",
+    prompts: Annotated[str | Path, Means("empty: the calibration text")] = "",
     threshold: float = SIMILAR,
-    out: str | Path = "",
+    out: Annotated[str | Path, Means("empty: a folder in results=")] = "",
     **options: Any,
 ) -> ModelAnalysis:
     """What the experts of the MoE layers (all, or `layers`) do, and which could go; also as files, in `out`.
@@ -212,7 +217,7 @@ def compare(
     after: str | Path,
     /,
     *,
-    prompts: str | Path = "default",
+    prompts: Annotated[str | Path, Means("default: a few, and the evaluation text")] = "default",
     max_tokens: int = MAX_TOKENS,
     **options: Any,
 ) -> Comparison:
@@ -232,7 +237,9 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
     return make_options({**options, "model": model}).resolved()
 
 
-def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) -> Path:
+def export(
+    checkpoint: str | Path, /, out: Annotated[str | Path, Means("empty: beside it")] = "", pad: bool = True
+) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
 
     Of experts in factors: their whole matrices, which save no memory.
@@ -249,7 +256,13 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) ->
         return (write_full_matrices if factored else pad_experts)(opened, target, progress)
 
 
-def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path = "", any_model: bool = False) -> Path:
+def export_gguf_plan(
+    plan_file: str | Path,
+    file: str | Path,
+    /,
+    out: Annotated[str | Path, Means("empty: beside it")] = "",
+    any_model: bool = False,
+) -> Path:
     """What a saved plan leaves of a GGUF file of its model, byte for byte; of a split one, a folder of as many files.
 
     any_model: also of a file that calls itself otherwise than the plan's model.
@@ -258,7 +271,9 @@ def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path
     return cut_gguf(Path(plan_file), Path(file), Path(out) if out else None, named)
 
 
-def export_imatrix(model: str | Path, /, out: str | Path = "", **options: Any) -> Path:
+def export_imatrix(
+    model: str | Path, /, out: Annotated[str | Path, Means("empty: a file in results=")] = "", **options: Any
+) -> Path:
     """What the inputs of a model's matrices weigh on the calibration text, for llama.cpp's quantization: an imatrix."""
     run = start(_options_for(model, options, "export imatrix"))
     with threads(run.options.threads):
@@ -272,8 +287,8 @@ def push(
     *,
     private: bool = False,
     dry_run: bool = False,
-    message: str = "",
-    revision: str | None = None,
+    message: Annotated[str, Means("empty: what was uploaded")] = "",
+    revision: Annotated[str | None, Means("none: the default branch")] = None,
 ) -> Upload:
     """Upload a checkpoint of ours to the hub as user/name, in one commit, without paths of this machine.
 

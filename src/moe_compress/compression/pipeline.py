@@ -33,7 +33,7 @@ from moe_compress.compression import failures
 from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
-from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
+from moe_compress.compression.preflight import default_name, made_before, preflight, read_texts, stage_identity
 from moe_compress.compression.recovery.lineage import edits_between
 from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
@@ -78,6 +78,8 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     preflight(recipe, out)
     source = resolve_model(recipe.options.model, recipe.options.revision)
     identities = [stage_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
+    if not recipe.options.out:
+        out = made_before(out, identities[-1])
     targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
@@ -269,7 +271,7 @@ def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
             )
     if not any(stage.plan.edits for stage in stages):
         raise ValueError(
-            f"{path} holds no edits, so it would leave its model as it is: write at least one under a stage."
+            f"{path} holds no edits, so it changes nothing of its model: write at least one under a stage."
         )
     return stages, base
 

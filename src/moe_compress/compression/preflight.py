@@ -22,7 +22,8 @@ from moe_compress.utils.devices import dtype_name
 from moe_compress.utils.files import require_disk
 from moe_compress.utils.hashing import fingerprint
 
-MAX_NAME = 120
+# Characters of a name, and of the identity behind it.
+MAX_NAME, DIGITS = 120, 6
 
 
 def preflight(recipe: Recipe, out: Path) -> None:
@@ -86,7 +87,24 @@ def default_name(recipe: Recipe) -> str:
     for stage in recipe.stages:
         parts += [stage.method, *(f"{key}-{value}" for key, value in stage.explicit_parameters.items())]
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
-    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
+    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:DIGITS]}"
+
+
+def made_before(out: Path, identity: str) -> Path:
+    """The folder beside `out`, a default name, that holds the checkpoint already; `out` itself where there is none.
+
+    Names depend on how a checkpoint is evaluated, too; its weights do not.
+    """
+    alike = sorted(out.parent.glob(f"{out.name[:-DIGITS]}{'?' * DIGITS}"))
+    return next((folder for folder in [out, *alike] if _identity(folder) == identity), out)
+
+
+def _identity(folder: Path) -> str | None:
+    """Of a finished checkpoint; of one whose manifest was changed, there is none."""
+    try:
+        return (read_manifest(folder) or {}).get("identity")
+    except ValueError:
+        return None
 
 
 def stage_identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from moe_compress.utils.choices import Means
 from moe_compress.utils.declarations import Declaration, Parameter, of_function
 
 
@@ -30,14 +31,14 @@ class WeightStageOptions(EngineOptions):
     """
 
     where: str = "experts"
-    spare: str = ""
+    spare: Annotated[str, Means("empty: nothing")] = ""
     propagate: Literal["compressed", "original"] = "compressed"
     unseen: str = "pooled"
     min_tokens: int = 1
     shrink: float = 0.0
     allocate: Literal["uniform", "sensitivity", "utilisation", "both", "owl"] = "uniform"
     spread: float = 0.1
-    experts_at_once: int = 0
+    experts_at_once: Annotated[int, Means("0: all")] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +54,17 @@ class TrainingOptions(EngineOptions):
     are shown besides the run's log.
     """
 
-    teacher: str = ""
+    teacher: Annotated[str, Means("empty: the model that the recipe starts from")] = ""
     steps: int = 200
     batch: int = 8
     lr: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.0
-    clip: float = 1.0
+    clip: Annotated[float, Means("0: none")] = 1.0
     recompute: bool = False
     keep: int = 50
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 0
+    checkpoint_every: Annotated[int, Means("0: never")] = 0
+    keep_checkpoints: Annotated[int, Means("0: all")] = 0
     log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl"
 
 

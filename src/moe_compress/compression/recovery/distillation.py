@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from moe_compress.compression.recovery.following import Follow
 from moe_compress.compression.recovery.lineage import Lineage
+from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.compression.recovery.training_state import resume, save
 from moe_compress.compression.recovery.whole_model import (
@@ -40,14 +41,17 @@ NEXT_TOKENS: tuple[Term, ...] = ("logits", "labels")
 
 
 class DistillationRun:
-    """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left."""
+    """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left.
+
+    The teacher runs beside the student, or is a cache of what it said, or (of loss=labels) nobody.
+    """
 
     def __init__(
         self,
         task: Distillation,
         options: TrainingOptions,
         student: WholeModel,
-        teacher: WholeModel,
+        teacher: WholeModel | TeacherCache | None,
         windows: Windows,
         parameters: Mapping[str, nn.Parameter],
         kin: Lineage,
@@ -95,8 +99,7 @@ class DistillationRun:
     def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
         """Bring the gradients of a part of a step back; its share of each loss."""
         routed = "router" in self.task.terms
-        with torch.no_grad(), _routers(self.teacher, routed) as theirs:
-            said = self.teacher.states(batch)
+        theirs, said = self._teach(batch, routed)
         with _routers(self.student, routed) as ours:
             states = self.student.states(batch)
         found: dict[Term, Tensor] = {}
@@ -114,20 +117,37 @@ class DistillationRun:
         torch.autograd.backward(ends, gradients)
         return losses
 
+    @torch.no_grad()
+    def _teach(self, batch: TextBatch, routed: bool) -> tuple[Mapping[int, Tensor], list[Tensor]]:
+        """What the teacher's routers give, and its hidden states; nothing of one that does not run."""
+        if not isinstance(self.teacher, WholeModel):
+            return {}, []
+        with _routers(self.teacher, routed) as theirs:
+            return theirs, self.teacher.states(batch)
+
     def _next_tokens(
         self, term: Term, states: list[Tensor], said: list[Tensor], batch: TextBatch, predicted: int
     ) -> tuple[float, Tensor]:
         """The mean loss of next tokens, and its gradient at the final hidden states."""
-        teacher_PD, target_P = self.teacher.final(batch, said), batch.targets_P
+        target_P = batch.targets_P
 
-        def loss_of(logits_PV: Tensor, part: slice) -> Tensor:
-            if term == "labels":
-                return cross_entropy(logits_PV.float(), target_P[part], reduction="none")
-            return self.task.divergence(logits_PV, hf.head(self.teacher.model, teacher_PD[part]))
+        def of_labels(logits_PV: Tensor, part: slice) -> Tensor:
+            return cross_entropy(logits_PV.float(), target_P[part], reduction="none")
 
+        loss_of = of_labels if term == "labels" else self._divergence(said, batch)
         student_PD = self.student.final(batch, states)
         total, gradient_PD = chunked_loss(self.student, student_PD, loss_of, self.task.terms[term] / predicted)
         return total / predicted, gradient_PD
+
+    def _divergence(self, said: list[Tensor], batch: TextBatch) -> Callable[[Tensor, slice], Tensor]:
+        """The divergence of a student's logits of some of the tokens from what the teacher says of them."""
+        if isinstance(self.teacher, TeacherCache):
+            keeping = self.teacher.keeping
+            kept = {key: each.to(self.student.device) for key, each in self.teacher.targets(batch.rows).items()}
+            return lambda logits_PV, part: keeping.divergence(logits_PV, {key: kept[key][part] for key in kept})
+        assert self.teacher is not None
+        teacher, teacher_PD = self.teacher.model, self.teacher.final(batch, said)
+        return lambda logits_PV, part: self.task.divergence(logits_PV, hf.head(teacher, teacher_PD[part]))
 
     def _hidden(self, states: list[Tensor], said: list[Tensor], batch: TextBatch) -> Tensor:
         """Squared error of what leaves each layer over the square of what the teacher's gives, by token; summed."""

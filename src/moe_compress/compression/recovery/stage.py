@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.steps import TRAINING
@@ -22,6 +23,9 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
+from moe_compress.compression.recovery.teacher_cache import TeacherCache
+from moe_compress.compression.recovery.teacher_pass import filled
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
@@ -36,6 +40,7 @@ from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.run.trackers import open_tracker
+from moe_compress.utils.devices import dtype_name
 from moe_compress.utils.files import read_json, write_json
 from moe_compress.utils.logging import log
 
@@ -97,16 +102,19 @@ def _whole(
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
+    cache = _kept(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
-    require_plain(source, parameters)
-    taught_by = WholeModel(teacher, run, run.dtype)
+    if not task.trains & {CODES, SCALES}:
+        require_plain(source, parameters)
+    asked = cache is None and task.terms.keys() != {"labels"}
+    online = WholeModel(teacher, run, run.dtype) if asked else None
     layered = {"hidden", "router"} & task.terms.keys()
-    kin = lineage(student.model, taught_by.model, edits) if layered else Lineage([], [], {})
-    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
+    kin = lineage(student.model, online.model, edits) if layered and online else Lineage([], [], {})
+    training = DistillationRun(task, options, student, online or cache, windows, parameters, kin, run.options.seed)
 
     def fill(target: CheckpointWriter) -> None:
-        changed = _by_layers(student.model, parameters)
+        changed = _by_layers(source, student.model, parameters)
         for index in (None, *range(source.num_layers)):
             target.copy(index, changed.get(index))
 
@@ -121,13 +129,29 @@ def _whole(
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
         report = training.run(writer.scratch / "training.safetensors", follow)
     fill(writer)
-    return {TRAINING: report}
+    return {TRAINING: {**report, **({"kept": cache.report()} if cache is not None else {})}}
 
 
-def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+def _kept(
+    task: Distillation, teacher: Checkpoint, windows: Windows, run: Run, progress: Progress | None
+) -> TeacherCache | None:
+    """What the teacher says of the text, from disk; None where it runs beside the student."""
+    if task.keeping is None:
+        return None
+    said = {"teacher": teacher.fingerprint, "dtype": dtype_name(run.dtype), "attn": run.options.attn}
+    cache = TeacherCache(run.results("teachers"), task.keeping, windows, said)
+    return filled(cache, lambda: run.layers(teacher), teacher.name, progress)
+
+
+def _by_layers(
+    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
+) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
     """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
-    found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
+    plain = {name: each.detach() for name, each in named.items() if name.rpartition(".")[0] not in coded}
+    stored = {**stored_tensors(model, plain), **(packed_again(source, model) if coded else {})}
+    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
+    for key, tensor in stored.items():
         found[hf.layer_of(key)][key] = tensor
     return found
 

@@ -24,11 +24,12 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Some windows: their tokens, padding mask (None: none), which tokens count, and which predict one that does.
+    """Some windows: their numbers, tokens, padding mask (None: none), which tokens count, which predict one that does.
 
     counted_BS, where_P2: window and position.
     """
 
+    rows: Tensor
     ids_BS: Tensor
     mask_BS: Tensor | None
     counted_BS: Tensor
@@ -45,7 +46,7 @@ def text_batch(windows: Windows, rows: Tensor, device: torch.device) -> TextBatc
     mask_BS, counted_BS = windows.mask_NS[rows], windows.counted_NS[rows]
     where_P2 = (mask_BS[:, :-1] & counted_BS[:, 1:]).nonzero()
     padded = None if bool(mask_BS.all()) else mask_BS.long().to(device)
-    return TextBatch(windows.ids_NS[rows].to(device), padded, counted_BS.to(device), where_P2.to(device))
+    return TextBatch(rows, windows.ids_NS[rows].to(device), padded, counted_BS.to(device), where_P2.to(device))
 
 
 class WholeModel:
