@@ -29,8 +29,10 @@ def distill(
     labels (cross-entropy of the text itself); divergence, temperature, beta: forward KL, reverse KL, or generalised
     Jensen-Shannon with the original's share beta, of logits divided by the temperature.
     """
+    terms = weighted_terms(loss)
+    if "logits" not in terms and (divergence != "forward" or temperature != 1.0):
+        said = f"divergence={divergence} temperature={temperature:g}"
+        raise ValueError(f"{said} would do nothing: loss={loss} has no logits.")
     return Distillation(
-        trains=trained_parts(train),
-        terms=weighted_terms(loss),
-        divergence=divergence_of(divergence, temperature, beta),
+        trains=trained_parts(train), terms=terms, divergence=divergence_of(divergence, temperature, beta)
     )
