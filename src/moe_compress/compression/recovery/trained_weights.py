@@ -34,8 +34,6 @@ PARTS = {
 }  # fmt: skip
 NEW = "new"
 NOVICES = "novices"
-# Weights of which at least this share is zero were pruned: their zeros stay.
-PRUNED = 0.01
 BETAS = (0.9, 0.95)
 
 
@@ -87,7 +85,7 @@ def require_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 @dataclass
 class Optimiser:
-    """AdamW over some parameters with a cosine schedule; what was pruned to zero stays zero.
+    """AdamW over some parameters with a cosine schedule; entries of matrices that are zero were pruned, and stay zero.
 
     Everything that it has to remember is tensors, by name: see `state` and `restore`.
     """
@@ -104,21 +102,29 @@ class Optimiser:
             list(self.parameters.values()), lr=options.lr, betas=BETAS, weight_decay=options.decay
         )
         for name, parameter in self.parameters.items():
-            zero = parameter.detach() == 0
-            if parameter.dim() > 1 and int(zero.sum()) >= PRUNED * parameter.numel():
-                self.masks[name] = ~zero
+            alive = parameter.detach() != 0
+            if parameter.dim() > 1 and "bias" not in name.rpartition(".")[2] and not bool(alive.all()):
+                self.masks[name] = alive
 
     def step(self, number: int) -> None:
         """One step, the `number`th of all, with the gradients that are there; these are gone then."""
         for group in self.adam.param_groups:
             group["lr"] = self.options.lr * schedule(number, self.options)
+        for name, alive in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                # Without a gradient a zero has no moments either, and AdamW leaves it where it is.
+                gradient.mul_(alive)
         if self.options.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                self.parameters[name].mul_(mask)
+
+    @property
+    def felt(self) -> float:
+        """How much the loss could change by doubling everything, as the gradients that are there have it at most."""
+        found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
+        return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
 
     def state(self) -> dict[str, Tensor]:
         """What it needs to go on: values and moments."""
