@@ -74,7 +74,7 @@ class RouterFit:
 class Rebalancing:
     """Selection biases move until experts are used as evenly as the teacher's.
 
-    rounds: at most so many over the text; rate: of the first step, as a share of the scores' spread; tolerance: of the
+    rounds: at most so many over the text; rate: of the first step, in the units of the scores; tolerance: of the
     coefficient of variation.
     """
 

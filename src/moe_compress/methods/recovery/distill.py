@@ -38,6 +38,9 @@ def distill(
     (sampled).
     """
     terms = weighted_terms(loss)
+    if "logits" not in terms and (divergence != "forward" or temperature != 1.0):
+        said = f"divergence={divergence} temperature={temperature:g}"
+        raise ValueError(f"{said} would do nothing: loss={loss} has no logits.")
     if cache != "none":
         _require_kept(cache, loss, terms)
     return Distillation(
