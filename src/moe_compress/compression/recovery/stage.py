@@ -18,8 +18,7 @@ from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, lineage
-from moe_compress.compression.recovery.teacher_cache import TeacherCache
-from moe_compress.compression.recovery.teacher_pass import filled
+from moe_compress.compression.recovery.teachers import teaching_of
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
@@ -33,7 +32,6 @@ from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
-from moe_compress.utils.devices import dtype_name
 from moe_compress.utils.files import read_json, write_json
 from moe_compress.utils.logging import log
 
@@ -88,32 +86,20 @@ def _whole(
 ) -> dict[str, Any]:
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
-    cache = _kept(task, teacher, windows, run, progress)
+    teaching = teaching_of(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
     require_plain(source, parameters)
-    asked = cache is None and task.terms.keys() != {"labels"}
-    online = WholeModel(teacher, run, run.dtype) if asked else None
-    layered = {"hidden", "router"} & task.terms.keys()
-    kin = lineage(student.model, online.model, edits) if layered and online else Lineage([], [], {})
-    training = DistillationRun(task, options, student, online or cache, windows, parameters, kin, run.options.seed)
+    layered = teaching.online if {"hidden", "router"} & task.terms.keys() else None
+    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
+    taught_by = teaching.online or teaching.cache
+    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
     report = training.run(writer.scratch / "training.safetensors", progress)
-    report |= {"kept": cache.report()} if cache is not None else {}
+    report |= teaching.report
     changed = _by_layers(student.model, parameters)
     for index in (None, *range(source.num_layers)):
         writer.copy(index, changed.get(index))
     return {"training": report}
-
-
-def _kept(
-    task: Distillation, teacher: Checkpoint, windows: Windows, run: Run, progress: Progress | None
-) -> TeacherCache | None:
-    """What the teacher says of the text, from disk; None where it runs beside the student."""
-    if task.keeping is None:
-        return None
-    said = {"teacher": teacher.fingerprint, "dtype": dtype_name(run.dtype), "attn": run.options.attn}
-    cache = TeacherCache(run.results("teachers"), task.keeping, windows, said)
-    return filled(cache, lambda: run.layers(teacher), teacher.name, progress)
 
 
 def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
