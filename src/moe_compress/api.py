@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ from moe_compress.reports.table import Table, read_tables
 from moe_compress.run.context import Run, start, text_spec
 from moe_compress.run.options import Options, make_options
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import coerce
+from moe_compress.utils.choices import Means, coerce
 from moe_compress.utils.devices import threads
 from moe_compress.utils.logging import log
 
@@ -104,7 +104,12 @@ def apply(plan_file: str | Path, /, *, any_model: bool = False, **options: Any) 
         return _evaluated(outcome, run)
 
 
-def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
+def evaluate(
+    checkpoint: str | Path,
+    /,
+    original: Annotated[str | Path | None, Means("none: the one that it was made from")] = None,
+    **options: Any,
+) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
     opened, base, run = open_pair(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
@@ -137,10 +142,10 @@ def analyze(
     model: str | Path,
     /,
     *,
-    layers: str | Sequence[int] = "",
-    prompts: str | Path = "",
+    layers: Annotated[str | Sequence[int], Means("empty: all with experts")] = "",
+    prompts: Annotated[str | Path, Means("empty: the calibration text")] = "",
     threshold: float = SIMILAR,
-    out: str | Path = "",
+    out: Annotated[str | Path, Means("empty: a folder in results=")] = "",
     **options: Any,
 ) -> ModelAnalysis:
     """What the experts of the MoE layers (all, or `layers`) do, and which could go; also as files, in `out`.
@@ -178,7 +183,7 @@ def compare(
     after: str | Path,
     /,
     *,
-    prompts: str | Path = "default",
+    prompts: Annotated[str | Path, Means("default: a few, and the evaluation text")] = "default",
     max_tokens: int = MAX_TOKENS,
     **options: Any,
 ) -> Comparison:
@@ -198,7 +203,9 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
     return make_options({**options, "model": model}).resolved()
 
 
-def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) -> Path:
+def export(
+    checkpoint: str | Path, /, out: Annotated[str | Path, Means("empty: beside it")] = "", pad: bool = True
+) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
 
     Of experts in factors: their whole matrices, which save no memory.
@@ -215,7 +222,13 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) ->
         return (write_full_matrices if factored else pad_experts)(opened, target, progress)
 
 
-def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path = "", any_model: bool = False) -> Path:
+def export_gguf_plan(
+    plan_file: str | Path,
+    file: str | Path,
+    /,
+    out: Annotated[str | Path, Means("empty: beside it")] = "",
+    any_model: bool = False,
+) -> Path:
     """What a saved plan leaves of a GGUF file of its model, byte for byte; of a split one, a folder of as many files.
 
     any_model: also of a file that calls itself otherwise than the plan's model.
@@ -224,7 +237,9 @@ def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path
     return cut_gguf(Path(plan_file), Path(file), Path(out) if out else None, named)
 
 
-def export_imatrix(model: str | Path, /, out: str | Path = "", **options: Any) -> Path:
+def export_imatrix(
+    model: str | Path, /, out: Annotated[str | Path, Means("empty: a file in results=")] = "", **options: Any
+) -> Path:
     """What the inputs of a model's matrices weigh on the calibration text, for llama.cpp's quantization: an imatrix."""
     run = start(_options_for(model, options, "export imatrix"))
     with threads(run.options.threads):
@@ -238,8 +253,8 @@ def push(
     *,
     private: bool = False,
     dry_run: bool = False,
-    message: str = "",
-    revision: str | None = None,
+    message: Annotated[str, Means("empty: what was uploaded")] = "",
+    revision: Annotated[str | None, Means("none: the default branch")] = None,
 ) -> Upload:
     """Upload a checkpoint of ours to the hub as user/name, in one commit, without paths of this machine.
 

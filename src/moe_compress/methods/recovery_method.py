@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 from torch import Generator, Tensor
 
-# Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts.
-TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new")
+# Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts;
+# `scales`, `codes`: of what is packed.
+TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new", "scales", "codes")
 # Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
 Term = Literal["logits", "hidden", "router", "labels"]
 TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from moe_compress.reports import svg
 from moe_compress.reports.pareto import Front
+from moe_compress.utils.files import room_for
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
@@ -125,7 +126,8 @@ def _saved(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) ->
     # Without salt and date, a second run would write other bytes.
     with rc_context({"svg.hashsalt": "moe-compress"}):
         for path in files:
-            figure.savefig(path, dpi=DPI, **META.get(path.suffix, {}))
+            with room_for(path):
+                figure.savefig(path, dpi=DPI, **META.get(path.suffix, {}))
     return files
 
 

@@ -22,6 +22,8 @@ def key_value(word: str) -> tuple[str, str]:
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
     """Turn a recipe's word (or a value from YAML or Python) into the type of an annotation, or say what would do."""
+    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) is types.UnionType:
+        return coerce(typing.get_args(hint)[0], value, where)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
         return None if value in (None, "none", "null") else coerce(inner, value, where)
@@ -29,7 +31,9 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}={value}: one word or number is needed.")
     text = str(value)
     if typing.get_origin(hint) is Annotated:
-        return typing.get_args(hint)[1].read(text, where)
+        inner, *more = typing.get_args(hint)
+        reader = next((each for each in more if hasattr(each, "read")), None)
+        return coerce(inner, value, where) if reader is None else reader.read(text, where)
     if typing.get_origin(hint) is Literal:
         return choice(typing.get_args(hint), text, where)
     if hint is bool:
@@ -56,6 +60,13 @@ class Reader(Protocol):
 
     def shown(self) -> str:
         """What may be written, for lists of parameters."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a default stands for that says nothing by itself: Annotated[int, Means("0: all of them")] = 0."""
+
+    said: str
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.partly_packed import packed_kinds
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES
 from moe_compress.compression.recovery.trained_weights import trained_parameters
 from moe_compress.edits.edits import Edit, PackMatrices
 from moe_compress.methods import registry
@@ -40,13 +41,17 @@ def check_recovery(
     task = registry.find(stage.method).run(**stage.own_parameters)
     if not isinstance(task, Distillation | LayerDistillation):
         return
-    trained_parameters(model, task.trains)
+    packed, coded = packed_kinds(model, values) | _packed_by(edits, model), task.trains & {CODES, SCALES}
+    if coded and (not packed or isinstance(task, LayerDistillation)):
+        why = "layerwise trains plain numbers alone" if packed else "nothing is packed there"
+        raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
+    if task.trains - coded:
+        trained_parameters(model, task.trains - coded)
     vocabulary = model.config.get_text_config().vocab_size
     if isinstance(task, Distillation) and task.keeping is not None and stage.parameters["top"] >= vocabulary:
         raise ValueError(
             f"top={stage.parameters['top']}: fewer tokens than the vocabulary has ({vocabulary}) are needed."
         )
-    packed = packed_kinds(model, values) | _packed_by(edits, model)
     for word, kind in KINDS.items():
         if kind in packed and (word in task.trains or "all" in task.trains):
             raise ValueError(
@@ -74,6 +79,8 @@ def _require_sense(stage: Stage) -> None:
         "steps": options.steps < 1,
         "batch": options.batch < 1,
         "keep": options.keep < 1,
+        "checkpoint_every": options.checkpoint_every < 0,
+        "keep_checkpoints": options.keep_checkpoints < 0,
         "lr": not 0.0 < options.lr < float("inf"),
         "warmup": not 0.0 <= options.warmup <= 1.0,
         "decay": not 0.0 <= options.decay < float("inf"),

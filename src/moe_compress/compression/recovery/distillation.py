@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moe_compress.compression.recovery.following import Follow
 from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
@@ -28,7 +29,6 @@ from moe_compress.compression.recovery.whole_model import (
     text_batch,
 )
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import Progress
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import Distillation, Term
 from moe_compress.methods.stage_options import TrainingOptions
@@ -61,19 +61,25 @@ class DistillationRun:
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
 
-    def run(self, state: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Train; what is to be reported of it. ValueError where the loss is no number."""
+    def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
+        """Train; what is to be reported of it. ValueError where the loss is no number.
+
+        follow: is given the curve before the first step and behind every one. What it leaves is there before the step
+        counts as done, so that a killed run loses nothing of it.
+        """
         curve = resume(state, self.optimiser)
         started = time.perf_counter() - curve.seconds
+        if follow is not None:
+            follow(curve)
         for step in range(curve.steps, self.options.steps):
             losses, tokens = self.step(step)
             curve.add(step, losses, tokens)
             self.optimiser.step(step)
             curve.seconds = time.perf_counter() - started
+            if follow is not None:
+                follow(curve)
             if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
                 save(state, self.optimiser, curve)
-            if progress is not None:
-                progress(step + 1, self.options.steps)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
         return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
 

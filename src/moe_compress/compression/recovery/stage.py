@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.recovery.distillation import DistillationRun
+from moe_compress.compression.recovery.following import Follower
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
 from moe_compress.compression.recovery.teachers import teaching_of
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
@@ -32,6 +38,7 @@ from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
+from moe_compress.run.trackers import open_tracker
 from moe_compress.utils.files import read_json, write_json
 from moe_compress.utils.logging import log
 
@@ -43,11 +50,13 @@ def run_recovery_stage(
     edits: Sequence[Edit],
     run: Run,
     writer: CheckpointWriter,
+    finish: Finish,
     progress: Progress | None = None,
 ) -> WeightStageResult:
     """Carry out a stage that recovers into `writer`.
 
-    origin: the model that the recipe starts from; edits: those that led from it to `source`.
+    origin: the model that the recipe starts from; edits: those that led from it to `source`; finish: makes a checkpoint
+    of the student so far.
     """
     named = stage.parameters[TEACHER]
     teacher = resolve_model(named) if named else origin
@@ -55,9 +64,12 @@ def run_recovery_stage(
     task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    given = (stage, source, teacher, edits, windows, run, writer, progress)
-    report = _whole(task, *given) if isinstance(task, Distillation) else _by_layer(task, *given)
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
+    given = (stage, source, teacher, edits, windows, run, writer, progress)
+    if isinstance(task, Distillation):
+        report = _whole(task, *given, lambda target, so_far: finish(target, {**about, **so_far}))
+    else:
+        report = _by_layer(task, *given)
     return WeightStageResult({**about, **report}, [], dict(source.values))
 
 
@@ -83,29 +95,49 @@ def _whole(
     run: Run,
     writer: CheckpointWriter,
     progress: Progress | None,
+    finish: Finish,
 ) -> dict[str, Any]:
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
+    tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     teaching = teaching_of(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
-    require_plain(source, parameters)
+    if not task.trains & {CODES, SCALES}:
+        require_plain(source, parameters)
     layered = teaching.online if {"hidden", "router"} & task.terms.keys() else None
     kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
     taught_by = teaching.online or teaching.cache
     training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
-    report = training.run(writer.scratch / "training.safetensors", progress)
-    report |= teaching.report
-    changed = _by_layers(student.model, parameters)
-    for index in (None, *range(source.num_layers)):
-        writer.copy(index, changed.get(index))
-    return {"training": report}
+
+    def fill(target: CheckpointWriter) -> None:
+        changed = _by_layers(source, student.model, parameters)
+        for index in (None, *range(source.num_layers)):
+            target.copy(index, changed.get(index))
+
+    steps = StepCheckpoints(
+        writer.out, source, writer.identity, options.checkpoint_every, options.keep_checkpoints, finish
+    )
+    steps.begin()
+    follow = Follower(
+        options, run.log, tracker, progress,
+        then=lambda curve: steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report()}),
+    )  # fmt: skip
+    with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
+        report = training.run(writer.scratch / "training.safetensors", follow)
+    fill(writer)
+    return {TRAINING: {**report, **teaching.report}}
 
 
-def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+def _by_layers(
+    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
+) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
     """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
-    found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
+    plain = {name: each.detach() for name, each in named.items() if name.rpartition(".")[0] not in coded}
+    stored = {**stored_tensors(model, plain), **(packed_again(source, model) if coded else {})}
+    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
+    for key, tensor in stored.items():
         found[hf.layer_of(key)][key] = tensor
     return found
 

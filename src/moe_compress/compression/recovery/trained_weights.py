@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, release
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.component_map import (
@@ -40,10 +41,14 @@ BETAS = (0.9, 0.95)
 
 
 def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
-    """The parameters that train=`parts` means, by their full names.
+    """The parameters that train=`parts` means, by their full names; packed matrices are released for it, in place.
 
     Raises ValueError if there is none, or one is packed: codes are no numbers that could be moved.
     """
+    coded = parts & {CODES, SCALES}
+    if coded:
+        others = trained_parameters(model, parts - coded) if parts - coded else {}
+        return {**others, **release(model, coded)}
     place, inside = component_of_modules(model), hf.layers_prefix(model)
     read = hf.text_prefixes(model)
     components = {each for part in parts for each in PARTS.get(part, ())}

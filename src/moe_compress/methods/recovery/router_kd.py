@@ -10,6 +10,9 @@ from moe_compress.methods.recovery_method import Distillation, RouterFit, Teache
 from moe_compress.methods.registry import recovery_method
 
 TRAINING = "solver=adam"
+TRAINED_BY = (
+    "steps", "batch", "lr", "warmup", "decay", "clip", "recompute", "keep", "checkpoint_every", "log",
+)  # fmt: skip
 
 
 @recovery_method(
@@ -19,23 +22,9 @@ TRAINING = "solver=adam"
     shown_in_names=("solver",),
     goes_with={
         "ridge": "solver=ridge",
-        **dict.fromkeys(
-            (
-                "temperature",
-                "cache",
-                "teacher_bits",
-                "steps",
-                "batch",
-                "lr",
-                "warmup",
-                "decay",
-                "clip",
-                "recompute",
-                "keep",
-            ),
-            TRAINING,
-        ),
+        **dict.fromkeys(("temperature", "cache", "teacher_bits", *TRAINED_BY), TRAINING),
         "top": f"{TRAINING} and cache!=none",
+        "keep_checkpoints": f"{TRAINING} and checkpoint_every!=0",
     },
 )
 def router_kd(
