@@ -25,8 +25,7 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
-from moe_compress.compression.recovery.teacher_cache import TeacherCache
-from moe_compress.compression.recovery.teacher_pass import filled
+from moe_compress.compression.recovery.teachers import teaching_of
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
@@ -41,7 +40,7 @@ from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.run.trackers import open_tracker
-from moe_compress.utils.devices import dtype_name, free_memory
+from moe_compress.utils.devices import free_memory
 from moe_compress.utils.files import gigabytes, read_json, write_json
 from moe_compress.utils.logging import log
 
@@ -97,15 +96,15 @@ def _whole(
     options = TrainingOptions.of(stage.parameters)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     _require_room(task, stage, source, teacher, run)
-    cache = _kept(task, teacher, windows, run, progress)
+    teaching = teaching_of(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
     if not task.trains & {CODES, SCALES}:
         require_plain(source, parameters)
-    asked = cache is None and task.terms.keys() != {"labels"}
-    online = WholeModel(teacher, run, run.dtype) if asked else None
-    kin = lineage(student.model, online.model, edits) if online and compares_layers(task) else Lineage([], [], {})
-    training = DistillationRun(task, options, student, online or cache, windows, parameters, kin, run.options.seed)
+    layered = teaching.online if compares_layers(task) else None
+    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
+    taught_by = teaching.online or teaching.cache
+    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
 
     def fill(target: CheckpointWriter) -> None:
         changed = _by_layers(source, student.model, parameters)
@@ -123,18 +122,7 @@ def _whole(
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
         report = training.run(writer.scratch / "training.safetensors", follow)
     fill(writer)
-    return {TRAINING: {**report, **({"kept": cache.report()} if cache is not None else {})}}
-
-
-def _kept(
-    task: Distillation, teacher: Checkpoint, windows: Windows, run: Run, progress: Progress | None
-) -> TeacherCache | None:
-    """What the teacher says of the text, from disk; None where it runs beside the student."""
-    if task.keeping is None:
-        return None
-    said = {"teacher": teacher.fingerprint, "dtype": dtype_name(run.dtype), "attn": run.options.attn}
-    cache = TeacherCache(run.results("teachers"), task.keeping, windows, said)
-    return filled(cache, lambda: run.layers(teacher), teacher.name, progress)
+    return {TRAINING: {**report, **teaching.report}}
 
 
 def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher: Checkpoint, run: Run) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.load import load_as_run
 from moe_compress.checkpoints.reader import Checkpoint
@@ -52,9 +53,20 @@ def text_batch(windows: Windows, rows: Tensor, device: torch.device) -> TextBatc
 class WholeModel:
     """A checkpoint in memory; `states` is a forward up to the head."""
 
-    def __init__(self, checkpoint: Checkpoint, run: Run, dtype: torch.dtype, *, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        run: Run,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """model: where it is in memory already."""
         self.device, self.recompute = run.device, recompute
-        self.model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+        if model is None:
+            model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+        self.model = model
         self.model.requires_grad_(False)
         hf.use_experts_function(self.model)
 
