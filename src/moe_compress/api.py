@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +30,8 @@ from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_
 from moe_compress.evaluation.harnesses import HARNESSES, report_columns
 from moe_compress.evaluation.pair import open_pair
 from moe_compress.evaluation.quality.evaluate import evaluate_pair
+from moe_compress.evaluation.watching.watch import WatchWords, watch_training
+from moe_compress.evaluation.watching.watched import Watched
 from moe_compress.hub.card import update_card
 from moe_compress.hub.push import Upload, prepare, send
 from moe_compress.models import hf
@@ -40,9 +42,10 @@ from moe_compress.reports.reading import Places
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import Table, read_tables
 from moe_compress.run.context import Run, start, text_spec
-from moe_compress.run.options import Options, make_options
+from moe_compress.run.options import Options, make_options, typed_words
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import Means, coerce
+from moe_compress.utils.choices import AtLeast, Means, coerce
+from moe_compress.utils.declarations import function_of
 from moe_compress.utils.devices import threads
 from moe_compress.utils.logging import log
 
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "export_gguf_plan", "export_imatrix",
     "flops", "load", "plan", "push", "report", "routing", "run_recipe", "show_data", "speed", "start", "table", "tasks",
-    "verify",
+    "verify", "watch",
 ]  # fmt: skip
 
 
@@ -114,6 +117,37 @@ def evaluate(
     opened, base, run = open_pair(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
         return _record(opened, base, run)
+
+
+def watch(
+    run_folder: str | Path,
+    /,
+    *,
+    tasks: Annotated[str, Means("empty: none")] = "",
+    limit: Annotated[Annotated[int, AtLeast(1)] | None, Means("none: all")] = None,
+    every: Annotated[int, AtLeast(1)] = 1,
+    best: Annotated[str, Means("empty: none is kept")] = "",
+    once: bool = False,
+    poll: float = 10.0,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
+    png: bool = False,
+    log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl",
+    **options: Any,
+) -> Watched:
+    """Evaluate the checkpoints of a training as they appear, in a process of their own, until its outcome is there.
+
+    run_folder: the training's out=; tasks, limit: as of the command tasks, and none without; every: only steps that
+    this divides, and the last; best: a metric (kl, perplexity, accuracy, ...), whose best checkpoint is kept as
+    RUN_FOLDER.best; once: what is there, and end; poll: seconds between two looks; original: to compare with; png: the
+    curve as PNG too; log: where metrics are shown besides.
+    """
+    given = {
+        "tasks": tasks, "limit": limit, "every": every, "best": best, "once": once, "poll": poll, "original": original,
+        "png": png, "log": log,
+    }  # fmt: skip
+    typed = typed_words("watch", function_of(__name__, "watch"), {**given, **options})
+    words = WatchWords(**{key: typed[key] for key in given})
+    return watch_training(Path(run_folder), words, make_options({**options, "model": ""}))
 
 
 def _evaluated(outcome: Outcome, run: Run) -> Result:

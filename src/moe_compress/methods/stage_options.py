@@ -63,8 +63,8 @@ class TrainingOptions(EngineOptions):
     clip: Annotated[float, Means("0: none")] = 1.0
     recompute: bool = False
     keep: int = 50
-    checkpoint_every: int = 0
-    keep_checkpoints: int = 0
+    checkpoint_every: Annotated[int, Means("0: never")] = 0
+    keep_checkpoints: Annotated[int, Means("0: all")] = 0
     log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl"
 
 
