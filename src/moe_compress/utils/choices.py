@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
 
+# `int | None`, and `Annotated[int, ...] | None`.
+UNIONS = (types.UnionType, typing.Union)
+
+
 def key_value(word: str) -> tuple[str, str]:
     """A word in two. ValueError if it is no `key=value`."""
     key, equals, value = word.partition("=")
@@ -22,9 +26,9 @@ def key_value(word: str) -> tuple[str, str]:
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
     """Turn a recipe's word (or a value from YAML or Python) into the type of an annotation, or say what would do."""
-    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) is types.UnionType:
+    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) in UNIONS:
         return coerce(typing.get_args(hint)[0], value, where)
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    if typing.get_origin(hint) in UNIONS:
         inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
         return None if value in (None, "none", "null") else coerce(inner, value, where)
     if not isinstance(value, str | int | float | os.PathLike):
