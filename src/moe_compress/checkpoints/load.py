@@ -58,9 +58,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
 
 def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, why: str) -> None:
     """ValueError, with what is needed, if these do not fit as whole models in `dtype` where the device has room."""
-    sizes = [
-        each.bytes if each.packed else each.bytes * dtype.itemsize // each.stored_dtype.itemsize for each in checkpoints
-    ]
+    sizes = [memory_bytes(each, dtype) for each in checkpoints]
     free = free_memory(device)
     if sum(sizes) > free:
         names = " and ".join(each.name for each in checkpoints)
@@ -68,6 +66,13 @@ def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device
             f"{names} {why}: {gigabytes(sum(sizes))} as {dtype_name(dtype)} in memory, but {device.type} has "
             f"{gigabytes(free)} free: use a smaller dtype= or another device=."
         )
+
+
+def memory_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What a whole model takes in memory in `dtype`; what is packed stays so."""
+    if checkpoint.packed:
+        return checkpoint.bytes
+    return checkpoint.bytes * dtype.itemsize // checkpoint.stored_dtype.itemsize
 
 
 def load_as_run(

@@ -34,7 +34,7 @@ from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, made_before, preflight, read_texts, stage_identity
-from moe_compress.compression.recovery.lineage import edits_between
+from moe_compress.compression.recovery.checks import check_teachers
 from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
@@ -48,7 +48,6 @@ from moe_compress.edits.resulting_config import ResultingConfig, kept_layers, re
 from moe_compress.engine.forward import Progress
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
-from moe_compress.methods.stage_options import TEACHER
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
@@ -77,6 +76,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
     preflight(recipe, out)
     source = resolve_model(recipe.options.model, recipe.options.revision)
+    check_teachers(recipe, source, run)
     identities = [stage_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
     if not recipe.options.out:
         out = made_before(out, identities[-1])
@@ -245,9 +245,8 @@ def _carry_out(
     method = registry.find(stage.method)
     if method.scope == "recovery":
         edits = [edit for earlier in job.plan for edit in earlier.plan.edits]
-        led = edits_between(job.origin) if stage.parameters[TEACHER] else []
         finish = functools.partial(_finish_step, job, about, files, run)
-        return run_recovery_stage(stage, job.source, job.origin, [*led, *edits], run, writer, finish, progress)
+        return run_recovery_stage(stage, job.source, job.origin, edits, run, writer, finish, progress)
     engine = run_factor_stage if method.implementation.factoring is not None else run_weight_stage
     return engine(stage, job.source, run, writer, progress)
 

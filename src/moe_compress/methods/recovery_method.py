@@ -17,6 +17,8 @@ TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms",
 # Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
 Term = Literal["logits", "hidden", "router", "labels"]
 TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")
+# Bits that teacher_bits= may name; 0: the teacher's weights as they are.
+TeacherBits = Literal["0", "8", "4"]
 # Of logits [P, V] of the student and of the teacher, the loss of each token, [P].
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,13 +42,14 @@ class Distillation:
     """The whole model learns to say what the teacher says.
 
     trains: parts of it; terms: the weight of each loss; divergence: what `logits` means; keeping: what is kept of the
-    teacher instead of running it in every step.
+    teacher instead of running it in every step; teacher_bits: in which its weights are held, 0 for as they are.
     """
 
     trains: frozenset[str]
     terms: Mapping[Term, float]
     divergence: Divergence
     keeping: Keeping | None = None
+    teacher_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,7 @@ class RouterFit:
 class Rebalancing:
     """Selection biases move until experts are used as evenly as the teacher's.
 
-    rounds: at most so many over the text; rate: of the first step, as a share of the scores' spread; tolerance: of the
+    rounds: at most so many over the text; rate: of the first step, in the units of the scores; tolerance: of the
     coefficient of variation.
     """
 

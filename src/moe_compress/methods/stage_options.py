@@ -92,8 +92,7 @@ def _with_training_options(declaration: Declaration) -> dict[str, Parameter]:
     engine = of_function(TrainingOptions, "").parameters
     if not declaration.keywords.get("trains", True):
         engine = {TEACHER: engine[TEACHER]}
-    if declaration.keywords.get("by_layer"):  # there is no student so far: most of its layers have not learnt anything
-        engine = {name: each for name, each in engine.items() if name not in FOLLOWED}
+    engine = {name: each for name, each in engine.items() if name not in declaration.keywords.get("lacks", ())}
     own = {name: replace(each, default=declaration.keywords.get(name, each.default)) for name, each in engine.items()}
     return {**declaration.parameters, **own}
 

@@ -37,6 +37,8 @@ from moe_compress.models.families import family_of
 from moe_compress.models.moe import all_moe_views, router_logits
 
 LARGEST_SEED = 2**31
+# What a gradient promises that is no more than rounding, as a share of the loss.
+UNFELT = 1e-5
 NEXT_TOKENS: tuple[Term, ...] = ("logits", "labels")
 
 
@@ -74,6 +76,8 @@ class DistillationRun:
         for step in range(curve.steps, self.options.steps):
             losses, tokens = self.step(step)
             curve.add(step, losses, tokens)
+            if step == 0:
+                self._require_gradients(losses)
             self.optimiser.step(step)
             curve.seconds = time.perf_counter() - started
             if follow is not None:
@@ -82,6 +86,15 @@ class DistillationRun:
                 save(state, self.optimiser, curve)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
         return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
+
+    def _require_gradients(self, losses: Mapping[str, float]) -> None:
+        """Raise ValueError for a loss that nothing of what is trained has a part in."""
+        total = sum(self.task.terms[term] * losses[term] for term in self.task.terms)
+        if total and self.optimiser.felt <= UNFELT * total:
+            raise ValueError(
+                "the loss has no gradient at what would be trained (such as routers whose tokens use one expert with a "
+                "gate of 1, which loss=router alone feels): train other parts, or use router_kd solver=ridge."
+            )
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Leave the gradients of one step; its losses by term, and how many tokens it saw."""
@@ -92,7 +105,8 @@ class DistillationRun:
         counted = sum(int(batch.counted_BS.sum()) for batch in batches)
         losses: dict[str, float] = dict.fromkeys(map(str, self.task.terms), 0.0)
         for batch in batches:
-            for term, value in self.back(batch, predicted, counted).items():
+            # Of conversations there may be windows in which nobody says anything that counts.
+            for term, value in self.back(batch, max(predicted, 1), max(counted, 1)).items():
                 losses[term] += value
         return losses, counted
 

@@ -13,36 +13,39 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.load import memory_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.following import Follower
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
-from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
-from moe_compress.compression.recovery.teacher_cache import TeacherCache
-from moe_compress.compression.recovery.teacher_pass import filled
-from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, packed_again
+from moe_compress.compression.recovery.teachers import teaching_of
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
 from moe_compress.data.windows import Windows
 from moe_compress.edits.edits import Edit
-from moe_compress.engine.forward import Progress
+from moe_compress.engine.forward import Progress, windows_per_batch
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.methods import registry
-from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
+from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, RouterFit
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.run.trackers import open_tracker
-from moe_compress.utils.devices import dtype_name
-from moe_compress.utils.files import read_json, write_json
+from moe_compress.utils.devices import free_memory
+from moe_compress.utils.files import gigabytes, read_json, write_json
 from moe_compress.utils.logging import log
+
+# A gradient and two moments, in fp32.
+BYTES_PER_TRAINED = 12
 
 
 def run_recovery_stage(
@@ -62,29 +65,19 @@ def run_recovery_stage(
     """
     named = stage.parameters[TEACHER]
     teacher = resolve_model(named) if named else origin
-    require_teacher(source, teacher)
-    task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
+    if teacher.fingerprint == source.fingerprint:
+        raise ValueError(itself(source))
+    task = task_of(stage)
+    led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
-    given = (stage, source, teacher, edits, windows, run, writer, progress)
+    given = (stage, source, teacher, [*led, *edits], windows, run, writer, progress)
     if isinstance(task, Distillation):
         report = _whole(task, *given, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
         report = _by_layer(task, *given)
     return WeightStageResult({**about, **report}, [], dict(source.values))
-
-
-def require_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise ValueError for a teacher that is the student itself, or has other tokens."""
-    if teacher.fingerprint == student.fingerprint:
-        raise ValueError(
-            f"{student.name} would learn from itself: put this stage behind one that compresses, or name the model to "
-            "learn from (teacher=)."
-        )
-    theirs, ours = (each.text_config.vocab_size for each in (teacher, student))
-    if theirs != ours:
-        raise ValueError(f"teacher={teacher.name} has a vocabulary of {theirs}, the model one of {ours}.")
 
 
 def _whole(
@@ -102,16 +95,16 @@ def _whole(
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
-    cache = _kept(task, teacher, windows, run, progress)
+    _require_room(task, stage, source, teacher, run)
+    teaching = teaching_of(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
     if not task.trains & {CODES, SCALES}:
         require_plain(source, parameters)
-    asked = cache is None and task.terms.keys() != {"labels"}
-    online = WholeModel(teacher, run, run.dtype) if asked else None
-    layered = {"hidden", "router"} & task.terms.keys()
-    kin = lineage(student.model, online.model, edits) if layered and online else Lineage([], [], {})
-    training = DistillationRun(task, options, student, online or cache, windows, parameters, kin, run.options.seed)
+    layered = teaching.online if compares_layers(task) else None
+    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
+    taught_by = teaching.online or teaching.cache
+    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
 
     def fill(target: CheckpointWriter) -> None:
         changed = _by_layers(source, student.model, parameters)
@@ -129,18 +122,24 @@ def _whole(
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
         report = training.run(writer.scratch / "training.safetensors", follow)
     fill(writer)
-    return {TRAINING: {**report, **({"kept": cache.report()} if cache is not None else {})}}
+    return {TRAINING: {**report, **teaching.report}}
 
 
-def _kept(
-    task: Distillation, teacher: Checkpoint, windows: Windows, run: Run, progress: Progress | None
-) -> TeacherCache | None:
-    """What the teacher says of the text, from disk; None where it runs beside the student."""
-    if task.keeping is None:
-        return None
-    said = {"teacher": teacher.fingerprint, "dtype": dtype_name(run.dtype), "attn": run.options.attn}
-    cache = TeacherCache(run.results("teachers"), task.keeping, windows, said)
-    return filled(cache, lambda: run.layers(teacher), teacher.name, progress)
+def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher: Checkpoint, run: Run) -> None:
+    """ValueError, with what would fit, where two models and what training remembers do not fit into memory."""
+    coded = task.trains & {CODES, SCALES}
+    plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
+    numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
+    kept = BYTES_PER_TRAINED * numbers
+    models = [memory_bytes(source, torch.float32), memory_bytes(teacher, run.dtype)]
+    free = free_memory(run.device)
+    if sum(models) + kept > free:
+        raise ValueError(
+            f"{stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, its "
+            f"teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
+            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), or one layer at a time (layerwise, "
+            "router_kd solver=ridge)."
+        )
 
 
 def _by_layers(
@@ -171,12 +170,14 @@ def _by_layer(
     theirs = run.layers(teacher)
     ours = StreamedLayers(source, run.device, torch.float32, run.options.attn)
     kin = lineage(ours.model, theirs.model, edits)
-    visitor = LayerVisitor(
-        task, TrainingOptions.of(stage.parameters), source, ours.model, kin, writer, run.options.seed
-    )
+    options = TrainingOptions.of(stage.parameters)
+    visitor = LayerVisitor(task, options, source, ours.model, kin, writer, run.options.seed)
     if not writer.has(None):
         writer.copy(None)
-    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, progress=progress)
+    # A step then takes whole batches, and as many windows as it is told.
+    most = min(windows_per_batch(windows), options.batch)
+    size = next(n for n in range(most, 0, -1) if options.batch % n == 0)
+    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size, progress=progress)
     notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
     return {"layers": {i: note for i, note in notes.items() if note}}
 

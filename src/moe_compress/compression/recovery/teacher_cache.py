@@ -25,13 +25,14 @@ from moe_compress.utils.hashing import fingerprint, tensor_bytes
 VERSION = 1
 TOKENS_PER_SHARD = 1 << 14
 INDEX = "teacher.json"
-IDENTITY, DIGEST, AGREES = "identity", "digest", "agrees_on"
+IDENTITY, DIGEST, AGREES, ABOUT = "identity", "digest", "agrees_on", "about"
 
 
 class TeacherCache:
     """What is kept of one teacher on one text.
 
-    said: the teacher's fingerprint, its arithmetic; with the text's fingerprint, and what is kept, the identity.
+    said: the teacher's fingerprint, its arithmetic; with the text's fingerprint, and what is kept, the identity; about:
+    what else is to be remembered of the teacher, for whoever does not load it.
     """
 
     def __init__(self, place: Path, keeping: Keeping, windows: Windows, said: Mapping[str, Any]) -> None:
@@ -45,6 +46,7 @@ class TeacherCache:
         self.end_N = predicted_N.cumsum(0)
         self.start_N = self.end_N - predicted_N
         self.whole: set[int] = set()
+        self.about: dict[str, Any] = {}
 
     def open(self) -> None:
         """See which shards are whole. ValueError if the folder is another cache's."""
@@ -110,7 +112,8 @@ class TeacherCache:
         """Say of the folder what it is, and that it agrees with what computes here, alone if it is only `begun`."""
         known = [] if begun else self._index().get(AGREES, [])
         agrees = list(dict.fromkeys([*known, _libraries()]))
-        write_json(self.folder / INDEX, {IDENTITY: self.identity, "version": VERSION, **self.said, AGREES: agrees})
+        known_by = {IDENTITY: self.identity, "version": VERSION, **self.said}
+        write_json(self.folder / INDEX, {**known_by, AGREES: agrees, ABOUT: self.remembered})
 
     def _index(self) -> dict[str, Any]:
         try:
@@ -119,14 +122,16 @@ class TeacherCache:
             return {}
         return found if isinstance(found, dict) else {}
 
+    @property
+    def remembered(self) -> dict[str, Any]:
+        """What was said about the teacher when it was loaded."""
+        return {**self._index().get(ABOUT, {}), **self.about}
+
     def report(self) -> dict[str, Any]:
         """What is reported of it."""
         size = sum(self._file(shard).stat().st_size for shard in self.whole)
-        return {
-            "identity": self.identity,
-            "bytes": size,
-            "bytes_per_token": round(size / max(1, int(self.end_N[-1])), 1),
-        }
+        each = round(size / max(1, int(self.end_N[-1])), 1)
+        return {"identity": self.identity, "bytes": size, "bytes_per_token": each}
 
 
 def _libraries() -> str:

@@ -5,6 +5,8 @@ O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -13,14 +15,18 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoints.formats.edited_packed import matrix_module
 from moe_compress.checkpoints.formats.registry import CodedMatrix, format_in
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.reader import Checkpoint, regions_of
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
-from moe_compress.models.modeling.bit_packing import pack
+from moe_compress.models.modeling.bit_packing import WORD, pack
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.sublayers import block_names
 
 CODES, SCALES = "codes", "scales"
+# Numbers behind codes that are trained.
+LATENT = "latent"
+# Of so many inputs in a row, at least half are zero where a pattern such as 2:4 was pruned.
+PATTERN = 4
 
 
 class TrainedMatrix(nn.Module):
@@ -40,6 +46,7 @@ class TrainedMatrix(nn.Module):
         self.register_buffer(CODES, codes_OI)
         self.scales = nn.Parameter(scale_OG, requires_grad=False)
         self.latent = nn.Parameter(codes_OI * self._spread(scale_OG), requires_grad=False) if with_codes else None
+        self.alive = codes_OI != 0 if is_pruned(codes_OI) else None
 
     def _spread(self, scale_OG: Tensor) -> Tensor:
         return scale_OG.repeat_interleave(self.in_features // scale_OG.shape[1], 1)
@@ -51,7 +58,8 @@ class TrainedMatrix(nn.Module):
             return self.codes * scale_OI
         half = 2 ** (self.bits - 1)
         real_OI = (self.latent / scale_OI).clamp(-half, half - 1)
-        return (real_OI + (real_OI.round() - real_OI).detach()) * scale_OI
+        rounded_OI = (real_OI + (real_OI.round() - real_OI).detach()) * scale_OI
+        return rounded_OI if self.alive is None else rounded_OI * self.alive
 
     def forward(self, x_RI: Tensor) -> Tensor:
         """The product with rows of inputs."""
@@ -64,7 +72,15 @@ class TrainedMatrix(nn.Module):
         if self.latent is not None:
             half = 2 ** (self.bits - 1)
             codes_OI = (self.latent / self._spread(self.scales)).clamp(-half, half - 1).round().to(torch.int8)
+            codes_OI = codes_OI if self.alive is None else codes_OI * self.alive
         return CodedMatrix(codes_OI, self.scales.detach().to(dtype), self.bits)
+
+
+def is_pruned(codes_OI: Tensor) -> bool:
+    """Whether at least half of every few inputs in a row are zero, as a pattern leaves them and rounding does not."""
+    if codes_OI.shape[1] % PATTERN:
+        return False
+    return bool(((codes_OI == 0).unflatten(1, (-1, PATTERN)).sum(2) >= PATTERN // 2).all())
 
 
 def release(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
@@ -86,8 +102,24 @@ def release(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Param
         if SCALES in parts:
             found[f"{name}.{SCALES}"] = trained.scales
         if trained.latent is not None:
-            found[f"{name}.latent"] = trained.latent
+            found[f"{name}.{LATENT}"] = trained.latent
     return found
+
+
+def coded_numbers(source: Checkpoint, parts: frozenset[str]) -> int:
+    """How many numbers of a checkpoint's packed matrices `release` would let be trained."""
+    skeleton = source.skeleton(torch.float32)
+    shapes = [(each.weight_like.numel(), each.scales.numel()) for each in packed_matrices(skeleton)]
+    for key in source.packed:
+        scales, *others = regions_of(source.tensors[key])
+        bits = getattr(source.tensors[key], "bits", None) or WORD // 8
+        shapes.append((sum(each.bytes for each in others[:1]) * 8 // bits, math.prod(scales.shape)))
+    return sum(CODES in parts and codes for codes, _ in shapes) + sum(SCALES in parts and each for _, each in shapes)
+
+
+def packed_matrices(model: PreTrainedModel) -> list[PackedMatrix]:
+    """All matrices that a model holds packed."""
+    return [each for each in model.modules() if isinstance(each, PackedMatrix)]
 
 
 def packed_again(source: Checkpoint, model: PreTrainedModel) -> dict[str, Tensor | StoredWeight]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from moe_compress.methods.recovery.divergences import Kind, divergence_of
 from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
-from moe_compress.methods.recovery_method import Distillation, Term, trained_parts, weighted_terms
+from moe_compress.methods.recovery_method import Distillation, TeacherBits, Term, trained_parts, weighted_terms
 from moe_compress.methods.registry import recovery_method
 
 
@@ -25,6 +25,7 @@ def distill(
     beta: float = 0.5,
     cache: Cache = "none",
     top: int = 64,
+    teacher_bits: TeacherBits = "0",
 ) -> Distillation:
     """Train the compressed model on what the original says of the calibration text.
 
@@ -35,9 +36,14 @@ def distill(
     Jensen-Shannon with the original's share beta, of logits divided by the temperature; cache: run the original once on
     the text, for every model that learns from it, and keep of each distribution the `top` likeliest tokens and what
     the others have together (topk), or half as many and draws from the others, which estimate the KL without bias
-    (sampled).
+    (sampled); teacher_bits: hold the original's weights in so few bits while it teaches (0: as they are).
     """
     terms = weighted_terms(loss)
+    if "logits" not in terms and (divergence != "forward" or temperature != 1.0):
+        said = f"divergence={divergence} temperature={temperature:g}"
+        raise ValueError(f"{said} would do nothing: loss={loss} has no logits.")
+    if teacher_bits != "0" and terms.keys() == {"labels"}:
+        raise ValueError(f"loss={loss} with teacher_bits={teacher_bits}: nothing is asked of the original.")
     if cache != "none":
         _require_kept(cache, loss, terms)
     return Distillation(
@@ -45,6 +51,7 @@ def distill(
         terms=terms,
         divergence=divergence_of(divergence, temperature, beta),
         keeping=keeping_of(cache, top, divergence, temperature, beta),
+        teacher_bits=int(teacher_bits),
     )
 
 
