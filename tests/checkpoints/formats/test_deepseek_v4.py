@@ -218,3 +218,22 @@ def test_blocks_at_the_edges_are_cut_off_and_tensors_called_scale_are_no_others(
     assert torch.equal(Fp4BesideScale(parts["scale"], parts["weight"])[...], number_OI)
     for layout in (Fp8BesideScale, Fp4BesideScale):
         assert not layout.reads({".scale": "F32"}) and not layout.reads({".scale": "F32", ".weight": "BF16"})
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"expert_dtype": "nvfp4"}, "stores experts in nvfp4 by its expert_dtype, which is not read: use a bf16 copy"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "stores experts in fp4 by its expert_dtype, which is not read",
+        ),
+        ({"expert_dtype": "fp8"}, "two a byte: that is not 8 bits in groups of 16, as config.json says"),
+        ({"quantization_config": {**published.V4, "quant_algo": "MIXED_PRECISION"}}, "quant_algo=MIXED_PRECISION"),
+    ],
+)
+def test_what_is_said_of_experts_otherwise_is_refused(said, reason, folder, tmp_path):
+    copy = shutil.copytree(folder("deepseek fp4"), tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps({**config_of(copy), **said}))
+    with pytest.raises(ValueError, match=reason):
+        open_checkpoint(copy)
