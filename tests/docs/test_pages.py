@@ -151,7 +151,7 @@ def test_every_method_has_a_page_and_every_page_a_method():
     assert {page.stem for page in (DOCS / "methods").glob("*.md")} == {*registry.METHODS, "README"}
 
 
-@pytest.mark.parametrize("command", [*HARNESSES, "evaluate"])
+@pytest.mark.parametrize("command", [*HARNESSES, "evaluate", "watch"])
 def test_every_harness_has_a_page_with_its_words(command):
     page = (DOCS / "evaluation" / f"{PAGE_OF.get(command, command)}.md").read_text(encoding="utf-8")
     harness = HARNESSES.get(command)
@@ -162,7 +162,7 @@ def test_every_harness_has_a_page_with_its_words(command):
 
 
 def test_every_page_of_evaluation_has_a_harness():
-    stems = {PAGE_OF.get(command, command) for command in (*HARNESSES, "evaluate")}
+    stems = {PAGE_OF.get(command, command) for command in (*HARNESSES, "evaluate", "watch")}
     assert {page.stem for page in (DOCS / "evaluation").glob("*.md")} == {*stems, "README"}
 
 

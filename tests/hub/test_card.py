@@ -119,6 +119,12 @@ def test_a_card_of_a_plain_checkpoint():
     assert f"| delta_nll_b.txt | +0.0100 [-0.0100, +0.0300], {SAME} |" in card
 
 
+def test_a_card_says_whether_it_was_trained():
+    recovered = {**MANIFEST, "report": [*MANIFEST["report"], {"method": "distill", "teacher": "Base-8x7B"}]}
+    assert "was not trained afterwards" in model_card(MANIFEST, name="mine")
+    assert "It was trained afterwards, on calibration text alone" in model_card(recovered, name="mine")
+
+
 def test_a_card_of_an_edited_and_packed_one():
     base_card = "---\nlicense: other\nlicense_name: llama\nlicense_link: LICENSE\ntags: [a]\n---\n# Base\n"
     card = model_card(QUANTIZED, name="org/mine", packed=True, base_card=base_card)

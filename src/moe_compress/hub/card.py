@@ -94,7 +94,7 @@ def model_card(
         f"`{base}`, compressed by moe-compress with the recipe\n\n"
         f"    {_line(sentence_of(manifest['stages'])) or 'of a plan'}",
         *([FULL] if manifest.get("full_matrices_from") else []),
-        "It was not trained afterwards. Everything that the card of the original says of its limits holds here too.",
+        f"{_after(manifest)} Everything that the card of the original says of its limits holds here too.",
         "## How to load it\n\n" + _loading(name, edited, packed, stock, manifest.get("loader", "AutoModelForCausalLM")),
         *([_measured(record)] if record is not None else []),
         _sizes([each.sizes for each in (record, original) if each is not None] or sizes),
@@ -103,6 +103,13 @@ def model_card(
     ]
     text = "\n\n".join(parts) + "\n\n"
     return f"{text}<!-- moe-compress {_mark(text)} -->\n"
+
+
+def _after(manifest: Mapping[str, Any]) -> str:
+    """Whether a stage that recovers has changed weights since; such a stage reports its teacher."""
+    if any("teacher" in stage for stage in manifest.get("report", ())):
+        return "It was trained afterwards, on calibration text alone, to give what its teacher gives."
+    return "It was not trained afterwards."
 
 
 def untouched(card: str) -> bool:

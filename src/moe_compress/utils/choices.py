@@ -11,7 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
-
 # `int | None`, and `Annotated[int, ...] | None`.
 UNIONS = (types.UnionType, typing.Union)
 

@@ -142,6 +142,32 @@ def test_a_watch_that_was_killed_goes_on(out, watch, at):
     assert not [*steps_folder(out).glob("held*")]
 
 
+def test_another_training_in_the_same_place_is_another(out, watch, lab, tmp_path):
+    watch(out, best="kl")
+    for folder in (out, steps_folder(out), out.with_name("run.best")):
+        shutil.rmtree(folder)
+    words = f"expert_drop keep=3 + distill steps={LAST} batch=2 checkpoint_every=4 lr=0.02"
+    moe_compress.compress(words, **{**lab("mixtral"), "out": str(out)})
+    out.rename(out.with_name("apart"))
+    found, evaluator = watch(out, best="kl")
+    assert evaluator.steps == [None, 0, 4] and rows(found) == [None, 0, 4] and best(out) == 4
+
+
+def test_the_outcome_of_a_stage_that_is_not_the_last_goes_on_being_held(out, watch):
+    def gone(job: Job) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+
+    assert watch(out, gone, once=False)[1].steps == [None, *STEPS, LAST]
+    assert not out.exists() and [path.name for path in sorted(steps_folder(out).iterdir())] == [
+        f"step-{step:05d}" for step in STEPS
+    ]
+
+
+def test_without_steps_the_outcome_alone_is_evaluated(out, watch):
+    shutil.rmtree(steps_folder(out))
+    assert watch(out)[1].steps == [None, LAST] and not steps_folder(out).exists()
+
+
 def test_a_row_that_was_changed_is_made_anew(out, watch):
     found, _ = watch(out)
     path = next(found.place.glob("step-00002*"))
@@ -160,7 +186,7 @@ def test_rotation_takes_nothing_that_waits_or_is_being_evaluated(out, watch):
 
     found, evaluator = watch(out, turn)
     assert evaluator.steps == [None, *STEPS, LAST] and rows(found) == [None, *STEPS, LAST]
-    assert [path.name for path in steps_folder(out).iterdir()] == []
+    assert not steps_folder(out).exists()
 
 
 def test_what_a_killed_watch_held_is_evaluated_though_it_was_rotated_since(out, watch):

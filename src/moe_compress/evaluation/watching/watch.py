@@ -60,7 +60,7 @@ def watch_training(folder: Path, words: WatchWords, options: Options) -> Watched
     run, base = _run_beside(first, words, options)
     protocol = _protocol(base, run, words)
     with one_at_a_time(place / f"{protocol[:8]}.lock", f"watching {out.name}"), Evaluator(options.threads) as evaluator:
-        return Watch(out, place, words, protocol, base, run, evaluator).run_to_end()
+        return Watch(out, place, words, protocol, first.run, base, run, evaluator).run_to_end()
 
 
 def _first(out: Path, words: WatchWords) -> TrainingStep:
@@ -99,7 +99,7 @@ def _protocol(base: Checkpoint, run: Run, words: WatchWords) -> str:
 
 @dataclass
 class Watch:
-    """The evaluations of one training under one protocol.
+    """The evaluations of one training (its identity) under one protocol.
 
     wait: how long to wait between two looks; failed: by identity of the checkpoint, how often, and until when it is
     left alone.
@@ -109,6 +109,7 @@ class Watch:
     place: Path
     words: WatchWords
     protocol: str
+    training: str
     base: Checkpoint
     run: Run
     evaluate: Evaluate
@@ -116,26 +117,26 @@ class Watch:
     failed: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.held = Held(self.out, self.protocol)
+        self.held = Held(self.out, self.protocol, self.training)
+        self.written: list[TrainingStep] = []
         self.evaluations = {
             each.checkpoint: each
             for each in read_evaluations(self.place).values()
-            if each.protocol == self.protocol and each.id == self._id(each.checkpoint)
+            if (each.protocol, each.run) == (self.protocol, self.training) and each.id == self._id(each.checkpoint)
         }
 
     def run_to_end(self) -> Watched:
         """Look, evaluate, wait; until the outcome is evaluated, or with `once` until nothing is left to be done."""
-        tracker: Tracker | None = None
+        if self.words.best:
+            require_own_best(self.out, self.training)
+        tracker = open_tracker(self.words.log, self.run.results("logs"), self.out.name, self.training, "evaluation")
         try:
             while True:
                 there = self.look()
-                if there and tracker is None:
-                    require_own_best(self.out, there[-1].run) if self.words.best else None
-                    tracker = self._tracker(there[-1].run)
                 job = self.next_job(there)
                 if job is not None:
                     self.do(*job, tracker)
-                elif self.finished(there):
+                elif self.finished():
                     break
                 else:
                     self.wait(self.words.poll)
@@ -146,20 +147,23 @@ class Watch:
         return self.watched()
 
     def look(self) -> list[TrainingStep]:
-        """All checkpoints at hand, by their steps, now held until they are evaluated; the outcome last."""
+        """The checkpoints that wait for their evaluation, by their steps, held until they have had it."""
         done = {key for key, each in self.evaluations.items() if not each.error}
         final = training_step(self.out)
+        written = [*finished_steps(self.out), *([final] if final is not None else [])]
+        self.written = [step for step in written if step.run == self.training]
         # Of a watch that was killed before it had, or that had asked for another metric.
-        self._keep_best([*([final] if final is not None else []), *finished_steps(self.out), *self.held.steps()])
+        self._keep_best([*self.written, *self.held.steps()])
         for step in self.held.steps():
             if step.identity in done:
                 self.held.release(step)
-        self.held.take(self.words.every, {*done, *self._given_up()})
-        return [*self.held.steps(), *([final] if final is not None else [])]
+        wanted = [step for step in self.written if step.step % self.words.every == 0 or step.final]
+        self.held.take([step for step in wanted if step.identity not in {*done, *self._given_up()}])
+        return self.held.steps()
 
     def next_job(self, there: list[TrainingStep]) -> tuple[TrainingStep, bool] | None:
         """The next checkpoint, or any as a way to the original, which comes first; None while there is none to try."""
-        wanted = [(there[0], True)] if there else []
+        wanted = [(step, True) for step in [*there, *self.written][:1]]
         wanted += [(step, False) for step in there]
         for step, of_original in wanted:
             key = self._key(step, of_original)
@@ -169,10 +173,10 @@ class Watch:
                 return step, of_original
         return None
 
-    def finished(self, there: list[TrainingStep]) -> bool:
+    def finished(self) -> bool:
         """Whether nothing is left to be tried again, and nothing more will come."""
         waiting = any(attempts < ATTEMPTS for attempts, _ in self.failed.values())
-        return not waiting and (self.words.once or any(step.final for step in there))
+        return not waiting and (self.words.once or any(each.final for each in self.evaluations.values()))
 
     def do(self, step: TrainingStep, of_original: bool, tracker: Tracker | None) -> None:
         """Evaluate one, and keep what was found, or what went wrong."""
@@ -232,9 +236,6 @@ class Watch:
         folders = {step.identity: step.folder for step in at_hand}
         if best is not None and best.checkpoint in folders:
             keep_best(self.out, best, folders[best.checkpoint])
-
-    def _tracker(self, run: str) -> Tracker | None:
-        return open_tracker(self.words.log, self.run.results("logs"), self.out.name, run, "evaluation")
 
     def _track(self, evaluation: Evaluation, tracker: Tracker | None) -> None:
         if tracker is not None and evaluation.step is not None:
