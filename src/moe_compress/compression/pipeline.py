@@ -160,6 +160,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     values: Mapping[str, Any] = job.source.values
     if job.edits:
         skeleton = hf.skeleton(job.source.config, job.source.stored_dtype)
+        hf.remember_names(skeleton, job.source.tensors)  # what the config names is named as the files have it
         values = after_edits(values, skeleton, job.edits)
         check_edits(skeleton, job.edits)
     after = resulting_config(values, job.edits)

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 import moe_compress
 from moe_compress.checkpoints.formats.fp8 import Fp4BesideScale, Fp8BesideScale
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.checkpoints.safetensors_file import STORED_DTYPES
 from moe_compress.models.matrices import stored_matrices
@@ -100,6 +101,46 @@ def test_stock_is_told_what_is_packed(format, sentence, few, folder, options):
     assert packed_by_stock(found) == packed and {*packed.values()} == few
 
 
+def packed_by_config(folder):
+    """The same as our own reader has it from config.json alone."""
+    checkpoint, found = open_checkpoint(folder), {}
+    for edit in packed_edits(checkpoint.skeleton(torch.float32), checkpoint.values):
+        for name, bits in edit.bits.items():
+            module = name.rpartition(".")[0] if ".experts." in name else name
+            found[f"model.layers.{edit.layer}.{module}"] = {4: FP4, 8: FP8}[bits[0]]
+    return found
+
+
+EDITS = [
+    "expert_merge keep=4",
+    "layer_drop layers=1",
+    "prune method=magnitude + expert_drop score=weight_norm keep=6",
+    "channels keep=32",
+    "factorise structure=svd rank=8 propagate=original",
+    "expert_drop score=weight_norm keep=6 + prune method=magnitude where=attention",
+]
+
+
+@pytest.mark.parametrize("sentence", slow_after(2, EDITS))
+def test_config_and_files_agree_after_edits(sentence, folder, options):
+    made = moe_compress.compress(sentence, model=str(folder("deepseek fp4")), eval=False, **options).folder
+    assert packed_by_config(made) == packed_in_files(made) and packed_in_files(made)
+    assert logits_of(moe_compress.load(made, torch.float32)).isfinite().all()
+
+
+def test_what_transformers_keeps_plain_is_not_packed_in_fp8(options, tmp_path):
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "q_lora_rank": 128, "o_lora_rank": 64}
+    sizes |= {"head_dim": 64, "index_head_dim": 64}
+    published.publish(FAMILY, "deepseek fp4", tmp_path / "model", **sizes)
+    sentence = "quantize method=rtn format=fp8 where=all"
+    made = moe_compress.compress(sentence, model=str(tmp_path / "model"), eval=False, **options).folder
+    packed = packed_in_files(made)
+    assert packed_by_stock(made) == packed and {*packed.values()} == {FP8} and "expert_dtype" not in config_of(made)
+    assert not any("compressor.kv_proj" in name for name in packed)
+    assert any("indexer.q_b_proj" in name for name in packed) and any(name.endswith(".experts") for name in packed)
+    assert torch.equal(logits_of(streamed(open_checkpoint(made))), logits_of(moe_compress.load(made, torch.float32)))
+
+
 def test_experts_are_spoken_of_for_as_long_as_any_are_packed(folder, options, tmp_path):
     """Layers that predict further tokens are stored as they were, which a config that counts them has to say."""
     for count, left in ((1, True), (0, False)):
@@ -177,3 +218,22 @@ def test_blocks_at_the_edges_are_cut_off_and_tensors_called_scale_are_no_others(
     assert torch.equal(Fp4BesideScale(parts["scale"], parts["weight"])[...], number_OI)
     for layout in (Fp8BesideScale, Fp4BesideScale):
         assert not layout.reads({".scale": "F32"}) and not layout.reads({".scale": "F32", ".weight": "BF16"})
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"expert_dtype": "nvfp4"}, "stores experts in nvfp4 by its expert_dtype, which is not read: use a bf16 copy"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "stores experts in fp4 by its expert_dtype, which is not read",
+        ),
+        ({"expert_dtype": "fp8"}, "two a byte: that is not 8 bits in groups of 16, as config.json says"),
+        ({"quantization_config": {**published.V4, "quant_algo": "MIXED_PRECISION"}}, "quant_algo=MIXED_PRECISION"),
+    ],
+)
+def test_what_is_said_of_experts_otherwise_is_refused(said, reason, folder, tmp_path):
+    copy = shutil.copytree(folder("deepseek fp4"), tmp_path / "copy")
+    (copy / "config.json").write_text(json.dumps({**config_of(copy), **said}))
+    with pytest.raises(ValueError, match=reason):
+        open_checkpoint(copy)

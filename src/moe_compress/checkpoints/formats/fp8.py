@@ -190,6 +190,7 @@ def fp8() -> Format:
             inputs=BLOCK[1],
             config=_config,
             scale_dtype=torch.float32,
+            spares=True,
             refuses=_refuses,
         ),
     )

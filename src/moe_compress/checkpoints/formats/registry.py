@@ -117,7 +117,8 @@ class Writer:
     config: the quantization_config of config.json; shared: which matrices have to have one group size, by what messages
     call them: whether a kind of matrix is one of them; refuses: why it does not hold what is asked for, as the rest of
     a sentence that begins with `format=...`, empty if it does; scale_dtype: of scales, None for that of the
-    checkpoint's weights; excepts: whether `config` excepts modules beside the model's, which are left out otherwise.
+    checkpoint's weights; excepts: whether `config` excepts modules beside the model's, which are left out otherwise;
+    spares: whether its reader leaves plain what transformers keeps so in an architecture, whatever a config says.
 
     A format of an edited architecture has `layer` alone: the tensors of a layer by name, codes in modules of their own.
     Edits say what is packed, and each matrix may have a width of its own.
@@ -131,6 +132,7 @@ class Writer:
     refuses: Callable[[Request], str] = lambda _: ""
     scale_dtype: torch.dtype | None = None
     excepts: bool = False
+    spares: bool = False
     layer: Callable[[LayerToStore], dict[str, Tensor]] | None = None
 
 

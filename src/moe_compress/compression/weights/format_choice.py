@@ -294,6 +294,13 @@ def _without_names(matrices: StageMatrices) -> str:
 
 
 def _group_sizes(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> GroupSizes:
+    """What shares a scale, nothing of a matrix that the format's reader takes plain alone."""
+    spared = tuple(f".{name}" for name in hf.kept_plain(matrices.model)) if writer.spares else ()
+    sizes = _sizes_that_fit(matrices, grid, writer)
+    return {key: 0 if f".{key[1]}".endswith(spared) else size for key, size in sizes.items()}
+
+
+def _sizes_that_fit(matrices: StageMatrices, grid: GridOptions, writer: Writer) -> GroupSizes:
     """In a plain format, one number has to do for every matrix of a scheme."""
     found = [(i, m) for chosen in (matrices.packable, matrices.routers) for i, each in chosen.items() for m in each]
     if writer.inputs is not None:

@@ -56,7 +56,10 @@ def warn_of_skipped(sizes: GroupSizes) -> None:
     if left:
         more = f" and {len(left) - SHOWN} more" if len(left) > SHOWN else ""
         which = ", ".join(left[:SHOWN]) + more
-        log.warning("left as they are, for no group of 8 inputs or more divides their width: %s.", which)
+        log.warning(
+            "left as they are, for no group of 8 inputs or more divides their width, or readers take them plain: %s.",
+            which,
+        )
 
 
 def _skipped(sizes: GroupSizes) -> list[str]:

@@ -34,6 +34,9 @@ class StageMatrices:
         self.kinds, family = kinds_of(self.options.where, self.options.spare), family_of(model.config)
         layers = enumerate(hf.decoder_layers(model))
         self.by_layer: dict[int, list[Matrix]] = {i: layer_matrices(layer, family, self.kinds) for i, layer in layers}
+        if registry.find(stage.method).implementation.factoring is not None:
+            chosen = moe_views(model)  # layers that look experts up stay whole
+            self.by_layer = {i: found if i in chosen else [] for i, found in self.by_layer.items()}
         if not any(self.by_layer.values()):
             raise ValueError(
                 f"where={self.options.where}: {model.config.model_type} has no such part that can be told apart."
