@@ -78,6 +78,27 @@ class AtLeast:
 
 
 @dataclass(frozen=True)
+class CountOr:
+    """Whole numbers from 1 up, or one of some words."""
+
+    words: tuple[str, ...]
+
+    def read(self, text: str, where: str) -> int | str:
+        """The number, or the word."""
+        if text in self.words:
+            return text
+        try:
+            return AtLeast(1).read(text, where)
+        except ValueError as error:
+            words = " or ".join([", ".join(["a whole number from 1 up", *self.words[:-1]]), *self.words[-1:]])
+            raise ValueError(f"{where}={text}: {words} is needed.") from error
+
+    def shown(self) -> str:
+        """What may be written."""
+        return ", ".join(["whole number from 1", *self.words])
+
+
+@dataclass(frozen=True)
 class Numbers:
     """Whole numbers separated by commas, as text; empty for a default."""
 
