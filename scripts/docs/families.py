@@ -40,6 +40,7 @@ RECIPES = {
     "channels": "channels ratio=0.5",
     "factorise": "factorise ratio=0.6",
     "densify": "densify",
+    "shrink": "shrink experts=0.5 width=0.5 stages=1",
     "prune": "prune",
     "activations": "activations where=experts",
     "quantize format=compressed-tensors": "quantize bits=4 format=compressed-tensors",
