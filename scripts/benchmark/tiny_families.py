@@ -10,6 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from moe_compress.models import hf
+from moe_compress.models.families import with_settings
+
 VOCAB, HIDDEN, INNER, EXPERTS, TOP_K, LAYERS = 96, 32, 24, 8, 2, 3
 
 _BASE: dict[str, Any] = {
@@ -98,6 +101,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     | {"layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]}
     | {"mlp_layer_types": ["hash_moe", "moe", "moe"]}
     | {"compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}},
+    "dbrx": {"d_model": HIDDEN, "n_layers": LAYERS, "n_heads": 4, "max_seq_len": 64}
+    | {"attn_config": {"kv_n_heads": 2, "clip_qkv": 2.0, "rope_theta": 10_000.0}}
+    | {"ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": EXPERTS, "moe_top_k": TOP_K}},
     "zaya": {"moe_intermediate_size": INNER, "num_experts": EXPERTS, "num_experts_per_tok": 1, "head_dim": 8}
     | {"router_hidden_size": 16},
 }
@@ -108,8 +114,8 @@ EDITABLE = tuple(name for name in CONFIGS if name not in NO_EXPERT_EDITS)
 
 
 def make(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model whose routers are not degenerate."""
-    values = {**_BASE, **CONFIGS[family], **overrides}
+    """A random model whose routers are not degenerate, its experts in the form in which they are worked on."""
+    values = with_settings({**_BASE, **CONFIGS[family]}, overrides)
     if family == "longcat_flash":
         values.pop("num_hidden_layers")
     torch.manual_seed(seed)
@@ -128,6 +134,7 @@ def make(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
             if name.endswith("tid2eid"):  # which experts each token uses
                 noise = torch.rand(len(buffer), EXPERTS, generator=generator)
                 buffer.copy_(noise.topk(buffer.shape[1]).indices)
+    hf.complete_experts(model)
     return model.eval()
 
 

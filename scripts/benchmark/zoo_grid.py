@@ -176,6 +176,38 @@ FACTORED = (
     "expert_drop ratio=0.25 + factorise structure=auto ratio=0.75",
     "channels score=camera ratio=0.25 + factorise structure=auto ratio=0.75",
 )
+# What each way to recover makes of the best of each kind of compression, with one budget of training tokens, steps
+# times 8 windows of 256. They see more text than the other rows, and so do the rows before recovery beside them.
+RECOVERY_TEXT = {"samples": 512}
+STEPS = 100
+STUDENTS = (
+    "expert_drop score=reap budget=search ratio=0.25",
+    "expert_drop score=reap budget=search ratio=0.5",
+    "expert_merge grouping=hc_smoe by=logits average=saliency align=both router=sum ratio=0.25",
+    "factorise structure=auto ratio=0.5",
+    "block_drop drop=2",
+)
+RECOVERIES = (
+    "router_kd solver=ridge",
+    f"router_kd steps={STEPS}",
+    f"layerwise train=all steps={STEPS}",
+    f"distill train=all steps={STEPS}",
+)
+PACKED_STUDENT = "quantize method=gptq bits=2 group_size=32"
+PACKED_RECOVERIES = (
+    "router_kd solver=ridge",
+    f"router_kd steps={STEPS}",
+    f"qad steps={STEPS} lr=0.001",
+    f"qad learns=codes steps={STEPS} lr=0.001",
+)
+RECOVERED = (
+    *STUDENTS,
+    *(f"{student} + {recovery}" for student in STUDENTS for recovery in RECOVERIES),
+    PACKED_STUDENT,
+    *(f"{PACKED_STUDENT} + {recovery}" for recovery in PACKED_RECOVERIES),
+)
+# Of one student, every recovery is trained with another seed as well.
+SEEDED = tuple(f"{STUDENTS[0]} + {recovery}" for recovery in RECOVERIES)
 SHARED = {
     "tiny-mixtral": (),
     "tiny-deepseek": (
@@ -202,11 +234,18 @@ def recipes(model: str) -> list[tuple[str, int]]:
     return found
 
 
+def recovered() -> list[tuple[str, int]]:
+    """(sentence, seed) of every run that recovers, and of those beside which it stands."""
+    return [*((sentence, 0) for sentence in RECOVERED), *((sentence, 1) for sentence in SEEDED)]
+
+
 def run_model(model: str, results: Path, smoke: bool) -> None:
     """All recipes on one model (of a smoke run, the first on a little text); checkpoints are measured and removed."""
+    runs = [(sentence, seed, dict[str, Any]()) for sentence, seed in recipes(model)]
+    runs += [(sentence, seed, RECOVERY_TEXT) for sentence, seed in recovered()]
     records = results / "records"
-    options: Mapping[str, Any] = SMOKE if smoke else {}
-    for sentence, seed in recipes(model)[: 1 if smoke else None]:
+    for sentence, seed, given in runs[: 1 if smoke else None]:
+        options: Mapping[str, Any] = SMOKE if smoke else given
         words = (
             sentence.replace("expert_drop ", "")
             .replace(" ", "-")
@@ -214,7 +253,7 @@ def run_model(model: str, results: Path, smoke: bool) -> None:
             .replace(":", ".")
             .replace("+", "then")
         )
-        name = f"{model}-{words}-seed{seed}"
+        name = f"{model}-{words}{'-of-512' if given else ''}-seed{seed}"
         if (records / f"{name}.json").is_file():
             continue
         out = results / "checkpoints" / name

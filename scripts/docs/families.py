@@ -22,7 +22,7 @@ from architectures import Small, default_values, lists, small_values
 from moe_compress.compression.dry_run import dry_run
 from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.models import hf
-from moe_compress.models.families import FAMILIES, Family
+from moe_compress.models.families import FAMILIES, Family, with_settings
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.files import atomic_write
 
@@ -40,7 +40,6 @@ RECIPES = {
     "channels": "channels ratio=0.5",
     "factorise": "factorise ratio=0.6",
     "densify": "densify",
-    "shrink": "shrink experts=0.5 width=0.5 stages=1",
     "prune": "prune",
     "activations": "activations where=experts",
     "quantize format=compressed-tensors": "quantize bits=4 format=compressed-tensors",
@@ -68,12 +67,17 @@ _GEMMA |= {"layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2
 _GEMMA |= {"hidden_size_per_layer_input": 0, "global_head_dim": 8}
 _GLM5_NEXT: dict[str, Any] = {"qk_rope_head_dim": 0, "head_dim": 0, "num_key_value_heads": 4, "linear_num_heads": 4}
 _GLM5_NEXT |= {"linear_head_dim": 8, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4, "index_kpool": 2}
+# Its attention cannot be built of its defaults, which have no rope_theta.
+_DBRX: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": LAYERS, "max_seq_len": 64}
+_DBRX |= {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 500_000}}
+_DBRX |= {"ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 8, "moe_top_k": 2}}
 _DOTS3: dict[str, Any] = {"per_layer_config": {}, "head_dim": 16}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("gemma4", "gemma4_text"), _GEMMA),
     "bailing_hybrid": {"num_expert_group": 2, "topk_group": 1, "linear_num_heads": 4, "linear_head_dim": 8},
     **dict.fromkeys(("dots3_note", "dots3_note_text"), _DOTS3),
     **dict.fromkeys(("glm5_next", "glm5_next_text"), _GLM5_NEXT),
+    "dbrx": _DBRX,
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", *["moe"] * (LAYERS - 1)]},
     "glm4v_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}
                   | {"partial_rotary_factor": 1.0}},
@@ -81,6 +85,13 @@ OWN: dict[str, dict[str, Any]] = {
     "step3p7": {"sliding_window": 16},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
+# Models that cannot be built of their defaults.
+WHOLE: dict[str, dict[str, Any]] = {
+    "qwen3_omni_moe": {
+        **dict.fromkeys(("talker_config.text_config.num_hidden_layers", "thinker_config.vision_config.depth"), 1),
+        **{"talker_config.text_config.shared_expert_intermediate_size": 32, "talker_config.spatial_merge_size": 2},
+    },
+}
 HEAD = """# Families
 
 What works with which architecture. `python scripts/docs/families.py` makes this page of what the code's own checks
@@ -133,7 +144,8 @@ def attempts(model_type: str) -> list[Small]:
 
     def small(model_type: str, **other: Any) -> PreTrainedConfig:
         own = OWN.get(model_type, {})
-        return hf.config_from(small_values(default_values(model_type), lambda text: {**sizes_of(text), **other, **own}))
+        values = with_settings(default_values(model_type), WHOLE.get(model_type, {}))
+        return hf.config_from(small_values(values, lambda text: {**sizes_of(text), **other, **own}))
 
     tested = [small_config] if FAMILIES.get(model_type, Family(model_type)).tested else []
     return [*tested, small, functools.partial(small, num_key_value_heads=4)]

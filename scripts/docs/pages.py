@@ -22,7 +22,7 @@ from moe_compress.cli.catalogue import choices, goes_with, recipe_words, word
 from moe_compress.cli.help import FUNCTIONS
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.methods import registry, score_registry
-from moe_compress.run.options import Options
+from moe_compress.run.options import option_parameters
 from moe_compress.utils.declarations import REQUIRED, Declaration, Parameter, declarations, function_of
 from moe_compress.utils.files import atomic_write
 
@@ -87,11 +87,7 @@ def words(command: str) -> str:
 
 def options(_name: str) -> str:
     """The options of a run."""
-    fields = Options.model_fields.items()
-    return table(
-        ("option", "default", "values"),
-        rows_of({name: Parameter(field.annotation, field.default) for name, field in fields}),
-    )
+    return table(("option", "default", "values"), rows_of(option_parameters()))
 
 
 def formats(_name: str) -> str:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
         table,
         tasks,
         verify,
+        watch,
     )
 
 __version__ = "0.1.0"
@@ -61,7 +62,7 @@ __all__ = [
     "CompressedMoEConfig", "CompressionPlan", "ExpertCompressor", "ExpertMergeResult", "LayerAnalysis", "MoEHooks",
     "MoELayerInfo", "analyze", "apply", "compare", "compress", "estimate_compressed_size", "estimate_model_size",
     "evaluate", "export", "export_gguf_plan", "export_imatrix", "flops", "get_moe_layer_info", "load", "plan",
-    "print_compression_summary", "push", "report", "routing", "show_data", "speed", "table", "tasks", "verify",
+    "print_compression_summary", "push", "report", "routing", "show_data", "speed", "table", "tasks", "verify", "watch",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +30,8 @@ from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_
 from moe_compress.evaluation.harnesses import HARNESSES, report_columns
 from moe_compress.evaluation.pair import open_pair
 from moe_compress.evaluation.quality.evaluate import evaluate_pair
+from moe_compress.evaluation.watching.watch import WatchWords, watch_training
+from moe_compress.evaluation.watching.watched import Watched
 from moe_compress.hub.card import update_card
 from moe_compress.hub.push import Upload, prepare, send
 from moe_compress.models import hf
@@ -40,9 +42,10 @@ from moe_compress.reports.reading import Places
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import Table, read_tables
 from moe_compress.run.context import Run, start, text_spec
-from moe_compress.run.options import Options, make_options
+from moe_compress.run.options import Options, make_options, typed_words
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import coerce
+from moe_compress.utils.choices import AtLeast, Means, coerce
+from moe_compress.utils.declarations import function_of
 from moe_compress.utils.devices import threads
 from moe_compress.utils.logging import log
 
@@ -56,7 +59,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Result", "analyze", "apply", "compare", "compress", "evaluate", "export", "export_gguf_plan", "export_imatrix",
     "flops", "load", "plan", "push", "report", "routing", "run_recipe", "show_data", "speed", "start", "table", "tasks",
-    "verify",
+    "verify", "watch",
 ]  # fmt: skip
 
 
@@ -104,11 +107,47 @@ def apply(plan_file: str | Path, /, *, any_model: bool = False, **options: Any) 
         return _evaluated(outcome, run)
 
 
-def evaluate(checkpoint: str | Path, /, original: str | Path | None = None, **options: Any) -> Result:
+def evaluate(
+    checkpoint: str | Path,
+    /,
+    original: Annotated[str | Path | None, Means("none: the one that it was made from")] = None,
+    **options: Any,
+) -> Result:
     """Measure a checkpoint (zoo name, folder, hub id) against its original: the one it was made from, unless named."""
     opened, base, run = open_pair(checkpoint, original, options, "evaluate")
     with threads(run.options.threads):
         return _record(opened, base, run)
+
+
+def watch(
+    run_folder: str | Path,
+    /,
+    *,
+    tasks: Annotated[str, Means("empty: none")] = "",
+    limit: Annotated[Annotated[int, AtLeast(1)] | None, Means("none: all")] = None,
+    every: Annotated[int, AtLeast(1)] = 1,
+    best: Annotated[str, Means("empty: none is kept")] = "",
+    once: bool = False,
+    poll: float = 10.0,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
+    png: bool = False,
+    log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl",
+    **options: Any,
+) -> Watched:
+    """Evaluate the checkpoints of a training as they appear, in a process of their own, until its outcome is there.
+
+    run_folder: the training's out=; tasks, limit: as of the command tasks, and none without; every: only steps that
+    this divides, and the last; best: a metric (kl, perplexity, accuracy, ...), whose best checkpoint is kept as
+    RUN_FOLDER.best; once: what is there, and end; poll: seconds between two looks; original: to compare with; png: the
+    curve as PNG too; log: where metrics are shown besides.
+    """
+    given = {
+        "tasks": tasks, "limit": limit, "every": every, "best": best, "once": once, "poll": poll, "original": original,
+        "png": png, "log": log,
+    }  # fmt: skip
+    typed = typed_words("watch", function_of(__name__, "watch"), {**given, **options})
+    words = WatchWords(**{key: typed[key] for key in given})
+    return watch_training(Path(run_folder), words, make_options({**options, "model": ""}))
 
 
 def _evaluated(outcome: Outcome, run: Run) -> Result:
@@ -137,10 +176,10 @@ def analyze(
     model: str | Path,
     /,
     *,
-    layers: str | Sequence[int] = "",
-    prompts: str | Path = "",
+    layers: Annotated[str | Sequence[int], Means("empty: all with experts")] = "",
+    prompts: Annotated[str | Path, Means("empty: the calibration text")] = "",
     threshold: float = SIMILAR,
-    out: str | Path = "",
+    out: Annotated[str | Path, Means("empty: a folder in results=")] = "",
     **options: Any,
 ) -> ModelAnalysis:
     """What the experts of the MoE layers (all, or `layers`) do, and which could go; also as files, in `out`.
@@ -178,7 +217,7 @@ def compare(
     after: str | Path,
     /,
     *,
-    prompts: str | Path = "default",
+    prompts: Annotated[str | Path, Means("default: a few, and the evaluation text")] = "default",
     max_tokens: int = MAX_TOKENS,
     **options: Any,
 ) -> Comparison:
@@ -198,7 +237,9 @@ def _options_for(model: str | Path, options: dict[str, Any], command: str) -> Op
     return make_options({**options, "model": model}).resolved()
 
 
-def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) -> Path:
+def export(
+    checkpoint: str | Path, /, out: Annotated[str | Path, Means("empty: beside it")] = "", pad: bool = True
+) -> Path:
     """The plain equivalent of an edited checkpoint, where dead experts in uneven layers make one possible.
 
     Of experts in factors: their whole matrices, which save no memory.
@@ -215,7 +256,13 @@ def export(checkpoint: str | Path, /, out: str | Path = "", pad: bool = True) ->
         return (write_full_matrices if factored else pad_experts)(opened, target, progress)
 
 
-def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path = "", any_model: bool = False) -> Path:
+def export_gguf_plan(
+    plan_file: str | Path,
+    file: str | Path,
+    /,
+    out: Annotated[str | Path, Means("empty: beside it")] = "",
+    any_model: bool = False,
+) -> Path:
     """What a saved plan leaves of a GGUF file of its model, byte for byte; of a split one, a folder of as many files.
 
     any_model: also of a file that calls itself otherwise than the plan's model.
@@ -224,7 +271,9 @@ def export_gguf_plan(plan_file: str | Path, file: str | Path, /, out: str | Path
     return cut_gguf(Path(plan_file), Path(file), Path(out) if out else None, named)
 
 
-def export_imatrix(model: str | Path, /, out: str | Path = "", **options: Any) -> Path:
+def export_imatrix(
+    model: str | Path, /, out: Annotated[str | Path, Means("empty: a file in results=")] = "", **options: Any
+) -> Path:
     """What the inputs of a model's matrices weigh on the calibration text, for llama.cpp's quantization: an imatrix."""
     run = start(_options_for(model, options, "export imatrix"))
     with threads(run.options.threads):
@@ -238,8 +287,8 @@ def push(
     *,
     private: bool = False,
     dry_run: bool = False,
-    message: str = "",
-    revision: str | None = None,
+    message: Annotated[str, Means("empty: what was uploaded")] = "",
+    revision: Annotated[str | None, Means("none: the default branch")] = None,
 ) -> Upload:
     """Upload a checkpoint of ours to the hub as user/name, in one commit, without paths of this machine.
 

@@ -47,7 +47,7 @@ def naive_output_sample(family: str) -> dict[int, dict[str, Tensor]]:
     with torch.no_grad():
         captured = naive._captured(model, family, IDS, PADDED)
     for index, seen in captured.items():
-        block = getattr(model.model.layers[index], naive.BLOCK.get(family, "mlp"))
+        block = getattr(naive.layers_of(model)[index], naive.BLOCK.get(family, "mlp"))
         router = block.get_submodule(naive.ROUTER.get(family, "gate"))
         named = [*block.named_buffers(), *block.named_parameters()]
         bias = sum(b.reshape(-1) for n, b in named if n.endswith(("e_score_correction_bias", "expert_bias")))

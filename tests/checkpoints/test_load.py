@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shutil
 
 import pytest
 import torch
 
 import moe_compress
+from moe_compress.checkpoints.load import load_tokenizer
 from support import readers
 
 
@@ -33,3 +36,17 @@ def test_an_original_that_moved_or_changed(options, caplog, tmp_path):
     with pytest.raises(ValueError, match=r"the original of .* is needed \(or original=\): there is no model"):
         moe_compress.evaluate(made, **options)
     assert moe_compress.evaluate(made, original=tmp_path / "moved", **options).record.model == "moved"
+
+
+def test_a_normalizer_that_grows_without_end(reader_folder, tmp_path):
+    """Each of them doubles a letter: forty of them would take all memory."""
+    folder = shutil.copytree(reader_folder("mixtral"), tmp_path / "model")
+    said = json.loads((folder / "tokenizer.json").read_text())
+    doubled = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    said["normalizer"] = {"type": "Sequence", "normalizers": [doubled] * 5}
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    assert load_tokenizer(folder, 320)("a")["input_ids"]
+    said["normalizer"]["normalizers"] *= 8
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    with pytest.raises(ValueError, match=r"makes up to 1\.1e\+12 characters of one, and at most 1000 are taken"):
+        load_tokenizer(folder, 320)

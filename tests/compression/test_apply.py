@@ -67,6 +67,6 @@ def test_a_plan_without_edits_changes_nothing(made, options, tmp_path):
     plan = json.loads((made("mixtral", "expert_drop score=weight_norm keep=6") / "plan.json").read_text())
     plan["stages"][0]["edits"] = []
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match=r"plan\.json holds no edits, so it would leave its model as it is"):
+    with pytest.raises(ValueError, match=r"plan\.json holds no edits, so it changes nothing of its model"):
         moe_compress.apply(tmp_path / "plan.json", out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

@@ -145,3 +145,17 @@ def test_a_checkpoint_where_a_stage_would_go_is_never_removed(reader_folder, opt
         moe_compress.compress("expert_drop keep=7 + expert_drop keep=4", **options)
     result = moe_compress.compress("expert_drop keep=6 + expert_drop keep=4", **options)
     assert set(counts(result.folder).values()) == {4} and set(counts(mine).values()) == {6}
+
+
+@pytest.mark.parametrize("later", [{}, {"eval_samples": 2}, {"resident": True}])
+def test_a_checkpoint_that_was_not_evaluated_is_not_made_again(later, reader_folder, options):
+    """How it is evaluated says nothing of the weights."""
+    sentence, model = "expert_drop score=weight_norm keep=6 + expert_drop keep=4", reader_folder("mixtral")
+    made = moe_compress.compress(sentence, model=model, **{**options, "eval": False})
+    before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
+    again = moe_compress.compress(sentence, model=model, **{**options, **later})
+    assert again.folder == made.folder and again.record is not None
+    assert {path: path.stat().st_mtime_ns for path in made.folder.glob("*.safetensors")}.items() <= before.items()
+    assert [path.name for path in made.folder.parent.iterdir()] == [made.folder.name]
+    other = moe_compress.compress(sentence, model=model, **{**options, "samples": 7, "eval": False})
+    assert other.folder != made.folder

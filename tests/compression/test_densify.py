@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import moe_compress
 from moe_compress.checkpoints import writer
 from moe_compress.checkpoints.reader import open_checkpoint
-from moe_compress.compression.recovery.lineage import edits_between
 from moe_compress.edits.ancestry import Ancestry
 from moe_compress.models import hf
 from moe_compress.models.families import FAMILIES
@@ -21,6 +20,7 @@ from support import readers, tiny
 from support.dense import FAMILIES_MADE_DENSE, with_equal_gates
 from support.interrupted import Interrupted, counting, outcome
 from support.slow import slow_after, slow_families
+from support.trimming import plan_edits
 
 IDS = tiny.token_ids()
 SHARED_GATE = ("qwen2_moe", "qwen3_next")
@@ -84,7 +84,7 @@ def test_narrower_mlps_are_filled_up_with_zeros(lab, made):
 
 
 def test_its_experts_are_nobody_s_any_more(lab, made):
-    edits = edits_between(open_checkpoint(made("mixtral", "densify keep=3")))
+    edits = plan_edits(made("mixtral", "densify keep=3"))
     kin = Ancestry.of(edits, tiny.LAYERS, dict.fromkeys(range(tiny.LAYERS), tiny.EXPERTS))
     assert kin.source == list(range(tiny.LAYERS))
     assert all(place == [-1] * tiny.EXPERTS for place in kin.place.values())

@@ -55,3 +55,11 @@ def test_pruned_routers_of_theirs_choose_what_they_chose(lab, made):
     assert stored(folder)["layers.0.ffn.gate.tid2eid"].equal(
         stored(Path(lab(FAMILY)["model"]))["layers.0.ffn.gate.tid2eid"]
     )
+
+
+@pytest.mark.parametrize("format", ["packed", "compressed-tensors"])
+def test_its_grouped_map_multiplies_packed_as_it_does_dense(format, lab, made):
+    sentence = "quantize method=rtn bits=4 group_size=8 where=experts,attention format="
+    packed, dense = (moe_compress.load(made(FAMILY, sentence + name), torch.float32) for name in (format, "dense"))
+    assert any(name.endswith("o_a_proj.words") for name in packed.state_dict())
+    torch.testing.assert_close(logits_of(packed), logits_of(dense), rtol=0, atol=1e-5)

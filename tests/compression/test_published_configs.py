@@ -20,6 +20,8 @@ PUBLISHED = {
 }
 # No configs of theirs are shipped: what transformers takes by default is what is published, and what else they say.
 DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v4": {"expert_dtype": "fp4"}, "qwen3_vl_moe": {}}
+# Of DBRX no tensor and no key is called as in others; its rope_theta is where transformers passes over it.
+DEFAULTS["dbrx"] = {"rope_parameters": None}
 RECIPES = (
     "expert_drop score=weight_norm keep=4",
     "expert_merge by=weights average=uniform keep=4",

@@ -16,7 +16,7 @@ from support import readers
     [
         ("text.txt", b"", "holds no text"),
         ("text.txt", b" \n\n \n", "holds no text"),
-        ("text.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("text.txt", b"\xff\xfe\x00", "is UTF-16 text"),
         ("text.txt", b"too short", "fewer tokens than one window of 16"),
         ("text.jsonl", b"", "text.jsonl"),
         ("text.jsonl", b'{"words": "a b c"}\n', "unknown field of text.jsonl 'text'"),

@@ -25,7 +25,7 @@ def test_prompts_as_windows(tokenizer, tmp_path: Path):
 def test_files_of_prompts(tmp_path: Path, monkeypatch):
     (tmp_path / "P.JSONL").write_text('{"prompt": "a"}\n{"text": "b"}')
     assert read_prompts(tmp_path / "P.JSONL") == ["a", "b"]
-    with pytest.raises(ValueError, match="there is no file of prompts /dev/zero"):
+    with pytest.raises(ValueError, match="/dev/zero is no file that can be read: it is a folder, a pipe, a device"):
         read_prompts(Path("/dev/zero"))
     monkeypatch.setattr("moe_compress.data.prompts.MAX_BYTES", 1 << 4)
     (tmp_path / "large.txt").write_text("a b c d e f g h i j")

@@ -17,7 +17,7 @@ import pytest
 from moe_compress.cli import catalogue
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.methods import registry, score_registry
-from moe_compress.run.options import Options
+from moe_compress.run.options import option_parameters
 from moe_compress.utils.declarations import REQUIRED, Parameter, function_of
 from support.pages import DOCS, PAGES, ROOT, SPAN, blocks, examples, prose, shown
 
@@ -121,8 +121,7 @@ def require_documented(text: str, parameters: dict[str, Parameter], where: str) 
 def test_every_option_is_documented_with_its_default():
     page = (DOCS / "recipes.md").read_text(encoding="utf-8")
     section = page.partition("## Options of a run")[2].partition("\n## ")[0]
-    fields = {name: Parameter(each.annotation, each.default) for name, each in Options.model_fields.items()}
-    require_documented(section, fields, "options")
+    require_documented(section, option_parameters(), "options")
     assert "docs/recipes.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

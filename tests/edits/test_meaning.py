@@ -70,9 +70,9 @@ def rerouted(view: MoEView, instead: Instead) -> None:
         assert 0 <= expert < count
         return forward(x[None], torch.tensor([[expert]]), torch.ones(1, 1, dtype=x.dtype))[0]
 
-    def naive(hidden_TD: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
-        tokens = zip(hidden_TD, index_TK.tolist(), gate_TK.tolist(), strict=True)
-        return torch.stack([instead(run, x, ids, gates) for x, ids, gates in tokens])
+    def naive(hidden: Tensor, index_TK: Tensor, gate_TK: Tensor) -> Tensor:
+        tokens = zip(hidden.flatten(0, -2), index_TK.tolist(), gate_TK.tolist(), strict=True)
+        return torch.stack([instead(run, x, ids, gates) for x, ids, gates in tokens]).view_as(hidden)
 
     view.experts.forward = naive
 

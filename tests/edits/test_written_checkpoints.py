@@ -50,7 +50,7 @@ def test_a_written_checkpoint_is_the_model_edited_in_memory(family, kind, source
 def test_all_kinds_load_and_generate_where_the_package_is_unknown(every, written, tmp_path):
     """Every kind of one family, and a few of the others; or of all."""
     expected, folders = {}, {}
-    families = ("mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba")
+    families = ("mixtral", "deepseek_v3", "gpt_oss", "minimax", "jamba", "dbrx")
     few = each_once(families, KINDS)
     for family, kind in itertools.product(families, KINDS):
         chosen = every or family == "mixtral" or few(family, kind) or (family, kind) in EDITED_BLOCK_DROP

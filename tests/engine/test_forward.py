@@ -22,7 +22,14 @@ from support import tiny
 from support.slow import slow_families
 from support.tiny import CPU, windows_of
 
-LAST_BITS = {"rtol": 0.0, "atol": 1e-6}
+# DBRX's own loop over flat experts multiplies in another order than stacks of them do.
+ANOTHER_ORDER = {"dbrx": 1e-5}
+LAST_BITS = 1e-6
+
+
+def require_close(found: torch.Tensor, expected: torch.Tensor, family: str) -> None:
+    """Equal up to the last bits."""
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=ANOTHER_ORDER.get(family, LAST_BITS))
 
 
 @pytest.mark.parametrize("family", tiny.CONFIGS)
@@ -34,9 +41,9 @@ def test_fold_equals_full_forward(family, family_folder, family_checkpoint):
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
-    torch.testing.assert_close(logits, expected, **LAST_BITS)
+    require_close(logits, expected, family)
     _, resident = forward_layers(ResidentLayers(model), windows_of(ids))
-    torch.testing.assert_close(resident, hidden, **LAST_BITS)
+    require_close(resident, hidden, family)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
@@ -49,7 +56,7 @@ def test_fold_with_padding_equals_full_forward(family, family_folder, family_che
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids, mask))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
-    torch.testing.assert_close(logits[mask], expected[mask], **LAST_BITS)
+    require_close(logits[mask], expected[mask], family)
 
 
 @pytest.mark.parametrize("family", slow_families(tiny.CONFIGS))
@@ -64,7 +71,7 @@ def test_batches_of_one_size_are_each_called_as_the_model_calls_them(
     layers = StreamedLayers(family_checkpoint(family), CPU, torch.float32)
     _, hidden = forward_layers(layers, windows_of(ids))
     logits = hf.head(layers.model, hidden.flatten(0, 1)).view_as(expected)
-    torch.testing.assert_close(logits, expected, **LAST_BITS)
+    require_close(logits, expected, family)
 
 
 def test_what_a_config_asks_for_beside_the_logits_is_not_given(family_folder, tmp_path):
@@ -78,4 +85,4 @@ def test_what_a_config_asks_for_beside_the_logits_is_not_given(family_folder, tm
     _, hidden = forward_layers(layers, windows_of(ids))
     with torch.no_grad():
         expected = plain(ids, use_cache=False).logits
-        torch.testing.assert_close(hf.head(layers.model, hidden), expected, **LAST_BITS)
+        require_close(hf.head(layers.model, hidden), expected, "mixtral")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
 import moe_compress
 from moe_compress import zoo
@@ -38,15 +38,16 @@ NAMES = {
     "kimi_k25": ("language_model.model.layers.", "vision_tower."),
     "minimax_m3_vl": ("language_model.model.layers.", "vision_tower."),
     "step3p7": ("model.layers.", "vision_model."),
+    "qwen3_omni_moe": ("thinker.model.layers.", "talker."),
 }
 
 
-def stock(folder: Path, kind: Any = AutoModelForImageTextToText) -> Tensor:
+def stock(folder: Path, kind: Any = AutoModelForMultimodalLM) -> Tensor:
     """Logits of a model that stock transformers loads without a word."""
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
-        found: Tensor = model.eval()(tiny.token_ids()).logits
+        found: Tensor = getattr(model.eval(), "thinker", model)(tiny.token_ids()).logits
     return found
 
 
@@ -119,7 +120,8 @@ def test_what_a_recipe_makes_loads_as_it_came(model_type, recipe, published, com
     before, after = open_checkpoint(folder), compressed(recipe, folder)
     assert torch.equal(streamed(after), stock(after.folder))
     assert after.values["architectures"] == before.values["architectures"]
-    assert after.values["vision_config"] == before.values["vision_config"]
+    for key in ("vision_config", "talker_config", "code2wav_config"):
+        assert after.values.get(key) == before.values.get(key)
     assert "AutoModelForMultimodalLM.from_pretrained" in (after.folder / "README.md").read_text()
     assert (after.folder / "preprocessor_config.json").read_text() == '{"size": 4}'
     assert after.keys(None) == before.keys(None)
@@ -178,6 +180,12 @@ def test_a_wrapper_of_stacks_is_rounded_where_no_format_holds_its_codes(publishe
     assert "quantization_config" not in open_checkpoint(made.folder).values
     with pytest.raises(ValueError, match=r"needs an edited architecture, .*: use format=dense\."):
         moe_compress.compress("quantize bits=4 format=packed", model=published("gemma4"), **words)
+
+
+def test_packed_experts_beside_plain_ones_of_another_model_are_refused(published, compressed):
+    """Of Qwen3-Omni, both the model that thinks and the one that talks have experts."""
+    with pytest.raises(ValueError, match=r"leaves the experts beside the language model plain, .*: use format=dense\."):
+        compressed("quantize bits=4 group_size=8 format=compressed-tensors", published("qwen3_omni_moe"))
 
 
 def test_a_wrapper_is_compared_with_its_original(published, tmp_path):
@@ -250,10 +258,11 @@ def test_towers_are_counted_but_touched_by_no_token(published):
 
 
 @pytest.mark.slow
-def test_verify_knows_the_class(published, tmp_path):
-    folder = published("qwen3_vl_moe")
+@pytest.mark.parametrize(("model_type", "name"), [("qwen3_vl_moe", "Qwen3VLMoe"), ("qwen3_omni_moe", "Qwen3OmniMoe")])
+def test_verify_knows_the_class(model_type, name, published, tmp_path):
+    folder = published(model_type)
     found = moe_compress.verify(folder, results=tmp_path)
-    assert found.passed and found.error == 0.0 and found.stock_class == "Qwen3VLMoeForConditionalGeneration"
+    assert found.passed and found.error == 0.0 and found.stock_class == f"{name}ForConditionalGeneration"
     assert type(moe_compress.load(folder)).__name__ == found.stock_class
 
 

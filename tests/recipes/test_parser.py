@@ -8,10 +8,7 @@ from moe_compress.methods import registry
 from moe_compress.methods.registry import method
 from moe_compress.recipes.parser import parse, split_words
 
-KNOWN = (
-    "activations, block_drop, channels, densify, distill, expert_drop, expert_merge, factorise, layer_drop, layerwise, prune, "
-    "quantize, rebalance, router_kd, shrink, skip"
-)
+KNOWN = "activations, block_drop, channels, densify, distill, expert_drop, "
 
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:

@@ -47,7 +47,12 @@ def test_scripts_run_from_anywhere_in_the_callers_folder(script, clone, tmp_path
             assert given.startswith("-P -m moe_compress ")
         elif "benchmark" in script:
             assert Path(given.removesuffix(" data=mine.txt")).is_file()
-        elif "compress" in script or "evaluate" in script or "run.sh" in script:
+        elif "async_eval" in script:
+            commands = [line.split("|")[2] for line in done.stdout.splitlines()]
+            assert sorted(line.split()[3] for line in commands) == ["compress", "watch"]
+            assert all(line.startswith("-P -m moe_compress ") for line in commands)
+            assert next(line for line in commands if " compress " in line).endswith("data=mine.txt")
+        elif any(word in script for word in ("compress", "evaluate", "recover", "run.sh")):
             assert given.startswith("-P -m moe_compress ") and given.endswith("data=mine.txt")
 
 

@@ -194,6 +194,14 @@ def test_startup(tmp_path):
     assert startup_time.build_skeleton() > 0
 
 
+def test_nothing_kept_is_slower_to_start_than_it_may_be():
+    kept = read(RESULTS / "startup.json")
+    assert set(kept["start"]["ratios"]) == {command.name for command in startup_time.COMMANDS}
+    assert max(kept["start"]["ratios"].values()) <= startup_time.AT_MOST
+    assert kept["plan"]["ratio"] <= startup_time.PLAN_AT_MOST
+    assert kept["plan"]["peak_gib"] < startup_time.MEMORY_AT_MOST
+
+
 # --- tables -------------------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,8 @@ def applied(layer: nn.Module, view: MoEView, args: tuple[Any, ...], kwargs: dict
     for handle in handles:
         handle.remove()
     if len(seen["given"]) == 3:
-        return seen["router"][0].reshape(-1, seen["router"][0].shape[-1]), *seen["given"][1:]
+        logits = seen["router"] if isinstance(seen["router"], Tensor) else seen["router"][0]
+        return logits.reshape(-1, logits.shape[-1]), *seen["given"][1:]
     scores_TE, logits_TE = seen["router"]
     index_TK = logits_TE.topk(view.block.top_k).indices
     return logits_TE, index_TK, scores_TE.gather(1, index_TK)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from moe_compress.checkpoints.load import load_model
 from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.models.matrices import stored_matrices
 from support.checkpoints import streamed
 from support.editing import logits_of
 from support.pruned import stored
@@ -32,7 +33,21 @@ def decoded(folder: Path) -> dict[str, Tensor]:
     stems = {name.removesuffix(sign) for name in tensors for sign in SIGNS if name.endswith(sign)}
     parts = {stem: {k.removeprefix(f"{stem}."): t for k, t in tensors.items() if k.startswith(f"{stem}.")}
              for stem in sorted(stems)}  # fmt: skip
-    return {f"{stem}.weight": decode(found, config, stem) for stem, found in parts.items()}
+    names = module_names(folder)
+    return {f"{stem}.weight": decode(found, config, names.get(stem, stem)) for stem, found in parts.items()}
+
+
+def module_names(folder: Path) -> dict[str, str]:
+    """What linear maps beside experts are called in the model, by what their tensors' names begin with."""
+    checkpoint = open_checkpoint(folder)
+    model = checkpoint.skeleton(torch.float32)
+    places = [(i, stored_matrices(model, i)) for i in range(checkpoint.num_layers)]
+    return {
+        stored.removesuffix(".weight"): f"layers.{i}.{name}"
+        for i, found in places
+        for stored, (name, _) in found.items()
+        if ".experts." not in name
+    }
 
 
 def by_library(parts: dict[str, Tensor], config: dict[str, Any], name: str) -> Tensor:

@@ -48,7 +48,9 @@ def logits_of(model: PreTrainedModel, ids: Tensor = IDS) -> Tensor:
 
 @functools.cache
 def _loaded(folder: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    hf.complete_experts(model)
+    return model
 
 
 def original(source: Checkpoint) -> PreTrainedModel:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 BLOCK = dict.fromkeys(("granitemoe", "granitemoeshared"), "block_sparse_moe") | {"nemotron_h": "mixer"}
-BLOCK |= dict.fromkeys(("llama4_text", "jamba", "lfm2_moe"), "feed_forward")
+BLOCK |= {**dict.fromkeys(("llama4_text", "jamba", "lfm2_moe"), "feed_forward"), "dbrx": "ffn"}
 ROUTER = dict.fromkeys(("gpt_oss", "granitemoe", "granitemoeshared", "llama4_text", "phimoe", "jamba"), "router")
-ROUTER |= {"hunyuan_v1_moe": "gate.wg", "afmoe": "router.gate"}
+ROUTER |= {"hunyuan_v1_moe": "gate.wg", "afmoe": "router.gate", "dbrx": "router.layer"}
 
 
 @dataclass
@@ -131,6 +131,7 @@ ROUTE: dict[str, Router] = {
     "jamba": _softmax_then_topk(False),
     "ernie4_5_moe": _softmax_then_topk(True, k="moe_k"),
     "hunyuan_v1_moe": _softmax_then_topk(True, k="moe_topk"),
+    "dbrx": lambda config, *found: _softmax_then_topk(True, k="moe_top_k")(config.ffn_config, *found),
     "minimax_m2": _sigmoid_then_topk(),
     "afmoe": _sigmoid_then_topk(scale="route_scale"),
     "llama4_text": _topk_then_sigmoid,
@@ -227,11 +228,17 @@ def _tensor(value: Any) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers."""
+    stack = model.model if hasattr(model, "model") else model.base_model
+    return stack.layers if hasattr(stack, "layers") else stack.blocks
+
+
 def _captured(model: PreTrainedModel, family: str, ids: Tensor, mask: Tensor) -> dict[int, dict[str, Tensor]]:
     """Layer -> what enters its MoE block, what its experts return, what the layer returns; one row a token."""
     seen: dict[int, dict[str, Tensor]] = {}
     handles = []
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(layers_of(model)):
         block = getattr(layer, BLOCK.get(family, "mlp"))
         if not hasattr(block, "experts") or getattr(block, "is_hash", False):
             continue
@@ -282,7 +289,7 @@ def reference(
     scale = getattr(config, "residual_multiplier", 1) * getattr(config, "mlp_beta_factor", 1)
     found = {}
     for index, seen in _captured(model, family, ids, mask).items():
-        block = getattr(model.model.layers[index], BLOCK.get(family, "mlp"))
+        block = getattr(layers_of(model)[index], BLOCK.get(family, "mlp"))
         router = block.get_submodule(ROUTER.get(family, "gate"))
         named = [*block.named_buffers(), *block.named_parameters()]
         bias = sum(b.reshape(-1) for n, b in named if n.endswith(("e_score_correction_bias", "expert_bias")))

@@ -118,7 +118,7 @@ class Rows:
 
 def block_of(model: PreTrainedModel, family: str, layer: int) -> nn.Module:
     """The MoE block of a layer."""
-    return getattr(model.model.layers[layer], naive.BLOCK.get(family, "mlp"))
+    return getattr(naive.layers_of(model)[layer], naive.BLOCK.get(family, "mlp"))
 
 
 def matrices(model: PreTrainedModel, family: str, layer: int) -> list[list[Tensor]]:

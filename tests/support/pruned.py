@@ -20,6 +20,7 @@ import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.data.windows import Windows
+from moe_compress.models import hf
 from moe_compress.run.context import Run
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import make_options
@@ -38,6 +39,7 @@ NAMES = re.compile(r"(?<!shared_)experts\.(gate_up_proj|up_proj|down_proj)$")
 def _stock(folder: Path) -> PreTrainedModel:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
+    hf.complete_experts(model)
     return model.eval()
 
 
@@ -100,7 +102,7 @@ def moe_layers(folder: object, family: str) -> list[int]:
     model = stock(folder)
     return [
         index
-        for index, layer in enumerate(model.model.layers)
+        for index, layer in enumerate(slow.naive.layers_of(model))
         if hasattr(getattr(layer, slow.naive.BLOCK.get(family, "mlp"), None), "experts")
     ]
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import load_file, save_file
@@ -23,6 +25,10 @@ from support import readers
 Parts = dict[str, Tensor]
 LINEAR = re.compile(r"\.layers\.\d+\..*(_proj|_proj_with_mqa|\.w[123])\.weight$")
 IGNORE = ["lm_head", r"re:.*gate$", r"re:.*kv_b_proj$"]
+# DeepSeek-V4's own names: what joins and weighs what is compressed stays plain.
+LINEAR_V4 = re.compile(
+    r"^(layers|mtp)\.\d+\.(attn\.(w[qo]_[ab]|wkv|indexer\.wq_b)|ffn\.(shared_)?experts\..*w[123])\.weight$"
+)
 LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 FP8_MAX, FP4_MAX = 448.0, 6.0
 
@@ -136,6 +142,27 @@ def fp8_blocks(weight_OI: Tensor) -> tuple[Parts, Tensor]:
     return {"weight": codes, "weight_scale_inv": factor}, codes.float() * spread
 
 
+def _power_of_two(largest: Tensor, most: float) -> Tensor:
+    """The least by which a number may be divided so that it is not above the most."""
+    return (largest.float() / most).log2().ceil().exp2()
+
+
+def fp8_powers(weight_OI: Tensor, end: str) -> tuple[Parts, Tensor]:
+    """DeepSeek-V4's: `weight` and a power of two for every block of 16 x 16, in a byte."""
+    factor = _power_of_two(_largest_of_blocks(weight_OI.float(), 16, 16), FP8_MAX)
+    spread = factor.repeat_interleave(16, 0).repeat_interleave(16, 1)[: len(weight_OI), : weight_OI.shape[1]]
+    codes = (weight_OI.float() / spread).to(torch.float8_e4m3fn)
+    return {"weight": codes, end: factor.to(torch.float8_e8m0fnu)}, codes.float() * spread
+
+
+def fp4_experts(weight_OI: Tensor, end: str) -> tuple[Parts, Tensor]:
+    """DeepSeek-V4's experts: `weight` of two codes a byte, as int8, and a power of two for 32 inputs, in a byte."""
+    factor_OG = _power_of_two(_groups(weight_OI, 32).abs().amax(-1), FP4_MAX)
+    octets, number = _fp4((_groups(weight_OI, 32) / factor_OG.unsqueeze(-1)).flatten(-2))
+    parts = {"weight": octets.view(torch.int8), end: factor_OG.to(torch.float8_e8m0fnu)}
+    return parts, (number.unflatten(-1, (-1, 32)) * factor_OG.unsqueeze(-1)).flatten(-2)
+
+
 def fp8_static(weight_OI: Tensor) -> tuple[Parts, Tensor]:
     """Mistral's: `weight`, one factor for it and one for its inputs."""
     factor = weight_OI.abs().max().float() / FP8_MAX
@@ -196,6 +223,8 @@ EIGHT = {"num_bits": 8, "type": "float"}
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "modules_to_not_convert": ["lm_head", "kv_b_proj"]}
 GROUP = {"strategy": "group", "group_size": 16}
 MODELOPT = {"quant_method": "modelopt", "kv_cache_quant_algo": "FP8", "ignore": ["lm_head", "*kv_b_proj"]}
+FP4 = {"expert_dtype": "fp4"}
+V4 = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "activation_scheme": "dynamic"}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 16, "sym": False, "dynamic": {"-:.*kv_b_proj$": {}}}
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]]]] = {
     "int4": library("pack-quantized", num_bits=4, **GROUP),
@@ -227,11 +256,35 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], tuple[Parts, Tensor]
     "gptq act-order": (
         {**GPTQ, "desc_act": True, "checkpoint_format": "gptq_v2"}, functools.partial(gptq, act_order=True, less=0)
     ),
+    "deepseek fp4": ({**V4, "weight_block_size": [16, 16]}, functools.partial(fp8_powers, end="scale")),
+    "transformers fp4": (
+        {**V4, **FP4, "weight_block_size": [16, 16]}, functools.partial(fp8_powers, end="weight_scale_inv")
+    ),
 }  # fmt: skip
+# Formats of one family alone, with another one for its experts that config.json says apart.
+ALONE = {"deepseek fp4": "deepseek_v4", "transformers fp4": "deepseek_v4"}
+EXPERTS = {
+    "deepseek fp4": functools.partial(fp4_experts, end="scale"),
+    "transformers fp4": functools.partial(fp4_experts, end="weight_scale_inv"),
+}
 # Widths that all groups divide.
 WIDE = {"mixtral": {"intermediate_size": 64}, "deepseek_v3": {
     "moe_intermediate_size": 64, "intermediate_size": 64, "q_lora_rank": 32}, "qwen3_moe": {
-    "moe_intermediate_size": 64}}  # fmt: skip
+    "moe_intermediate_size": 64}, "deepseek_v4": {
+    "moe_intermediate_size": 64, "q_lora_rank": 32, "o_lora_rank": 16, "index_n_heads": 16}}  # fmt: skip
+# Every format with every family that is published in it, as far as tests go.
+PAIRS = [(family, format) for family in WIDE for format in FORMATS
+         if (family == ALONE[format] if format in ALONE else family not in ALONE.values())]  # fmt: skip
+
+
+def attention_of(family: str) -> str:
+    """What stands in the names of its attention's tensors."""
+    return ".attn." if family == "deepseek_v4" else ".self_attn."
+
+
+def slow_pairs(fast: Callable[[str, str], bool]) -> list[ParameterSet]:
+    """All pairs, slow where `fast` does not say so of family and format."""
+    return [pytest.param(*pair, marks=() if fast(*pair) else pytest.mark.slow) for pair in PAIRS]
 
 
 def publish(family: str, format: str, folder: Path, **sizes: int) -> dict[str, Tensor]:
@@ -241,10 +294,10 @@ def publish(family: str, format: str, folder: Path, **sizes: int) -> dict[str, T
     found: dict[str, Tensor] = {}
     numbers: dict[str, Tensor] = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
-        if not LINEAR.search(name) or "kv_b_proj" in name:
-            found[name] = tensor.bfloat16()
+        if not (LINEAR_V4 if format in ALONE else LINEAR).search(name) or "kv_b_proj" in name:
+            found[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
             continue
-        parts, numbers[name] = pack(tensor)
+        parts, numbers[name] = EXPERTS[format](tensor) if format in EXPERTS and ".experts." in name else pack(tensor)
         found |= {f"{name.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
     if config["quant_method"] == "modelopt":  # an export has scales of a cache of keys and values, which nothing reads
         layers = {int(name.split(".layers.")[1].split(".")[0]) for name in numbers}
@@ -255,7 +308,7 @@ def publish(family: str, format: str, folder: Path, **sizes: int) -> dict[str, T
         inner = {"exclude_modules" if key == "ignore" else key: value for key, value in config.items()}
         (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": inner}))
     else:
-        values["quantization_config"] = config
+        values |= {"quantization_config": config, **(FP4 if format in EXPERTS else {})}
     (folder / "config.json").write_text(json.dumps(values))
     return numbers
 
@@ -269,10 +322,11 @@ def publish_both(family: str, format: str, place: Path, **sizes: int) -> tuple[P
         if path.suffix != ".safetensors" and path.name != "hf_quant_config.json":
             (dense / path.name).write_bytes(path.read_bytes())
     values = json.loads((dense / "config.json").read_text()) | {"dtype": "float32"}
-    values.pop("quantization_config", None)
+    values = {key: value for key, value in values.items() if key not in ("quantization_config", *FP4)}
     (dense / "config.json").write_text(json.dumps(values))
     plain = {name: t for name, t in load_file(packed / "model.safetensors").items() if _is_plain(name, numbers)}
-    save_file({n: t.float().contiguous() for n, t in {**plain, **numbers}.items()}, dense / "model.safetensors")
+    found = {n: t.float() if t.is_floating_point() else t for n, t in {**plain, **numbers}.items()}
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, dense / "model.safetensors")
     return packed, dense
 
 

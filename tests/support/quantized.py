@@ -15,6 +15,7 @@ from torch import Tensor
 import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.load import load_model
+from moe_compress.models.families import family_named, setting
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from support import naive_quantization as slow
 from support import readers, tiny
@@ -29,6 +30,7 @@ WIDE = 40
 FEW = "quantize group_size=8 min_tokens=4 clip=max"
 BLIND = "quantize method=rtn group_size=8 clip=max"
 FUSED = (
+    "dbrx",
     "gpt_oss",
     "llama4_text",
     "granitemoe",
@@ -40,7 +42,7 @@ EXPERTS = re.compile(r"(?<!shared_)experts\.(gate_up|up|down)_proj(_bias)?$")
 
 
 def wide(family: str, folder: Path, width: int = WIDE) -> Path:
-    key = "moe_intermediate_size" if "moe_intermediate_size" in tiny.CONFIGS[family] else "intermediate_size"
+    key = next(key for key in family_named(family).width_keys if setting(tiny.CONFIGS[family], key))
     return readers.save_model(family, folder, **{key: width})
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModelForMultimodalLM, PreTrainedModel
 
 from support import tiny
 
@@ -84,21 +84,39 @@ WRAPPERS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {},
     ),
 }
+# Qwen3-Omni holds two language models: of the one that thinks, all of the above is inside `thinker_config`.
+_TALKER = {**_TEXT, **_QWEN_ROPE, "num_experts": 4, "shared_expert_intermediate_size": 16}
+_PREDICTOR = {"vocab_size": 16, "hidden_size": tiny.HIDDEN, "num_hidden_layers": 1, "head_dim": 8}
+_PREDICTOR |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 16}
+_WAVES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+_WAVES |= {"intermediate_size": 16, "decoder_dim": 32, "codebook_size": 16, "upsample_rates": [2]}
+_EARS = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "n_window": 4}
+_EARS |= {"output_dim": tiny.HIDDEN, "downsample_hidden_size": 8}
+WRAPPERS["qwen3_omni_moe"] = (
+    {"num_experts": 8, **_QWEN_ROPE},
+    {"deepstack_visual_indexes": [0]},
+    {
+        "talker_config": {"text_config": _TALKER, "code_predictor_config": _PREDICTOR, "num_code_groups": 4}
+        | {"thinker_hidden_size": tiny.HIDDEN, "spatial_merge_size": 2},
+        "code2wav_config": {**_WAVES, "upsampling_ratios": [2]},
+    },
+)
 TOWERS = ("vis", "vit", "audio", "projector", "embed_vision")
 
 
 def config_of(model_type: str, **overrides: Any) -> Any:
     """A small config; `overrides` are the language model's."""
     text, vision, own = WRAPPERS[model_type]
-    return AutoConfig.for_model(
-        model_type, text_config={**_TEXT, **text, **overrides}, vision_config={**_VISION, **vision}, **own
-    )
+    parts = {"text_config": {**_TEXT, **text, **overrides}, "vision_config": {**_VISION, **vision}}
+    if model_type == "qwen3_omni_moe":
+        parts = {"thinker_config": {**parts, "audio_config": _EARS, "vision_start_token_id": 151_652}}
+    return AutoConfig.for_model(model_type, **parts, **own)
 
 
 def make(model_type: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """A random model whose routers are not degenerate."""
     torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config_of(model_type, **overrides), dtype=torch.float32)
+    model = AutoModelForMultimodalLM.from_config(config_of(model_type, **overrides), dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -90,6 +90,7 @@ class ExpertCompressor:
             self.model = load_model(self.checkpoint.folder, dtype, device_map=str(device))
         else:
             self.model = model_or_path
+            hf.complete_experts(self.model)
         refuse_if_uneditable(self.model.config)
         self.tokenizer = tokenizer
         self._seen: dict[Prompts, dict[int, Seen]] = {}

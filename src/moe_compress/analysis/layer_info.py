@@ -41,6 +41,7 @@ class MoEHooks:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
+        hf.complete_experts(model)
 
     @property
     def moe_layer_indices(self) -> list[int]:
@@ -50,6 +51,7 @@ class MoEHooks:
 
 def view_of(model: PreTrainedModel, layer_idx: int) -> MoEView:
     """The MoE block of a layer; ValueError if the layer is not there or has none."""
+    hf.complete_experts(model)
     views, count = moe_views(model), len(hf.decoder_layers(model))
     if layer_idx not in views:
         what = "has no experts" if 0 <= layer_idx < count else f"is not there: layers are 0 to {count - 1}"

@@ -49,7 +49,7 @@ class BlockInfluence:
         }
         self.samples: list[Tensor] = []
         self.end_samples: list[Tensor] = []
-        children = dict(layer.named_children())
+        children = dict(layer.named_modules())
         self.hooks = [layer.register_forward_pre_hook(self._keep("in"), with_kwargs=True)]
         # The stream before the MoE block is what its first norm is given, or the block where the norm comes behind it.
         for name in (*self.names["moe_norms"], self.names["block"]):

@@ -125,7 +125,6 @@ class ExpertStatistics:
     def _router(self, _module: nn.Module, _args: Any, output: Any) -> None:
         assert self.view is not None
         rows = self.view.router_rows
-        assert isinstance(output, tuple), "a router returns (logits, weights, indices)"
         logits_TE = router_logits(output, rows, self.family)[self.batch.real_T].double()
         if self.family.router_scores == "sigmoid":
             scores_TE = logits_TE.sigmoid()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_compress.models import hf
-from moe_compress.utils.files import read_json
+from moe_compress.utils.files import read_json, room_for
 
 # Names in small letters; in a checkpoint they may be in any.
 COMPANIONS = (
@@ -40,7 +40,8 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in companions(source):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        with room_for(copy):
+            shutil.copyfile(path, copy)
 
 
 def _is_companion(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,10 @@ def require_free(out: Path) -> None:
 
 
 def _require_ours(partial: Path) -> None:
+    if os.path.lexists(partial) and not partial.is_dir():
+        raise ValueError(
+            f"{partial} is a file where the unfinished checkpoint would be kept: move it away, or choose another out=."
+        )
     strange = [path.name for path in partial.glob("*") if path.name != STATE + ".tmp"]
     if strange and begun_identity(partial) is None:
         raise ValueError(f"{partial} is not unfinished work of moe-compress: move it away, or choose another out=.")

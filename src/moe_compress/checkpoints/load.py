@@ -14,8 +14,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 
 from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
+from moe_compress.checkpoints.normalizers import require_bounded
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.models import hf
+from moe_compress.models.families import family_named
 from moe_compress.models.matrices import require_masks, stored_matrices
 from moe_compress.models.modeling import edit_layer
 from moe_compress.models.sublayers import block_names
@@ -31,6 +33,8 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
     if (folder / GENERATION).is_file():
         _generation_config(folder)
     loader = open_checkpoint(folder).auto_class if hf.is_wrapper(config) else hf.auto_class(config)
+    if family_named(config.model_type).moved_keys:  # else transformers passes over what it does not read
+        keywords = {"config": config, **keywords}
     with hf.quiet():
         model, info = loader.from_pretrained(
             folder, dtype=dtype or "auto", output_loading_info=True, trust_remote_code=False, **keywords
@@ -47,15 +51,14 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
         raise ValueError(f"{folder} does not load cleanly: {kind.replace('_', ' ')}, such as {names[0]}.")
     require_masks(model, str(folder))
     hf.complete_experts(model)
+    hf.run_text_through_part(model)
     hf.ask_for_logits_alone(model.config)
     return model.eval()
 
 
 def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, why: str) -> None:
     """ValueError, with what is needed, if these do not fit as whole models in `dtype` where the device has room."""
-    sizes = [
-        each.bytes if each.packed else each.bytes * dtype.itemsize // each.stored_dtype.itemsize for each in checkpoints
-    ]
+    sizes = [memory_bytes(each, dtype) for each in checkpoints]
     free = free_memory(device)
     if sum(sizes) > free:
         names = " and ".join(each.name for each in checkpoints)
@@ -63,6 +66,13 @@ def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device
             f"{names} {why}: {gigabytes(sum(sizes))} as {dtype_name(dtype)} in memory, but {device.type} has "
             f"{gigabytes(free)} free: use a smaller dtype= or another device=."
         )
+
+
+def memory_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """What a whole model takes in memory in `dtype`; what is packed stays so."""
+    if checkpoint.packed:
+        return checkpoint.bytes
+    return checkpoint.bytes * dtype.itemsize // checkpoint.stored_dtype.itemsize
 
 
 def load_as_run(
@@ -158,6 +168,7 @@ def load_tokenizer(folder: Path, vocab_size: int, trust_remote_code: bool = Fals
 
     trust_remote_code: also one that is code in the folder, which is then run.
     """
+    require_bounded(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises bare Exceptions

@@ -9,13 +9,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.grid import grid_of
-from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in
-from moe_compress.checkpoints.quantization_config import packed_edits
+from moe_compress.checkpoints.formats.registry import EXPERTS, QUANTIZATION, format_in
+from moe_compress.checkpoints.quantization_config import grids_of, packed_edits, packing_of, without_experts
 from moe_compress.edits.apply import edits_by_layer
 from moe_compress.edits.edits import Edit
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.matrices import Kind, layer_matrices, stored_matrices
+from moe_compress.models.prediction_layers import prediction_layers
 
 # Edits that make new numbers of experts; all others leave them out or move them.
 NEW_NUMBERS = ("merge_experts", "keep_channels")
@@ -44,7 +45,7 @@ def unpacked(values: Mapping[str, Any], model: PreTrainedModel, plain: Mapping[i
     if not config or not any(plain.values()):
         return dict(values)
     format = format_in(values)
-    grids, names = format.grids(config), dict[str, None]()
+    grids, names = grids_of(model, values), dict[str, None]()
     for index, matrices in plain.items():
         for stored, (name, _) in stored_matrices(model, index).items() if matrices else ():
             stem = stored.removesuffix(".weight")
@@ -53,9 +54,12 @@ def unpacked(values: Mapping[str, Any], model: PreTrainedModel, plain: Mapping[i
         if any(grid.kinds for grid in grids) and any(".experts." in name for name in matrices):
             names[hf.layers_prefix(model) + f"{index}." + _experts_name(matrices)] = None
     changed = {**values, QUANTIZATION: format.leave_out(config, list(names))} if names else dict(values)
-    if not packed_edits(model, changed):
+    kinds = packed_kinds(model, changed)
+    if not kinds:
         del changed[QUANTIZATION]
-    return changed
+    # Layers that predict further tokens are stored as they were for as long as a config says how.
+    apart = EXPERTS in packing_of(values) and "experts" not in kinds
+    return without_experts(changed) if apart and not (kinds and prediction_layers(values)) else changed
 
 
 def _experts_name(matrices: Collection[str]) -> str:

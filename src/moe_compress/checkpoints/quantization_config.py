@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.grid import Grid, grid_of
 from moe_compress.checkpoints.formats.modelopt import exported_config
-from moe_compress.checkpoints.formats.registry import DENSE, QUANTIZATION, Format, format_in, formats
+from moe_compress.checkpoints.formats.registry import (
+    DENSE,
+    EXPERTS,
+    QUANTIZATION,
+    Format,
+    format_in,
+    formats,
+)
 from moe_compress.edits.edits import PackMatrices
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -23,8 +31,8 @@ from moe_compress.utils.files import read_json
 ONE_EXPERT = re.compile(r"experts\\?\.\d")
 # Where NVIDIA's exports say what is packed, if not in config.json.
 EXPORT = "hf_quant_config.json"
-# Where DeepSeek-V4 says that its experts are stored in fewer bits than quantization_config says.
-EXPERTS, FEW_BITS = "expert_dtype", ("fp4", "mxfp4", "nvfp4")
+# What EXPERTS may say of fewer bits than quantization_config says.
+FEW_BITS = ("fp4", "mxfp4", "nvfp4")
 
 
 def with_inner_config(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,10 +56,22 @@ def with_export(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, QUANTIZATION: exported} if exported else dict(values)
 
 
+def packing_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantization_config, with what config.json says apart of it of experts; empty where there is none."""
+    config, inner = values.get(QUANTIZATION), hf.text_values(values)
+    return {**({EXPERTS: inner[EXPERTS]} if EXPERTS in inner else {}), **config} if config else {}
+
+
 def with_new_config(values: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """config.json values of a model that nothing was packed in, once something is as `new` says, and it alone."""
-    inner = {key: value for key, value in hf.text_values(values).items() if key != EXPERTS}
-    return {**hf.with_text_values(values, inner), QUANTIZATION: dict(new)}
+    return {**without_experts(values), QUANTIZATION: dict(new)}
+
+
+def without_experts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values that say nothing of experts apart; transformers says it in the quantization_config as well."""
+    config, inner = values.get(QUANTIZATION), hf.text_values(values)
+    changed = hf.with_text_values(values, {key: value for key, value in inner.items() if key != EXPERTS})
+    return {**changed, QUANTIZATION: {k: v for k, v in config.items() if k != EXPERTS}} if config else changed
 
 
 def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
@@ -61,11 +81,12 @@ def require_readable(folder: Any, values: Mapping[str, Any]) -> None:
         return
     if not isinstance(config, Mapping):
         raise ValueError(f"{folder}: the quantization_config of config.json is no object.")
-    experts = hf.text_values(values).get(EXPERTS)
-    if experts in FEW_BITS:
-        raise ValueError(f"{folder} stores experts in {experts} by its {EXPERTS}, which is not read: use a bf16 copy.")
     kind, known = str(config.get("quant_method", "quantized")), {each.name: each for each in _read()}
-    reason = _unreadable(known[kind], config) if kind in known else "which is not read"
+    said, format = packing_of(values), known.get(kind)
+    experts = said.get(EXPERTS)
+    if experts in FEW_BITS and (format is None or experts not in format.experts):
+        raise ValueError(f"{folder} stores experts in {experts} by its {EXPERTS}, which is not read: use a bf16 copy.")
+    reason = _unreadable(format, said) if format is not None else "which is not read"
     if reason:
         stored, read = " ".join([kind, str(config.get("format", ""))]).strip(), [each.described for each in _read()]
         raise ValueError(
@@ -90,14 +111,21 @@ def _read() -> list[Format]:
     return sorted(found, key=lambda each: (each.writer is None, each.name))
 
 
+def grids_of(model: PreTrainedModel, values: Mapping[str, Any]) -> list[Grid]:
+    """What config.json says is packed, without what stock transformers keeps plain in this architecture by itself."""
+    config, format = packing_of(values), format_in(values)
+    grids = format.grids(config) if config else []
+    kept = tuple(rf"re:.*\.{re.escape(name)}(?:\.|$)" for name in hf.kept_plain(model)) if format.kept_by_stock else ()
+    return [replace(grid, ignore=(*grid.ignore, *kept)) for grid in grids]
+
+
 def packed_edits(model: PreTrainedModel, values: Mapping[str, Any]) -> list[PackMatrices]:
     """The edits that give a skeleton the room for what the config says is packed; none for a config without.
 
     Floating-point codes take the room of whole ones of as many bits. Raises ValueError for experts that are packed one
     by one where the architecture stores them as one stack.
     """
-    config = values.get(QUANTIZATION)
-    grids = format_in(values).grids(config) if config else []
+    grids = grids_of(model, values)
     layers, prefix = list(hf.decoder_layers(model)) if grids else [], hf.layers_prefix(model)
     # Names of tensors by matrix, found once for all layers of the same modules.
     known: dict[Any, dict[str, list[str]]] = {}
@@ -172,6 +200,6 @@ def says_packed(values: Mapping[str, Any]) -> bool:
     return format_in(values).name != DENSE
 
 
-def scale_bytes(values: Mapping[str, Any]) -> float | None:
-    """What a scale takes of a file, where it is not one number of the model's dtype for a group of inputs."""
-    return format_in(values).scale_bytes(values.get(QUANTIZATION) or {}, hf.stored_dtype(values).itemsize)
+def scale_bytes(values: Mapping[str, Any]) -> Mapping[int, float]:
+    """What a scale takes of a file by the bits of its codes, if not one number of the model's dtype for some inputs."""
+    return format_in(values).scale_bytes(packing_of(values), hf.stored_dtype(values).itemsize)

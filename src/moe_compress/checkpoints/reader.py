@@ -141,9 +141,12 @@ class Checkpoint:
 
     @property
     def loads_as_stock(self) -> bool:
-        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for."""
+        """Whether stock transformers is to load it whole: plain numbers, or what it has kernels for.
+
+        Its kernels know the layers of ordinary architectures alone.
+        """
         stored = any(isinstance(entry, StoredWeight) for entry in self.tensors.values())
-        return not stored or format_in(self.values).kept_by_stock
+        return not stored or (format_in(self.values).kept_by_stock and "moe_compress" not in self.values)
 
     def layer_bytes(self, layer: int | None) -> int:
         """Stored size of one layer."""
@@ -230,6 +233,8 @@ def open_checkpoint(folder: Path, name: str | None = None, commit: str | None = 
     if deepseek_v1.recognises(read_json(folder / "config.json")):
         tensors = _reexpressed(values, tensors)
     values = _as_stock_ties(folder, values, tensors)
+    for key, name in hf.moved(read_json(folder / "config.json")).items():
+        log.warning("%s says %s, which transformers passes over: it is read as %s.", folder, key, name)
     stamps = {path: stamp(path) for path in {folder / "config.json", *(region.file for region in stored.values())}}
     beside = {key: stored[key] for key in beside_weights(stored, values)}
     checkpoint = Checkpoint(folder, name or str(folder), values, tensors, commit, stamps, beside)

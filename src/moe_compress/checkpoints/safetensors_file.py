@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_compress.utils.files import copy_range, write_all
+from moe_compress.utils.files import copy_range, replacing, write_all
 from moe_compress.utils.hashing import flat_bytes
 
 STORED_DTYPES = {
@@ -25,6 +25,7 @@ STORED_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -101,7 +102,6 @@ def write_shard(
 
     Written under a temporary name and renamed, so that a file under its real name is always whole.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
     for key, tensor in tensors.items():
@@ -110,15 +110,13 @@ def write_shard(
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb", buffering=0) as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    with replacing(file) as temporary, temporary.open("wb", buffering=0) as out:
+        write_all(out.fileno(), memoryview(len(text).to_bytes(8, "little") + text))
         for tensor in tensors.values():
             if isinstance(tensor, FileRegion):
                 _copy(tensor, out.fileno())
             else:
                 write_all(out.fileno(), flat_bytes(tensor).numpy().data)
-    temporary.replace(file)
 
 
 def _describe(tensor: Tensor | FileRegion) -> tuple[str, tuple[int, ...], int]:

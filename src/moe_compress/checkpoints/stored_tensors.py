@@ -8,6 +8,7 @@ from typing import Any
 
 from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in, formats
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.quantization_config import packing_of
 
 # Scales of a cache of keys and values that engines keep in few bits: no module of the model has them.
 CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale")
@@ -37,7 +38,7 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
         return dict(tensors)
     format, beside = format_in(values), {*beside_weights(tensors, values)}
     found = {name: tensor for name, tensor in tensors.items() if name not in beside}
-    settings = format.settings(config)
+    settings = format.settings(packing_of(values))
     for name in tensors:
         if format.foreign and name.endswith(format.foreign):
             stem, _, last = name.rpartition(".")
@@ -77,7 +78,7 @@ def _parts(sign: str, stem: str, layout: type[StoredWeight], tensors: Mapping[st
 
 def require_agreement(folder: Any, values: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
     """Raise ValueError if a packed matrix has other bits, or scales for other groups, than config.json says."""
-    config = values.get(QUANTIZATION)
+    config = packing_of(values)
     grids = format_in(values).grids(config) if config else []
     for name, entry in tensors.items():
         disagreement = entry.disagreement(grids) if isinstance(entry, StoredWeight) else ""

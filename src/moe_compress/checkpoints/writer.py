@@ -33,7 +33,7 @@ from moe_compress.checkpoints.safetensors_file import STORED_DTYPES, read_region
 from moe_compress.checkpoints.stored_tensors import stored_parts, with_weights
 from moe_compress.models import hf
 from moe_compress.models.prediction_layers import PREDICTION_COUNT, without_prediction_layers
-from moe_compress.utils.files import write_json
+from moe_compress.utils.files import room_for, write_json
 
 
 class CheckpointWriter:
@@ -53,6 +53,7 @@ class CheckpointWriter:
         layers: Sequence[int] | None = None,
     ) -> None:
         self.out = out
+        self.identity = identity
         self.keep_prediction_layers = keep_prediction_layers
         self.source = source
         self.partial = partial_folder(out)
@@ -89,10 +90,11 @@ class CheckpointWriter:
             named = {hf.renumbered(key, layer): shard.get_slice(key) for key in shard.keys()}  # noqa: SIM118
             yield with_weights(named, self.values)
 
-    def copy(self, layer: int | None, changed: Mapping[str, Tensor] | None = None) -> None:
+    def copy(self, layer: int | None, changed: Mapping[str, Tensor | StoredWeight] | None = None) -> None:
         """Pass one layer through byte for byte, but for tensors that are `changed`, by the source's names.
 
-        These are written in the dtypes that they were stored in. ValueError for a name that the source lacks.
+        These are written in the dtypes that they were stored in, packed ones as they are. ValueError for a name that
+        the source lacks.
         """
         changed = changed or {}
         keys = [*self.source.keys(layer)]
@@ -102,7 +104,10 @@ class CheckpointWriter:
         strange = sorted(changed.keys() - stored.keys())
         if strange:
             raise ValueError(f"{self.source.name} stores no tensor {strange[0]}, which was to be changed.")
-        new = {key: _as_stored(key, tensor, stored[key], self.source.dense_dtype) for key, tensor in changed.items()}
+        new = {
+            key: each if isinstance(each, StoredWeight) else _as_stored(key, each, stored[key], self.source.dense_dtype)
+            for key, each in changed.items()
+        }
         made = [key for key, entry in stored.items() if isinstance(entry, DerivedTensor) and key not in new]
         with self.source.read(made) as values:
             self._put(layer, {**stored, **values, **new})
@@ -152,7 +157,8 @@ class CheckpointWriter:
         if self.source.prediction_keys and not self.keep_prediction_layers:
             values = {PREDICTION_COUNT: 0, **without_prediction_layers(values)}
         for name, text in {**(files or {}), **hf.modelling_files(dict(values))}.items():
-            (self.partial / name).write_text(text, encoding="utf-8")
+            with room_for(self.out / name):
+                (self.partial / name).write_text(text, encoding="utf-8")
         for name, tensors in (arrays or {}).items():
             if tensors:
                 write_shard(self.partial / name, tensors)

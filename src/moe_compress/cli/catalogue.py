@@ -12,6 +12,7 @@ from moe_compress import zoo
 from moe_compress.methods import registry
 from moe_compress.methods.conditions import described
 from moe_compress.models.families import ALIASES, FAMILIES, REFUSED
+from moe_compress.utils.choices import Means
 from moe_compress.utils.files import gigabytes
 
 PAGE = "docs/recipes.md"
@@ -58,7 +59,11 @@ def choices(hint: Any) -> str:
         arms = ("none" if arm is type(None) else choices(arm) for arm in typing.get_args(hint))
         return " or ".join(dict.fromkeys(arms))
     if typing.get_origin(hint) is typing.Annotated:
-        return str(typing.get_args(hint)[1].shown())
+        inner, *more = typing.get_args(hint)
+        shown = next((str(each.shown()) for each in more if hasattr(each, "shown")), "")
+        said = [each.said for each in more if isinstance(each, Means)]
+        kind = shown or choices(inner)
+        return "; ".join([kind.removesuffix(" or none") if said and said[0].startswith("none:") else kind, *said])
     if typing.get_origin(hint) is typing.Literal:
         return ", ".join(typing.get_args(hint))
     return {bool: "true, false", int: "whole number", float: "number"}.get(hint, "text")

@@ -114,6 +114,15 @@ def evaluate(words: ModelWords) -> None:
 
 
 @app.command(cls=WithWords)
+def watch(words: Annotated[list[str], typer.Argument(metavar="RUN_FOLDER [WORDS]")]) -> None:
+    """Evaluate a training's checkpoints as they appear: watch RUN_FOLDER [tasks=local] [best=kl] [device=cuda:1]."""
+    found = _called("watch", words[:1], words[1:], models=0)
+    _show(found)
+    if found.exit_code:
+        sys.exit(found.exit_code)
+
+
+@app.command(cls=WithWords)
 def plan(words: Words) -> None:
     """Validate a recipe and forecast sizes, FLOPs and memory from config.json alone."""
     from moe_compress.recipes.parser import parse, split_words

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.run.option_uses import USED
-from moe_compress.run.options import Options
+from moe_compress.run.options import option_parameters
 from moe_compress.utils.declarations import REQUIRED, Parameter, function_of
 
 API = "moe_compress.api"
@@ -52,8 +52,8 @@ def options_of(command: str) -> list[str]:
     if found.takes_others:
         used = harness.options if harness else USED.get(FUNCTIONS.get(command, command), ())
         fields = {
-            key: Parameter(each.annotation, each.default)
-            for key, each in Options.model_fields.items()
+            key: each
+            for key, each in option_parameters().items()
             if key not in own and (key in used or not used) and (key != "model" or not harness)
         }
         parts.append(_listed("Options of the run (docs/recipes.md says what they mean)", fields))

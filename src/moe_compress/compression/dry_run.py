@@ -58,7 +58,7 @@ def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -
             if registry.find(stage.method).scope == "weight":
                 _dry_weights(stage, found.model, found)
             elif registry.find(stage.method).scope == "recovery":
-                check_recovery(stage, found.model, found.values, found.edits, first=number == 1)
+                check_recovery(stage, found.model, found.values, first=number == 1)
             else:
                 found.edits += _dry_stage(stage, found.model, found)
             found.keeps_beside &= not found.edits

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.steps import TRAINING, require_own_steps
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression import failures
 from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
-from moe_compress.compression.preflight import default_name, preflight, read_texts, stage_identity
-from moe_compress.compression.recovery.lineage import edits_between
+from moe_compress.compression.preflight import default_name, made_before, preflight, read_texts, stage_identity
+from moe_compress.compression.recovery.checks import check_teachers
 from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
@@ -42,17 +44,16 @@ from moe_compress.edits.apply import check_edits
 from moe_compress.edits.checks import require_few
 from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, Plan, to_json
 from moe_compress.edits.plan_file import ARRAYS, PLAN, StagePlan, applied, plan_arrays, plan_values, read_plan
-from moe_compress.edits.resulting_config import kept_layers, resulting_config, split_values
+from moe_compress.edits.resulting_config import ResultingConfig, kept_layers, resulting_config, split_values
 from moe_compress.engine.forward import Progress
 from moe_compress.hub.card import card_of
 from moe_compress.methods import registry
-from moe_compress.methods.stage_options import TEACHER
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 from moe_compress.run.options import Options
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.devices import measured_cost
+from moe_compress.utils.devices import measured_cost, peak_memory_bytes
 from moe_compress.utils.files import as_json, require_disk
 from moe_compress.utils.hashing import fingerprint, tensor_bytes
 from moe_compress.utils.logging import log
@@ -75,13 +76,18 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     out = Path(recipe.options.out) if recipe.options.out else run.results("checkpoints") / default_name(recipe)
     preflight(recipe, out)
     source = resolve_model(recipe.options.model, recipe.options.revision)
+    check_teachers(recipe, source, run)
     identities = [stage_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
+    if not recipe.options.out:
+        out = made_before(out, identities[-1])
     targets = [*(stage_folder(out, n) for n in range(len(recipe.stages) - 1)), out]
     if _made_by(out, identities[-1]):
         log.info("%s is already there, made by this very recipe.", out)
         remove_scratch(out)
     else:
         require_free(out)
+        for target, identity in zip(targets, identities, strict=True):
+            require_own_steps(target, identity)
         read_texts(recipe, source, run)
         with exclusive_output(out, identities), failures.record_failure(recipe, recipe.options.name or out.name, run):
             _run_stages(recipe, source, targets, identities, run)
@@ -128,7 +134,7 @@ def _plan_job(
     report = {"method": stage.method, "calibration": calibration, **plan.report}
     if plan.scores:
         report["scores"] = {str(layer): [_short(value) for value in values] for layer, values in plan.scores.items()}
-    done = {"method": stage.method, "given": stage.explicit_parameters, "parameters": stage.parameters}
+    done = {"method": stage.method, "given": stage.explicit_parameters, "parameters": stage.lasting_parameters}
     return _Job(
         source=source,
         origin=origin,
@@ -165,7 +171,7 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
         )
         writer.values = values
         if job.stage is not None:
-            done_stage = _carry_out(job, job.stage, run, writer, progress)
+            done_stage = _carry_out(job, job.stage, about, files, run, writer, progress)
             job.report[-1] |= done_stage.report
             after = resulting_config(done_stage.values, done_stage.edits)
         else:
@@ -174,25 +180,74 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
     rounded = times_rounded(job.source, job.report[-1])
     job.report[-1] |= {"rounded": rounded} if rounded else {}
     cost = {"surgery_seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"]}
-    form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
-    manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
-    plan = as_json(plan_values(job.plan, {**about["base"], "shape": shape_values(job.origin.config)}))
-    card = card_of(job.target.name, job.origin, manifest, after.values)
-    said = {**files, **_statistics(after.values), PLAN: plan, CARD: card}
-    writer.finish(after.values, manifest, said, {ARRAYS: plan_arrays(job.plan)})
+    form = _finish(job, writer, {**about, **_training(job, str(about["identity"]))}, after, files, cost)
     run.log.event("written", folder=str(job.target), form=form, **cost)
     log.info("%s checkpoint written: %s", form, job.target)
 
 
+def _finish(
+    job: _Job,
+    writer: CheckpointWriter,
+    about: Mapping[str, Any],
+    after: ResultingConfig,
+    files: Mapping[str, str],
+    cost: Mapping[str, float],
+) -> str:
+    """Make a checkpoint of what is written; its form."""
+    form = "plain" if after.plain and "moe_compress" not in after.values else "edited"
+    manifest = {**about, "form": form, "stages": job.stages, "report": job.report, "cost": cost}
+    plan = as_json(plan_values(job.plan, {**about["base"], "shape": shape_values(job.origin.config)}))
+    card = card_of(writer.out.name, job.origin, manifest, after.values)
+    said = {**files, **_statistics(after.values), PLAN: plan, CARD: card}
+    writer.finish(after.values, manifest, said, {ARRAYS: plan_arrays(job.plan)})
+    return form
+
+
+def _training(job: _Job, run: str) -> dict[str, Any]:
+    """What the manifest says of a training from end to end: how far it is; nothing where there was none."""
+    found = job.report[-1].get(TRAINING)
+    if job.stage is None or found is None:
+        return {}
+    losses = {term: values[-1] for term, values in found["curve"].items()}
+    steps = job.stage.parameters["steps"]
+    return {TRAINING: {"run": run, "step": found["steps"], "steps": steps, "tokens": found["tokens"], "losses": losses}}
+
+
+def _finish_step(
+    job: _Job,
+    about: Mapping[str, Any],
+    files: Mapping[str, str],
+    run: Run,
+    writer: CheckpointWriter,
+    report: Mapping[str, Any],
+) -> None:
+    """Make a checkpoint of the student so far: as that of the stage will be, but for what it says of itself."""
+    step = report[TRAINING]["steps"]
+    last = job.stages[-1]
+    said = {**last, **{key: {**last[key], "step": step} for key in ("given", "parameters")}}
+    so_far = replace(job, report=[*job.report[:-1], {**job.report[-1], **report}], stages=[*job.stages[:-1], said])
+    about = {**about, **_training(so_far, str(about["identity"])), "identity": writer.identity}
+    cost = {"surgery_seconds": report[TRAINING]["seconds"], "peak_bytes": peak_memory_bytes(run.device)}
+    _finish(so_far, writer, about, resulting_config(job.source.values, ()), files, cost)
+    run.log.event("checkpoint", folder=str(writer.out), step=step)
+    log.info("step %d written: %s", step, writer.out)
+
+
 def _carry_out(
-    job: _Job, stage: Stage, run: Run, writer: CheckpointWriter, progress: Progress | None
+    job: _Job,
+    stage: Stage,
+    about: Mapping[str, Any],
+    files: Mapping[str, str],
+    run: Run,
+    writer: CheckpointWriter,
+    progress: Progress | None,
 ) -> WeightStageResult:
     """A stage that changes weights, by the engine of its kind."""
     method = registry.find(stage.method)
     if method.scope == "recovery":
         edits = [edit for earlier in job.plan for edit in earlier.plan.edits]
-        led = edits_between(job.origin) if stage.parameters[TEACHER] else []
-        return run_recovery_stage(stage, job.source, job.origin, [*led, *edits], run, writer, progress)
+        finish = functools.partial(_finish_step, job, about, files, run)
+        return run_recovery_stage(stage, job.source, job.origin, edits, run, writer, finish, progress)
     engine = run_factor_stage if method.implementation.factoring is not None else run_weight_stage
     return engine(stage, job.source, run, writer, progress)
 
@@ -216,7 +271,7 @@ def read_structural_plan(path: Path) -> tuple[list[StagePlan], dict[str, Any]]:
             )
     if not any(stage.plan.edits for stage in stages):
         raise ValueError(
-            f"{path} holds no edits, so it would leave its model as it is: write at least one under a stage."
+            f"{path} holds no edits, so it changes nothing of its model: write at least one under a stage."
         )
     return stages, base
 

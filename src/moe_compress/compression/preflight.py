@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from moe_compress.checkpoints.folder import begun_bytes, read_manifest, require_free, stage_folder
 from moe_compress.checkpoints.reader import Checkpoint
@@ -13,14 +14,16 @@ from moe_compress.data.documents import Use, parts, read_documents, require_sour
 from moe_compress.data.overlap import refuse_same_documents, refuse_same_files
 from moe_compress.data.windows import parse_mix
 from moe_compress.methods import registry
-from moe_compress.methods.stage_options import TEACHER
+from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run, text_spec
+from moe_compress.run.trackers import require_tracker
 from moe_compress.utils.devices import dtype_name
 from moe_compress.utils.files import require_disk
 from moe_compress.utils.hashing import fingerprint
 
-MAX_NAME = 120
+# Characters of a name, and of the identity behind it.
+MAX_NAME, DIGITS = 120, 6
 
 
 def preflight(recipe: Recipe, out: Path) -> None:
@@ -28,6 +31,8 @@ def preflight(recipe: Recipe, out: Path) -> None:
     options = recipe.options
     expected = forecast(recipe, config_folder(options.model, options.revision))
     parse_mix(options.mix)
+    for stage in recipe.stages:
+        require_tracker(TrainingOptions.of(stage.parameters).log)
     uses = _uses(recipe)
     specs = [text_spec(options, use) for use in uses]
     for spec in specs:
@@ -48,7 +53,17 @@ def bytes_to_write(recipe: Recipe, expected: Forecast, out: Path) -> int:
     """Bytes of the checkpoints that are not there yet: those of earlier stages are kept until the end."""
     earlier = [stage_folder(out, n) for n in range(len(recipe.stages) - 1)]
     sizes = {out: expected.after.bytes, **dict.fromkeys(earlier, expected.before.bytes)}
-    return sum(size - begun_bytes(folder) for folder, size in sizes.items() if read_manifest(folder) is None)
+    whole = sum(size - begun_bytes(folder) for folder, size in sizes.items() if read_manifest(folder) is None)
+    return whole + sum(map(_step_checkpoints, recipe.stages)) * expected.after.bytes
+
+
+def _step_checkpoints(stage: Stage) -> int:
+    """How many of the student so far are there at the same time: of step 0, of those that stay, and a new one."""
+    options = TrainingOptions.of(stage.parameters)
+    if not options.checkpoint_every:
+        return 0
+    written = (options.steps - 1) // options.checkpoint_every
+    return 1 + min(written, options.keep_checkpoints + 1 if options.keep_checkpoints else written)
 
 
 def _uses(recipe: Recipe) -> list[Use]:
@@ -72,12 +87,29 @@ def default_name(recipe: Recipe) -> str:
     for stage in recipe.stages:
         parts += [stage.method, *(f"{key}-{value}" for key, value in stage.explicit_parameters.items())]
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in "-".join(parts))
-    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:6]}"
+    return f"{name[:MAX_NAME]}-{fingerprint(recipe.to_yaml())[:DIGITS]}"
+
+
+def made_before(out: Path, identity: str) -> Path:
+    """The folder beside `out`, a default name, that holds the checkpoint already; `out` itself where there is none.
+
+    Names depend on how a checkpoint is evaluated, too; its weights do not.
+    """
+    alike = sorted(out.parent.glob(f"{out.name[:-DIGITS]}{'?' * DIGITS}"))
+    return next((folder for folder in [out, *alike] if _identity(folder) == identity), out)
+
+
+def _identity(folder: Path) -> str | None:
+    """Of a finished checkpoint; of one whose manifest was changed, there is none."""
+    try:
+        return (read_manifest(folder) or {}).get("identity")
+    except ValueError:
+        return None
 
 
 def stage_identity(stages: list[Stage], source: Checkpoint, run: Run) -> str:
     """What the weights of a checkpoint depend on."""
-    steps = [stage.model_dump(mode="json") for stage in stages]
+    steps: list[dict[str, Any]] = [{"method": stage.method, "parameters": stage.lasting_parameters} for stage in stages]
     steps += [{TEACHER: resolve_model(name).fingerprint} for s in stages if (name := s.parameters.get(TEACHER))]
     options = run.options
     arithmetic = [dtype_name(run.dtype), run.device.type, options.attn]

@@ -60,21 +60,17 @@ class OriginalAgreement:
 @contextlib.contextmanager
 def masked(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
     """The model with edits carried out inside the block; its own modules and weights are not touched."""
-    stack, whole = hf.stack(model), hf.decoder_layers(model)
-    names = block_names(model)
+    names, own = block_names(model), nn.ModuleList([shallow(layer) for layer in hf.decoder_layers(model)])
     plain = [{"edit": edit.edit, "layer": edit.layer} for edit in edits]
     lists = layer_lists(model.config, kept_layers(plain, hf.num_layers(model.config)))
-    stack.layers = nn.ModuleList([shallow(layer) for layer in whole])
-    try:
+    with hf.other_layers(model, own):
         for edit in edits:
             if isinstance(edit, KeepExperts) and not edit.novices and _reroutable(model, edit.layer):
-                mask_experts(stack.layers[edit.layer], names, experts=edit.experts)
+                mask_experts(hf.decoder_layers(model)[edit.layer], names, experts=edit.experts)
             else:
                 apply_edit(model, names, edit)
         with edited_model.config_values(model.config, lists):
             yield
-    finally:
-        stack.layers = whole
 
 
 def _reroutable(model: PreTrainedModel, layer: int) -> bool:

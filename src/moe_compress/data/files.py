@@ -14,6 +14,8 @@ from typing import IO, Any
 
 import pyarrow
 
+from moe_compress.utils.files import HEAD, require_utf8, room_for
+
 # What the ending of a name says of the content, in any case; and of the compression around it.
 KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -59,17 +61,24 @@ def local_file(source: str) -> Path | None:
 def opened(path: Path) -> IO[bytes]:
     """The content of a file, decompressed, as a seekable stream."""
     known = kind_of(path)
-    if known is None or not known[1]:
-        return path.open("rb")
+    file = path.open("rb") if known is None or not known[1] else _unpacked(path, known[1])
+    if known is not None and known[0] != "parquet":
+        require_utf8(path, file.read(HEAD))
+        file.seek(0)
+    return file
+
+
+def _unpacked(path: Path, compression: str) -> IO[bytes]:
     content = spooled()
     size = path.stat().st_size
     try:
-        for block in _decompressed(path, known[1]):
-            content.write(block)
+        for block in _decompressed(path, compression):
+            with room_for(Path(tempfile.gettempdir())):
+                content.write(block)
             if content.tell() > max(IN_MEMORY, MAX_GROWTH * size):
                 raise ValueError(f"{path} grows to more than {MAX_GROWTH} times its size when it is decompressed.")
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} cannot be read as {known[1]}: {error}.") from error
+        raise ValueError(f"{path} cannot be read as {compression}: {error}.") from error
     content.seek(0)
     return content
 

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from moe_compress.data.windows import Windows
+from moe_compress.utils.files import HEAD, require_regular, require_utf8
 from moe_compress.utils.hashing import fingerprint, tensor_bytes
 
 FIELDS = ("prompt", "text")
@@ -18,13 +19,15 @@ MAX_BYTES = 1 << 26
 
 def read_prompts(path: Path) -> list[str]:
     """Prompts of a file: the lines of a text, or `prompt` (or `text`) of every row of a .jsonl."""
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"there is no file of prompts {path}.")
+    require_regular(path)
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"{path} has more than {MAX_BYTES >> 20} MiB: prompts are lines of a small file.")
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
+        require_utf8(path, bytes(error.object[:HEAD]))
         raise ValueError(f"{path} is not UTF-8 text ({error}).") from error
     prompts = [_row(path, line) for line in lines] if path.suffix.lower() == ".jsonl" else lines
     if not prompts:

@@ -11,6 +11,7 @@ import datetime
 import io
 import json
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from moe_compress.data.files import BLOCK, spooled
+from moe_compress.utils.files import room_for
 
 MAX_ROW = 1 << 26
 BETWEEN = re.compile(r"[ \t\n\r,]*")
@@ -31,7 +33,8 @@ def as_lines(path: Path, file: IO[bytes], kind: str) -> IO[bytes]:
         return file
     lines = spooled()
     for row in convert(path, file):
-        lines.write(json.dumps(row, default=_plain).encode() + b"\n")
+        with room_for(Path(tempfile.gettempdir())):
+            lines.write(json.dumps(row, default=_plain).encode() + b"\n")
     lines.seek(0)
     return lines
 

@@ -20,7 +20,7 @@ from moe_compress.edits.dense_form import dense_values
 from moe_compress.edits.dense_layers import is_dense_edit
 from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
-from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_of
+from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_of, setting, with_settings
 from moe_compress.models.modeling import edited_model
 from moe_compress.models.modeling.edit_layer import ZeroSublayer
 from moe_compress.models.modeling.rerouting import REROUTE
@@ -143,11 +143,11 @@ def plain_form(
         return None
     family, config, text = family_of(config), config.get_text_config(), hf.text_values(base)
     values = {**text, **{key: value for key, value in lists.items() if key in config.to_dict()}}
-    values |= _renamed(text, config, family.count_key, COUNT_KEYS, counts.pop())
-    values |= _renamed(text, config, family.top_k_key, TOP_K_KEYS, active.pop())
+    values = with_settings(values, _renamed(text, config, family.count_key, COUNT_KEYS, counts.pop()))
+    values = with_settings(values, _renamed(text, config, family.top_k_key, TOP_K_KEYS, active.pop()))
     if lists or _skipped(model):
         values |= _which_layers(config, family, model)
-    tried = (hf.with_text_values(base, {**values, **more}) for more in _narrower(config, family, model))
+    tried = (hf.with_text_values(base, with_settings(values, more)) for more in _narrower(config, family, model))
     return next((form for found in tried if (form := _if_equal(found, model)) is not None), None)
 
 
@@ -157,7 +157,8 @@ def _narrower(config: PreTrainedConfig, family: Family, model: PreTrainedModel) 
     Where shared experts are as wide as a number of routed ones, that number grows as these shrink.
     """
     widths = {inner_width(view) for view in moe_views(model).values()}
-    stored = {key: value for key, value in config.to_dict().items() if isinstance(value, int)}
+    keys, every = (*family.width_keys, *family.shared_count_keys), config.to_dict()
+    stored = {key: value for key in keys if isinstance(value := setting(every, key), int)}
     if len(widths) != 1 or not widths.isdisjoint(stored.get(key) for key in family.width_keys):
         return [{}]
     width, found = widths.pop(), []
@@ -193,10 +194,10 @@ def _renamed(
     base: Mapping[str, Any], config: PreTrainedConfig, key: str, keys: Sequence[str], value: int | None
 ) -> dict[str, Any]:
     """The value under every name of it that the config file uses."""
-    before = getattr(config, key)
+    before = setting(config, key)
     if value is None or value == before:
         return {}
-    return dict.fromkeys([name for name in (key, *keys) if base.get(name) == before] or [key], value)
+    return dict.fromkeys([name for name in (key, *keys) if setting(base, name) == before] or [key], value)
 
 
 def _which_layers(config: PreTrainedConfig, family: Family, model: PreTrainedModel) -> dict[str, Any]:
@@ -226,8 +227,8 @@ def _skipped(model: PreTrainedModel) -> list[tuple[int, str]]:
     return [
         (index, name)
         for index, layer in layers
-        for name, child in layer.named_children()
-        if isinstance(child, ZeroSublayer) and child.layer_idx is None
+        for name, module in layer.named_modules()
+        if isinstance(module, ZeroSublayer) and module.layer_idx is None
     ]
 
 
@@ -237,7 +238,7 @@ def _stand_ins(model: PreTrainedModel) -> tuple[str, ...]:
     gone = []
     for index, name in _skipped(model):
         layer = hf.decoder_layers(model)[index]
-        norms = [n for n, child in layer.named_children() if type(child) is torch.nn.Identity]
+        norms = [n for n, module in layer.named_modules() if type(module) is torch.nn.Identity]
         gone += [f"{prefix}{index}.{child}" for child in (name, *norms)]
     return tuple(gone)
 

@@ -170,9 +170,14 @@ def walk_layers(
             progress(index + 1, count)
 
 
-def embed_windows(layers: Layers, windows: Windows) -> tuple[list[Batch], Stream]:
-    """The windows in batches, and what enters the first layer."""
-    size = max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
+def windows_per_batch(windows: Windows) -> int:
+    """How many windows run together."""
+    return max(1, TOKENS_PER_BATCH // windows.ids_NS.shape[1])
+
+
+def embed_windows(layers: Layers, windows: Windows, size: int | None = None) -> tuple[list[Batch], Stream]:
+    """The windows in batches (of `size`, where that is given), and what enters the first layer."""
+    size = size or windows_per_batch(windows)
     batches = [Batch(rows, _batch_info(windows, rows, layers.device)) for rows in windows.batches(size)]
     return batches, Stream(_enter(layers, windows, batches))
 

@@ -7,29 +7,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import Tensor
+from torch import Generator, Tensor
 
-# Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts.
-TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new")
+# Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts;
+# `scales`, `codes`: of what is packed.
+TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new", "scales", "codes")
 # Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
 Term = Literal["logits", "hidden", "router", "labels"]
 TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")
+# Bits that teacher_bits= may name; 0: the teacher's weights as they are.
+TeacherBits = Literal["0", "8", "4"]
 # Of logits [P, V] of the student and of the teacher, the loss of each token, [P].
 Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Keeping:
+    """What is kept of the teacher's logits, so that it runs once for many students, and the loss towards that.
+
+    said: what tells it from other ways; keep: logits [P, V] -> tensors [P, ...]; divergence: of a student's logits from
+    these, [P]; disagreement: of logits that should be those that were kept, [P], 0 if they are.
+    """
+
+    said: Mapping[str, Any]
+    keep: Callable[[Tensor, Generator], dict[str, Tensor]]
+    divergence: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    disagreement: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
     """The whole model learns to say what the teacher says.
 
-    trains: parts of it; terms: the weight of each loss; divergence: what `logits` means.
+    trains: parts of it; terms: the weight of each loss; divergence: what `logits` means; keeping: what is kept of the
+    teacher instead of running it in every step; teacher_bits: in which its weights are held, 0 for as they are.
     """
 
     trains: frozenset[str]
     terms: Mapping[Term, float]
     divergence: Divergence
+    keeping: Keeping | None = None
+    teacher_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +77,7 @@ class RouterFit:
 class Rebalancing:
     """Selection biases move until experts are used as evenly as the teacher's.
 
-    rounds: at most so many over the text; rate: of the first step, as a share of the scores' spread; tolerance: of the
+    rounds: at most so many over the text; rate: of the first step, in the units of the scores; tolerance: of the
     coefficient of variation.
     """
 

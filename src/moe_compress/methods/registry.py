@@ -195,7 +195,7 @@ ALLOWED = {
         "presets", "exclusive", "shown_in_names", "goes_with", "leaves_pattern", "allocates", "quantizes", "min_tokens",
         "forecast_note",
     },
-    "recovery_method": {"presets", "exclusive", "shown_in_names", "goes_with", "lr", "trains"},
+    "recovery_method": {"presets", "exclusive", "shown_in_names", "goes_with", "lr", "trains", "lacks"},
     "stage_preset": {"presets", "exclusive"},
 }  # fmt: skip
 
@@ -333,7 +333,8 @@ def recovery_method(
     The recipe's parameters are its keyword-only arguments and those of `TrainingOptions`. What it returns is one of the
     kinds in `methods/recovery_method.py`. check: same parameters, on a skeleton of the compressed model; said, as
     values that the source alone tells: group, paper, presets, exclusive, shown_in_names, goes_with as for `method`; lr:
-    the default of the learning rate; trains: whether it trains at all: else there is the teacher alone.
+    the default of the learning rate; trains: whether it trains at all: else there is the teacher alone; lacks: training
+    options that mean nothing to it.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:

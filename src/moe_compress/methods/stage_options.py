@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
+from moe_compress.utils.choices import Means
 from moe_compress.utils.declarations import Declaration, Parameter, of_function
 
 
@@ -30,14 +31,14 @@ class WeightStageOptions(EngineOptions):
     """
 
     where: str = "experts"
-    spare: str = ""
+    spare: Annotated[str, Means("empty: nothing")] = ""
     propagate: Literal["compressed", "original"] = "compressed"
     unseen: str = "pooled"
     min_tokens: int = 1
     shrink: float = 0.0
     allocate: Literal["uniform", "sensitivity", "utilisation", "both", "owl"] = "uniform"
     spread: float = 0.1
-    experts_at_once: int = 0
+    experts_at_once: Annotated[int, Means("0: all")] = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +49,31 @@ class TrainingOptions(EngineOptions):
     from; steps: of the optimiser, AdamW; batch: windows of the calibration text that a step sees; lr: the highest
     learning rate, reached after the share `warmup` of the steps, and left on a cosine; decay: of weights; clip: norm to
     which gradients are cut (0: none); recompute: make what a layer computes again on the way back, which saves memory;
-    keep: steps after which a killed run goes on.
+    keep: steps after which a killed run goes on; checkpoint_every: steps after which the student so far is written as a
+    checkpoint of its own (0: never); keep_checkpoints: how many of the latest of these stay (0: all); log: where losses
+    are shown besides the run's log.
     """
 
-    teacher: str = ""
+    teacher: Annotated[str, Means("empty: the model that the recipe starts from")] = ""
     steps: int = 200
     batch: int = 8
     lr: float = 1e-3
     warmup: float = 0.1
     decay: float = 0.0
-    clip: float = 1.0
+    clip: Annotated[float, Means("0: none")] = 1.0
     recompute: bool = False
     keep: int = 50
+    checkpoint_every: Annotated[int, Means("0: never")] = 0
+    keep_checkpoints: Annotated[int, Means("0: all")] = 0
+    log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl"
 
 
 TEACHER = "teacher"
+# How a training is followed: nothing that it leaves depends on these, and no name or identity holds them.
+CHECKPOINTS = ("checkpoint_every", "keep_checkpoints")
+FOLLOWED = (*CHECKPOINTS, "log")
 ALLOCATION, SELECTION = ("allocate", "spread"), ("where", "spare")
-WORDS_OF_ENGINE = {"spread": "allocate!=uniform"}
+WORDS_OF_ENGINE = {"spread": "allocate!=uniform", "keep_checkpoints": "checkpoint_every!=0"}
 # What is said of the text that a stage sees; of nothing, where it looks at none.
 WORDS_OF_TEXT = ("propagate", "unseen", "min_tokens", "shrink", "experts_at_once")
 
@@ -83,6 +92,7 @@ def _with_training_options(declaration: Declaration) -> dict[str, Parameter]:
     engine = of_function(TrainingOptions, "").parameters
     if not declaration.keywords.get("trains", True):
         engine = {TEACHER: engine[TEACHER]}
+    engine = {name: each for name, each in engine.items() if name not in declaration.keywords.get("lacks", ())}
     own = {name: replace(each, default=declaration.keywords.get(name, each.default)) for name, each in engine.items()}
     return {**declaration.parameters, **own}
 

@@ -92,8 +92,15 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _mixers(layer: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]:
-    """Children of a layer, or members of its lists, that may mix tokens; those that an edit removed hold nothing."""
+    """Children of a layer, or members of its lists, that may mix tokens; those that an edit removed hold nothing.
+
+    Of a child that is more than the attention that its family names inside it, that attention.
+    """
+    inside = {name for name in family.attention if "." in name and name in dict(layer.named_modules())}
+    yield from ((name, layer.get_submodule(name)) for name in inside)
     for name, child in layer.named_children():
+        if any(within(path, name) for path in inside):
+            continue
         inner = child.named_children() if isinstance(child, nn.ModuleList) else [("", child)]
         for number, each in inner:
             named = name not in (*family.dense, *family.beside) and not any(
@@ -104,7 +111,9 @@ def _mixers(layer: nn.Module, family: Family) -> Iterator[tuple[str, nn.Module]]
 
 
 def _is_attention(family: Family, path: str, mixer: nn.Module) -> bool:
-    named = path.partition(".")[0] in family.attention or "Attention" in type(mixer).__name__
+    named = (
+        path in family.attention or path.partition(".")[0] in family.attention or "Attention" in type(mixer).__name__
+    )
     return named and (hasattr(mixer, "head_dim") or hasattr(mixer, "qk_head_dim"))
 
 

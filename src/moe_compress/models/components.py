@@ -85,16 +85,16 @@ def components(
     batch: int,
     stored: torch.dtype,
     *,
-    scale_bytes: float | None = None,
+    scale_bytes: Mapping[int, float] | None = None,
     executed: bool = False,
 ) -> list[Component]:
     """All components of a model or a skeleton, also those that it lacks (but for towers), with FLOPs of both phases.
 
     tokens: of each of `batch` sequences in the prefill; context: tokens that each new one sees; stored: dtype on disk;
-    scale_bytes: what a scale of packed weights takes there, if not that; executed: count what stock transformers runs,
-    which is every expert on every token where the gate scales the input (Llama-4).
+    scale_bytes: by bits, what a scale of packed weights takes there, if not that; executed: count what stock
+    transformers runs, which is every expert on every token where the gate scales the input (Llama-4).
     """
-    sums, attentions = _held(model, stored, scale_bytes, executed, batch), list(attentions_of(model))
+    sums, attentions = _held(model, stored, scale_bytes or {}, executed, batch), list(attentions_of(model))
     family = family_of(model.config)
     scans = sum(step_flops(mixer, family) for mixer in recurrent_mixers(model))
     pairs = sum(each.pair for each in attentions)
@@ -136,7 +136,7 @@ def absorbed_decode(model: PreTrainedModel, decode: int, context: int, batch: in
 
 
 def _held(
-    model: PreTrainedModel, stored: torch.dtype, scale_bytes: float | None, executed: bool, batch: int
+    model: PreTrainedModel, stored: torch.dtype, scale_bytes: Mapping[int, float], executed: bool, batch: int
 ) -> Mapping[str, _Sum]:
     sums, place = {name: _Sum() for name in COMPONENTS}, component_of_modules(model)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -149,7 +149,7 @@ def _held(
             if parameter is None or (tied and module is head):
                 continue
             each = parameter.element_size() if name in PACKED else itemsize
-            said = scale_bytes if scale_bytes is not None and name == PACKED[1] else each
+            said = scale_bytes.get(int(module.bits), each) if name == PACKED[1] else each
             held.bytes += count * round(parameter.numel() * said)
             if name in PACKED:  # a packed matrix counts as the weights that it holds
                 parameter = module.weight_like if name == PACKED[0] else parameter[:0]

@@ -7,6 +7,7 @@ for, and neither torch nor transformers is imported, so that listing families is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +53,7 @@ class Family:
     model_type: str
     _: KW_ONLY
 
-    # --- what its config.json calls things; an empty name: it does not say so ---
+    # --- what its config.json calls things; an empty name: it does not say so; `part.key`: inside an object ---
 
     # Routed experts a layer, and those active per token; empty: the first of COUNT_KEYS and TOP_K_KEYS that is set.
     count_key: str = ""
@@ -80,6 +81,9 @@ class Family:
     identity_experts_key: str = ""
     # Factors on what the MoE block adds to the stream.
     residual_keys: tuple[str, ...] = ("residual_multiplier",)
+    # Keys that it is published with and transformers passes over, and the names under which transformers reads what
+    # they say: the first is given unless any is there.
+    moved_keys: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
     # --- how its router works ---
 
@@ -100,7 +104,12 @@ class Family:
     # Which gate mass the Unified-MoE-Compression code sums for this family.
     paper_gate: Literal["full", "topk"] = "full"
 
-    # --- what the children of a decoder layer are called ---
+    # --- how its experts are held ---
+
+    # In the MoE block: the flat matrices [experts * inner width, model width] of gate, up and (transposed) down.
+    flat_experts: tuple[str, ...] = ()
+
+    # --- what the children of a decoder layer are called; `part.child`: inside one ---
 
     # Norms that leave with the MoE block: the first of these groups that the layer has all of.
     moe_norms: tuple[tuple[str, ...], ...] = MOE_NORMS
@@ -152,11 +161,27 @@ _SIGMOID = (
     "axk1", "axk2", "bailing_hybrid", "deepseek_v32", "dots3_note_text", "flint", "glm4_moe_lite", "hy_v3",
     "kimi_linear", "laguna", "solar_open",
 )  # fmt: skip
+_INKLING2 = (
+    "its layers attend to the streams between earlier ones, which its model gathers outside them, and no layer can run "
+    "or go by itself"
+)
 _ENTRIES = (
     *map(_sigmoid, _SIGMOID),
     _sigmoid("afmoe", normed_output=True, tested=True),
     _sigmoid("beam", normed_output=True),
-    Family("dbrx", refused="its experts are one flat matrix per projection, which no edit here can cut yet"),
+    Family(
+        "dbrx",
+        count_key="ffn_config.moe_num_experts",
+        top_k_key="ffn_config.moe_top_k",
+        layers_key="n_layers",
+        width_keys=("ffn_config.ffn_hidden_size",),
+        moved_keys=(("attn_config.rope_theta", ("rope_theta", "rope_parameters")),),
+        flat_experts=("experts.mlp.w1", "experts.mlp.v1", "experts.mlp.w2"),
+        moe_norms=(("norm_attn_norm.norm_2",),),
+        attention=("norm_attn_norm.attn",),
+        attention_norms=("norm_attn_norm.norm_1",),
+        **_ALL,
+    ),
     # transformers cannot build it.
     Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
     Family("deepseek_v2", paper_gate="topk", min_per_group=1, dense_as=("deepseek_v2",), **_ALL),
@@ -188,6 +213,7 @@ _ENTRIES = (
     Family("granitemoeshared", dense_as=("granite",), tested=True, vllm=True),
     Family("hunyuan_v1_moe", dense_as=("hunyuan_v1_dense",), tested=True),
     _sigmoid("hy_v4", attention_outputs=3, normed_output=True, tested=True),
+    *(Family(name, refused=_INKLING2) for name in ("inkling2", "inkling2_text")),
     _sigmoid("inkling_text", spare_rows="n_shared_experts", normed_output=True, rough_attention=True, tested=True),
     Family("jamba", **_ALL),
     Family(
@@ -283,13 +309,32 @@ def experts_per_token(config: PreTrainedConfig) -> int:
     """
     if made_dense_from(config):
         return 0
-    said = getattr(config.get_text_config(), family_of(config).top_k_key)
+    said = setting(config.get_text_config(), family_of(config).top_k_key)
     return int(max(said) if isinstance(said, list | tuple) else said)
 
 
 def made_dense_from(config: PreTrainedConfig) -> str:
     """The architecture whose experts became one MLP a layer of this model; empty for all others."""
     return str(getattr(config.get_text_config(), DENSE_KEY, ""))
+
+
+def setting(config: Any, key: str, default: Any = None) -> Any:
+    """What a config (or its values) says under a key; `part.key`: what an object in it says."""
+    for name in key.split("."):
+        found = config.get(name) if isinstance(config, Mapping) else getattr(config, name, None)
+        if found is None:
+            return default
+        config = found
+    return config
+
+
+def with_settings(values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json values with others under these keys; `part.key`: inside an object."""
+    changed = dict(values)
+    for key, value in found.items():
+        part, _, inner = key.partition(".")
+        changed[part] = with_settings(changed.get(part) or {}, {inner: value}) if inner else value
+    return changed
 
 
 def family_named(model_type: str) -> Family:

@@ -216,7 +216,8 @@ def permute_neurons(view: MoEView, order_EF: Tensor) -> None:
 
 def router_logits(output: Any, rows: int, family: Family) -> Tensor:
     """What a router of `rows` rows gave each token before it scored and selected, [T, rows]."""
-    found = [part for part in output if part.is_floating_point() and part.shape[-1] == rows]
+    parts = [output] if isinstance(output, Tensor) else output
+    found = [part for part in parts if part.is_floating_point() and part.shape[-1] == rows]
     given_TR = found[family.logits_at].reshape(-1, rows)
     # Logits that softmax makes these probabilities of.
     return given_TR.clamp_min(torch.finfo(given_TR.dtype).tiny).log() if family.gives_probabilities else given_TR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,10 +27,12 @@ class Sizes:
         return asdict(self)
 
 
-def sizes(model: PreTrainedModel, context: int, stored: torch.dtype, scale_bytes: float | None = None) -> Sizes:
+def sizes(
+    model: PreTrainedModel, context: int, stored: torch.dtype, scale_bytes: Mapping[int, float] | None = None
+) -> Sizes:
     """Count a model or a skeleton; `context` tokens attend to each other, `stored` is the dtype on disk.
 
-    scale_bytes: what a scale of packed weights takes there, if not that.
+    scale_bytes: by bits, what a scale of packed weights takes there, if not that.
     """
     found = components(model, context, context, 1, stored, scale_bytes=scale_bytes)
     return Sizes(

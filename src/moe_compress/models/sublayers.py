@@ -24,7 +24,7 @@ def within(name: str, place: str) -> bool:
 
 def sublayer_names(layer: nn.Module, family: Family, moe: dict[str, str]) -> dict[str, Any]:
     """`moe` (block, experts, router) together with the names of everything that leaves with a sub-layer."""
-    children = {name for name, child in layer.named_children() if child is not None}
+    children = {name for name, _ in layer.named_modules()}
     moe_norms = next((norms for norms in family.moe_norms if children.issuperset(norms)), ())
     factors = {"moe": family.moe_factors, "attention": family.attention_factors}
     return {
@@ -41,7 +41,7 @@ def sublayer_names(layer: nn.Module, family: Family, moe: dict[str, str]) -> dic
 
 def is_whole_layer(layer: nn.Module, family: Family, names: dict[str, Any]) -> bool:
     """Whether the MoE block is all that the layer does (Nemotron-H)."""
-    return not names["moe_norms"] and not any(child in family.attention for child, _ in layer.named_children())
+    return not names["moe_norms"] and not any(name in family.attention for name, _ in layer.named_modules())
 
 
 def block_names(model: PreTrainedModel) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
     """The layers whose token mixer is attention."""
     name, layers = block_names(model)["attention"], hf.decoder_layers(model)
     kinds = family_of(model.config).recurrent_kinds
-    children = [dict(layer.named_children()).get(name) for layer in layers]
+    children = [dict(layer.named_modules()).get(name) for layer in layers]
     return [
         index
         for index, (layer, child) in enumerate(zip(layers, children, strict=True))
@@ -68,7 +68,7 @@ def attention_layers(model: PreTrainedModel) -> list[int]:
 
 def lost_part(layer: nn.Module) -> bool:
     """Whether the layer has lost its MoE block or its attention."""
-    return any(isinstance(child, ZeroSublayer) for child in layer.children())
+    return any(isinstance(module, ZeroSublayer) for module in layer.modules())
 
 
 def mixing_layers(model: PreTrainedModel) -> list[int]:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from moe_compress.methods import registry
+from moe_compress.methods.stage_options import FOLLOWED
 from moe_compress.run.options import Options, make_options
 
 
@@ -32,9 +33,14 @@ class Stage(BaseModel):
         method = registry.find(self.method)
         return {
             key: value
-            for key, value in self.parameters.items()
+            for key, value in self.lasting_parameters.items()
             if value is not None and (key in method.shown_in_names or value != method.parameters[key].default)
         }
+
+    @property
+    def lasting_parameters(self) -> dict[str, Any]:
+        """The parameters that the outcome depends on: all but those that say how a training is followed."""
+        return {name: value for name, value in self.parameters.items() if name not in FOLLOWED}
 
     @property
     def own_parameters(self) -> dict[str, Any]:
@@ -58,7 +64,7 @@ class Recipe(BaseModel):
         """The recipe as a YAML file that rebuilds the checkpoint; a stage's seed only where it is not the run's."""
         seed = self.options.seed
         stages = [
-            {stage.method: {k: v for k, v in stage.parameters.items() if (k, v) != ("seed", seed)}}
+            {stage.method: {k: v for k, v in stage.lasting_parameters.items() if (k, v) != ("seed", seed)}}
             for stage in self.stages
         ]
         options = self.options.model_dump(exclude={"out", "name", "results", "trust_remote_code"})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_compress.reports import charts, companions
+from moe_compress.reports import charts, companions, learning_curve
 from moe_compress.reports.companions import LATENCY, Columns, CompanionResult, JoinedColumns
 from moe_compress.reports.fronts import write_front
 from moe_compress.reports.page import Contents, Gallery, Section, render
@@ -84,7 +85,25 @@ def _galleries(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
         lambda found: Gallery(f"Experts of {found['model']}", charts.of_analysis(found)),
         "analysis",
     )
-    return [*analyses, *routing], [*wrong, *others]
+    trainings, strange = _trainings(places)
+    return [*trainings, *analyses, *routing], [*wrong, *others, *strange]
+
+
+def _trainings(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
+    """Curves of trainings that were watched, by training and protocol; sentences about files that are none."""
+    read, wrong = companions.read_json(
+        _files(places, "watch/*/*.json"),
+        lambda found: ((found["model"], found["run"], found["protocol"]), found),
+        "watch",
+    )
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for key, found in read:
+        groups.setdefault(key, []).append(found)
+    galleries = []
+    for (name, _, protocol), group in groups.items():
+        title = f"Training of {name}" + f" ({protocol[:6]})" * (sum(key[0] == name for key in groups) > 1)
+        galleries.append(Gallery(title, learning_curve.pictures(learning_curve.curves_of(group))))
+    return [gallery for gallery in galleries if gallery.pictures], wrong
 
 
 def _plots(sections: Sequence[Section], folder: Path, png: bool) -> list[Path]:

@@ -17,7 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_compress.reports import svg
+from moe_compress.reports.learning_curve import Curves
 from moe_compress.reports.pareto import Front
+from moe_compress.utils.files import room_for
 
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
@@ -125,7 +127,8 @@ def _saved(figure: Figure, stem: Path, kinds: Sequence[str] = ("png", "svg")) ->
     # Without salt and date, a second run would write other bytes.
     with rc_context({"svg.hashsalt": "moe-compress"}):
         for path in files:
-            figure.savefig(path, dpi=DPI, **META.get(path.suffix, {}))
+            with room_for(path):
+                figure.savefig(path, dpi=DPI, **META.get(path.suffix, {}))
     return files
 
 
@@ -152,4 +155,27 @@ def front(stem: Path, title: str, found: Front) -> list[Path]:
     axes.set_yticks(*zip(*up.ticks(), strict=True))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=7, handlelength=0, title="\n".join(svg.LEGEND))
+    return _saved(figure, stem, ("png",))
+
+
+def curves(stem: Path, title: str, found: Curves) -> list[Path]:
+    """Curves over steps as PNG, a panel each: lines with whiskers, dashed where the original is."""
+    figure = Figure(figsize=(8.0, 2.4 * len(found) + 0.6), layout="constrained")
+    panels = figure.subplots(len(found), 1, squeeze=False, sharex=True)[:, 0]
+    for axes, (name, lines) in zip(panels, found.items(), strict=True):
+        for place, line in enumerate(lines):
+            style: dict[str, Any] = {"color": LINES[place % len(LINES)]}
+            steps, values = [step for step, _, _ in line.points], [value for _, value, _ in line.points]
+            label = line.name.replace("$", r"\$")
+            axes.plot(steps, values, label=label, marker=MARKERS[place % len(MARKERS)], markersize=4, **style)
+            for step, _, ends in line.points:
+                axes.vlines([step], *([end] for end in ends or ()), **WHISKER) if ends else None
+            if line.original is not None:
+                axes.axhline(line.original, linestyle="--", linewidth=0.9, **style)
+        axes.set_title(name.replace("$", r"\$"), fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    panels[-1].set_xlabel("steps")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     return _saved(figure, stem, ("png",))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_compress.reports.learning_curve import Line
     from moe_compress.reports.pareto import Front, Point
 
 WIDTH, HEIGHT = 720, 380
@@ -25,6 +26,8 @@ OFTEN, FEW, NAME = 0.05, 16, 70
 # Numbers that are nearer than this, across and up, would touch; those that are this near to the edge stand before it.
 NEAR, EDGE = (15, 11), 100
 LEGEND = ("orange: on the front as measured", "%: on it in so many of the draws")
+# Of a panel of lines over steps.
+PANEL_WIDTH, PANEL_HEIGHT, COLOURS = 420, 190, 4
 # Of a picture of its own: room above for the title, to the right for the names; the height and the length of a line.
 TITLE, NAMES, LINE, LONG = 28, 500, 15, 180
 
@@ -208,3 +211,50 @@ def bars(title: str, values: Mapping[str, float], ends: Mapping[str, Sequence[fl
         "height": BAR_HEIGHT,
         "bars": found,
     }
+
+
+def lines(title: str, drawn: Sequence[Line], steps: Sequence[int]) -> dict[str, Any]:
+    """Lines over steps, with whiskers where there are intervals, and the original's value as a level.
+
+    steps: those that the scale has room for, so that panels of one training have the same.
+    """
+    shown = [(line, [point for point in line.points if math.isfinite(point[1])]) for line in drawn]
+    values = [end for _, points in shown for _, value, ends in points for end in (value, *(ends or ()))]
+    levels = [line.original for line in drawn if line.original is not None]
+    across = axis(steps, LEFT, PANEL_WIDTH - RIGHT)
+    up = axis([*values, *levels], PANEL_HEIGHT - BOTTOM, TOP)
+    return {
+        "kind": "lines",
+        "title": title,
+        "width": PANEL_WIDTH,
+        "height": PANEL_HEIGHT,
+        "right": PANEL_WIDTH - RIGHT,
+        "bottom": PANEL_HEIGHT - BOTTOM,
+        "xticks": [(x, label) for x, label in across.ticks() if label.isdigit()],
+        "yticks": up.ticks(),
+        "lines": [_polyline(number, line, points, across, up) for number, (line, points) in enumerate(shown)],
+    }
+
+
+def _polyline(
+    number: int, line: Line, points: Sequence[tuple[int, float, Sequence[float] | None]], across: Axis, up: Axis
+) -> dict[str, Any]:
+    places = [(across(step), up(value)) for step, value, _ in points]
+    return {
+        "name": line.name,
+        "colour": number % COLOURS,
+        "path": "".join(f"{'L' if n else 'M'}{x} {y}" for n, (x, y) in enumerate(places)),
+        "whiskers": "".join(f"M{across(step)} {up(ends[0])}V{up(ends[1])}" for step, _, ends in points if ends),
+        "level": None if line.original is None else up(line.original),
+        "points": [
+            (x, y, f"{line.name}, step {step}: {value:.4g}")
+            for (x, y), (step, value, _) in zip(places, points, strict=True)
+        ],
+    }
+
+
+def column(title: str, panels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Panels of lines below each other, as a picture of its own."""
+    places = [(TITLE + number * (PANEL_HEIGHT + TITLE), panel) for number, panel in enumerate(panels)]
+    height = TITLE + len(panels) * (PANEL_HEIGHT + TITLE)
+    return {"title": title, "panels": places, "width": PANEL_WIDTH + NAMES // 2, "height": height}

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moe_compress.utils.files import room_for
 from moe_compress.utils.logging import log
 
 
@@ -25,5 +26,5 @@ class RunLog:
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             first = [] if self.path.exists() else [{"event": "started", "seconds": 0.0, **self.options}]
-            with self.path.open("a", encoding="utf-8") as file:
+            with room_for(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(each) + "\n" for each in [*first, line])

@@ -21,6 +21,7 @@ RECORD = (*EVALUATION, *ARITHMETIC, *MODEL, "resident", "seed", "name", "results
 USED: dict[str, tuple[str, ...]] = {
     "evaluate": RECORD,
     "apply": (*RECORD, "model", "eval", "out"),
+    "watch": (*EVALUATION, *ARITHMETIC, "trust_remote_code", "resident", "seed", "results"),
     "analyze": (*CALIBRATION, *ARITHMETIC, *MODEL, "mix", "results"),
     "show_data": (*CALIBRATION, *MODEL),
     "compare": (*EVALUATION, *ARITHMETIC, "trust_remote_code", "results"),

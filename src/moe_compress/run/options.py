@@ -6,14 +6,14 @@ import operator
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from moe_compress import zoo
 from moe_compress.data.sources import windows_named
-from moe_compress.utils.choices import coerce, one_of, unknown_key
-from moe_compress.utils.declarations import Declaration
+from moe_compress.utils.choices import Means, coerce, one_of, unknown_key
+from moe_compress.utils.declarations import Declaration, Parameter
 
 DTYPE_NAMES = ("bfloat16", "float16", "float32")
 COUNTS = ("samples", "length", "eval_samples", "eval_length")
@@ -35,35 +35,37 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     model: str = "tiny-mixtral"
-    revision: str | None = None
-    data: str = ""
-    data_config: str | None = None
-    data_split: str | None = None
+    revision: Annotated[str | None, Means("none: the default branch")] = None
+    data: Annotated[str, Means("empty: the zoo's for shipped models, else c4")] = ""
+    data_config: Annotated[str | None, Means("none: its default")] = None
+    data_split: Annotated[str | None, Means("none: train")] = None
     data_field: str = "text"
-    samples: int = 0
-    length: int = 0
+    samples: Annotated[int, Means("0: as many as the sources name, else 64 for shipped models, 128 for others")] = 0
+    length: Annotated[int, Means("0: 256 for shipped models, else 2048")] = 0
     pack: bool = True
-    mix: str = ""
-    fields: Annotated[str, Later] = ""
-    template: Annotated[str, Later] = ""
-    system: Annotated[str, Later] = ""
+    mix: Annotated[str, Means("empty: domains as they come")] = ""
+    fields: Annotated[str, Later, Means("empty: the names that are common")] = ""
+    template: Annotated[str, Later, Means("empty: the tokenizer's own")] = ""
+    system: Annotated[str, Later, Means("empty: none")] = ""
     assistant_only: Annotated[bool, Later] = False
     allow_overlap: Annotated[bool, Later] = False
     eval: bool = True
-    eval_data: str = ""
-    eval_config: str | None = None
-    eval_split: str | None = None
+    eval_data: Annotated[str, Means("empty: the zoo's for shipped models, else wikitext2")] = ""
+    eval_config: Annotated[str | None, Means("none: its default")] = None
+    eval_split: Annotated[str | None, Means("none: validation, of wikitext2 test")] = None
     eval_field: str = "text"
-    eval_samples: int = 0
-    eval_length: int = 0
+    eval_samples: Annotated[
+        int, Means("0: as many as the sources name, else 216 for shipped models, 128 for others")
+    ] = 0
+    eval_length: Annotated[int, Means("0: 256 for shipped models, else 2048")] = 0
     resident: bool = False
     seed: int = 0
-    dtype: str = "auto"
-    device: str = "auto"
-    attn: str | None = None
-    threads: int | None = None
-    out: str = ""
-    name: str = ""
+    dtype: Annotated[str, Means("auto: float32 on a CPU, bfloat16 on a GPU")] = "auto"
+    device: Annotated[str, Means("auto: the first GPU, else the CPU")] = "auto"
+    attn: Annotated[str | None, Means("none: the model's own choice")] = None
+    threads: Annotated[int | None, Means("none: as many as torch takes")] = None
+    out: Annotated[str, Means("empty: a folder in results= that is named after model and recipe")] = ""
+    name: Annotated[str, Means("empty: that of the checkpoint's folder, and an identity")] = ""
     results: str = "runs"
     trust_remote_code: bool = False
 
@@ -80,6 +82,16 @@ class Options(BaseModel):
             "eval_length": self.eval_length or (256 if small else 2048),
         }
         return self.model_copy(update=filled)
+
+
+def option_parameters() -> dict[str, Parameter]:
+    """Options as parameters, with what their defaults stand for."""
+    found = {}
+    for key, each in Options.model_fields.items():
+        means = [said for said in each.metadata if isinstance(said, Means)]
+        hint = cast(Any, Annotated)[each.annotation, *means] if means else each.annotation
+        found[key] = Parameter(hint, each.default)
+    return found
 
 
 def make_options(given: Mapping[str, Any]) -> Options:

@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
+# `int | None`, and `Annotated[int, ...] | None`.
+UNIONS = (types.UnionType, typing.Union)
+
 
 def key_value(word: str) -> tuple[str, str]:
     """A word in two. ValueError if it is no `key=value`."""
@@ -22,14 +25,17 @@ def key_value(word: str) -> tuple[str, str]:
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
     """Turn a recipe's word (or a value from YAML or Python) into the type of an annotation, or say what would do."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+    readers = [each for each in getattr(hint, "__metadata__", ()) if hasattr(each, "read")]
+    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) in UNIONS and not readers:
+        return coerce(typing.get_args(hint)[0], value, where)
+    if typing.get_origin(hint) in UNIONS:
         inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
         return None if value in (None, "none", "null") else coerce(inner, value, where)
     if not isinstance(value, str | int | float | os.PathLike):
         raise ValueError(f"{where}={value}: one word or number is needed.")
     text = str(value)
     if typing.get_origin(hint) is Annotated:
-        return typing.get_args(hint)[1].read(text, where)
+        return readers[0].read(text, where) if readers else coerce(typing.get_args(hint)[0], value, where)
     if typing.get_origin(hint) is Literal:
         return choice(typing.get_args(hint), text, where)
     if hint is bool:
@@ -56,6 +62,13 @@ class Reader(Protocol):
 
     def shown(self) -> str:
         """What may be written, for lists of parameters."""
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a default stands for that says nothing by itself: Annotated[int, Means("0: all of them")] = 0."""
+
+    said: str
 
 
 @dataclass(frozen=True)

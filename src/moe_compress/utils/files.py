@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -33,13 +35,44 @@ def as_json(value: Any) -> str:
 
 def atomic_write(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside a file, which takes the file's place once all is written, and goes where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with room_for(path):
+            yield temporary
+            temporary.replace(path)
+    except Exception:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+# What the system says of a file that it takes no more of.
+NO_ROOM = {
+    errno.ENOSPC: "its disk is full: free some space, or choose another folder",
+    errno.EDQUOT: "your quota of its disk is used up: free some space, or choose another folder",
+    errno.EFBIG: "it is larger than files may be here: raise that limit (ulimit -f), or choose another file system",
+}
+
+
+@contextlib.contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """NoSpaceError, with its name, where a file cannot be written to its end."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise NoSpaceError(f"{path} could not be written whole, for {NO_ROOM[error.errno]}.") from error
 
 
 def write_all(out: int, data: memoryview) -> None:
@@ -69,17 +102,41 @@ def read_text(path: Path, most: int = MOST_TEXT) -> str:
     """The text of a file; ValueError for one that is no regular file, larger than `most` bytes, or not UTF-8."""
     try:
         size = path.stat().st_size
-        if not path.is_file():
-            raise ValueError(f"{path} is no file that can be read.")
+        require_regular(path)
         if size > most:
             raise ValueError(f"{path} has {gigabytes(size)}, and at most {gigabytes(most)} are read.")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ValueError(f"there is no file {path}.") from error
     except UnicodeDecodeError as error:
+        require_utf8(path, bytes(error.object[:HEAD]))
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise ValueError unless there is such a file, and it is one that has an end."""
+    if not path.exists():
+        raise ValueError(f"there is no file {path}.")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file that can be read: it is a folder, a pipe, a device or a socket.")
+
+
+# Bytes that tell how a text is encoded, and the marks that begin one.
+HEAD = 64
+MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def require_utf8(path: Path, head: bytes) -> None:
+    """Raise ValueError for a text that begins as one in another Unicode encoding does: by a mark, or every other 0."""
+    found = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+    halves = head[: len(head) // 2 * 2][::2], head[1::2]
+    if not found and any(half and not any(half) for half in halves) and any(map(any, halves)):
+        found = "UTF-16"
+    if found:
+        raise ValueError(f"{path} is {found} text: save it as UTF-8, which is what is read.")
 
 
 def read_json(path: Path) -> Any:

@@ -69,7 +69,7 @@ def test_what_is_broken_is_said(case, tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "m.gguf")
     for path in (tmp_path / "m.gguf", tmp_path, tmp_path / "none", "/dev/zero"):
-        with pytest.raises(ValueError, match="there is no file"):
+        with pytest.raises(ValueError, match=r"is no file that can be read|there is no file"):
             open_gguf(tmp_path / path)
 
 

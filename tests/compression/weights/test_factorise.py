@@ -12,6 +12,7 @@ from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.edits.edits import FactorExperts, from_json
 from moe_compress.methods.factorisation.sizes import Size
 from moe_compress.methods.factorisation.solve import solve
+from moe_compress.models import hf
 from moe_compress.models.modeling.unfused_experts import CHILDREN
 from moe_compress.models.moe import moe_views
 from support import naive_factors as slow
@@ -104,7 +105,7 @@ def test_it_is_as_large_as_its_edits_say(family, structure, run):
 def in_experts(name: str, layer: int) -> bool:
     """Whether a tensor is a part of the factored experts of a layer, and no bias."""
     held = ".separate." in name or ".shared_parts." in name
-    return held and f"layers.{layer}." in name and not name.endswith(".bias")
+    return held and hf.layer_of(name) == layer and not name.endswith(".bias")
 
 
 @pytest.mark.parametrize("structure", slow_after(3, EVERY))

@@ -48,7 +48,12 @@ def cases(targets, every, fast):
     for (i, source), (j, target) in itertools.product(enumerate(SOURCES), enumerate(targets)):
         if (i + j) % every == 0:
             marks = () if (source, target) in fast else pytest.mark.slow
-            yield pytest.param(FAMILIES[(i // 2 + j) % len(FAMILIES)], source, target, marks=marks)
+            yield pytest.param(family_of(source, i // 2 + j), source, target, marks=marks)
+
+
+def family_of(source, number):
+    """The family that a source is of, or the families in turn."""
+    return published.ALONE.get(source, FAMILIES[number % len(FAMILIES)])
 
 
 def both(sentence, pair, options):
@@ -66,11 +71,11 @@ def require_equal(one, other, exact=lambda _name: True, most=0.06):
             if exact(name):
                 assert torch.equal(here, there), name
             else:
-                assert float((here - there).norm()) < most * float(there.norm()), name
+                assert float((here - there).norm()) <= most * float(there.norm()), name
 
 
 DROPS = [
-    pytest.param(FAMILIES[i % 3], source, marks=() if i in (5, 11) else pytest.mark.slow)
+    pytest.param(family_of(source, i), source, marks=() if i in (5, 11) else pytest.mark.slow)
     for i, source in enumerate(SOURCES)
 ]
 
@@ -100,7 +105,7 @@ def test_all_of_it_is_packed_anew(family, source, target, pair, options):
     if target == "packed":
         require_alike_modules(folder, dense)
         return
-    require_equal(folder, dense, lambda name: exact or ".layers." not in name)
+    require_equal(folder, dense, lambda name: exact or "layers." not in name)
     require_decoded(folder)
 
 

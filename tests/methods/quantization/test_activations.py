@@ -16,6 +16,7 @@ import moe_compress
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.load import load_model
 from moe_compress.edits.edits import DropLayer, KeepExperts, RoundActivations
+from moe_compress.models import hf
 from moe_compress.models.modeling.activation_rounding import integer_product, rounded, row_codes
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.moe import moe_views
@@ -77,8 +78,9 @@ def reference(model: Any, where: str) -> Any:
         if where != "sent":
             object.__setattr__(view.experts, name, lambda x, before=before: naive(before(x)))
             view.experts._modules.pop(name, None)
+    prefix = hf.layers_prefix(model)
     for name, module in model.named_modules() if where == "all" else ():
-        inside = ".layers." in name and isinstance(module, nn.Linear) and module.out_features > 1
+        inside = name.startswith(prefix) and isinstance(module, nn.Linear) and module.out_features > 1
         if inside and not any(word in name.split(".") for word in ("router", "gate", "wg")):
             module.register_forward_pre_hook(_round_first)
     return model

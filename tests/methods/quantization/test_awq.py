@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moe_compress
@@ -23,7 +25,7 @@ from moe_compress.models.families import family_of
 from moe_compress.models.matrices import layer_matrices
 from moe_compress.models.moe import moe_views
 from support import naive_quantization as slow
-from support import tiny
+from support import readers, tiny
 from support.editing import logits_of
 from support.pruned import report, stock
 from support.slow import slow_after, slow_families
@@ -158,3 +160,38 @@ def test_awq_in_half_precision_stores_what_it_made_of_the_original(lab, tmp_path
     whole = stock(str(options["model"]))
     assert report(folder)["rescaled"]
     require_close(folder, whole)
+
+
+MASSIVE = 100.0
+
+
+def save_massive(family: str, folder: Path) -> Path:
+    """A tiny reader in bf16 in whose stream one channel is a hundred times larger than the others."""
+    readers.save_model(family, folder)
+    file = folder / "model.safetensors"
+    tensors = {
+        key: tensor.bfloat16() if tensor.is_floating_point() else tensor for key, tensor in load_file(file).items()
+    }
+    next(tensor for key, tensor in tensors.items() if "embed" in key)[:, 3] = MASSIVE
+    save_file(tensors, file, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "scales"),
+    slow_after(2, [("gpt_oss", "pow2"), ("qwen3_next", "free"), ("mixtral", "free"), ("olmoe", "pow2")]),
+)
+def test_rescaling_in_bf16_keeps_the_model_in_which_a_channel_is_massive(family, scales, lab, tmp_path):
+    """GPT-OSS multiplies by up + 1, which no rescaling of up keeps; Qwen3-Next's norms multiply by 1 + weight."""
+    source = save_massive(family, tmp_path / "model")
+    options = {**lab(family), "model": str(source), "dtype": "bfloat16", "out": str(tmp_path / "out")}
+    folder = moe_compress.compress(f"{AWQ} bits=8 scales={scales} format=dense", **options).folder
+    rounded = moe_compress.compress(
+        "quantize method=rtn group_size=8 clip=max bits=8 format=dense", **{**options, "out": str(tmp_path / "rtn")}
+    ).folder
+    expected, found, alike = (logits_of(load_model(each, torch.float32)) for each in (source, folder, rounded))
+    error, usual = ((each - expected).abs().amax(-1).median() for each in (found, alike))
+    assert float(error) <= 3 * float(usual)
+    assert not any("up" in maker for maker in report(folder)["rescaled"]) or family != "gpt_oss"

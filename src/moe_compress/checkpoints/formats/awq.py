@@ -115,7 +115,7 @@ def awq() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         leave_out=leave_out_modules,
-        scale_bytes=lambda _config, _itemsize: SCALE_BYTES,
+        scale_bytes=lambda _config, _itemsize: {BITS: SCALE_BYTES},
         loaders=Loaders(
             transformers=lambda _: (
                 False,

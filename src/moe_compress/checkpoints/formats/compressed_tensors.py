@@ -161,11 +161,19 @@ def _settings(config: Config) -> dict[str, Any]:
     return {**common_bits(_grids(config)), "block": blocks.pop() if len(blocks) == 1 else None}
 
 
-def _scale_bytes(config: Config, itemsize: int) -> float | None:
+def _scale_bytes(config: Config, itemsize: int) -> dict[int, float]:
+    """By bits, of the first group with so many."""
+    found = dict[int, float]()
+    for group in reversed(config["config_groups"].values()):
+        each = _scale_of(group, config["format"], itemsize)
+        found |= {} if each is None else {group["weights"]["num_bits"]: each}
+    return found
+
+
+def _scale_of(group: Config, format: str, itemsize: int) -> float | None:
     """A byte for FP4's and MXFP8's; others with what a zero point takes, or shared by outputs; None for plain ones."""
-    group = next(iter(config["config_groups"].values()))
     weights = group["weights"]
-    if (group.get("format") or config["format"]) in ONE_BYTE:
+    if (group.get("format") or format) in ONE_BYTE:
         return 1.0
     if weights["strategy"] == "block":
         return itemsize / float(weights["block_structure"][0])

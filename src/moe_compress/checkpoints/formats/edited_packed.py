@@ -22,11 +22,16 @@ from moe_compress.models.modeling.unfused_experts import places, stack_path
 
 def packed_matrix(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> PackedMatrix:
     """One packed matrix of a layer by the name of its stack."""
-    path = stack_path(names.get("experts", ""), name)
-    holder, child = places(layer.get_submodule(names["experts"]), path)[number] if path else (layer, name)
-    found = holder.get_submodule(child)
+    found = matrix_module(layer, names, name, number)
     assert isinstance(found, PackedMatrix)
     return found
+
+
+def matrix_module(layer: nn.Module, names: Mapping[str, Any], name: str, number: int) -> nn.Module:
+    """What holds one matrix of a layer that is held by itself."""
+    path = stack_path(names.get("experts", ""), name)
+    holder, child = places(layer.get_submodule(names["experts"]), path)[number] if path else (layer, name)
+    return holder.get_submodule(child)
 
 
 def _layer(stored: LayerToStore) -> dict[str, Tensor]:

@@ -1,11 +1,15 @@
 """FP8 weights with one scale for a block of them, as DeepSeek-V3 is published, or for a matrix or its rows.
 
+DeepSeek-V4 has FP4 experts beside them, with a power of two for 32 inputs, as config.json says apart of its
+quantization_config (`expert_dtype`); its scales end otherwise, and are bytes.
+
 O outputs, I inputs, B blocks.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,9 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_compress.checkpoints.formats.element_layouts import ElementWeight
-from moe_compress.checkpoints.formats.float_codes import spread
+from moe_compress.checkpoints.formats.float_codes import e2m1_numbers, spread
 from moe_compress.checkpoints.formats.grid import LINEAR, Grid
 from moe_compress.checkpoints.formats.registry import (
+    EXPERTS,
     CodedMatrix,
     Config,
     Format,
@@ -23,13 +28,17 @@ from moe_compress.checkpoints.formats.registry import (
     Packing,
     Request,
     Writer,
-    leave_out_modules,
     storage_format,
 )
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 
 SCALE_BYTES = 4
 BITS, BLOCK = 8, (128, 128)
+# Of experts by `expert_dtype`: bits, inputs that share a scale, and the names of their modules.
+FP4, FEW, GROUP, ONE_EXPERT = "fp4", 4, 32, r"re:.*\.experts\.\d+\..*"
+PLAIN = "modules_to_not_convert"
+# Dtypes in the words of safetensors and of torch.
+E4M3, INT8 = ("F8_E4M3", "torch.float8_e4m3fn"), ("I8", "torch.int8")
 # How configs spell the numbers.
 FMT = ("e4m3", "float8_e4m3fn")
 
@@ -53,6 +62,55 @@ class Fp8Weight(StoredWeight):
         return codes_OI * spread(self.scale[...].float(), codes_OI.shape, self.block)
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8BesideScale(Fp8Weight):
+    """The same with `X.scale` in place of `X.weight_scale_inv`: hyper-connections have tensors of that name, too."""
+
+    NAMES: ClassVar[tuple[str, ...]] = (".scale", ".weight")
+    SIGN: ClassVar[str] = ".scale"
+
+    @classmethod
+    def reads(cls, dtypes: Mapping[str, str]) -> bool:
+        """Whether it stands beside a weight of such numbers."""
+        return dtypes.get(".weight") in E4M3
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4BesideScale(StoredWeight):
+    """An expert's matrix `X.weight` int8 [O, I / 2], two E2M1 codes a byte, and powers of two `X.scale` [O, I / 32]."""
+
+    scale: Any
+    octets: Any
+
+    NAMES: ClassVar[tuple[str, ...]] = (".scale", ".weight")
+    SIGN: ClassVar[str] = ".scale"
+
+    @classmethod
+    def reads(cls, dtypes: Mapping[str, str]) -> bool:
+        """Whether the weight is one of bytes that are no numbers."""
+        return dtypes.get(".weight") in INT8
+
+    def __getitem__(self, _everything: Any) -> Tensor:
+        """The numbers [O, I], in fp32."""
+        number_OI = e2m1_numbers(self.octets[...].view(torch.uint8))
+        return number_OI * spread(self.scale[...].float(), number_OI.shape)
+
+    def disagreement(self, grids: Sequence[Grid]) -> str:
+        """What of its shapes lies on none of these grids; empty if they fit."""
+        scales, octets = list(self.scale.shape), list(self.octets.shape)
+        sizes = [grid.group_size for grid in grids if grid.bits == FEW]
+        fits = any(scales == [octets[0], 2 * octets[1] // size] for size in sizes)
+        return "" if fits else f"has scales {scales} and codes {octets}, two a byte"
+
+
+@dataclass(frozen=True, slots=True)
+class Fp4Weight(Fp4BesideScale):
+    """The same with `X.weight_scale_inv`, as transformers saves it."""
+
+    NAMES: ClassVar[tuple[str, ...]] = (".weight_scale_inv", ".weight")
+    SIGN: ClassVar[str] = ".weight_scale_inv"
+
+
 def _unreadable(config: Config) -> str:
     blocks = config.get("weight_block_size")
     two = isinstance(blocks, list | tuple) and [type(size) is int and size > 0 for size in blocks] == [True, True]
@@ -63,10 +121,20 @@ def _unreadable(config: Config) -> str:
 
 
 def _grids(config: Config) -> list[Grid]:
-    """Every linear map but those that are left out, and what is inside them."""
-    kept = "|".join(re.escape(name) for name in config.get("modules_to_not_convert") or ())
+    """Every linear map but those that are left out, and what is inside them; experts in fewer bits apart."""
+    kept = "|".join(re.escape(name) for name in config.get(PLAIN) or ())
     ignore = (rf"re:(?:.*\.)?(?:{kept})(?:\.|$)",) if kept else ()
-    return [Grid(bits=8, group_size=(config.get("weight_block_size") or (0, 0))[1], targets=(LINEAR,), ignore=ignore)]
+    size = (config.get("weight_block_size") or (0, 0))[1]
+    grids = [Grid(bits=BITS, group_size=size, targets=(LINEAR,), ignore=ignore)]
+    if config.get(EXPERTS) == FP4:
+        grids.append(Grid(bits=FEW, group_size=GROUP, targets=(ONE_EXPERT,), ignore=ignore))
+    return grids
+
+
+def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
+    """With more names left out; stock transformers keeps the head plain by itself only where no names are there."""
+    kept = config.get(PLAIN)
+    return {**config, PLAIN: [*(("lm_head",) if kept is None else kept), *names]}
 
 
 def _block(config: Config) -> tuple[int, int] | None:
@@ -74,10 +142,10 @@ def _block(config: Config) -> tuple[int, int] | None:
     return None if blocks is None else (int(blocks[0]), int(blocks[1]))
 
 
-def _scale_bytes(config: Config, _itemsize: int) -> float:
-    """One in fp32 for a block, of outputs as well; without blocks there is one for a whole matrix."""
-    block = _block(config)
-    return SCALE_BYTES / float(block[0]) if block else 0.0
+def _scale_bytes(config: Config, _itemsize: int) -> dict[int, float]:
+    """One in fp32 for a block, of outputs as well, or a byte beside FP4; without blocks, one for a whole matrix."""
+    block, few = _block(config), config.get(EXPERTS) == FP4
+    return {BITS: (1 if few else SCALE_BYTES) / block[0] if block else 0.0, FEW: 1.0}
 
 
 def _parts(matrix: CodedMatrix) -> Fp8Weight:
@@ -92,7 +160,7 @@ def _config(packing: Packing) -> dict[str, Any]:
         "fmt": FMT[0],
         "activation_scheme": "dynamic",
         "weight_block_size": list(BLOCK),
-        "modules_to_not_convert": ["lm_head", *packing.plain],
+        PLAIN: ["lm_head", *packing.plain],
     }
 
 
@@ -106,13 +174,14 @@ def _refuses(request: Request) -> str:
 def fp8() -> Format:
     """Floating-point numbers e4m3 with a factor for every block."""
     return Format(
-        layouts=(Fp8Weight, ElementWeight),
-        described="fp8 (e4m3)",
+        layouts=(Fp8BesideScale, Fp4BesideScale, Fp4Weight, Fp8Weight, ElementWeight),
+        described="fp8 (e4m3, with experts in fp4 as well)",
         unreadable=_unreadable,
         grids=_grids,
         settings=lambda config: {"block": _block(config)},
-        leave_out=leave_out_modules,
+        leave_out=_leave_out,
         scale_bytes=_scale_bytes,
+        experts=(FP4,),
         kept_by_stock=True,
         loaders=Loaders(),
         writer=Writer(

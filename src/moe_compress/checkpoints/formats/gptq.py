@@ -166,7 +166,7 @@ def gptq() -> Format:
         settings=_settings,
         leave_out=_leave_out,
         # fp16, and a zero point of as many bits as a weight.
-        scale_bytes=lambda config, _: SCALE_BYTES + config["bits"] / 8,
+        scale_bytes=lambda config, _: {config["bits"]: SCALE_BYTES + config["bits"] / 8},
         loaders=Loaders(
             transformers=lambda _: (
                 False,

@@ -141,9 +141,10 @@ def _leave_out(config: Config, names: Sequence[str]) -> dict[str, Any]:
     return {**config, INNER: left} if INNER in config else left
 
 
-def _scale_bytes(config: Config, _itemsize: int) -> float:
+def _scale_bytes(config: Config, _itemsize: int) -> dict[int, float]:
     """Those of groups take a byte, FP8's four."""
-    return max(FP8_SCALES.get(name, 1.0) for name in _algorithms(config))
+    said = sorted((ALGORITHMS[name][0], FP8_SCALES.get(name, 1.0)) for name in _algorithms(config))
+    return dict(said)  # of several with as many bits, the largest
 
 
 @storage_format(METHOD, written=False)

@@ -92,7 +92,7 @@ def mxfp4() -> Format:
         described="mxfp4",
         grids=_grids,
         leave_out=leave_out_modules,
-        scale_bytes=lambda _config, _itemsize: 1.0,
+        scale_bytes=lambda _config, _itemsize: {BITS: 1.0},
         kept_by_stock=True,
         loaders=Loaders(),
         writer=_writer({**MX, "dynamic": True}),

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 PACKAGE = __name__.rpartition(".")[0]
 QUANTIZATION = "quantization_config"
+# Where a config says that experts are stored in other numbers than quantization_config says (DeepSeek-V4).
+EXPERTS = "expert_dtype"
 DENSE, EDITED_PACKED = "dense", "packed"
 # Widths of whole codes that vLLM's fused experts take.
 VLLM_FUSED_BITS = (4, 8)
@@ -197,10 +199,13 @@ class Format:
     layouts: how the tensors of a stored weight lie and are read, none for a format that no quantization_config names;
     described: what of it is read, in messages; unreadable: why a quantization_config is not read, as the rest of a
     sentence, empty if it is; grids: what it says is packed; settings: what it alone knows of a stored weight, as
-    keywords of the layouts that have them; scale_bytes: what a scale takes of a file, from the config and the size of
-    the model's dtype, None where it is one number of that for a group of inputs; leave_out: the config once modules of
-    these names, and what is inside them, are plain numbers; joined: one config for what is packed before and anew, None
-    where none can say that; foreign: endings of tensors beside the codes of its relatives that are not read.
+    keywords of the layouts that have them; scale_bytes: what a scale takes of a file by the bits of its codes, from the
+    config and the size of the model's dtype, without those where it is one number of that for a group of inputs;
+    leave_out: the config once modules of these names, and what is inside them, are plain numbers; joined: one config
+    for what is packed before and anew, None where none can say that; foreign: endings of tensors beside the codes of
+    its relatives that are not read; experts: what `expert_dtype` may say beside its config. All but `leave_out` and
+    `joined` are given a config with what stands apart of it of
+    experts.
 
     kept_by_stock: whether stock transformers has kernels of its own for it, and loads whole models; else this package
     does, and makes dense in memory what has no kernel.
@@ -215,10 +220,11 @@ class Format:
     unreadable: Callable[[Config], str] = lambda _: ""
     grids: Callable[[Config], list[Grid]] = lambda _: []
     settings: Callable[[Config], dict[str, Any]] = lambda _: {}
-    scale_bytes: Callable[[Config, int], float | None] = lambda _config, _itemsize: None
+    scale_bytes: Callable[[Config, int], Mapping[int, float]] = lambda _config, _itemsize: {}
     leave_out: Callable[[Config, Sequence[str]], dict[str, Any]] = _not_left_out
     joined: Callable[[Config, Config], dict[str, Any] | None] = lambda _before, _new: None
     foreign: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     kept_by_stock: bool = False
     loaders: Loaders = OURS_ALONE
     writer: Writer | None = None

@@ -13,7 +13,7 @@ from moe_compress.checkpoints.gguf.cut import decoder_layers
 from moe_compress.checkpoints.gguf.library import gguf_library
 from moe_compress.checkpoints.gguf.reader import GgufModel
 from moe_compress.models import hf
-from moe_compress.models.families import ORIGIN_KEY, entry_of, family_of
+from moe_compress.models.families import ORIGIN_KEY, entry_of, family_of, setting
 from moe_compress.utils.logging import log
 
 NAME = "general.name"
@@ -28,7 +28,7 @@ def shape_values(config: PreTrainedConfig) -> dict[str, Any]:
         "model_type": model_type_of(config),
         "layers": hf.num_layers(config),
         "hidden_size": config.get_text_config().hidden_size,
-        "experts": getattr(config.get_text_config(), family.count_key, 0),
+        "experts": setting(config.get_text_config(), family.count_key, 0),
     }
 
 

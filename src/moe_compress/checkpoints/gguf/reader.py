@@ -19,6 +19,7 @@ from typing import Any
 
 from moe_compress.checkpoints.gguf.library import gguf_library
 from moe_compress.checkpoints.gguf.metadata import ARRAY, NUMBERS, STRING, MetadataEntry
+from moe_compress.utils.files import require_regular
 
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
@@ -126,8 +127,7 @@ def _checked(shards: list[GgufFile]) -> GgufModel:
 
 def read_gguf(path: Path) -> GgufFile:
     """The metadata of one file and where its tensors lie. ValueError names a file that is none, or broken."""
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}.")
+    require_regular(path)
     with path.open("rb") as handle:
         if path.stat().st_size < 24 or handle.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file.")

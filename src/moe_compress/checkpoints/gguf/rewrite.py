@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_compress.checkpoints.gguf.cut import BY_EXPERT, Cut, decoder_layers, split_name
 from moe_compress.checkpoints.gguf.metadata import MetadataEntry, number_entry
 from moe_compress.checkpoints.gguf.reader import GgufFile, GgufModel, GgufTensor
-from moe_compress.utils.files import copy_range, write_all
+from moe_compress.utils.files import copy_range, room_for, write_all
 
 # Arrays of an architecture that are never one number a layer.
 NOT_BY_LAYER = ("rope.dimension_sections", "classifier.output_labels")
@@ -127,7 +127,7 @@ def _write(target: Path, shard: GgufFile, entries: Sequence[MetadataEntry], left
             f"<Q{len(name)}sI{len(axes)}QIQ", len(name), name, len(axes), *axes, piece.source.kind, offset
         )
         offset += _aligned(piece.bytes, shard.alignment)
-    with target.open("wb", buffering=0) as out, shard.path.open("rb", buffering=0) as source:
+    with room_for(target), target.open("wb", buffering=0) as out, shard.path.open("rb", buffering=0) as source:
         padding = bytes(_aligned(len(header), shard.alignment) - len(header))
         write_all(out.fileno(), memoryview(header + padding))
         for piece in left:

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.partly_packed import packed_kinds
-from moe_compress.compression.recovery.trained_weights import trained_parameters
-from moe_compress.edits.edits import Edit, PackMatrices
+from moe_compress.checkpoints.formats.registry import QUANTIZATION
+from moe_compress.checkpoints.quantization_config import packed_edits
+from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.compression.recovery.lineage import edits_from, lineage
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES
+from moe_compress.compression.recovery.trained_weights import PARTS, trained_parameters
 from moe_compress.methods import registry
-from moe_compress.methods.recovery_method import Distillation, LayerDistillation
+from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
-from moe_compress.models.families import family_of
-from moe_compress.models.matrices import Kind, layer_matrices
-from moe_compress.recipes.recipe import Stage
+from moe_compress.models.component_map import EXPERTS, component_of_modules
+from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.moe import all_moe_views, moe_views
+from moe_compress.models.router_rule import selection_bias
+from moe_compress.models.sublayers import within
+from moe_compress.recipes.recipe import Recipe, Stage
+from moe_compress.run.context import Run
 
-# What words of train= call the kinds of matrices that may be packed.
-KINDS: dict[str, Kind] = {
-    "routers": "router", "experts": "experts", "shared": "shared", "attention": "attention", "dense": "dense",
-}  # fmt: skip
+# Numbers of training options that may be 0, too.
+FROM_ZERO = ("decay", "clip")
 
 
-def check_recovery(
-    stage: Stage, model: PreTrainedModel, values: Mapping[str, Any], edits: Sequence[Edit], *, first: bool
-) -> None:
+def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, Any], *, first: bool) -> None:
     """Raise ValueError for words that mean nothing, a student that is its own teacher, or packed weights to be trained.
 
-    model: a skeleton of the student in plain numbers; values, edits: what says that some of it is packed.
+    model: a skeleton of the student; values: config.json's, which say what else of it is packed.
     """
     if first and not stage.parameters[TEACHER]:
         raise ValueError(
@@ -37,29 +42,111 @@ def check_recovery(
             "from (teacher=)."
         )
     _require_sense(stage)
-    task = registry.find(stage.method).run(**stage.own_parameters)
+    task = task_of(stage)
+    if isinstance(task, Rebalancing):
+        _require_biases(model)
+    if isinstance(task, RouterFit) and not moe_views(model):
+        raise ValueError(f"{model.config.model_type} as it is here has no router that could be fitted.")
     if not isinstance(task, Distillation | LayerDistillation):
         return
-    trained_parameters(model, task.trains)
-    packed = packed_kinds(model, values) | _packed_by(edits, model)
-    for word, kind in KINDS.items():
-        if kind in packed and (word in task.trains or "all" in task.trains):
+    _require_trainable(stage, task, model, values)
+    vocabulary = model.config.get_text_config().vocab_size
+    if isinstance(task, Distillation) and task.keeping is not None and stage.parameters["top"] >= vocabulary:
+        raise ValueError(
+            f"top={stage.parameters['top']}: fewer tokens than the vocabulary has ({vocabulary}) are needed."
+        )
+    if isinstance(task, Distillation) and "router" in task.terms and not all_moe_views(model):
+        raise ValueError("loss=router: no layer that is left has a router.")
+
+
+def _require_trainable(
+    stage: Stage, task: Distillation | LayerDistillation, model: PreTrainedModel, values: Mapping[str, Any]
+) -> None:
+    """Raise ValueError for parts that are not there, or not in plain numbers."""
+    packed, coded = _packed_words(model, values), task.trains & {CODES, SCALES}
+    if coded and (not packed or isinstance(task, LayerDistillation)):
+        why = "layerwise trains plain numbers alone" if packed else "nothing is packed there"
+        raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
+    for word in packed:
+        if word in task.trains or "all" in task.trains:
             raise ValueError(
                 f"train={','.join(sorted(task.trains))}: {word} are packed there, and codes cannot be trained: train "
                 "what is plain, such as routers, or put this stage before the one that quantizes."
             )
+    found = trained_parameters(model, task.trains - coded) if task.trains - coded else {}
+    if isinstance(task, LayerDistillation) and not any(name.startswith(hf.layers_prefix(model)) for name in found):
+        raise ValueError(f"train={','.join(sorted(task.trains))}: none of that lies in a layer.")
 
 
-def _packed_by(edits: Sequence[Edit], model: PreTrainedModel) -> set[Kind]:
-    """Kinds of matrices that stages before pack into modules."""
-    layers, family = hf.decoder_layers(model), family_of(model.config)
-    return {
-        matrix.kind
-        for edit in edits
-        if isinstance(edit, PackMatrices) and edit.layer < len(layers)
-        for matrix in layer_matrices(layers[edit.layer], family)
-        if matrix.name in edit.bits
-    }
+def task_of(stage: Stage) -> Recovery:
+    """What a stage asks for."""
+    task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
+    return task
+
+
+def compares_layers(task: Recovery) -> bool:
+    """Whether layers or routers of the student are held beside the teacher's."""
+    return not isinstance(task, Distillation) or bool({"hidden", "router"} & task.terms.keys())
+
+
+def check_teachers(recipe: Recipe, source: Checkpoint, run: Run) -> None:
+    """Raise ValueError for a teacher that the model cannot learn from, by its config, plan and tokenizer."""
+    for number, stage in enumerate(recipe.stages):
+        name = stage.parameters.get(TEACHER)
+        if not name:
+            continue
+        teacher = resolve_model(name)
+        if number == 0 and teacher.fingerprint == source.fingerprint:
+            raise ValueError(itself(source))
+        require_same_tokens(source, teacher, run)
+        if compares_layers(task_of(stage)):
+            led = edits_from(teacher, source)
+            lineage(source.skeleton(torch.float32), teacher.skeleton(torch.float32), led)
+
+
+def itself(student: Checkpoint) -> str:
+    """What is said of a student that would be its own teacher."""
+    return (
+        f"{student.name} would learn from itself: put this stage behind one that compresses, or name another model to "
+        "learn from (teacher=)."
+    )
+
+
+def require_same_tokens(student: Checkpoint, teacher: Checkpoint, run: Run) -> None:
+    """Raise ValueError for a teacher to which the same numbers are other tokens, or none."""
+    theirs, ours = (each.text_config.vocab_size for each in (teacher, student))
+    if theirs != ours:
+        raise ValueError(f"teacher={teacher.name} has a vocabulary of {theirs}, the model one of {ours}.")
+    if not (teacher.folder / "tokenizer_config.json").is_file():
+        return
+    known, here = (run.tokenizer(each).get_vocab() for each in (teacher, student))
+    strange = next((token for token, number in here.items() if known.get(token, number) != number), None)
+    if strange is not None:
+        raise ValueError(
+            f"teacher={teacher.name} has other tokens than the model: {strange!r} is another number to it."
+        )
+
+
+def _require_biases(model: PreTrainedModel) -> None:
+    views = moe_views(model)
+    lacking = [index for index, view in views.items() if selection_bias(view) is None]
+    if lacking or not views:
+        raise ValueError(
+            f"{model.config.model_type} as it is here has no selection bias to be moved (layers {lacking[:5]}): "
+            "rebalance is for routers like DeepSeek-V3's."
+        )
+
+
+def _packed_words(model: PreTrainedModel, values: Mapping[str, Any]) -> list[str]:
+    """Words of train= some of whose matrices are packed, in modules of the skeleton or as config.json says."""
+    places, views, prefix = component_of_modules(model), all_moe_views(model), hf.layers_prefix(model)
+    components = {places[name] for name, module in model.named_modules() if isinstance(module, PackedMatrix)}
+    for edit in packed_edits(model, values) if values.get(QUANTIZATION) else ():
+        view = views.get(edit.layer)
+        for name in edit.bits:
+            inside = view is not None and within(name, view.names["experts"])
+            components.add(EXPERTS if inside else places.get(f"{prefix}{edit.layer}.{name}", ""))
+    return [word for word, meant in PARTS.items() if components & set(meant)]
 
 
 def _require_sense(stage: Stage) -> None:
@@ -69,6 +156,8 @@ def _require_sense(stage: Stage) -> None:
         "steps": options.steps < 1,
         "batch": options.batch < 1,
         "keep": options.keep < 1,
+        "checkpoint_every": options.checkpoint_every < 0,
+        "keep_checkpoints": options.keep_checkpoints < 0,
         "lr": not 0.0 < options.lr < float("inf"),
         "warmup": not 0.0 <= options.warmup <= 1.0,
         "decay": not 0.0 <= options.decay < float("inf"),
@@ -77,4 +166,5 @@ def _require_sense(stage: Stage) -> None:
     for name, bad in wrong.items():
         if bad:
             limit = "a share from 0 to 1" if name == "warmup" else "a number above 0"
+            limit = "a number from 0 up" if name in FROM_ZERO else limit
             raise ValueError(f"{stage.method}.{name}={getattr(options, name)}: {limit} is needed.")

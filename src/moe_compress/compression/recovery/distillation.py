@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moe_compress.compression.recovery.following import Follow
 from moe_compress.compression.recovery.lineage import Lineage
+from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.compression.recovery.training_state import resume, save
 from moe_compress.compression.recovery.whole_model import (
@@ -27,7 +29,6 @@ from moe_compress.compression.recovery.whole_model import (
     text_batch,
 )
 from moe_compress.data.windows import Windows
-from moe_compress.engine.forward import Progress
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import Distillation, Term
 from moe_compress.methods.stage_options import TrainingOptions
@@ -36,18 +37,23 @@ from moe_compress.models.families import family_of
 from moe_compress.models.moe import all_moe_views, router_logits
 
 LARGEST_SEED = 2**31
+# What a gradient promises that is no more than rounding, as a share of the loss.
+UNFELT = 1e-5
 NEXT_TOKENS: tuple[Term, ...] = ("logits", "labels")
 
 
 class DistillationRun:
-    """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left."""
+    """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left.
+
+    The teacher runs beside the student, or is a cache of what it said, or (of loss=labels) nobody.
+    """
 
     def __init__(
         self,
         task: Distillation,
         options: TrainingOptions,
         student: WholeModel,
-        teacher: WholeModel,
+        teacher: WholeModel | TeacherCache | None,
         windows: Windows,
         parameters: Mapping[str, nn.Parameter],
         kin: Lineage,
@@ -57,21 +63,38 @@ class DistillationRun:
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
 
-    def run(self, state: Path, progress: Progress | None = None) -> dict[str, Any]:
-        """Train; what is to be reported of it. ValueError where the loss is no number."""
+    def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
+        """Train; what is to be reported of it. ValueError where the loss is no number.
+
+        follow: is given the curve before the first step and behind every one. What it leaves is there before the step
+        counts as done, so that a killed run loses nothing of it.
+        """
         curve = resume(state, self.optimiser)
         started = time.perf_counter() - curve.seconds
+        if follow is not None:
+            follow(curve)
         for step in range(curve.steps, self.options.steps):
             losses, tokens = self.step(step)
             curve.add(step, losses, tokens)
+            if step == 0:
+                self._require_gradients(losses)
             self.optimiser.step(step)
             curve.seconds = time.perf_counter() - started
+            if follow is not None:
+                follow(curve)
             if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
                 save(state, self.optimiser, curve)
-            if progress is not None:
-                progress(step + 1, self.options.steps)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
         return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
+
+    def _require_gradients(self, losses: Mapping[str, float]) -> None:
+        """Raise ValueError for a loss that nothing of what is trained has a part in."""
+        total = sum(self.task.terms[term] * losses[term] for term in self.task.terms)
+        if total and self.optimiser.felt <= UNFELT * total:
+            raise ValueError(
+                "the loss has no gradient at what would be trained (such as routers whose tokens use one expert with a "
+                "gate of 1, which loss=router alone feels): train other parts, or use router_kd solver=ridge."
+            )
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Leave the gradients of one step; its losses by term, and how many tokens it saw."""
@@ -82,15 +105,15 @@ class DistillationRun:
         counted = sum(int(batch.counted_BS.sum()) for batch in batches)
         losses: dict[str, float] = dict.fromkeys(map(str, self.task.terms), 0.0)
         for batch in batches:
-            for term, value in self.back(batch, predicted, counted).items():
+            # Of conversations there may be windows in which nobody says anything that counts.
+            for term, value in self.back(batch, max(predicted, 1), max(counted, 1)).items():
                 losses[term] += value
         return losses, counted
 
     def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
         """Bring the gradients of a part of a step back; its share of each loss."""
         routed = "router" in self.task.terms
-        with torch.no_grad(), _routers(self.teacher, routed) as theirs:
-            said = self.teacher.states(batch)
+        theirs, said = self._teach(batch, routed)
         with _routers(self.student, routed) as ours:
             states = self.student.states(batch)
         found: dict[Term, Tensor] = {}
@@ -108,20 +131,37 @@ class DistillationRun:
         torch.autograd.backward(ends, gradients)
         return losses
 
+    @torch.no_grad()
+    def _teach(self, batch: TextBatch, routed: bool) -> tuple[Mapping[int, Tensor], list[Tensor]]:
+        """What the teacher's routers give, and its hidden states; nothing of one that does not run."""
+        if not isinstance(self.teacher, WholeModel):
+            return {}, []
+        with _routers(self.teacher, routed) as theirs:
+            return theirs, self.teacher.states(batch)
+
     def _next_tokens(
         self, term: Term, states: list[Tensor], said: list[Tensor], batch: TextBatch, predicted: int
     ) -> tuple[float, Tensor]:
         """The mean loss of next tokens, and its gradient at the final hidden states."""
-        teacher_PD, target_P = self.teacher.final(batch, said), batch.targets_P
+        target_P = batch.targets_P
 
-        def loss_of(logits_PV: Tensor, part: slice) -> Tensor:
-            if term == "labels":
-                return cross_entropy(logits_PV.float(), target_P[part], reduction="none")
-            return self.task.divergence(logits_PV, hf.head(self.teacher.model, teacher_PD[part]))
+        def of_labels(logits_PV: Tensor, part: slice) -> Tensor:
+            return cross_entropy(logits_PV.float(), target_P[part], reduction="none")
 
+        loss_of = of_labels if term == "labels" else self._divergence(said, batch)
         student_PD = self.student.final(batch, states)
         total, gradient_PD = chunked_loss(self.student, student_PD, loss_of, self.task.terms[term] / predicted)
         return total / predicted, gradient_PD
+
+    def _divergence(self, said: list[Tensor], batch: TextBatch) -> Callable[[Tensor, slice], Tensor]:
+        """The divergence of a student's logits of some of the tokens from what the teacher says of them."""
+        if isinstance(self.teacher, TeacherCache):
+            keeping = self.teacher.keeping
+            kept = {key: each.to(self.student.device) for key, each in self.teacher.targets(batch.rows).items()}
+            return lambda logits_PV, part: keeping.divergence(logits_PV, {key: kept[key][part] for key in kept})
+        assert self.teacher is not None
+        teacher, teacher_PD = self.teacher.model, self.teacher.final(batch, said)
+        return lambda logits_PV, part: self.task.divergence(logits_PV, hf.head(teacher, teacher_PD[part]))
 
     def _hidden(self, states: list[Tensor], said: list[Tensor], batch: TextBatch) -> Tensor:
         """Squared error of what leaves each layer over the square of what the teacher's gives, by token; summed."""

@@ -97,15 +97,17 @@ def walk_pairs(
     visit: Callable[[LayerPair], None],
     *,
     state: Path,
+    size: int | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Visit every layer of the student, which a visit may change in place, and go on behind it as it then is.
 
-    Both streams are kept in `state` between two layers, so that a killed run goes on where it stopped.
+    Both streams are kept in `state` between two layers, so that a killed run goes on where it stopped; size: windows of
+    a batch.
     """
     with torch.no_grad():
         their_batches, theirs = embed_windows(teacher, windows)
-        batches, ours = embed_windows(student, windows)
+        batches, ours = embed_windows(student, windows, size)
         start = resume_streams(state, [theirs, ours])
     family, count = family_of(student.model.config), len(hf.decoder_layers(student.model))
     for layer in range(start, count):

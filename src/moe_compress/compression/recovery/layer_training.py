@@ -44,18 +44,18 @@ def train_layer(
     before = {name: each.detach().clone() for name, each in parameters.items()}
     optimiser = Optimiser(parameters, options)
     first = _error(pair, enters)
-    at_once = max(1, options.batch // max(1, len(pair.stream.hidden_NSD[pair.batches[0].rows])))
+    at_once = max(1, options.batch // (pair.batches[0].rows.stop - pair.batches[0].rows.start))
     tokens = 0
     for step in range(options.steps):
         chosen = [pair.batches[n] for n in rows_of_step(step, at_once, len(pair.batches), seed).tolist()]
         counted = sum(int(batch.info.real_T.sum()) for batch in chosen)
         for batch in chosen:
             with torch.enable_grad():
-                (_batch_error(pair, enters, batch).sum() / counted).backward()
+                (_batch_error(pair, enters, batch).sum() / max(counted, 1)).backward()
         optimiser.step(step)
         tokens += counted
     last = _error(pair, enters)
-    if not last <= first:  # NaN counts as worse
+    if not last < first:  # NaN counts as worse
         with torch.no_grad():
             for name, each in parameters.items():
                 each.copy_(before[name])
@@ -94,21 +94,22 @@ def fit_router(pair: LayerPair, task: RouterFit, kin: Lineage) -> tuple[dict[str
     scores, rows = pair.family.router_scores, view.router_rows
     target_TE = mapped_logits(pair.routing["logits"], kin.rows[pair.index], rows, scores)
     name, weight = _router_matrix(view)
-    bias = dict(view.router.named_parameters()).get("bias")
+    beside = f"{name.removesuffix('weight')}bias"
+    bias = dict(view.router.named_parameters()).get(beside)
     _require_linear(pair.index, seen, weight[:rows], None if bias is None else bias[:rows])
     residual_TE = target_TE - seen["logits"]
     if scores == "softmax":  # what all experts have in common means nothing
         residual_TE = residual_TE - residual_TE.mean(1, keepdim=True)
     added_ED, added_E = ridge_step(seen["inputs"], residual_TE, task.ridge, offset=bias is not None)
     changed = {name: weight}
-    before = {each: tensor.clone() for each, tensor in {name: weight, "bias": bias}.items() if tensor is not None}
+    before = {each: tensor.clone() for each, tensor in {name: weight, beside: bias}.items() if tensor is not None}
     weight[:rows] += added_ED.to(weight)
     if bias is not None and added_E is not None:
         bias[:rows] += added_E.to(bias)
-        changed["bias"] = bias
+        changed[beside] = bias
     first = float(router_kl(seen["logits"], target_TE, scores).double().mean())
     last = float(router_kl(pair.observe(RoutingObserver(pair.family))["logits"], target_TE, scores).double().mean())
-    if not last <= first:
+    if not last < first:
         for each, tensor in changed.items():
             tensor.copy_(before[each])
     inside = view.names["router"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,28 +12,40 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_compress.checkpoints.formats.stored_weight import StoredWeight
+from moe_compress.checkpoints.load import memory_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
+from moe_compress.compression.recovery.following import Follower
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
-from moe_compress.compression.recovery.lineage import Lineage, lineage
+from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
+from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
+from moe_compress.compression.recovery.teachers import teaching_of
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.compression.weights.stage import WeightStageResult
 from moe_compress.data.windows import Windows
 from moe_compress.edits.edits import Edit
-from moe_compress.engine.forward import Progress
+from moe_compress.engine.forward import Progress, windows_per_batch
 from moe_compress.engine.layers import StreamedLayers
-from moe_compress.methods import registry
-from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
+from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, RouterFit
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
-from moe_compress.utils.files import read_json, write_json
+from moe_compress.run.trackers import open_tracker
+from moe_compress.utils.devices import free_memory
+from moe_compress.utils.files import gigabytes, read_json, write_json
 from moe_compress.utils.logging import log
+
+# A gradient and two moments, in fp32.
+BYTES_PER_TRAINED = 12
 
 
 def run_recovery_stage(
@@ -42,34 +55,29 @@ def run_recovery_stage(
     edits: Sequence[Edit],
     run: Run,
     writer: CheckpointWriter,
+    finish: Finish,
     progress: Progress | None = None,
 ) -> WeightStageResult:
     """Carry out a stage that recovers into `writer`.
 
-    origin: the model that the recipe starts from; edits: those that led from it to `source`.
+    origin: the model that the recipe starts from; edits: those that led from it to `source`; finish: makes a checkpoint
+    of the student so far.
     """
     named = stage.parameters[TEACHER]
     teacher = resolve_model(named) if named else origin
-    require_teacher(source, teacher)
-    task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
+    if teacher.fingerprint == source.fingerprint:
+        raise ValueError(itself(source))
+    task = task_of(stage)
+    led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
-    given = (stage, source, teacher, edits, windows, run, writer, progress)
-    report = _whole(task, *given) if isinstance(task, Distillation) else _by_layer(task, *given)
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
+    given = (stage, source, teacher, [*led, *edits], windows, run, writer, progress)
+    if isinstance(task, Distillation):
+        report = _whole(task, *given, lambda target, so_far: finish(target, {**about, **so_far}))
+    else:
+        report = _by_layer(task, *given)
     return WeightStageResult({**about, **report}, [], dict(source.values))
-
-
-def require_teacher(student: Checkpoint, teacher: Checkpoint) -> None:
-    """Raise ValueError for a teacher that is the student itself, or has other tokens."""
-    if teacher.fingerprint == student.fingerprint:
-        raise ValueError(
-            f"{student.name} would learn from itself: put this stage behind one that compresses, or name the model to "
-            "learn from (teacher=)."
-        )
-    theirs, ours = (each.text_config.vocab_size for each in (teacher, student))
-    if theirs != ours:
-        raise ValueError(f"teacher={teacher.name} has a vocabulary of {theirs}, the model one of {ours}.")
 
 
 def _whole(
@@ -82,27 +90,67 @@ def _whole(
     run: Run,
     writer: CheckpointWriter,
     progress: Progress | None,
+    finish: Finish,
 ) -> dict[str, Any]:
     """Train end to end."""
     options = TrainingOptions.of(stage.parameters)
+    tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
+    _require_room(task, stage, source, teacher, run)
+    teaching = teaching_of(task, teacher, windows, run, progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
-    require_plain(source, parameters)
-    taught_by = WholeModel(teacher, run, run.dtype)
-    layered = {"hidden", "router"} & task.terms.keys()
-    kin = lineage(student.model, taught_by.model, edits) if layered else Lineage([], [], {})
+    if not task.trains & {CODES, SCALES}:
+        require_plain(source, parameters)
+    layered = teaching.online if compares_layers(task) else None
+    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
+    taught_by = teaching.online or teaching.cache
     training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
-    report = training.run(writer.scratch / "training.safetensors", progress)
-    changed = _by_layers(student.model, parameters)
-    for index in (None, *range(source.num_layers)):
-        writer.copy(index, changed.get(index))
-    return {"training": report}
+
+    def fill(target: CheckpointWriter) -> None:
+        changed = _by_layers(source, student.model, parameters)
+        for index in (None, *range(source.num_layers)):
+            target.copy(index, changed.get(index))
+
+    steps = StepCheckpoints(
+        writer.out, source, writer.identity, options.checkpoint_every, options.keep_checkpoints, finish
+    )
+    steps.begin()
+    follow = Follower(
+        options, run.log, tracker, progress,
+        then=lambda curve: steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report()}),
+    )  # fmt: skip
+    with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
+        report = training.run(writer.scratch / "training.safetensors", follow)
+    fill(writer)
+    return {TRAINING: {**report, **teaching.report}}
 
 
-def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
+def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher: Checkpoint, run: Run) -> None:
+    """ValueError, with what would fit, where two models and what training remembers do not fit into memory."""
+    coded = task.trains & {CODES, SCALES}
+    plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
+    numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
+    kept = BYTES_PER_TRAINED * numbers
+    models = [memory_bytes(source, torch.float32), memory_bytes(teacher, run.dtype)]
+    free = free_memory(run.device)
+    if sum(models) + kept > free:
+        raise ValueError(
+            f"{stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, its "
+            f"teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
+            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), or one layer at a time (layerwise, "
+            "router_kd solver=ridge)."
+        )
+
+
+def _by_layers(
+    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
+) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
     """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
-    found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
+    plain = {name: each.detach() for name, each in named.items() if name.rpartition(".")[0] not in coded}
+    stored = {**stored_tensors(model, plain), **(packed_again(source, model) if coded else {})}
+    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
+    for key, tensor in stored.items():
         found[hf.layer_of(key)][key] = tensor
     return found
 
@@ -122,12 +170,14 @@ def _by_layer(
     theirs = run.layers(teacher)
     ours = StreamedLayers(source, run.device, torch.float32, run.options.attn)
     kin = lineage(ours.model, theirs.model, edits)
-    visitor = LayerVisitor(
-        task, TrainingOptions.of(stage.parameters), source, ours.model, kin, writer, run.options.seed
-    )
+    options = TrainingOptions.of(stage.parameters)
+    visitor = LayerVisitor(task, options, source, ours.model, kin, writer, run.options.seed)
     if not writer.has(None):
         writer.copy(None)
-    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, progress=progress)
+    # A step then takes whole batches, and as many windows as it is told.
+    most = min(windows_per_batch(windows), options.batch)
+    size = next(n for n in range(most, 0, -1) if options.batch % n == 0)
+    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size, progress=progress)
     notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
     return {"layers": {i: note for i, note in notes.items() if note}}
 

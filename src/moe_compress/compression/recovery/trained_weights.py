@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.compression.recovery.trained_codes import CODES, LATENT, SCALES, release
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.component_map import (
@@ -34,16 +35,18 @@ PARTS = {
 }  # fmt: skip
 NEW = "new"
 NOVICES = "novices"
-# Weights of which at least this share is zero were pruned: their zeros stay.
-PRUNED = 0.01
 BETAS = (0.9, 0.95)
 
 
 def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
-    """The parameters that train=`parts` means, by their full names.
+    """The parameters that train=`parts` means, by their full names; packed matrices are released for it, in place.
 
     Raises ValueError if there is none, or one is packed: codes are no numbers that could be moved.
     """
+    coded = parts & {CODES, SCALES}
+    if coded:
+        others = trained_parameters(model, parts - coded) if parts - coded else {}
+        return {**others, **release(model, coded)}
     place, inside = component_of_modules(model), hf.layers_prefix(model)
     read = hf.text_prefixes(model)
     components = {each for part in parts for each in PARTS.get(part, ())}
@@ -87,7 +90,7 @@ def require_plain(checkpoint: Checkpoint, names: Iterable[str]) -> None:
 
 @dataclass
 class Optimiser:
-    """AdamW over some parameters with a cosine schedule; what was pruned to zero stays zero.
+    """AdamW over some parameters with a cosine schedule; entries of matrices that are zero were pruned, and stay zero.
 
     Everything that it has to remember is tensors, by name: see `state` and `restore`.
     """
@@ -104,21 +107,31 @@ class Optimiser:
             list(self.parameters.values()), lr=options.lr, betas=BETAS, weight_decay=options.decay
         )
         for name, parameter in self.parameters.items():
-            zero = parameter.detach() == 0
-            if parameter.dim() > 1 and int(zero.sum()) >= PRUNED * parameter.numel():
-                self.masks[name] = ~zero
+            alive = parameter.detach() != 0
+            leaf = name.rpartition(".")[2]
+            # Codes are often zero, which of those were pruned their matrix knows.
+            if parameter.dim() > 1 and "bias" not in leaf and leaf != LATENT and not bool(alive.all()):
+                self.masks[name] = alive
 
     def step(self, number: int) -> None:
         """One step, the `number`th of all, with the gradients that are there; these are gone then."""
         for group in self.adam.param_groups:
             group["lr"] = self.options.lr * schedule(number, self.options)
+        for name, alive in self.masks.items():
+            gradient = self.parameters[name].grad
+            if gradient is not None:
+                # Without a gradient a zero has no moments either, and AdamW leaves it where it is.
+                gradient.mul_(alive)
         if self.options.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, mask in self.masks.items():
-                self.parameters[name].mul_(mask)
+
+    @property
+    def felt(self) -> float:
+        """How much the loss could change by doubling everything, as the gradients that are there have it at most."""
+        found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
+        return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
 
     def state(self) -> dict[str, Tensor]:
         """What it needs to go on: values and moments."""

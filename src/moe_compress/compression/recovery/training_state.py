@@ -34,6 +34,11 @@ class Curve:
         """Steps that were taken."""
         return max(map(len, self.losses.values()), default=0)
 
+    @property
+    def last(self) -> dict[str, float]:
+        """The losses of the last step; nothing before the first."""
+        return {term: values[-1] for term, values in self.losses.items() if values}
+
     def add(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
         """Enter a step. ValueError for a loss that is no number."""
         wrong = next((term for term, value in losses.items() if not math.isfinite(value)), None)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
+from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.load import load_as_run, require_memory
+from moe_compress.checkpoints.load import load_as_run
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.data.windows import Windows
 from moe_compress.models import hf
@@ -24,11 +25,12 @@ TOKENS_AT_ONCE = 4096
 
 @dataclass(frozen=True, slots=True)
 class TextBatch:
-    """Some windows: their tokens, padding mask (None: none), which tokens count, and which predict one that does.
+    """Some windows: their numbers, tokens, padding mask (None: none), which tokens count, which predict one that does.
 
     counted_BS, where_P2: window and position.
     """
 
+    rows: Tensor
     ids_BS: Tensor
     mask_BS: Tensor | None
     counted_BS: Tensor
@@ -45,16 +47,26 @@ def text_batch(windows: Windows, rows: Tensor, device: torch.device) -> TextBatc
     mask_BS, counted_BS = windows.mask_NS[rows], windows.counted_NS[rows]
     where_P2 = (mask_BS[:, :-1] & counted_BS[:, 1:]).nonzero()
     padded = None if bool(mask_BS.all()) else mask_BS.long().to(device)
-    return TextBatch(windows.ids_NS[rows].to(device), padded, counted_BS.to(device), where_P2.to(device))
+    return TextBatch(rows, windows.ids_NS[rows].to(device), padded, counted_BS.to(device), where_P2.to(device))
 
 
 class WholeModel:
     """A checkpoint in memory; `states` is a forward up to the head."""
 
-    def __init__(self, checkpoint: Checkpoint, run: Run, dtype: torch.dtype, *, recompute: bool = False) -> None:
-        require_memory([checkpoint], dtype, run.device, "does not fit as a whole: use layerwise, or solver=ridge")
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        run: Run,
+        dtype: torch.dtype,
+        *,
+        recompute: bool = False,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """model: where it is in memory already."""
         self.device, self.recompute = run.device, recompute
-        self.model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+        if model is None:
+            model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+        self.model = model
         self.model.requires_grad_(False)
         hf.use_experts_function(self.model)
 
@@ -84,12 +96,14 @@ def chunked_loss(
     loss_of: logits [p, V] of some of the tokens, and which -> their losses [p]. Logits are made and left a chunk at a
     time, so that memory does not grow with tokens times vocabulary; gradients of the head itself add up meanwhile.
     """
-    leaf_PD = hidden_PD.detach().requires_grad_()
+    gradient_PD = torch.zeros_like(hidden_PD)
     rows, total = hf.head_rows(student.model), 0.0
-    for start in range(0, len(leaf_PD), rows):
+    for start in range(0, len(hidden_PD), rows):
         part = slice(start, start + rows)
-        loss = loss_of(hf.logits(student.model, leaf_PD[part]), part).sum()
+        leaf_pD = hidden_PD[part].detach().requires_grad_()
+        loss = loss_of(hf.logits(student.model, leaf_pD), part).sum()
         torch.autograd.backward(loss * scale)
         total += float(loss.detach())
-    gradient_PD = leaf_PD.grad if leaf_PD.grad is not None else torch.zeros_like(hidden_PD)
+        assert leaf_pD.grad is not None
+        gradient_PD[part] = leaf_pD.grad
     return total, gradient_PD

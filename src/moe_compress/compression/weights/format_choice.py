@@ -18,7 +18,7 @@ from moe_compress.checkpoints.formats.registry import (
     formats,
 )
 from moe_compress.checkpoints.partly_packed import packed_kinds, unpacked
-from moe_compress.checkpoints.quantization_config import with_new_config
+from moe_compress.checkpoints.quantization_config import packing_of, with_new_config
 from moe_compress.compression.weights.stage_matrices import StageMatrices
 from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
@@ -102,7 +102,8 @@ class Storage:
         config = format_in(values).joined(values[QUANTIZATION], new)
         if config is None:
             return None
-        everything, wanted, kept = (format_in(values).grids(each) for each in (config, new, left[QUANTIZATION]))
+        said = ({**values, QUANTIZATION: each} for each in (config, new, left[QUANTIZATION]))
+        everything, wanted, kept = (format_in(each).grids(packing_of(each)) for each in said)
         for index in range(len(hf.decoder_layers(self.matrices.model))):
             for stored, (name, _) in stored_matrices(self.matrices.model, index).items():
                 stem = stored.removesuffix(".weight")
@@ -256,6 +257,8 @@ def _refused(matrices: StageMatrices, grid: GridOptions, writer: Writer, stays: 
     if lacking:
         model_type = matrices.model.config.model_type
         return f"packs matrices one by one, but {model_type} stores {lacking} together with others"
+    if hf.holds_experts_beside(matrices.model):
+        return "leaves the experts beside the language model plain, which stock transformers does not expect"
     if family_of(matrices.model.config).joins_shared:
         return "is not read by stock transformers, which joins matrices of shared experts while it reads them"
     kinds = stays | {matrix.kind for found in matrices.packable.values() for matrix in found}

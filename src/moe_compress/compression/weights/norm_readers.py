@@ -71,26 +71,6 @@ class NormReaders:
         return {}
 
 
-class LayerOutput:
-    """Keeps what the last batch left the layer as."""
-
-    hidden: Tensor
-
-    def enter(self, index: int, layer: nn.Module) -> None:
-        """Nothing is to be prepared."""
-
-    def begin(self, batch: BatchInfo) -> None:
-        """Every token counts."""
-
-    def end(self, hidden_BSD: Tensor) -> None:
-        """Keep it."""
-        self.hidden = hidden_BSD.clone()
-
-    def leave(self) -> dict[str, Tensor]:
-        """Nothing of it is kept in files."""
-        return {}
-
-
 def _is_norm(module: nn.Module) -> bool:
     """One vector of weights and nothing else but perhaps a bias."""
     names = {name for name, parameter in module.named_parameters() if parameter is not None}

@@ -7,7 +7,7 @@ reported. B experts, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,14 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_compress.calibration.input_moments import Moments
-from moe_compress.compression.weights.norm_readers import LayerOutput, NormReaders
+from moe_compress.compression.weights.layer_probe import RecordedCall, in_full_precision, is_centred, is_close
+from moe_compress.compression.weights.norm_readers import NormReaders
 from moe_compress.engine.forward import LayerPass
 from moe_compress.methods.weight_method import GroupSizes, InputRescaling
 from moe_compress.models.families import Family
 from moe_compress.models.matrices import INNER, ROUTED, ROUTER, Matrix, layer_matrices
-
-# How far what a layer returns may be from what it was, relative to its largest entry: rounding of the arithmetic.
-CLOSE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +80,34 @@ class Rescaler:
         self, index: int, layer: nn.Module, chosen: Sequence[Matrix], seen: Mapping[str, Moments], run: LayerPass
     ) -> tuple[list[Rescale], list[str]]:
         """What was carried out on the layer, and which norms could not be rescaled."""
-        norms = NormReaders(self.family)
-        run([norms], False, True)
+        norms, called = NormReaders(self.family), RecordedCall(layer)
+        run([norms, called], False, True)
+        with in_full_precision(layer):
+            return self._rescaled(index, layer, chosen, seen, norms.found, called)
+
+    def _rescaled(
+        self,
+        index: int,
+        layer: nn.Module,
+        chosen: Sequence[Matrix],
+        seen: Mapping[str, Moments],
+        readers_by_norm: Mapping[str, Sequence[str]],
+        called: RecordedCall,
+    ) -> tuple[list[Rescale], list[str]]:
+        """The same, in fp32: in bf16 a wrong rescaling hides behind the rounding of a stream with large entries."""
         everything = {matrix.name: matrix for matrix in layer_matrices(layer, self.family)}
         names = {matrix.name for matrix in chosen}
         done: list[Rescale] = []
         refused: list[str] = []
-        for maker, readers, pow2 in [*self._norms(everything, norms.found), *self._inside(everything)]:
+        for maker, readers, pow2 in [*self._norms(everything, readers_by_norm), *self._inside(everything)]:
             read = [everything[reader] for reader in readers]
             quantized = [matrix for matrix in read if matrix.name in names and self.group_sizes[index, matrix.name]]
             if not quantized or any(matrix.source not in seen for matrix in quantized):
                 continue
             scale_XI = self._search(index, quantized, seen, pow2)
-            found = self._tried(layer, Rescale(maker, tuple(readers), scale_XI), run, maker not in everything)
-            if found is None:
+            centred = maker not in everything and is_centred(layer.get_submodule(maker))
+            found = Rescale(maker, tuple(readers), scale_XI, centred)
+            if not self._holds(layer, found, called):
                 refused.append(f"{maker} of layer {index}")
             else:
                 found.round(layer, self.family, names, self.stored)
@@ -144,23 +156,16 @@ class Rescaler:
         group_size = self.group_sizes[index, quantized[0].name]
         return self.rescaling.search(stacks, square_XI, self.bits, group_size, self.stored, pow2=pow2)
 
-    def _tried(self, layer: nn.Module, rescale: Rescale, run: LayerPass, is_norm: bool) -> Rescale | None:
-        """The rescaling, carried out, if the layer then returns what it returned before; else nothing is left of it."""
-        before = _output(run)
+    def _holds(self, layer: nn.Module, rescale: Rescale, called: RecordedCall) -> bool:
+        """Carry a rescaling out; if the layer does not return what it did before, nothing is left of it."""
+        before = called.added(layer)
         whole = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-        for attempt in (rescale, replace(rescale, centred=True)) if is_norm else (rescale,):
-            attempt.apply(layer, self.family)
-            if bool(((_output(run) - before).abs().max() <= CLOSE[before.dtype] * before.abs().max()).all()):
-                return attempt
-            for name, tensor in layer.state_dict().items():
-                tensor.copy_(whole[name])
-        return None
-
-
-def _output(run: Callable[..., Any]) -> Tensor:
-    output = LayerOutput()
-    run([output], False, True)
-    return output.hidden
+        rescale.apply(layer, self.family)
+        if is_close(called.added(layer), before):
+            return True
+        for name, tensor in layer.state_dict().items():
+            tensor.copy_(whole[name])
+        return False
 
 
 def rescaled_moments(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -26,6 +26,7 @@ from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
 from moe_compress.run.option_uses import ARITHMETIC, EVALUATION, MODEL
 from moe_compress.run.progress import progress_bar
+from moe_compress.utils.choices import Means
 from moe_compress.utils.devices import dtype_name, threads
 from moe_compress.utils.hashing import fingerprint
 
@@ -117,7 +118,12 @@ class RoutingReport(SavedReport):
 
 
 @harness("routing", options=(*EVALUATION, *ARITHMETIC, *MODEL, "results"))
-def routing(checkpoint: str | Path, /, original: str | None = None, **options: Any) -> RoutingReport:
+def routing(
+    checkpoint: str | Path,
+    /,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
+    **options: Any,
+) -> RoutingReport:
     """How far a checkpoint routes otherwise than its original: on its own hidden states, and on the original's."""
     opened, base, run = open_pair(checkpoint, original, options, "routing")
     with threads(run.options.threads):

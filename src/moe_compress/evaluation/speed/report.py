@@ -23,7 +23,7 @@ from moe_compress.reports.record import environment, now
 from moe_compress.reports.table import SAME
 from moe_compress.reports.table_formats import Cells
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import Numbers, numbers
+from moe_compress.utils.choices import Means, Numbers, numbers
 from moe_compress.utils.devices import DTYPES, dtype_name, resolve_device, resolve_dtype
 from moe_compress.utils.hashing import fingerprint
 
@@ -141,18 +141,18 @@ class SpeedReport(SavedReport):
 def speed(  # noqa: PLR0913 - these are the command's words
     checkpoint: str | Path,
     /,
-    original: str | None = None,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
     *,
-    prompts: Annotated[str, Numbers()] = "",
-    batches: Annotated[str, Numbers()] = "",
-    tokens: int | None = None,
-    runs: int | None = None,
-    seconds: float | None = None,
+    prompts: Annotated[str, Numbers(), Means("empty: 128,1024")] = "",
+    batches: Annotated[str, Numbers(), Means("empty: 1,8")] = "",
+    tokens: Annotated[int | None, Means("none: 32")] = None,
+    runs: Annotated[int | None, Means("none: 20")] = None,
+    seconds: Annotated[float | None, Means("none: 10")] = None,
     starts: int = STARTS,
     quick: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    threads: int | None = None,
+    dtype: Annotated[str, Means("auto: float32 on a CPU, bfloat16 on a GPU")] = "auto",
+    device: Annotated[str, Means("auto: the first GPU, else the CPU")] = "auto",
+    threads: Annotated[int | None, Means("none: as many as there are cores")] = None,
     results: str = "runs",
 ) -> SpeedReport:
     """How fast a checkpoint runs beside its original, and what memory it takes; each in a process of its own.

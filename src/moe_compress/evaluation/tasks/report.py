@@ -25,7 +25,7 @@ from moe_compress.reports.table_formats import Cells
 from moe_compress.run.context import Run
 from moe_compress.run.option_uses import ARITHMETIC, MODEL
 from moe_compress.run.progress import progress_bar
-from moe_compress.utils.choices import AtLeast
+from moe_compress.utils.choices import AtLeast, Means
 from moe_compress.utils.devices import dtype_name, threads
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
@@ -107,9 +107,9 @@ def tasks(
     checkpoint: str | Path,
     /,
     tasks: str | Sequence[str] = "local",
-    original: str | None = None,
+    original: Annotated[str | None, Means("none: the one that it was made from")] = None,
     *,
-    limit: Annotated[int, AtLeast(1, AT_LEAST)] | None = None,
+    limit: Annotated[Annotated[int, AtLeast(1, AT_LEAST)] | None, Means("none: all")] = None,
     batch: Annotated[int, AtLeast(1, AT_LEAST)] = BATCH,
     fewshot: Annotated[int, AtLeast(0, AT_LEAST)] = 0,
     **options: Any,

@@ -44,7 +44,7 @@ sys.modules["moe_compress"] = None
 import torch
 from safetensors.torch import load_file, save_file
 import transformers
-folder, ids, out, trust, tokens, kind = sys.argv[1:7]
+folder, ids, out, trust, tokens, kind, part = sys.argv[1:8]
 load = getattr(transformers, kind).from_pretrained
 model, info = load(folder, dtype=torch.float32, trust_remote_code=trust == "yes", output_loading_info=True)
 for parameter in model.parameters():  # what is made dense of codes, or kept as it was stored, is of 16 bits
@@ -52,6 +52,7 @@ for parameter in model.parameters():  # what is made dense of codes, or kept as 
 wrong = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
 ids = load_file(ids)["ids"]
 found = {"wrong": wrong, "class": type(model).__name__, "behind": 0.0, "made": 0}
+model = model.get_submodule(part)
 with torch.no_grad():
     logits = model.eval()(ids, use_cache=False).logits.float()
 save_file({"logits": logits}, out + ".safetensors")
@@ -186,7 +187,9 @@ def _in_fresh_process(checkpoint: Checkpoint, trust: bool) -> dict[str, Any]:
         write_shard(ids, {"ids": _ids(checkpoint)})
         # -I: without the caller's folders, so that this package cannot help.
         said = "yes" if trust else "no"
-        asked = [str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS), checkpoint.auto_class.__name__]
+        kind = checkpoint.auto_class
+        asked = [str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS), kind.__name__]
+        asked.append(hf.text_part(kind._model_mapping[type(checkpoint.config)]))
         words = [sys.executable, "-I", "-c", STOCK, *asked]
         quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
         done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet, stdin=subprocess.DEVNULL)

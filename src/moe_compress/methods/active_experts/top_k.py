@@ -47,7 +47,9 @@ def _uniform(shape: ModelShape, k: int) -> list[Edit]:
 
 def _total(shape: ModelShape, mean: float | None) -> int:
     """Active experts of all layers together."""
-    if mean is None or not math.isfinite(mean):
+    if mean is None:
+        raise ValueError("top_k needs k= or mean=: how many experts a token uses, such as k=1.")
+    if not math.isfinite(mean):
         raise ValueError(f"mean={mean}: top_k needs k= or mean=, a number.")
     total, most = round(mean * len(shape.moe)), sum(moe.top_k for moe in shape.moe)
     if not len(shape.moe) <= total < most:
@@ -66,7 +68,7 @@ def _total(shape: ModelShape, mean: float | None) -> int:
     goes_with={"on": "mean!=none"},
 )
 def top_k(
-    model: ModelStatistics, *, k: int | None = 1, mean: float | None = None, on: Literal["text", "noise"] = "text"
+    model: ModelStatistics, *, k: int | None = None, mean: float | None = None, on: Literal["text", "noise"] = "text"
 ) -> Plan:
     """Let each token use fewer experts.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from moe_compress.methods.expert_merge.alignment import aligned_order
 from moe_compress.methods.expert_merge.grouping import Groups, Linkage, m_smoe_counts, within_router_groups
 from moe_compress.methods.registry import Need, method
 from moe_compress.models.shape import ModelShape, MoEShape
+from moe_compress.utils.choices import Means
 
 Grouping = Literal["hc_smoe", "m_smoe", "ream"]
 By = Literal["outputs", "logits", "weights", "coactivation", "outputs+logits"]
@@ -119,7 +120,7 @@ def expert_merge(  # noqa: PLR0913 - its arguments are the recipe's parameters
     router: Router = "centroid",
     budget: Budget = "layer",
     linkage: Linkage = "average",
-    cap: int | None = None,
+    cap: Annotated[int | None, Means("none: no limit")] = None,
     propagate: Literal["original", "compressed"] = "original",
     evaluations: int = 100,
     seed: int = 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ from moe_compress.methods.factorisation.solve import errors, solve
 from moe_compress.methods.factorisation.structures import Activation, Factors, Grams
 from moe_compress.methods.registry import Need, weight_method
 from moe_compress.models.moe import MoEView
+from moe_compress.utils.choices import Means
 
 Chosen = Literal["base_delta", "svd", "shared_basis", "basis_mixture", "wrapper", "sparse_low_rank", "auto"]
 
@@ -126,14 +127,14 @@ def factorise(  # noqa: PLR0913 - its arguments are the recipe's parameters
     objective: Literal["activation", "plain", "anchored", "two_sided"] = "activation",
     grams: Literal["expert", "pooled"] = "expert",
     multiple: int = 1,
-    bases: int | None = None,
+    bases: Annotated[int | None, Means("none: one for four experts")] = None,
     sparse: float = 0.5,
     pattern: str | None = None,
     activation: Activation = "linear",
     sweeps: int = 4,
     solver: Solver = "als",
-    steps: int | None = None,
-    lr: float | None = None,
+    steps: Annotated[int | None, Means("none: as many as its solver takes")] = None,
+    lr: Annotated[float | None, Means("none: its solver's own")] = None,
     seed: int = 0,
 ) -> FactoredLayer:
     """Hold experts' matrices in factors: low ranks, what experts share, sparse residues.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moe_compress.methods.recovery.divergences import Kind, divergence_of
-from moe_compress.methods.recovery_method import Distillation, trained_parts, weighted_terms
+from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
+from moe_compress.methods.recovery_method import Distillation, TeacherBits, Term, trained_parts, weighted_terms
 from moe_compress.methods.registry import recovery_method
 
 
@@ -11,7 +14,7 @@ from moe_compress.methods.registry import recovery_method
     group="recovery",
     paper="Distilling the Knowledge in a Neural Network (arXiv 1503.02531); GKD (arXiv 2306.13649)",
     shown_in_names=("train",),
-    goes_with={"beta": "divergence=jsd"},
+    goes_with={"beta": "divergence=jsd", "top": "cache!=none", "cache=sampled": "divergence=forward"},
 )
 def distill(
     *,
@@ -20,6 +23,9 @@ def distill(
     divergence: Kind = "forward",
     temperature: float = 1.0,
     beta: float = 0.5,
+    cache: Cache = "none",
+    top: int = 64,
+    teacher_bits: TeacherBits = "0",
 ) -> Distillation:
     """Train the compressed model on what the original says of the calibration text.
 
@@ -27,10 +33,34 @@ def distill(
     (factors, and constants in place of experts); loss: a comma-separated list, each with its weight behind a colon, of
     logits (next-token divergence), hidden (squared error of what leaves each layer), router (KL of the routing) and
     labels (cross-entropy of the text itself); divergence, temperature, beta: forward KL, reverse KL, or generalised
-    Jensen-Shannon with the original's share beta, of logits divided by the temperature.
+    Jensen-Shannon with the original's share beta, of logits divided by the temperature; cache: run the original once on
+    the text, for every model that learns from it, and keep of each distribution the `top` likeliest tokens and what
+    the others have together (topk), or half as many and draws from the others, which estimate the KL without bias
+    (sampled); teacher_bits: hold the original's weights in so few bits while it teaches (0: as they are).
     """
+    terms = weighted_terms(loss)
+    if "logits" not in terms and (divergence != "forward" or temperature != 1.0):
+        said = f"divergence={divergence} temperature={temperature:g}"
+        raise ValueError(f"{said} would do nothing: loss={loss} has no logits.")
+    if teacher_bits != "0" and terms.keys() == {"labels"}:
+        raise ValueError(f"loss={loss} with teacher_bits={teacher_bits}: nothing is asked of the original.")
+    if cache != "none":
+        _require_kept(cache, loss, terms)
     return Distillation(
         trains=trained_parts(train),
-        terms=weighted_terms(loss),
+        terms=terms,
         divergence=divergence_of(divergence, temperature, beta),
+        keeping=keeping_of(cache, top, divergence, temperature, beta),
+        teacher_bits=int(teacher_bits),
     )
+
+
+def _require_kept(cache: Cache, loss: str, terms: Mapping[Term, float]) -> None:
+    """Raise ValueError for losses that a cache holds nothing for, or that ask it for nothing."""
+    if {"hidden", "router"} & terms.keys():
+        raise ValueError(
+            f"loss={loss} with cache={cache}: a cache holds next-token probabilities, and no hidden states or routing; "
+            "use loss=logits, or cache=none."
+        )
+    if "logits" not in terms:
+        raise ValueError(f"loss={loss} with cache={cache}: nothing is asked of the original; use cache=none.")

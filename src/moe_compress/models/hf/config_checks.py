@@ -10,25 +10,26 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, groups_of
+from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, groups_of, setting
 from moe_compress.utils.choices import nearest
 
 # The least and the most that numbers may be, far beyond all that was ever published: above it, a config would take
 # minutes or all of the memory to be told that it is not real.
 _LAYERS, _WIDTH, _HEADS, _EXPERTS, _WORDS = (1, 1_000), (1, 1 << 20), (1, 1 << 13), (0, 1 << 15), (1, 1 << 24)
 WINDOWS = ("sliding_window", "attention_chunk_size")
-LAYERS_KEYS = ("num_hidden_layers", "num_layers")
+LAYERS_KEYS = ("num_hidden_layers", "num_layers", "n_layers")
 MOST_EXPERTS = 1 << 18
 RANGES: dict[str, tuple[int, int]] = {
     **dict.fromkeys(LAYERS_KEYS, _LAYERS),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "kv_lora_rank"), _WIDTH),
+    **dict.fromkeys(("d_model", "ffn_hidden_size"), _WIDTH),
     "head_dim": (0, 1 << 20),  # of GLM-5-Next, whose heads have no part that turns, 0
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), _HEADS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_heads", "kv_n_heads"), _HEADS),
     **dict.fromkeys(COUNT_KEYS, _EXPERTS),
-    **dict.fromkeys((*TOP_K_KEYS, *Family("").shared_count_keys), _EXPERTS),
+    **dict.fromkeys((*TOP_K_KEYS, "moe_top_k", *Family("").shared_count_keys), _EXPERTS),
     "vocab_size": _WORDS,
     "num_labels": _WORDS,
-    "max_position_embeddings": (1, 1 << 31),
+    **dict.fromkeys(("max_position_embeddings", "max_seq_len"), (1, 1 << 31)),
     "num_nextn_predict_layers": (0, 1_000),
     **dict.fromkeys(WINDOWS, (0, 1 << 31)),
 }
@@ -142,13 +143,15 @@ def require_consistent(config: PreTrainedConfig) -> None:
         raise ValueError(
             f"config.json says {heads} attention heads and {groups} key-value heads: each of these serves equally many."
         )
-    experts = next((stored[key] for key in COUNT_KEYS if isinstance(stored.get(key), int)), 0)
+    family = entry_of(config)
+    counts = (setting(stored, key) for key in (family.count_key, *COUNT_KEYS) if key)
+    experts = next((count for count in counts if isinstance(count, int)), 0)
     all_groups, used = groups_of(config)
     if experts and (experts % all_groups or not 1 <= used <= all_groups):
         raise ValueError(
             f"config.json says {experts} experts in {all_groups} groups, of which a token uses {used}: no router can."
         )
-    for key in TOP_K_KEYS:
-        active = stored.get(key)
+    for key in filter(None, (family.top_k_key, *TOP_K_KEYS)):
+        active = setting(stored, key)
         if experts and isinstance(active, int) and not 1 <= active <= experts:
             raise ValueError(f"config.json says {key}={active}, but there are {experts} experts: 1 to {experts}.")

@@ -17,7 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moe_compress.models.families import entry_of
+from moe_compress.models.families import entry_of, family_named, setting, with_settings
 from moe_compress.models.hf.config_checks import KERNELS, require_consistent, require_plausible
 from moe_compress.models.hf.edited_architectures import edited_classes_of
 from moe_compress.models.modeling import edited_model
@@ -30,7 +30,15 @@ def read_values(path: Path) -> dict[str, Any]:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except RecursionError as error:
         raise ValueError(f"the config.json in {path} nests too deeply.") from error
-    return values
+    return {**values, **{name: setting(values, key) for key, name in moved(values).items()}}
+
+
+def moved(values: Mapping[str, Any]) -> dict[str, str]:
+    """Keys of config.json values that transformers passes over -> those under which it would read what they say."""
+    keys = family_named(str(values.get("model_type"))).moved_keys
+    return {
+        key: names[0] for key, names in keys if setting(values, key) is not None and values.keys().isdisjoint(names)
+    }
 
 
 def is_architecture(model_type: Any) -> bool:
@@ -78,7 +86,7 @@ def config_from(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def stored_dtype(values: Mapping[str, Any]) -> torch.dtype:
     """The dtype in which config.json values say that weights are stored; bf16 where they do not say."""
-    inner = next((each for key in TEXT_KEYS if isinstance(each := values.get(key), Mapping)), {})
+    inner = next((each for key in TEXT_KEYS if isinstance(each := setting(values, key), Mapping)), {})
     said = (each.get(key) for each in (values, inner) for key in ("dtype", "torch_dtype"))
     return DTYPES.get(str(next(filter(None, said), "bfloat16")), torch.bfloat16)
 
@@ -90,8 +98,8 @@ def num_layers(config: PreTrainedConfig) -> int:
 
 # --- wrappers -----------------------------------------------------------------------------------------------
 
-# Under which key a wrapper's config.json holds the values of its language model.
-TEXT_KEYS = ("text_config", "llm_config", "language_config")
+# Under which key a wrapper's config.json holds the values of its language model; `part.key`: inside one of its models.
+TEXT_KEYS = ("text_config", "llm_config", "language_config", "thinker_config.text_config")
 
 
 def is_wrapper(config: PreTrainedConfig) -> bool:
@@ -101,19 +109,20 @@ def is_wrapper(config: PreTrainedConfig) -> bool:
 
 def text_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the language model alone: all of them, but for a wrapper."""
-    return dict(values[key]) if (key := _text_key(values)) else dict(values)
+    return dict(setting(values, key)) if (key := _text_key(values)) else dict(values)
 
 
 def with_text_values(values: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
     """config.json values with others in place of the language model's."""
-    return {**values, key: dict(text)} if (key := _text_key(values)) else dict(text)
+    return with_settings(values, {key: dict(text)}) if (key := _text_key(values)) else dict(text)
 
 
 def _text_key(values: Mapping[str, Any]) -> str | None:
     """Under which key a wrapper holds its language model's values; any other architecture may have such a key, too."""
     model_type = str(values.get("model_type"))
     inner = getattr(CONFIG_MAPPING[model_type], "sub_configs", ()) if model_type in CONFIG_MAPPING else ()
-    return next((key for key in TEXT_KEYS if key in inner and isinstance(values.get(key), Mapping)), None)
+    known = (key for key in TEXT_KEYS if key.partition(".")[0] in inner)
+    return next((key for key in known if isinstance(setting(values, key), Mapping)), None)
 
 
 def passes_over(config: PreTrainedConfig, name: str) -> bool:

@@ -12,6 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from moe_compress.models import modeling
+from moe_compress.models.families import family_named
 from moe_compress.models.modeling import edited_model
 
 MODELLING_FILE = "modeling_moe_compress"
@@ -31,7 +32,7 @@ def _classes(base_type: str) -> tuple[Any, Any]:
 @functools.cache
 def edited_classes_of(base_type: str) -> tuple[Any, Any]:
     """The config and model classes of an architecture's edited checkpoints; registers them."""
-    classes = edited_model.edited_classes(*_classes(base_type))
+    classes = edited_model.edited_classes(*_classes(base_type), family_named(base_type).flat_experts)
     AutoModelForCausalLM.register(*classes)
     return classes
 
@@ -68,6 +69,7 @@ def modelling_files(values: Mapping[str, Any]) -> dict[str, str]:
 def loader_of(base_type: str, module: str = "edited_model") -> str:
     """The file that makes an architecture's edited classes, by the module that knows how."""
     config_class, model_class = _classes(base_type)
+    flat = "".join(f", {names}" for names in [family_named(base_type).flat_experts] if names).replace("'", '"')
     return f'''"""{model_class.__name__} with layers that differ, as its config.json says under `moe_compress`."""
 
 from {config_class.__module__} import {config_class.__name__}
@@ -76,6 +78,6 @@ from {model_class.__module__} import {model_class.__name__}
 from .{module} import edited_classes
 
 Edited{config_class.__name__}, Edited{model_class.__name__} = edited_classes(
-    {config_class.__name__}, {model_class.__name__}
+    {config_class.__name__}, {model_class.__name__}{flat}
 )
 '''

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moe_compress.models.families import entry_of
+from moe_compress.models.modeling.edited_model import conversions
 from moe_compress.models.modeling.expert_forward import (
     LISTENERS,
     Listener,
@@ -24,10 +26,13 @@ from moe_compress.models.modeling.expert_forward import (
     run,
     running,
 )
+from moe_compress.models.modeling.stacked_experts import stack_experts
 from moe_compress.models.modeling.unfused_experts import gate_on_input, halves, multiplied
 
 EXPERTS_FUNCTION = "moe_compress"
 UNDISPATCHED = "_moe_compress_undispatched"
+# Where a model keeps the conversions by which transformers writes it, and the names of flat experts that it had.
+USED, FLAT = "_weight_conversions", "_moe_compress_flat_experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ COMMON |= {"has_post_expert_norm": False}
 
 def use_experts_function(model: PreTrainedModel) -> None:
     """Let every fused experts module of the model run through the function that can be tapped."""
+    complete_experts(model)
     model.set_experts_implementation(EXPERTS_FUNCTION)
     for module in model.modules():
         if module.__dict__.pop(UNDISPATCHED, False):
@@ -70,7 +76,14 @@ def use_experts_function(model: PreTrainedModel) -> None:
 
 
 def complete_experts(model: PreTrainedModel) -> None:
-    """Say of experts that run by themselves, but are laid out as others are (Step-3.7), what is said of the others."""
+    """Give experts that run by themselves the form of those that transformers dispatches.
+
+    Of those that are laid out as others are (Step-3.7), what is said of the others; flat ones (DBRX) become stacks.
+    """
+    flat = entry_of(model.config).flat_experts
+    if stack_experts(model, flat):
+        model.__dict__[FLAT] = flat
+        model.__dict__[USED] = [*conversions(flat), *(model.__dict__.get(USED) or ())]
     for module in model.modules():
         if hasattr(type(module), "_apply_gate") and "is_transposed" not in module.__dict__:
             module.__dict__ |= {**COMMON, UNDISPATCHED: True}

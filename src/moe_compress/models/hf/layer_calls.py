@@ -21,7 +21,7 @@ from moe_compress.models.hf.long_attention import (
     lazy_masks,
     with_whole_masks,
 )
-from moe_compress.models.hf.skeleton import quiet, stack
+from moe_compress.models.hf.skeleton import decoder_layers, other_layers, quiet
 
 # Stands in recorded calls for what a layer takes from the one before it.
 HANDED_ON = object()
@@ -93,14 +93,9 @@ class _Recorder(nn.Module):
 
 @contextlib.contextmanager
 def _stand_ins(model: PreTrainedModel, output: Tensor | None = None) -> Iterator[list[_Recorder]]:
-    holder = stack(model)
-    real = holder.layers
-    recorders = [_Recorder(layer, output) for layer in real]
-    holder.layers = nn.ModuleList(recorders)
-    try:
+    recorders = [_Recorder(layer, output) for layer in decoder_layers(model)]
+    with other_layers(model, nn.ModuleList(recorders)):
         yield recorders
-    finally:
-        holder.layers = real
 
 
 @torch.no_grad()

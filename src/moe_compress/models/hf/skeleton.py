@@ -18,8 +18,9 @@ from transformers.core_model_loading import build_glob_alternation
 from transformers.initialization import no_init_weights
 
 from moe_compress.models.hf.config_checks import unknown_word
-from moe_compress.models.hf.configs import auto_class, is_wrapper
+from moe_compress.models.hf.configs import TEXT_KEYS, auto_class, is_wrapper
 from moe_compress.models.hf.expert_taps import complete_experts
+from moe_compress.models.modeling.edit_layer import layers_name
 
 # What parameters are made of, and from how many elements on it is no table that a model computes with.
 FACTORIES = (torch.zeros, torch.ones, torch.full, torch.rand, torch.randn)
@@ -66,7 +67,23 @@ def skeleton(
         raise ValueError(f"config.json describes a {config.model_type} model that cannot be built: {said}") from error
     _keep_in_fp32(model, dtype)
     complete_experts(model)
+    run_text_through_part(model)
     return model.eval().requires_grad_(False)
+
+
+def run_text_through_part(model: PreTrainedModel) -> None:
+    """Let a model of several language models that only generates run text through the one that makes text."""
+    name = text_part(type(model))
+    if name in model._modules:
+        part = model.get_submodule(name)
+        shared = ("forward", "get_decoder", "get_input_embeddings", "get_output_embeddings")
+        model.__dict__ |= {each: getattr(part, each) for each in shared}
+
+
+def text_part(kind: type) -> str:
+    """The name of that model inside a class that has no forward of its own (Qwen3-Omni); empty for all others."""
+    inside = next(key.partition(".")[0].removesuffix("_config") for key in TEXT_KEYS if "." in key)
+    return inside if getattr(kind, "forward", None) is nn.Module.forward else ""
 
 
 def ask_for_logits_alone(config: PreTrainedConfig) -> None:
@@ -98,8 +115,10 @@ def stack(model: PreTrainedModel) -> Any:
     """The module that holds the list of decoder layers."""
     decoder: Any = model.get_decoder()
     inner = (getattr(each, "model", None) for each in (decoder, model))
-    for holder in (decoder, model.base_model, *inner):
-        if isinstance(getattr(holder, "layers", None), nn.ModuleList):
+    holders = [each for each in (decoder, model.base_model, *inner) if isinstance(each, nn.Module)]
+    named = [each for each in holders if isinstance(getattr(each, "layers", None), nn.ModuleList)]
+    for holder in (*named, *holders):
+        if layers_name(holder):
             return holder
     raise ValueError(f"{type(model).__name__} keeps its decoder layers under a name that is not known here.")
 
@@ -122,8 +141,21 @@ def buffers_to(model: PreTrainedModel, device: torch.device) -> None:
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The list of decoder layers of a causal language model."""
-    layers: nn.ModuleList = stack(model).layers
+    holder = stack(model)
+    layers: nn.ModuleList = getattr(holder, layers_name(holder))
     return layers
+
+
+@contextlib.contextmanager
+def other_layers(model: PreTrainedModel, layers: nn.ModuleList) -> Iterator[None]:
+    """Other decoder layers in the place of the model's own, inside the block."""
+    holder, real = stack(model), decoder_layers(model)
+    name = layers_name(holder)
+    setattr(holder, name, layers)
+    try:
+        yield
+    finally:
+        setattr(holder, name, real)
 
 
 def tied_names(config: PreTrainedConfig) -> dict[str, str]:
@@ -132,6 +164,11 @@ def tied_names(config: PreTrainedConfig) -> dict[str, str]:
         return {}
     found = getattr(auto_class(config)._model_mapping[type(config)], "_tied_weights_keys", None)
     return dict(found) if isinstance(found, dict) else {}
+
+
+def kept_plain(model: PreTrainedModel) -> list[str]:
+    """Modules, as the last parts of their names, that no quantizer of transformers touches in this architecture."""
+    return sorted(model._keep_in_fp32_modules or ())
 
 
 def tie(model: PreTrainedModel) -> None:
@@ -165,6 +202,13 @@ def tower_names(model: PreTrainedModel) -> list[str]:
         if not holds_text and not known and next(module.parameters(), None) is not None:
             found.append(name)
     return found
+
+
+def holds_experts_beside(model: PreTrainedModel) -> bool:
+    """Whether a tower beside the language model holds fused experts, too."""
+    towers = map(model.get_submodule, tower_names(model)) if is_wrapper(model.config) else ()
+    downs = (module._parameters.get("down_proj") for tower in towers for module in tower.modules())
+    return any(down is not None and down.dim() == 3 for down in downs)
 
 
 def layer_kind(layer: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:

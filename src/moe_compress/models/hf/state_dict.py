@@ -26,12 +26,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from moe_compress.models.hf.expert_taps import FLAT, USED
 from moe_compress.models.hf.skeleton import decoder_layers, layers_prefix, quiet, text_prefixes
+from moe_compress.models.modeling.edited_model import conversions
 from moe_compress.models.prediction_layers import predicts_further
 
 # Layers of other towers (`vision_tower.encoder.layers.0`) and of further predictions (`mtp.layers.0`) are none of them.
 LAYER_KEY = re.compile(
-    r"^(?:(?:model|backbone|transformer|decoder|language_model|llm|text_model|thinker)\.)*layers\.(\d+)\."
+    r"^(?:(?:(?:model|backbone|transformer|decoder|language_model|llm|text_model|thinker)\.)*layers|transformer\.blocks)"
+    r"\.(\d+)\."
 )
 FIRST_NUMBER = re.compile(r"^.*?\.(\d+)\.")
 # Where a skeleton keeps what the names of its checkpoint's decoder layers begin with.
@@ -91,7 +94,7 @@ def materialize(
     towers: those of a wrapper's other towers as well, which are left alone otherwise. Raises ValueError when a tensor
     fits no parameter, has the wrong shape or holds no floating-point weights.
     """
-    mapping: list[Any] = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     # Not its state_dict, for which packed weights would leave their kernel's layout.
     named = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     expected: dict[str, Tensor] = {name: tensor for pairs in named for name, tensor in pairs}
@@ -119,7 +122,7 @@ def materialize(
             _stack(value, converter, by_pattern, name)
         _assign(model, name, value)
     used = [conversion for conversion in mapping if conversion.was_used()]
-    model.__dict__["_weight_conversions"] = used
+    model.__dict__[USED] = [*conversions(model.__dict__.get(FLAT, ())), *used]
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
@@ -132,8 +135,13 @@ def _is_ignored(model: PreTrainedModel, name: str) -> bool:
 def holds_towers(model: PreTrainedModel, keys: Iterable[str]) -> bool:
     """Whether a checkpoint with these keys holds any of a wrapper's towers beside its language model."""
     read, expected = text_prefixes(model), model.state_dict()
-    names = _by_parameter(model, get_model_conversion_mapping(model), expected, dict.fromkeys(keys))
+    names = _by_parameter(model, _conversions(model), expected, dict.fromkeys(keys))
     return any(name in expected and not name.startswith(read) for name in names)
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    """What is to be done with a checkpoint's tensors: transformers' own conversions, and those to stacks of experts."""
+    return [*conversions(model.__dict__.get(FLAT, ())), *get_model_conversion_mapping(model)]
 
 
 def _by_parameter(
@@ -240,10 +248,12 @@ def checkpoint_tensors(
     apart: matrices by themselves wherever the architecture reads them so, though they may have come stacked.
     """
     # Of the conversions, a model remembers those that it needed to be read; without that, all are made.
-    used = model.__dict__.pop("_weight_conversions", None) if apart else None
+    used = model.__dict__.pop(USED, None) if apart else None
+    if apart and (stacked := conversions(model.__dict__.get(FLAT, ()))):
+        model.__dict__[USED] = stacked
     stored = revert_weight_conversion(model, dict(state))
     if used is not None:
-        model.__dict__["_weight_conversions"] = used
+        model.__dict__[USED] = used
     return {_as_stored(model, name): tensor for name, tensor in stored.items()}
 
 

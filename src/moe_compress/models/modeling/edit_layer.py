@@ -216,6 +216,7 @@ def pack_matrices(
         else:
             linear: Any = layer.get_submodule(name)
             matrix = PackedMatrix.empty(linear.weight, widths[0], spans[name], linear.bias)
+            matrix.groups = getattr(linear, "n_groups", 1)
             if rounding_of(linear):
                 round_inputs(matrix)
             layer.set_submodule(name, matrix)
@@ -337,10 +338,17 @@ def skip_sublayer(layer: nn.Module, names: Mapping[str, Any], *, part: str) -> N
         setattr(layer, factor, 1.0)
 
 
+def layers_name(stack: Any) -> str:
+    """What a module calls the list of decoder layers that it holds: `layers`, or its only list; empty without any."""
+    lists = [name for name, child in stack.named_children() if isinstance(child, nn.ModuleList)]
+    return "layers" if "layers" in lists else lists[0] if len(lists) == 1 else ""
+
+
 def drop_layer(stack: Any, index: int) -> None:
     """Remove a whole decoder layer; those behind it move up."""
-    stack.layers = nn.ModuleList([layer for i, layer in enumerate(stack.layers) if i != index])
-    for new, layer in enumerate(stack.layers):
+    name = layers_name(stack)
+    setattr(stack, name, nn.ModuleList([layer for i, layer in enumerate(getattr(stack, name)) if i != index]))
+    for new, layer in enumerate(getattr(stack, name)):
         for module in layer.modules():
             if module.__dict__.get("layer_idx") is not None:
                 module.layer_idx = new

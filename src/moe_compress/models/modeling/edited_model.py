@@ -10,17 +10,19 @@ experts as they are numbered when it is reached.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
 
 from .edit_layer import (
     drop_layer,
     factor_experts,
     keep_channels,
     keep_experts,
+    layers_name,
     merge_experts,
     pack_matrices,
     round_activations,
@@ -28,6 +30,7 @@ from .edit_layer import (
     skip_experts,
     skip_sublayer,
 )
+from .stacked_experts import stack_experts, stacked, transposed
 
 PREFIX = "moe_compress_"
 LISTS = ("layer_types", "layers_block_type", "layers_num_experts")
@@ -58,12 +61,13 @@ def apply(
     if edit["edit"] == "drop_layer":
         drop_layer(stack, edit["layer"])
     else:
-        EDITS[edit["edit"]](stack.layers[edit["layer"]], names, **arguments, **(arrays or {}))
+        layers = getattr(stack, layers_name(stack))
+        EDITS[edit["edit"]](layers[edit["layer"]], names, **arguments, **(arrays or {}))
 
 
 def replay(model: Any, manifest: Mapping[str, Any]) -> None:
     """Carry out all edits of a manifest, in order, on a whole model."""
-    stack = model.base_model if hasattr(model.base_model, "layers") else model.model
+    stack = model.base_model if layers_name(model.base_model) else model.model
     for edit in manifest["edits"]:
         apply(stack, manifest["moe"], edit)
 
@@ -96,14 +100,18 @@ def _listed(config_class: Any, name: str) -> property:
     return property(listed)
 
 
-def edited_classes(config_class: Any, model_class: Any) -> tuple[type, type]:
-    """The config and model classes of an edited checkpoint of the given architecture."""
+def edited_classes(config_class: Any, model_class: Any, flat: Sequence[str] = ()) -> tuple[type, type]:
+    """The config and model classes of an edited checkpoint of the given architecture.
+
+    flat: the names of its experts' flat matrices, where it has such (`stacked_experts.py`).
+    """
     base_type = config_class.model_type
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         # The model is built as it was and then edited; from there on the config counts the layers that are left.
         with config_values(config, config.moe_compress.get("original", {})):
             model_class.__init__(self, config, *args, **kwargs)
+        stack_experts(self, flat)
         replay(self, config.moe_compress)
 
     body: dict[str, Any] = {"model_type": PREFIX + base_type, "__module__": __name__}
@@ -121,7 +129,62 @@ def edited_classes(config_class: Any, model_class: Any) -> tuple[type, type]:
             "__module__": __name__,
         },
     )
-    mapping = get_checkpoint_conversion_mapping(base_type)
-    if mapping is not None:
+    mapping = [*conversions(flat), *(get_checkpoint_conversion_mapping(base_type) or [])]
+    if mapping:
         register_checkpoint_conversion_mapping(PREFIX + base_type, mapping, overwrite=True)
     return edited_config, edited_model
+
+
+# --- flat experts -------------------------------------------------------------------------------------------
+
+
+def conversions(flat: Sequence[str]) -> list[WeightConverter]:
+    """How transformers makes stacks of the flat matrices of a checkpoint, and these again of stacks; none for none."""
+    if not flat:
+        return []
+    child, (gate, up, down) = flat[0].partition(".")[0], flat
+    return [
+        WeightConverter([gate, up], f"{child}.gate_up_proj", [Stack()]),
+        WeightConverter(down, f"{child}.down_proj", [Stack()]),
+    ]
+
+
+class Stack(ConversionOps):
+    """Flat matrices to a stack; one alone is transposed. How many experts there are, the model says."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The stack, by the name of its parameter."""
+        (target,) = target_patterns
+        experts = len(kwargs["model"].get_parameter(kwargs["full_layer_name"]))
+        flat = [_alone(input_dict[pattern]) for pattern in source_patterns]
+        return {target: stacked(flat, experts) if len(flat) > 1 else transposed(flat[0], experts)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Back."""
+        return Flatten()
+
+
+class Flatten(ConversionOps):
+    """A stack to flat matrices."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        """The flat matrices, by their names."""
+        (stack_EOI,) = map(_alone, input_dict.values())
+        parts = stack_EOI.chunk(len(target_patterns), 1) if len(target_patterns) > 1 else [stack_EOI.transpose(1, 2)]
+        return {name: part.flatten(0, 1).contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """Back."""
+        return Stack()
+
+
+def _alone(found: Any) -> Tensor:
+    """A tensor, or the only one of a list."""
+    (tensor,) = found if isinstance(found, list) else [found]
+    return tensor

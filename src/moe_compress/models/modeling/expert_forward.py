@@ -138,11 +138,22 @@ def activated(experts: Any, entered_RN: Tensor) -> Tensor:
 
 def _product(experts: Any, name: str, x_RI: Tensor, expert_R: Tensor, ends_E: Tensor | None) -> Tensor:
     """Rows sorted by expert times its matrix of that name, and its bias."""
-    multiply = _batched_linear if ends_E is None else functools.partial(_grouped_linear, offs=ends_E)
+    grouped = _looped_linear if x_RI.dtype == torch.float64 else _grouped_linear
+    multiply = _batched_linear if ends_E is None else functools.partial(grouped, offs=ends_E)
     bias_EO = getattr(experts, f"{name}_bias") if getattr(experts, "has_bias", False) else None
     bias_RO = None if bias_EO is None else bias_EO[expert_R]
     transposed = getattr(experts, "is_transposed", True)
     return multiply(x_RI, getattr(experts, name), bias=bias_RO, is_transposed=transposed)
+
+
+def _looped_linear(
+    x_RI: Tensor, weight: Tensor, offs: Tensor, bias: Tensor | None = None, *, is_transposed: bool
+) -> Tensor:
+    """A grouped product expert by expert, in double precision, of which torch has none."""
+    weight_EIO = weight if is_transposed else weight.transpose(1, 2)
+    parts = zip(x_RI.tensor_split(offs[:-1].tolist()), weight_EIO, strict=True)
+    out_RO = torch.cat([rows_RI @ weight_IO for rows_RI, weight_IO in parts])
+    return out_RO if bias is None else out_RO + bias
 
 
 def _batched_linear(x_RI: Tensor, weight: Tensor, bias: Tensor | None = None, *, is_transposed: bool) -> Tensor:
@@ -152,11 +163,16 @@ def _batched_linear(x_RI: Tensor, weight: Tensor, bias: Tensor | None = None, *,
     return out_RO if bias is None else out_RO + bias
 
 
-def experts_forward(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
+def experts_forward(experts: Any, hidden: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """The grouped-matmul experts of transformers, with the same operations in the same order, reporting rows.
 
     An index that is no expert's number means nobody: such a slot adds nothing, costs nothing and is not reported.
+    hidden: [T, D], or [B, S, D] where a block does not put its tokens in one row; the result has its shape.
     """
+    return _routed(experts, hidden.flatten(0, -2), index_TK, weight_TK).view_as(hidden)
+
+
+def _routed(experts: Any, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     if len(hidden_TD) == 1 and is_separate(experts) and not experts.__dict__.get(LISTENERS):
         one = run_shared_by_one_token if shares_parts(experts) else run_one_token
         return one(experts, sent(experts, hidden_TD), index_TK[0].tolist(), weight_TK[0])

@@ -31,6 +31,7 @@ class PackedMatrix(nn.Module):
     On its first product with bf16 rows, the words go over into the layout of torch's int4 (or int8) kernel and are
     given up; where there is no such kernel (other activations, odd widths), every product makes the matrix dense.
     Where its rows are rounded to 8 bits, as its own codes are, both are multiplied as whole numbers.
+    groups: of outputs that have rows of their own, [..., groups, I] (DeepSeek-V4); these are made dense as well.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class PackedMatrix(nn.Module):
         self.scales = nn.Parameter(scale_OG, requires_grad=False)
         self.bias = None if bias_O is None else nn.Parameter(bias_O, requires_grad=False)
         self.kernel: Kernel | None = None
+        self.groups = 1
 
     @classmethod
     def of(cls, codes_OI: Tensor, scale_OG: Tensor, bits: int, bias_O: Tensor | None = None) -> PackedMatrix:
@@ -85,8 +87,17 @@ class PackedMatrix(nn.Module):
             found.append(linear(x_RI, self.dense(start, stop).to(x_RI.dtype), bias))
         return found[0] if len(found) == 1 else torch.cat(found, -1)
 
+    def _by_groups(self, x_RGI: Tensor) -> Tensor:
+        """The product of every group of outputs with its own rows."""
+        step = self.out_features // self.groups
+        starts = range(0, self.out_features, step)
+        dense = (self.dense(start, start + step).to(x_RGI.dtype) for start in starts)
+        return torch.stack([linear(x_RGI[..., g, :], weight_OI) for g, weight_OI in enumerate(dense)], -2)
+
     def forward(self, x_RI: Tensor) -> Tensor:
         """The product with rows of inputs."""
+        if self.groups > 1:
+            return self._by_groups(x_RI)
         rows = x_RI.reshape(-1, self.in_features)
         if self.kernel is None and len(rows) and not rows.requires_grad:
             reason = self.prepare(rows.dtype, rows.device)
@@ -101,6 +112,8 @@ class PackedMatrix(nn.Module):
         """Change over to the layout of the kernel for such rows; why there is none, or empty where there is."""
         if self.kernel is not None:
             return ""
+        if self.groups > 1:
+            return "no kernel multiplies groups of outputs with rows of their own"
         integers = bool(rounding_of(self)) and integers_multiply(self)
         reason = "" if integers else kernel_lacks(self, dtype, device.type)
         if reason:

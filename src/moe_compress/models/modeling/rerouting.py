@@ -45,7 +45,7 @@ def _before(fused: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _after(fused: Any, _args: Any, output_TD: Tensor) -> Tensor:
     added_TD = rerouting_of(fused).pop("added")
-    return output_TD if added_TD is None else output_TD + added_TD.to(output_TD.dtype)
+    return output_TD if added_TD is None else output_TD + added_TD.to(output_TD.dtype).view_as(output_TD)
 
 
 def rerouted_choice(fused: Any, index_TK: Tensor, gate_TK: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

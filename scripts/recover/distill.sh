@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Drops half of the experts, then trains experts and routers to say what the original says; trailing words override: steps= train= loss= lr= ...
+exec bash "$(dirname "$0")/../run.sh" compress "expert_drop ratio=0.5 + distill steps=60" model="${MODEL:-tiny-mixtral}" "$@"

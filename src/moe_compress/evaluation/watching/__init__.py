@@ -1,0 +1,1 @@
+"""Checkpoints of a training, evaluated beside it as they appear."""

@@ -1,0 +1,32 @@
+"""QAD: quantization-aware distillation: what is in few bits learns to say what the original says, and stays so."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from moe_compress.methods.recovery.divergences import Kind, divergence_of
+from moe_compress.methods.recovery_method import Distillation
+from moe_compress.methods.registry import recovery_method
+
+
+@recovery_method(
+    group="recovery",
+    paper="QAD (arXiv 2601.20088); LSQ (arXiv 1902.08153)",
+    lr=1e-4,
+    shown_in_names=("learns",),
+    goes_with={"beta": "divergence=jsd"},
+)
+def qad(
+    *,
+    learns: Literal["scales", "codes"] = "scales",
+    divergence: Kind = "forward",
+    temperature: float = 1.0,
+    beta: float = 0.5,
+) -> Distillation:
+    """Train quantized matrices on what the original says of the calibration text; they stay in the same format.
+
+    learns: scales alone, codes as they are; or codes as well, rounded straight through in every step; divergence,
+    temperature, beta: as for distill.
+    """
+    trains = frozenset({"scales"} if learns == "scales" else {"scales", "codes"})
+    return Distillation(trains=trains, terms={"logits": 1.0}, divergence=divergence_of(divergence, temperature, beta))
