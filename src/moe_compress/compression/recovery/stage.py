@@ -88,7 +88,7 @@ def _whole(
     kin = lineage(student.model, taught_by.model, edits) if compares_layers(task) else Lineage([], [], {})
     training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
     report = training.run(writer.scratch / "training.safetensors", progress)
-    changed = _by_layers(student.model, parameters)
+    changed = _by_layers(student.model, parameters, source)
     for index in (None, *range(source.num_layers)):
         writer.copy(index, changed.get(index))
     return {"training": report}
@@ -109,11 +109,18 @@ def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher:
         )
 
 
-def _by_layers(model: PreTrainedModel, named: Mapping[str, Tensor]) -> dict[int | None, dict[str, Tensor]]:
-    """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
+def _by_layers(
+    model: PreTrainedModel, named: Mapping[str, Tensor], source: Checkpoint
+) -> dict[int | None, dict[str, Tensor]]:
+    """Changed parameters by layer (None: outside of them), under the checkpoint's names; what is tied under each."""
+    inside = {name: each.detach() for name, each in named.items() if name.startswith(hf.layers_prefix(model))}
     found: dict[int | None, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in stored_tensors(model, {name: each.detach() for name, each in named.items()}).items():
+    for key, tensor in stored_tensors(model, inside).items():
         found[hf.layer_of(key)][key] = tensor
+    changed, outside = {id(each) for each in named.values()}, hf.names_outside(model, source.keys(None))
+    for name, each in model.named_parameters(remove_duplicate=False):
+        if id(each) in changed and name in outside:
+            found[None][outside[name]] = each.detach()
     return found
 
 
