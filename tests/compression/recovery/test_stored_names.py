@@ -24,6 +24,7 @@ def learned(model: Path, options, words: str = WORDS) -> tuple[dict[str, torch.T
     return after, {name for name, each in after.items() if name not in before or not same_bits(each, before[name])}
 
 
+@pytest.mark.slow
 def test_a_head_that_is_tied_is_stored_once(options, tmp_path):
     model = readers.save_model("mixtral", tmp_path / "model", tie_word_embeddings=True)
     after, changed = learned(model, options)
