@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_compress
-from moe_compress.compression.recovery import layer_training
 from moe_compress.compression.recovery.layer_training import variation
 from moe_compress.edits.plan_file import PLAN, read_plan
 from support import tiny
-from support.interrupted import counting
 from support.pruned import moe_layers, reference, windows
 from support.recovered import changed_tensors, layer_notes, reports, said_by
 from support.slow import slow_after
@@ -46,7 +44,7 @@ def learned(lab, family: str, student: Path, words: str, place: Path, **given: o
 @pytest.mark.parametrize(
     ("words", "better"),
     slow_after(
-        3, [("", True), ("inputs=teacher", True), ("lr=1e6", False), ("train=all", True), ("train=norms", True)]
+        3, [("", True), ("inputs=teacher", True), ("train=all", True), ("lr=1e6", False), ("train=norms", True)]
     ),
 )
 def test_a_layers_error_never_rises(words, better, made):
@@ -71,6 +69,7 @@ def test_the_error_reported_is_what_a_stock_model_makes_of_the_text(lab, made):
     assert [after for _, after in layer_notes(folder, "error")] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_layers_that_learn_on_what_the_student_has_end_nearer_than_those_on_what_the_teacher_has(lab, made):
     """They make up for earlier errors."""
     ids, last = windows(lab("mixtral")).ids_NS, {}
@@ -81,21 +80,18 @@ def test_layers_that_learn_on_what_the_student_has_end_nearer_than_those_on_what
     assert last["student"] < last["teacher"]
 
 
-@pytest.mark.parametrize(("batch", "calls", "tokens"), [(3, 3 * 4, 4 * 16 * 3), (8, 4, 4 * 16 * 8), (2, 4, 4 * 16 * 2)])
-def test_a_step_sees_as_many_windows_as_batch_says(batch, calls, tokens, lab, made, monkeypatch, tmp_path):
-    """Short windows would all fit into one batch of the engine's; eight windows of 16 tokens, four steps."""
-    first = made("mixtral", DROP)
-    seen = counting(monkeypatch, layer_training, "_batch_error")
-    folder = learned(lab, "mixtral", first, f"layerwise steps=4 batch={batch}", tmp_path / "out")
+@pytest.mark.parametrize(("batch", "windows"), slow_after(1, [(2, {8}), (3, {10, 11}), (8, {32})]))
+def test_a_step_sees_as_many_windows_as_batch_says(batch, windows, lab, made, tmp_path):
+    """Four steps on eight windows of 16 tokens, all of which would fit into one of the engine's batches."""
+    folder = learned(lab, "mixtral", made("mixtral", DROP), f"layerwise steps=4 batch={batch}", tmp_path / "out")
     notes = reports(folder)[-1]["layers"].values()
-    assert {note["tokens"] for note in notes} == {tokens} or batch == 3
-    assert seen
+    assert {note["tokens"] for note in notes} <= {16 * each for each in windows}
 
 
 # --- routers ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", slow_after(3, ["mixtral", "deepseek_v3", "gpt_oss", "hunyuan_v1_moe", "qwen3_next"]))
+@pytest.mark.parametrize("family", slow_after(2, ["gpt_oss", "deepseek_v3", "mixtral", "hunyuan_v1_moe", "qwen3_next"]))
 def test_a_router_that_was_spoilt_is_put_back_on_the_same_stream(family, lab, tmp_path):
     """Of the first layer with experts, into which nothing differs yet; a bias is found again, too."""
     model = Path(str(lab(family)["model"]))
@@ -111,7 +107,7 @@ def test_a_router_that_was_spoilt_is_put_back_on_the_same_stream(family, lab, tm
     torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", slow_after(2, ["mixtral", "deepseek_v3", "gpt_oss"]))
+@pytest.mark.parametrize("family", slow_after(1, ["deepseek_v3", "gpt_oss", "mixtral"]))
 def test_a_fitted_router_is_the_least_squares_of_what_is_left(family, lab, made, tmp_path):
     """From what stock models in float64 see of the last layer: W + argmin |X d - (Z_teacher - X W)|^2 + r m |d|^2."""
     first = made(family, DROP)
@@ -151,7 +147,7 @@ def _router_inputs(folder: Path, router: str, ids: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize(
-    "before", slow_after(3, [DROP, "expert_merge keep=4", "channels ratio=0.5", "block_drop layers=1"])
+    "before", slow_after(1, [DROP, "expert_merge keep=4", "channels ratio=0.5", "block_drop layers=1"])
 )
 def test_a_routers_kl_never_rises(before, made):
     notes = layer_notes(made("mixtral", f"{before} + router_kd solver=ridge"), "kl")
@@ -161,7 +157,7 @@ def test_a_routers_kl_never_rises(before, made):
 # --- balance ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("noise", [0.05, 0.2])
+@pytest.mark.parametrize("noise", slow_after(1, [0.2, 0.05]))
 def test_experts_are_used_as_evenly_as_before_again(noise, lab, tmp_path):
     """Whose selection biases were spoilt by hand: only these change."""
 
@@ -174,6 +170,7 @@ def test_experts_are_used_as_evenly_as_before_again(noise, lab, tmp_path):
         assert after <= 1.1 * note["teacher"] and after <= before
 
 
+@pytest.mark.slow
 def test_experts_that_are_left_are_used_as_evenly_as_all_were(made):
     notes = reports(made("deepseek_v3", f"{DROP} + rebalance"))[-1]["layers"]
     assert len(notes) == tiny.LAYERS - 1

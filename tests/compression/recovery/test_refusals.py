@@ -133,6 +133,7 @@ def test_a_checkpoint_of_ours_knows_what_it_was_made_of(words, strangers, lab, m
     assert "was not made of teacher=" in said and f"name {lab('mixtral')['model']}" in said
 
 
+@pytest.mark.slow
 def test_next_tokens_are_learned_from_any_model_of_the_same_tokens(strangers, made, lab, tmp_path):
     options = {**lab("mixtral"), "model": str(made("mixtral", "expert_drop score=weight_norm keep=4"))}
     words = f"distill train=all steps=30 lr=0.01 teacher={strangers['other']}"

@@ -60,7 +60,7 @@ def require_same(place: Path, expected: tuple[dict[str, bytes], Any]) -> None:
     assert what_was_said(place / "out") == expected[1] and leftovers(place) == []
 
 
-@pytest.mark.parametrize("name", slow_after(2, RECIPES))
+@pytest.mark.parametrize("name", slow_after(1, list(RECIPES)))
 def test_two_runs_write_the_same_bytes(name, lab, whole, tmp_path):
     moe_compress.compress(RECIPES[name], **own(lab, tmp_path))
     require_same(tmp_path, whole(name))
@@ -69,7 +69,7 @@ def test_two_runs_write_the_same_bytes(name, lab, whole, tmp_path):
 @pytest.mark.parametrize(
     ("name", "step", "left"),
     slow_after(
-        3,
+        2,
         [("distill", 3, 4), ("layerwise", 4, 6), ("router_kd", 4, 1)]
         + [("distill", step, 6 - step // 2 * 2) for step in (0, 1, 2, 4, 5)]
         + [("layerwise", step, 9 - step // 3 * 3) for step in (0, 2, 3, 8)],
@@ -91,7 +91,7 @@ def test_a_stopped_run_goes_on_behind_the_step_that_was_kept(name, step, left, l
 @pytest.mark.parametrize(
     ("name", "place", "function", "call"),
     slow_after(
-        2,
+        1,
         [
             ("ridge", layer_pairs, "save_streams", 1),
             ("distill", writer, "write_shard", 6),
@@ -110,6 +110,7 @@ def test_a_run_stopped_between_writes_goes_on(name, place, function, call, lab, 
     require_same(tmp_path, whole(name))
 
 
+@pytest.mark.slow
 def test_a_broken_state_counts_for_nothing(lab, whole, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         counting(patch, Optimiser, "step", stop_at=5)
@@ -120,6 +121,7 @@ def test_a_broken_state_counts_for_nothing(lab, whole, monkeypatch, tmp_path):
     require_same(tmp_path, whole("distill"))
 
 
+@pytest.mark.slow
 def test_other_words_begin_anew(lab, made, monkeypatch, tmp_path):
     """What a run of another learning rate left is not gone on with."""
     with monkeypatch.context() as patch, pytest.raises(Interrupted):

@@ -15,7 +15,7 @@ from support import tiny
 from support.pruned import WORDS, refused, stored
 from support.quantized import form
 from support.recovered import changed_tensors, layer_notes, reports
-from support.slow import slow_unless
+from support.slow import slow_after, slow_unless
 
 BEFORE = {
     "dropped": "expert_drop score=weight_norm keep=4",
@@ -41,15 +41,14 @@ AFTER = {
 }
 FAMILIES = ("mixtral", "deepseek_v3", "gpt_oss", "qwen3_next")
 SEVERAL = "expert_drop score=weight_norm keep=6 + distill steps=2 + expert_drop keep=4 + layerwise steps=2"
-# One family each by default, and every way to learn from some student.
-FAST = {("mixtral", "added up, then dropped", "distill"), ("deepseek_v3", "shallow", "layerwise")} | {
-    ("gpt_oss", "constants", "ridge"),
-    ("qwen3_next", "core", "router_kd"),
-}
+FAST = {("mixtral", "added up, then dropped", "distill"), ("deepseek_v3", "shallow", "layerwise")}
 OTHERS = ("llama4_text", "minimax", "hunyuan_v1_moe", "jamba", "qwen2_moe", "phimoe", "ernie4_5_moe")
 # Kinds of students that a family, or a stage for its experts, does not have.
 GONE = {("llama4_text", "constants"), ("llama4_text", "added up"), ("llama4_text", "skipping")}
-GONE |= {("llama4_text", "added up, then dropped"), ("jamba", "shallow"), ("jamba", "short")}
+GONE |= {("deepseek_v3", "added up, then dropped"), ("llama4_text", "added up, then dropped")} | {
+    ("jamba", "shallow"),
+    ("jamba", "short"),
+}
 
 
 def require_student(family: str, before: str, after: str, lab, made) -> None:
@@ -75,6 +74,8 @@ def require_student(family: str, before: str, after: str, lab, made) -> None:
     ("family", "student", "way"), slow_unless(lambda *case: case in FAST, FAMILIES, list(BEFORE)[:-2], AFTER)
 )
 def test_a_student_learns(family, student, way, lab, made):
+    if (family, student) in GONE:
+        pytest.skip("refused by the stage before")
     require_student(family, BEFORE[student], AFTER[way], lab, made)
 
 
@@ -101,7 +102,7 @@ def test_a_student_whose_experts_are_packed_learns(family, student, way, wide_la
     ("family", "before"),
     slow_unless(lambda f, b: f == "mixtral" and b == "core", FAMILIES, ["constants", "core", "low rank"]),
 )
-@pytest.mark.parametrize("engine", ["layerwise", "distill"])
+@pytest.mark.parametrize("engine", slow_after(1, ["layerwise", "distill"]))
 def test_what_a_stage_made_anew_learns_alone(family, before, engine, made):
     """Factors, or constants in place of experts."""
     first = made(family, BEFORE[before])
@@ -123,7 +124,9 @@ def test_routers_that_no_loss_feels_are_refused(family, words, lab, tmp_path):
     assert said.startswith("the loss has no gradient at what would be trained") and "solver=ridge" in said
 
 
-@pytest.mark.parametrize("words", ["router_kd solver=ridge", "distill train=routers loss=router steps=2"])
+@pytest.mark.parametrize(
+    "words", slow_after(1, ["distill train=routers loss=router steps=2", "router_kd solver=ridge"])
+)
 def test_routers_of_one_expert_per_token_are_taught_by_routing(words, made):
     first, folder = made("mixtral", "top_k k=1"), made("mixtral", f"top_k k=1 + {words}")
     assert all("gate.weight" in name for name in changed_tensors(first, folder))
@@ -139,6 +142,7 @@ def test_stock_transformers_agrees_in_a_process_of_its_own(family, student, way,
     assert found.passed, found.problems
 
 
+@pytest.mark.slow
 def test_stages_may_follow_a_recovery(made):
     """What was learned is cut, and learns again."""
     folder = made("mixtral", SEVERAL)
@@ -147,6 +151,7 @@ def test_stages_may_follow_a_recovery(made):
     assert len(layer_notes(folder, "error")) == tiny.LAYERS
 
 
+@pytest.mark.slow
 def test_what_is_lost_grows_smaller_on_the_text_that_is_learned_from(made):
     """All windows in every step: routers alone, and experts with them."""
     ends = {}

@@ -95,7 +95,7 @@ def test_weights_of_sixteen_bits_stay_so_and_what_is_not_trained_is_not_rounded(
 @pytest.mark.parametrize(
     ("words", "stage"),
     slow_after(
-        3,
+        2,
         [
             ("method=magnitude", "distill train=all steps=2 decay=0.1"),
             ("pattern=2:4 method=sparsegpt", "layerwise train=experts steps=2"),
@@ -123,12 +123,12 @@ def test_what_was_pruned_stays_zero(words, stage, lab, made, tmp_path):
 @pytest.mark.parametrize(
     ("family", "quantize", "stage"),
     slow_after(
-        3,
+        2,
         [
             ("mixtral", PACKED[0], "router_kd steps=2"),
+            ("mixtral", PACKED[1], "router_kd steps=2"),
             ("mixtral", PACKED[1], "router_kd solver=ridge"),
             ("gpt_oss", PACKED[1], "router_kd steps=2"),
-            ("mixtral", PACKED[1], "router_kd steps=2"),
             ("mixtral", PACKED[0], "router_kd solver=ridge"),
             ("deepseek_v3", PACKED[0], "layerwise train=attention,routers steps=2 lr=1e-5"),
             ("deepseek_v3", PACKED[1], "distill train=attention,norms steps=2"),

@@ -145,13 +145,20 @@ def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher:
 def _by_layers(
     source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
 ) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
-    """Changed parameters by layer (None: outside of them), under the checkpoint's names."""
+    """Changed parameters by layer (None: outside of them), under the checkpoint's names; what is tied under each."""
     coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
-    plain = {name: each.detach() for name, each in named.items() if name.rpartition(".")[0] not in coded}
-    stored = {**stored_tensors(model, plain), **(packed_again(source, model) if coded else {})}
+    inside = {
+        name: each.detach()
+        for name, each in named.items()
+        if name.startswith(hf.layers_prefix(model)) and name.rpartition(".")[0] not in coded
+    }
     found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
-    for key, tensor in stored.items():
+    for key, tensor in {**stored_tensors(model, inside), **(packed_again(source, model) if coded else {})}.items():
         found[hf.layer_of(key)][key] = tensor
+    changed, outside = {id(each) for each in named.values()}, hf.names_outside(model, source.keys(None))
+    for name, each in model.named_parameters(remove_duplicate=False):
+        if id(each) in changed and name in outside:
+            found[None][outside[name]] = each.detach()
     return found
 
 

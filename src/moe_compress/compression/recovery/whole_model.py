@@ -68,6 +68,7 @@ class WholeModel:
             model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
         self.model = model
         self.model.requires_grad_(False)
+        hf.remember_names(self.model, checkpoint.tensors)
         hf.use_experts_function(self.model)
 
     def states(self, batch: TextBatch) -> list[Tensor]:

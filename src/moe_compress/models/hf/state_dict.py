@@ -263,6 +263,17 @@ def layer_state(model: PreTrainedModel, index: int) -> dict[str, Tensor]:
     return {prefix + name: tensor for name, tensor in decoder_layers(model)[index].state_dict().items()}
 
 
+def names_outside(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Parameters outside the decoder layers that are stored as they are -> which of a checkpoint's keys holds each.
+
+    Of a head that is tied to the embedding and stored all the same, its own key.
+    """
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    groups = _by_parameter(model, get_model_conversion_mapping(model), expected, dict.fromkeys(keys))
+    outside = {name: found for name, found in groups.items() if name in expected and "" in found}
+    return {name: key for name, found in outside.items() for key in found[""]}
+
+
 def stored_names(model: PreTrainedModel, tags: Mapping[str, Tensor]) -> dict[int, str]:
     """Under which name a checkpoint stores each matrix: tags stand in for parameters, one number for a matrix.
 
