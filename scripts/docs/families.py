@@ -39,6 +39,7 @@ RECIPES = {
     "skip": "skip",
     "channels": "channels ratio=0.5",
     "factorise": "factorise ratio=0.6",
+    "densify": "densify",
     "prune": "prune",
     "activations": "activations where=experts",
     "quantize format=compressed-tensors": "quantize bits=4 format=compressed-tensors",

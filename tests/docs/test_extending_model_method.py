@@ -96,5 +96,5 @@ def test_the_tables_name_every_argument_need_and_edit():
     needs = {*table("`needs` | the method is given")}
     assert needs == set(get_args(registry.Need)) - {"input_squares", "input_grams"}
     kinds = [each.__name__ for each in get_args(edits.Edit)]
-    said = TEXT.partition("one of the ten kinds")[2].partition("Edits are carried")[0]
-    assert re.findall(r"`(\w+)`", said) == kinds and len(kinds) == 10
+    said = TEXT.partition("one of the eleven kinds")[2].partition("Edits are carried")[0]
+    assert re.findall(r"`(\w+)`", said) == kinds and len(kinds) == 11

@@ -8,7 +8,7 @@ from moe_compress.methods import registry
 from moe_compress.methods.registry import method
 from moe_compress.recipes.parser import parse, split_words
 
-KNOWN = "activations, block_drop, channels, expert_drop, expert_merge, factorise, layer_drop, prune, quantize, skip"
+KNOWN = "activations, block_drop, channels, densify, distill, expert_drop, "
 
 
 def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]:
@@ -18,12 +18,12 @@ def only(sentence: str, *overrides: str, **options: object) -> dict[str, object]
 
 
 @pytest.fixture
-def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+def thin_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second method that takes `keep` too, for one test."""
     monkeypatch.setattr(registry, "METHODS", dict(registry.METHODS))
 
     @method("model", group="test", paper="none")
-    def shrink(layers: object, *, keep: int = 4, width: float | None = None, must: str) -> None:
+    def thin_out(layers: object, *, keep: int = 4, width: float | None = None, must: str) -> None:
         """Exists for a test."""
 
 
@@ -139,11 +139,13 @@ def test_one_seed_for_text_and_methods_unless_a_stage_has_its_own():
     assert [stage.parameters.get("seed") for stage in recipe.stages] == [9, None, 5]
 
 
-@pytest.mark.usefixtures("shrink")
+@pytest.mark.usefixtures("thin_out")
 def test_a_key_of_two_stages_must_say_which():
-    with pytest.raises(ValueError, match=r"keep= fits more than one stage: write expert_drop\.keep= or shrink\.keep="):
-        parse("expert_drop + shrink must=x", ["keep=6"])
-    recipe = parse("expert_drop + shrink must=x", ["shrink.keep=6", "score=ean"])
+    with pytest.raises(
+        ValueError, match=r"keep= fits more than one stage: write expert_drop\.keep= or thin_out\.keep="
+    ):
+        parse("expert_drop + thin_out must=x", ["keep=6"])
+    recipe = parse("expert_drop + thin_out must=x", ["thin_out.keep=6", "score=ean"])
     assert [stage.parameters["keep"] for stage in recipe.stages] == [None, 6]
     assert recipe.stages[0].parameters["score"] == "ean"
 
@@ -205,8 +207,8 @@ def test_no_words_name_the_methods():
         split_words([])
 
 
-@pytest.mark.usefixtures("shrink")
+@pytest.mark.usefixtures("thin_out")
 def test_a_parameter_without_default_must_be_given():
-    with pytest.raises(ValueError, match="shrink needs must="):
-        parse("shrink")
-    assert only("shrink must=x width=0.5")["width"] == 0.5
+    with pytest.raises(ValueError, match="thin_out needs must="):
+        parse("thin_out")
+    assert only("thin_out must=x width=0.5")["width"] == 0.5

@@ -29,7 +29,8 @@ def test_the_page_is_about_the_families_that_are_tested():
 
 
 def test_every_method_and_program_has_its_column():
-    assert {title.split()[0] for title in TITLES[1:-2]} == set(registry.METHODS)
+    alone = {name for name, method in registry.METHODS.items() if method.scope in ("model", "weight")}
+    assert {title.split()[0] for title in TITLES[1:-2]} == alone
     for name, cells in TABLE.items():
         family = FAMILIES[name]
         assert cells[-2:] == ["yes" if known else "no" for known in (family.vllm, family.llama_cpp)]

@@ -82,7 +82,8 @@ def write(source: Checkpoint, edits: Sequence[Edit], out: Path, **keywords: Any)
     form = resulting_config(source.values, edits)
     layers = kept_layers([to_json(edit) for edit in edits], source.num_layers)
     writer = CheckpointWriter(out, source, "test", keep_prediction_layers=not edits, layers=layers)
-    rewrite(source, edits, writer, fill=form.fill, **keywords)
+    dense = hf.skeleton(hf.config_from(form.values), source.stored_dtype) if form.dense else None
+    rewrite(source, edits, writer, fill=form.fill, dense=dense, **keywords)
     writer.finish(form.values, {})
     return open_checkpoint(out)
 

@@ -1,8 +1,8 @@
-"""A program for compression/test_resume.py: runs a recipe in children that are killed, and then once more to the end.
+"""A program for tests of resuming: runs a recipe in children that are killed, and then once more to the end.
 
 argv: a JSON list of [point, number, sentence, options]. Point `layer` kills after that many calls of a layer, `write`
-in the middle of a tensor after that many, `time` after that many milliseconds. For each, a line goes to standard
-output: the signal that ended the first child, and how many layers the second one ran.
+in the middle of a tensor after that many, `step` after that many of an optimiser, `time` after that many milliseconds.
+For each, a line goes to standard output: the signal that ended the first child, and how many layers the second one ran.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 import moe_compress
 from moe_compress.checkpoints import safetensors_file
+from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.engine import forward
 
 Job = tuple[str, int, str, dict[str, Any]]
@@ -41,7 +42,7 @@ def doomed(job: Job) -> None:
     """A run that dies at its point."""
     point, number, sentence, options = job
     seen = [0]
-    run_layer, write_all = forward.hf.run_layer, safetensors_file.write_all
+    run_layer, write_all, step = forward.hf.run_layer, safetensors_file.write_all, Optimiser.step
 
     def counted_layer(*args: Any) -> torch.Tensor:
         seen[0] += 1
@@ -54,10 +55,18 @@ def doomed(job: Job) -> None:
             die()
         write_all(out, data)
 
+    def counted_step(self: Any, at: int) -> None:
+        seen[0] += 1
+        if seen[0] > number:
+            die()
+        step(self, at)
+
     if point == "layer":
         forward.hf.run_layer = counted_layer
     elif point == "write":
         safetensors_file.write_all = counted_write
+    elif point == "step":
+        Optimiser.step = counted_step
     moe_compress.compress(sentence, **options)
 
 

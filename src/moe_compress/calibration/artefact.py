@@ -34,7 +34,7 @@ from moe_compress.utils.files import require_disk
 from moe_compress.utils.hashing import fingerprint
 from moe_compress.utils.logging import log
 
-VERSION = 2
+VERSION = 3
 RUNS = "runs"
 
 

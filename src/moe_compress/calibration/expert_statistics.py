@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from moe_compress.calibration.weight_statistics import weight_sums
 from moe_compress.engine.observer import BatchInfo
 from moe_compress.models import hf
+from moe_compress.models.dense_mlp import shared_gate
 from moe_compress.models.families import Family
 from moe_compress.models.hf import RoutedRows
 from moe_compress.models.moe import MoEView, by_expert, learned_view, router_logits
@@ -32,7 +33,8 @@ class ExpertStatistics:
     experts): [C, E] sums; `max` [C, E]; `both` (tokens that use both experts), `logit_gram` (inner products of
     the router's logits, a router row each): [C, E, E]; `mean_output` and `mean_gated_output` (times the gate) over
     the routed tokens of all components [E, D]; `ratio`: histogram of gates over the token's largest [C, RATIO_BINS];
-    `total`, `total_square`: of a token's gates; `tokens` [C]; weight sums [E]. Nothing for a layer without experts.
+    `total`, `total_square`: of a token's gates; `shared_gate`: of that of the shared experts, where they have one;
+    `tokens` [C]; weight sums [E]. Nothing for a layer without experts.
     """
 
     def __init__(self, family: Family, config: Any, components: int) -> None:
@@ -59,8 +61,12 @@ class ExpertStatistics:
         self.ratio = torch.zeros(self.components * RATIO_BINS, dtype=torch.float64, device=device)
         self.totals = torch.zeros(self.components, 2, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(self.components, dtype=torch.float64, device=device)
+        self.shared = torch.zeros(self.components, dtype=torch.float64, device=device)
         hf.tap(self.view.block, self.view.experts, self._rows)
-        self.hook = self.view.router.register_forward_hook(self._router)
+        self.hooks = [self.view.router.register_forward_hook(self._router)]
+        self.gate = shared_gate(self.view)
+        if self.gate is not None:
+            self.hooks.append(self.gate.register_forward_hook(self._shared))
 
     def begin(self, batch: BatchInfo) -> None:
         """Remember which tokens count."""
@@ -133,6 +139,11 @@ class ExpertStatistics:
         self.probability.index_add_(0, component_T, scores_TE)
         self.tokens.index_add_(0, component_T, torch.ones_like(component_T, dtype=torch.float64))
 
+    def _shared(self, _module: nn.Module, _args: Any, output: Tensor) -> None:
+        """What the output of the shared experts is multiplied by."""
+        real_T = self.batch.real_T
+        self.shared.index_add_(0, self.batch.component_T[real_T], output.flatten()[real_T].double().sigmoid())
+
     def end(self, hidden_BSD: Tensor) -> None:
         """EASY-EP's token weight: one minus the cosine between the stream without and with the routed experts."""
         if self.view is None or self.pending is None:
@@ -152,7 +163,8 @@ class ExpertStatistics:
         if self.view is None:
             return {}
         hf.untap(self.view.block, self.view.experts, self._rows)
-        self.hook.remove()
+        for hook in self.hooks:
+            hook.remove()
         heard = float(self.row_sums[:, 0].sum()) > 0 or float(self.tokens.sum()) == 0
         assert heard, f"layer {self.index}: tokens were routed, but no expert reported one"
         shape = (self.components, self.view.num_experts)
@@ -167,6 +179,7 @@ class ExpertStatistics:
             means = self.output / count_E.unsqueeze(1).float()
             sums |= {"mean_output": means[0], "mean_gated_output": means[1]}
         sums |= {"total": self.totals[:, 0], "total_square": self.totals[:, 1]}
+        sums |= {"shared_gate": self.shared} if self.gate is not None else {}
         sums |= {f"weight_{name}": value for name, value in weight_sums(self.view).items()}
         return {name: value.cpu().contiguous() for name, value in sums.items()}
 

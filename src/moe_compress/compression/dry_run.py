@@ -14,10 +14,12 @@ from moe_compress.compression.weights.checks import check_weights, gram_bytes, o
 from moe_compress.compression.weights.format_choice import Storage, pack_skeleton, storage_for
 from moe_compress.compression.weights.stage_matrices import StageMatrices, factoring_of
 from moe_compress.edits.apply import check_edits, refuse_if_uneditable
-from moe_compress.edits.edits import Edit, FactorExperts
+from moe_compress.edits.edits import Edit, FactorExperts, MakeDense
 from moe_compress.edits.factors import Form, Part
+from moe_compress.edits.resulting_config import resulting_config
 from moe_compress.methods import registry
 from moe_compress.methods.stage_options import WORDS_OF_TEXT
+from moe_compress.models import hf
 from moe_compress.models.moe import moe_views
 from moe_compress.models.shape import model_shape
 from moe_compress.recipes.recipe import Recipe, Stage
@@ -27,12 +29,14 @@ from moe_compress.recipes.recipe import Recipe, Stage
 class DryRun:
     """What a recipe would do.
 
-    values: config.json's, up to date in what is packed; edits: all, with arbitrary experts in the right numbers;
+    values: config.json's, up to date in what is packed; model: a skeleton of what is left, in plain numbers; edits: all
+    that lead from the values to it, with arbitrary experts in the right numbers;
     gram_bytes: the largest Gram matrices it holds; output_bytes: of the loss's gradients, while these come back;
     keeps_beside: whether modules that are stored beside the model's layers can stay.
     """
 
     values: dict[str, Any]
+    model: PreTrainedModel
     edits: list[Edit] = field(default_factory=list)
     gram_bytes: int = 0
     output_bytes: int = 0
@@ -40,30 +44,38 @@ class DryRun:
 
 
 def dry_run(recipe: Recipe, model: PreTrainedModel, values: Mapping[str, Any]) -> DryRun:
-    """Carry the recipe out on a skeleton, which is then as the recipe leaves it, in plain numbers.
+    """Carry the recipe out on a skeleton, which is used up.
 
     values: config.json's, which say what of it is packed in a plain format. Raises ValueError for whatever can be known
     to fail before a weight is read.
     """
-    found, pattern = DryRun(dict(values)), ""
+    found, pattern = DryRun(dict(values), model), ""
     for number, stage in enumerate(recipe.stages, 1):
         try:
             if pattern and registry.find(stage.method).breaks_patterns:
                 raise ValueError(f"it would not leave {pattern} as it is: put it before the stage that prunes to it.")
             _require_text(stage)
             if registry.find(stage.method).scope == "weight":
-                _dry_weights(stage, model, found)
+                _dry_weights(stage, found.model, found)
             elif registry.find(stage.method).scope == "recovery":
-                check_recovery(stage, model, found.values, first=number == 1)
+                check_recovery(stage, found.model, found.values, first=number == 1)
             else:
-                found.edits += _dry_stage(stage, model, found)
+                found.edits += _dry_stage(stage, found.model, found)
             found.keeps_beside &= not found.edits
+            _go_on_dense(found)
             pattern = stage.parameters.get(registry.find(stage.method).leaves_pattern) or pattern
         except ValueError as error:
             if len(recipe.stages) == 1:
                 raise
             raise ValueError(f"stage {number} ({stage.method}): {error}") from error
     return found
+
+
+def _go_on_dense(found: DryRun) -> None:
+    """Let later stages see the architecture without experts that the edits so far lead to, if they do."""
+    if any(isinstance(edit, MakeDense) for edit in found.edits):
+        found.values, found.edits = resulting_config(found.values, found.edits).values, []
+        found.model = hf.skeleton(hf.config_from(found.values), found.model.dtype)
 
 
 def _require_text(stage: Stage) -> None:

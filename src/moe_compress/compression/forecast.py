@@ -68,7 +68,7 @@ def forecast(recipe: Recipe, folder: Path) -> Forecast:
     before = _sizes(hf.skeleton(config, stored) if values.get(QUANTIZATION) else model, values, options.length, stored)
     dry = dry_run(recipe, model, values)
     form = resulting_config(dry.values, dry.edits)
-    left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else model
+    left = hf.skeleton(hf.config_from(form.values), stored) if form.fill else dry.model
     return Forecast(
         model=options.model,
         before=before,

@@ -176,7 +176,8 @@ def _write(job: _Job, about: Mapping[str, Any], files: Mapping[str, str], run: R
             job.report[-1] |= done_stage.report
             after = resulting_config(done_stage.values, done_stage.edits)
         else:
-            rewrite(job.source, job.edits, writer, fill=after.fill, progress=progress)
+            dense = hf.skeleton(hf.config_from(after.values), job.source.stored_dtype) if after.dense else None
+            rewrite(job.source, job.edits, writer, fill=after.fill, dense=dense, progress=progress)
     rounded = times_rounded(job.source, job.report[-1])
     job.report[-1] |= {"rounded": rounded} if rounded else {}
     cost = {"surgery_seconds": measured["seconds"], "peak_bytes": measured["peak_bytes"]}

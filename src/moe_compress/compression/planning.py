@@ -12,7 +12,7 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.search_objective import SEARCH_FOLD, agreement_objective
 from moe_compress.compression.sequential_planning import plan_progressively
 from moe_compress.data.windows import FOLDS, parse_mix
-from moe_compress.edits.edits import Edit, KeepExperts, MergeExperts, Plan, SkipExperts, to_json
+from moe_compress.edits.edits import Edit, KeepExperts, MakeDense, MergeExperts, Plan, SkipExperts, to_json
 from moe_compress.methods import registry
 from moe_compress.methods.registry import Method
 from moe_compress.recipes.recipe import Stage
@@ -64,7 +64,7 @@ def _choices(edits: Sequence[Edit]) -> set[Any]:
     """What was chosen, piece by piece: every expert that stays, every other edit as a whole."""
     found: set[Any] = set()
     for edit in edits:
-        if isinstance(edit, KeepExperts):
+        if isinstance(edit, KeepExperts | MakeDense):
             found |= {(edit.layer, expert) for expert in edit.experts}
         elif isinstance(edit, MergeExperts):
             found |= {(edit.layer, frozenset(group)) for group in edit.groups}

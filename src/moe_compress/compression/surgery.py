@@ -14,6 +14,7 @@ from moe_compress.checkpoints.partly_packed import NEW_NUMBERS
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.edits.apply import apply_edit, edits_by_layer
+from moe_compress.edits.dense_form import dense_name
 from moe_compress.edits.edits import Edit, KeepExperts
 from moe_compress.engine.forward import Progress
 from moe_compress.engine.layers import StreamedLayers
@@ -28,13 +29,16 @@ def rewrite(
     writer: CheckpointWriter,
     *,
     fill: Mapping[str, Tensor] | None = None,
+    dense: PreTrainedModel | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write every layer that is left: edited ones through the model, the others byte for byte.
 
-    `fill`: tensors that the new model has on top, by module name in the new numbering. Layers that are already written
-    are left alone.
+    `fill`: tensors that the new model has on top, by module name in the new numbering; `dense`: a skeleton of what is
+    written, where that has no experts. Layers that are already written are left alone.
     """
+    if dense is not None:
+        hf.remember_names(dense, checkpoint.tensors)
     if not writer.has(None):
         writer.copy(None)
     by_layer = edits_by_layer(edits, checkpoint.num_layers)
@@ -50,7 +54,7 @@ def rewrite(
                     layers = StreamedLayers(checkpoint, torch.device("cpu"), checkpoint.stored_dtype)
                     names = block_names(layers.model) if edits else {}
                 with layers.layer(index):
-                    writer.write(index, _edited(checkpoint, layers.model, index, names, found, added))
+                    writer.write(index, _edited(checkpoint, layers.model, index, names, found, added, dense))
         if progress is not None:
             progress(place + 1, len(by_layer))
 
@@ -62,12 +66,16 @@ def _edited(
     names: Mapping[str, Any],
     edits: Sequence[Edit],
     added: Mapping[str, Tensor],
+    dense: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """The tensors of a layer after its edits; what was packed stays so, unless it has new numbers."""
     packed = any(isinstance(checkpoint.tensors[key], StoredWeight) for key in checkpoint.keys(index))
     before = stored_matrices(model, index) if packed else {}
     for edit in edits:
         apply_edit(model, names, edit)
+    if dense is not None:
+        state = {dense_name(n, names["block"], model): each for n, each in hf.layer_state(model, index).items()}
+        return hf.checkpoint_tensors(dense, state)
     tensors: dict[str, Any] = hf.checkpoint_tensors(model, {**hf.layer_state(model, index), **added})
     if packed:
         tensors |= _still_packed(checkpoint, model, index, names, before, edits)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_compress.edits.apply import edits_by_layer
-from moe_compress.edits.edits import Edit, KeepExperts, MergeExperts
+from moe_compress.edits.edits import Edit, KeepExperts, MakeDense, MergeExperts
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ def _went(edits: Sequence[Edit], experts: int) -> list[int]:
             new = {old: number for number, old in enumerate(edit.experts)}
         elif isinstance(edit, MergeExperts):
             new = {old: number for number, group in enumerate(edit.groups) for old in group}
+        elif isinstance(edit, MakeDense):
+            new = {}  # neurons of one MLP, which no router tells apart
         else:
             continue
         place = [new.get(expert, -1) for expert in place]

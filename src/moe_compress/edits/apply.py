@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_compress.edits.dense_layers import is_dense_edit, make_dense
 from moe_compress.edits.edits import Edit, FactorExperts, PackMatrices, to_json
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -30,7 +31,21 @@ def check_edits(model: PreTrainedModel, edits: Iterable[Edit]) -> None:
         if isinstance(edit, FactorExperts):
             apply_for_counting(model, [edit])
         else:
-            edited_model.apply(hf.stack(model), names, to_json(edit))
+            carry_out(model, names, to_json(edit))
+
+
+def carry_out(
+    model: PreTrainedModel,
+    names: Mapping[str, Any],
+    edit: Mapping[str, Any],
+    arrays: Mapping[str, Tensor] | None = None,
+) -> None:
+    """One edit, as JSON, by the code that edited checkpoints carry; none of them has layers that were made dense."""
+    if is_dense_edit(edit):
+        given = {key: value for key, value in edit.items() if key != "edit"}
+        make_dense(hf.stack(model), family_of(model.config), **given)
+    else:
+        edited_model.apply(hf.stack(model), names, edit, arrays)
 
 
 def refuse_if_uneditable(config: PreTrainedConfig) -> None:
@@ -98,7 +113,7 @@ def apply_edit(model: PreTrainedModel, names: Mapping[str, Any], edit: Edit) -> 
         view = moe_view(hf.decoder_layers(model)[edit.layer], family_of(model.config))
         assert view is not None
         permute_neurons(view, order_EF if kept_EW is None else _first(edit, inner_width(view)))
-    edited_model.apply(hf.stack(model), names, to_json(edit), arrays)
+    carry_out(model, names, to_json(edit), arrays)
 
 
 def _first(edit: Any, inner: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Edits: everything a method changes about the structure, as values that can be read, saved and replayed.
 
-Edits are carried out in order, by `models/modeling/edited_model.py`, on real and meta tensors alike; each names layers
-and experts as they are numbered when its turn comes. E experts, F neurons of an expert, D model width.
+Edits are carried out in order, by `models/modeling/edited_model.py`, or `edits/dense_layers.py` where layers are made
+dense, on real and meta tensors alike; each names layers and experts as they are numbered when its turn comes. E
+experts, F neurons of an expert, D model width.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from moe_compress.edits.checks import (
     require_reroutable,
     shape_of,
 )
+from moe_compress.edits.dense_layers import check_dense
 from moe_compress.edits.factors import Form, Part, require_forms
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
@@ -303,9 +305,28 @@ class RoundActivations(_OnLayer):
             shape_of(model, self.layer)
 
 
+@dataclass(frozen=True, slots=True)
+class MakeDense(_OnLayer):
+    """Put one MLP in the place of one layer's MoE block: these experts side by side, the output of each times its gate.
+
+    Shared experts join them with the gate `shared`; zeros fill it up to `width`. Of a layer without experts, its own
+    MLP is made that wide.
+    """
+
+    experts: tuple[int, ...]
+    gates: tuple[float, ...]
+    width: int
+    shared: float = 1.0
+    edit: Literal["make_dense"] = field(default="make_dense", kw_only=True)
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raise ValueError if the layer cannot become such an MLP."""
+        check_dense(model, self.layer, self.experts, self.gates, self.shared, self.width)
+
+
 Edit = (
     KeepExperts | MergeExperts | SkipSublayer | DropLayer | SetTopK | SkipExperts | KeepChannels | PackMatrices
-    | FactorExperts | RoundActivations
+    | FactorExperts | RoundActivations | MakeDense
 )  # fmt: skip
 _ADAPTER: TypeAdapter[Any] = TypeAdapter(Annotated[Edit, Field(discriminator="edit")])
 

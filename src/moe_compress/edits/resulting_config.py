@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe_compress.edits.apply import carry_out
+from moe_compress.edits.dense_form import dense_values
+from moe_compress.edits.dense_layers import is_dense_edit
 from moe_compress.edits.edits import Edit, to_json
 from moe_compress.models import hf
 from moe_compress.models.families import COUNT_KEYS, TOP_K_KEYS, Family, entry_of, family_of, setting, with_settings
@@ -33,11 +36,15 @@ OWN_MODULES = ("pack_matrices", "factor_experts")
 
 @dataclass(frozen=True, slots=True)
 class ResultingConfig:
-    """config.json values; whether they are plain; tensors by module name that the plain model has on top."""
+    """config.json values; whether they are plain; tensors by module name that the plain model has on top.
+
+    dense: whether they are those of an architecture without experts.
+    """
 
     values: dict[str, Any]
     plain: bool
     fill: dict[str, Tensor]
+    dense: bool = False
 
 
 def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> ResultingConfig:
@@ -55,6 +62,10 @@ def resulting_config(values: Mapping[str, Any], edits: Sequence[Edit]) -> Result
     model = hf.skeleton(config, torch.bfloat16)
     names = block_names(model)
     lists = layer_lists(config, kept_layers(everything, hf.num_layers(config)))
+    if any(map(is_dense_edit, everything)):
+        for edit in everything:
+            carry_out(model, names, edit)
+        return ResultingConfig(dense_values(base, model, names["block"], lists, everything), True, {}, dense=True)
     # Modules that hold codes or factors are no stock model's: hundreds a layer are not made to find that out.
     if not any(edit["edit"] in OWN_MODULES for edit in everything):
         for edit in everything:

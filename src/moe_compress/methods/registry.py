@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # What counts of tensors hold.
 DIGITS = 15
-Scope = Literal["model", "weight", "recovery"]
-SCOPES: dict[str, Scope] = {"weight_method": "weight", "recovery_method": "recovery"}
+Scope = Literal["model", "weight", "recovery", "stages"]
+SCOPES: dict[str, Scope] = {"weight_method": "weight", "recovery_method": "recovery", "stage_preset": "stages"}
 Need = Literal[
     "text", "outputs", "noise", "weights", "input_squares", "input_grams", "channels", "gradients", "nothing"
 ]  # fmt: skip
@@ -187,6 +187,7 @@ NEEDED = {
     "method": {"group", "paper"},
     "weight_method": {"group", "paper", "unseen", "selection_after"},
     "recovery_method": {"group", "paper"},
+    "stage_preset": {"group", "paper"},
 }
 ALLOWED = {
     "method": {"presets", "exclusive", "shown_in_names", "goes_with", "breaks_patterns", "forecast_note"},
@@ -195,6 +196,7 @@ ALLOWED = {
         "forecast_note",
     },
     "recovery_method": {"presets", "exclusive", "shown_in_names", "goes_with", "lr", "trains", "lacks"},
+    "stage_preset": {"presets", "exclusive"},
 }  # fmt: skip
 
 
@@ -338,6 +340,20 @@ def recovery_method(
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
         asked: Needs = needs if callable(needs) else lambda _: needs
         _enter(of_function(run, "recovery_method", **said), Implementation(run=run, needs=asked, check=check))
+        return run
+
+    return register
+
+
+def stage_preset(**said: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function that returns stages, (method, its words) in order, as one word of recipes under its own name.
+
+    A recipe that names it is the recipe of these stages: nothing behind the parser hears of it. said: group, paper,
+    presets and exclusive as for `method`.
+    """
+
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
+        _enter(of_function(run, "stage_preset", **said), Implementation(run=run, needs=lambda _: "nothing"))
         return run
 
     return register

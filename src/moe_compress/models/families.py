@@ -142,6 +142,9 @@ class Family:
     llama_cpp: bool = False
     # Whether a tiny model of it is among the tests.
     tested: bool = False
+    # Architectures without experts that have its attention and norms and one MLP a layer, likeliest first; itself,
+    # where its own config can say that no layer has experts.
+    dense_as: tuple[str, ...] = ()
     # Why experts cannot be changed; why it cannot even be read; the architecture that expresses it while it is read
     # (checkpoints/deepseek_v1.py).
     no_expert_edits: str | None = None
@@ -181,14 +184,19 @@ _ENTRIES = (
     ),
     # transformers cannot build it.
     Family("deepseek", paper_gate="topk", read_as="qwen2_moe"),
-    Family("deepseek_v2", paper_gate="topk", min_per_group=1, **_ALL),
-    _sigmoid("deepseek_v3", paper_gate="topk", **_ALL),
+    Family("deepseek_v2", paper_gate="topk", min_per_group=1, dense_as=("deepseek_v2",), **_ALL),
+    _sigmoid("deepseek_v3", paper_gate="topk", dense_as=("deepseek_v3",), **_ALL),
     # Its first layers look their experts up in a table of token ids, and keep them all.
     Family("deepseek_v4", normed_output=True, rough_attention=True, tested=True),
-    _sigmoid("dots1", **_ALL),
-    Family("ernie4_5_moe", moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"), **_ALL),
+    _sigmoid("dots1", dense_as=("dots1",), **_ALL),
+    Family(
+        "ernie4_5_moe",
+        moe_range_keys=("moe_layer_start_index", "moe_layer_end_index"),
+        dense_as=("ernie4_5",),
+        **_ALL,
+    ),
     _sigmoid("exaone_moe", tested=True),
-    Family("flex_olmo", normed_output=True, tested=True, vllm=True),
+    Family("flex_olmo", normed_output=True, dense_as=("olmo2",), tested=True, vllm=True),
     Family(
         "gemma4_text",
         top_k_key="top_k_experts",
@@ -197,13 +205,13 @@ _ENTRIES = (
         fixed_top_k=True,
         normed_output=True,
     ),
-    _sigmoid("glm4_moe", **_ALL),
+    _sigmoid("glm4_moe", dense_as=("glm4_moe",), **_ALL),
     _sigmoid("glm5_next_text", attention_outputs=3, normed_output=True),
     _sigmoid("glm_moe_dsa", attention_outputs=3, tested=True),
     Family("gpt_oss", block_outputs=2, **_ALL),
-    Family("granitemoe", **_ALL),
-    Family("granitemoeshared", tested=True, vllm=True),
-    Family("hunyuan_v1_moe", tested=True),
+    Family("granitemoe", dense_as=("granite",), **_ALL),
+    Family("granitemoeshared", dense_as=("granite",), tested=True, vllm=True),
+    Family("hunyuan_v1_moe", dense_as=("hunyuan_v1_dense",), tested=True),
     _sigmoid("hy_v4", attention_outputs=3, normed_output=True, tested=True),
     *(Family(name, refused=_INKLING2) for name in ("inkling2", "inkling2_text")),
     _sigmoid("inkling_text", spare_rows="n_shared_experts", normed_output=True, rough_attention=True, tested=True),
@@ -242,13 +250,14 @@ _ENTRIES = (
     _sigmoid("minimax_m2", **_ALL),
     _sigmoid("mistral_large4_text", attention_outputs=3),
     _sigmoid("minimax_m3_vl_text", joins_shared=True),
-    Family("mixtral", **_ALL),
+    Family("mixtral", dense_as=("mistral",), **_ALL),
     _sigmoid("nemotron_h", tested=True),
     Family("olmoe", **_ALL),
     Family("phimoe", fixed_top_k=True, **_ALL),
-    Family("qwen2_moe", **_ALL),
-    Family("qwen3_moe", **_ALL),
-    Family("qwen3_next", **_ALL),
+    # Qwen2 has biases in its attention, which Qwen2-MoE need not have.
+    Family("qwen2_moe", dense_as=("qwen2", "llama"), **_ALL),
+    Family("qwen3_moe", dense_as=("qwen3",), **_ALL),
+    Family("qwen3_next", dense_as=("qwen3_next",), **_ALL),
     Family(
         "zaya",
         tested=True,
@@ -261,12 +270,17 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _ENTRIES}
 ALIASES = {family.model_type: family.read_as for family in _ENTRIES if family.read_as}
 REFUSED = {family.model_type: family.refused for family in _ENTRIES if family.refused}
 
-# Where a model that was re-expressed says what it was.
+# Architectures without experts that a family may be made: all that is known of them is who loads them.
+_DENSE = ("ernie4_5", "granite", "hunyuan_v1_dense", "llama", "mistral", "olmo2", "qwen2", "qwen3")
+DENSE: dict[str, Family] = {name: Family(name, vllm=True, llama_cpp=True) for name in _DENSE}
+
+# Where a model that was re-expressed says what it was, and one whose experts became one MLP a layer.
 ORIGIN_KEY = "reexpressed_from"
+DENSE_KEY = "made_dense_from"
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family entry of a config, completed from the config's own keys.
+    """The family entry of a config, completed from the config's own keys; of one that was made dense, as it is.
 
     Raises ValueError for an architecture that has no experts or is known not to work, with the reason.
     """
@@ -277,6 +291,8 @@ def family_of(config: PreTrainedConfig) -> Family:
     stored = vars(config)  # asked for often: to_dict() would copy everything
     count_key = family.count_key or next((k for k in COUNT_KEYS if stored.get(k)), "")
     top_k_key = family.top_k_key or next((k for k in TOP_K_KEYS if stored.get(k)), "")
+    if made_dense_from(config):
+        return family
     if not count_key or not top_k_key:
         raise ValueError(
             f"{family.model_type} is not a Mixture-of-Experts architecture that is known here: its config has none of "
@@ -287,9 +303,19 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def experts_per_token(config: PreTrainedConfig) -> int:
-    """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan)."""
+    """Experts that a token uses in a layer; the most, where the config lists them layer by layer (Hunyuan).
+
+    0 for a model that was made dense.
+    """
+    if made_dense_from(config):
+        return 0
     said = setting(config.get_text_config(), family_of(config).top_k_key)
     return int(max(said) if isinstance(said, list | tuple) else said)
+
+
+def made_dense_from(config: PreTrainedConfig) -> str:
+    """The architecture whose experts became one MLP a layer of this model; empty for all others."""
+    return str(getattr(config.get_text_config(), DENSE_KEY, ""))
 
 
 def setting(config: Any, key: str, default: Any = None) -> Any:
@@ -313,7 +339,7 @@ def with_settings(values: Mapping[str, Any], found: Mapping[str, Any]) -> dict[s
 
 def family_named(model_type: str) -> Family:
     """What is known of an architecture by its name alone."""
-    return FAMILIES.get(model_type, Family(model_type))
+    return FAMILIES.get(model_type) or DENSE.get(model_type) or Family(model_type)
 
 
 def entry_of(config: PreTrainedConfig) -> Family:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
 from moe_compress.models import hf
-from moe_compress.models.families import experts_per_token, family_of, groups_of
+from moe_compress.models.dense_mlp import dense_widths, of_mlp, shared_experts
+from moe_compress.models.families import experts_per_token, family_of, groups_of, made_dense_from
 from moe_compress.models.modeling.rerouting import REROUTE
 from moe_compress.models.modeling.unfused_experts import model_width
 from moe_compress.models.moe import MoEView, inner_width, moe_views
@@ -16,7 +18,10 @@ from moe_compress.models.sublayers import attention_layers, block_names, is_whol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEShape:
-    """The numbers that decide what may be dropped from one layer's MoE block."""
+    """The numbers that decide what may be dropped from one layer's MoE block.
+
+    width: of the model; inner: neurons of an expert; shared: of its shared experts together.
+    """
 
     layer: int
     num_experts: int
@@ -24,6 +29,7 @@ class MoEShape:
     active: float | None = None
     width: int = 0
     inner: int = 0
+    shared: int = 0
     groups: int = 1
     groups_used: int = 1
     min_per_group: int = 1
@@ -95,7 +101,8 @@ class MoEShape:
 class ModelShape:
     """moe: the layers with experts; total: all decoder layers; whole_layers: a MoE block is a layer of its own;
     attention: the layers whose attention could be removed; mixing: all in which tokens attend to others; halved:
-    those that have lost their MoE block or their attention already.
+    those that have lost their MoE block or their attention already; dense: neurons of the MLP of each layer without
+    experts.
     """
 
     moe: list[MoEShape]
@@ -104,10 +111,13 @@ class ModelShape:
     attention: list[int] = field(default_factory=list)
     mixing: list[int] = field(default_factory=list)
     halved: list[int] = field(default_factory=list)
+    dense: Mapping[int, int] = field(default_factory=dict)
 
 
 def model_shape(model: PreTrainedModel) -> ModelShape:
     """The numbers of a model or a skeleton. ValueError if it has no layer with experts that can be told apart."""
+    if origin := made_dense_from(model.config):
+        raise ValueError(f"this model has no experts: its layers were made dense of those of a {origin} model.")
     shapes = moe_shapes(model)
     if not shapes:
         raise ValueError(f"{type(model).__name__} has no layer whose experts can be told apart.")
@@ -116,7 +126,13 @@ def model_shape(model: PreTrainedModel) -> ModelShape:
     attention, mixing = attention_layers(model), mixing_layers(model)
     halved = [index for index, layer in enumerate(layers) if lost_part(layer)]
     return ModelShape(
-        moe=shapes, total=len(layers), whole_layers=whole, attention=attention, mixing=mixing, halved=halved
+        moe=shapes,
+        total=len(layers),
+        whole_layers=whole,
+        attention=attention,
+        mixing=mixing,
+        halved=halved,
+        dense=dense_widths(layers, family_of(model.config)),
     )
 
 
@@ -130,6 +146,7 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
     config = model.config.get_text_config()
     family = family_of(config)
     groups, groups_used = groups_of(config)
+    beside = (of_mlp(mlp) for mlp in shared_experts(hf.decoder_layers(model)[index], view, family).values())
     return MoEShape(
         layer=index,
         num_experts=view.num_experts,
@@ -137,6 +154,7 @@ def moe_shape(model: PreTrainedModel, index: int, view: MoEView) -> MoEShape:
         active=view.active,
         width=model_width(view.experts),
         inner=inner_width(view),
+        shared=sum(part.count for part in beside if part is not None),
         groups=groups,
         groups_used=groups_used,
         min_per_group=family.min_per_group,

@@ -9,7 +9,7 @@ The same as YAML: `{model: ..., stages: [{expert_drop: {score: reap, keep: 6}}],
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -71,13 +71,23 @@ class Recipe(BaseModel):
         return yaml.safe_dump({"stages": stages, **options}, sort_keys=False)
 
 
+def _written_out(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The stages, those of a preset in its place."""
+    for name, given in stages:
+        method = registry.find(name)
+        if method.scope == "stages":
+            yield from method.run(**method.bind(given))
+        else:
+            yield name, given
+
+
 def build(stages: Sequence[tuple[str, Mapping[str, Any]]], options: Mapping[str, Any]) -> Recipe:
     """A complete recipe from stages and options, as given by any of the three ways to write one."""
     if not stages:
         raise ValueError(f"the recipe names no method; methods: {', '.join(sorted(registry.METHODS))}.")
     complete = make_options(options).resolved()
     bound = []
-    for name, given in stages:
+    for name, given in _written_out(stages):
         method = registry.find(name)
         with_seed = {"seed": complete.seed, **given} if "seed" in method.parameters else given
         bound.append(Stage(method=name, parameters=method.bind(with_seed)))

@@ -25,7 +25,8 @@ def key_value(word: str) -> tuple[str, str]:
 
 def coerce(hint: Any, value: Any, where: str) -> Any:
     """Turn a recipe's word (or a value from YAML or Python) into the type of an annotation, or say what would do."""
-    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) in UNIONS:
+    readers = [each for each in getattr(hint, "__metadata__", ()) if hasattr(each, "read")]
+    if typing.get_origin(hint) is Annotated and typing.get_origin(typing.get_args(hint)[0]) in UNIONS and not readers:
         return coerce(typing.get_args(hint)[0], value, where)
     if typing.get_origin(hint) in UNIONS:
         inner = next(arm for arm in typing.get_args(hint) if arm is not type(None))
@@ -34,9 +35,7 @@ def coerce(hint: Any, value: Any, where: str) -> Any:
         raise ValueError(f"{where}={value}: one word or number is needed.")
     text = str(value)
     if typing.get_origin(hint) is Annotated:
-        inner, *more = typing.get_args(hint)
-        reader = next((each for each in more if hasattr(each, "read")), None)
-        return coerce(inner, value, where) if reader is None else reader.read(text, where)
+        return readers[0].read(text, where) if readers else coerce(typing.get_args(hint)[0], value, where)
     if typing.get_origin(hint) is Literal:
         return choice(typing.get_args(hint), text, where)
     if hint is bool:
@@ -89,6 +88,27 @@ class AtLeast:
     def shown(self) -> str:
         """What may be written."""
         return f"whole number from {self.least}"
+
+
+@dataclass(frozen=True)
+class CountOr:
+    """Whole numbers from 1 up, or one of some words."""
+
+    words: tuple[str, ...]
+
+    def read(self, text: str, where: str) -> int | str:
+        """The number, or the word."""
+        if text in self.words:
+            return text
+        try:
+            return AtLeast(1).read(text, where)
+        except ValueError as error:
+            words = " or ".join([", ".join(["a whole number from 1 up", *self.words[:-1]]), *self.words[-1:]])
+            raise ValueError(f"{where}={text}: {words} is needed.") from error
+
+    def shown(self) -> str:
+        """What may be written."""
+        return ", ".join(["whole number from 1", *self.words])
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def shape_values(config: PreTrainedConfig) -> dict[str, Any]:
         "model_type": model_type_of(config),
         "layers": hf.num_layers(config),
         "hidden_size": config.get_text_config().hidden_size,
-        "experts": setting(config.get_text_config(), family.count_key),
+        "experts": setting(config.get_text_config(), family.count_key, 0),
     }
 
 

@@ -27,6 +27,8 @@ from moe_compress.models.router_rule import selection_bias
 Report = dict[str, Any]
 # How far a router's logits may be from its rows times its inputs, of the largest, to be called linear.
 LINEAR = 1e-3
+# An expert's step while it is on the same side of the mean load, and where it has changed sides.
+LONGER, SHORTER = 1.2, 0.5
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -152,12 +154,15 @@ def rebalance(pair: LayerPair, task: Rebalancing) -> tuple[dict[str, Tensor], Re
     goal = variation(pair.routing["load"])
     load_E = pair.observe(RoutingObserver(pair.family))["load"]
     first = best = variation(load_E)
-    kept = bias.clone()
-    for turn in range(task.rounds):
+    kept, step, before = bias.clone(), torch.full_like(bias, task.rate), torch.zeros_like(bias)
+    for _ in range(task.rounds):
         if best <= goal * (1 + task.tolerance):
             break
-        # DeepSeek-V3's rule, with steps that grow smaller.
-        bias += (task.rate / (1 + turn)) * torch.sign(load_E.double().mean() - load_E).to(bias).view_as(bias)
+        # DeepSeek-V3's rule, with a step for each expert: the text is the same every time, and may need long ways.
+        side = torch.sign(load_E.double().mean() - load_E).to(bias).view_as(bias)
+        step *= torch.where(side * before < 0, SHORTER, torch.where(side * before > 0, LONGER, 1.0))
+        bias += step * side
+        before = side
         load_E = pair.observe(RoutingObserver(pair.family))["load"]
         if variation(load_E) < best:
             best, kept = variation(load_E), bias.clone()

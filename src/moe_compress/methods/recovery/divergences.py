@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moe_compress.methods.recovery_method import Divergence
 
+# Logits that are minus infinity (padding of a vocabulary, in some models) count as this, and their gradient is 0.
+RULED_OUT = -1e30
 Kind = Literal["forward", "reverse", "jsd"]
 
 
@@ -50,7 +52,7 @@ def divergence_of(kind: Kind, temperature: float, beta: float) -> Divergence:
 def _log_probabilities(student_PV: Tensor, teacher_PV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """In fp32 at least: sums over a vocabulary in bf16 are off by percents."""
     both = [each if each.dtype == torch.float64 else each.float() for each in (student_PV, teacher_PV)]
-    s_PV, t_PV = ((each / temperature).log_softmax(-1) for each in both)
+    s_PV, t_PV = ((each / temperature).clamp_min(RULED_OUT).log_softmax(-1) for each in both)
     return s_PV, t_PV
 
 

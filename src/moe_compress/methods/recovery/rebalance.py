@@ -10,8 +10,9 @@ from moe_compress.methods.registry import recovery_method
 def rebalance(*, rounds: int = 40, rate: float = 0.02, tolerance: float = 0.05) -> Rebalancing:
     """Move selection biases on calibration text until the experts' load varies as the original's does.
 
-    rounds: at most so many over the text for each layer; rate: of the first step (steps grow smaller), in the units of
-    the scores; tolerance: by which the coefficient of variation of an expert's tokens may stay above the original's.
+    rounds: at most so many over the text for each layer; rate: of the first step, in the units of the scores (an
+    expert's steps grow by a fifth while it is on one side of the mean load, and halve where it changes sides);
+    tolerance: by which the coefficient of variation of an expert's tokens may stay above the original's.
     """
     if rounds < 1 or not 0.0 < rate < float("inf") or not 0.0 <= tolerance < float("inf"):
         raise ValueError(f"rounds={rounds} rate={rate:g} tolerance={tolerance:g}: all above 0 are needed.")

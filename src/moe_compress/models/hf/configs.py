@@ -46,6 +46,11 @@ def is_architecture(model_type: Any) -> bool:
     return isinstance(model_type, str) and model_type.removeprefix(edited_model.PREFIX) in CONFIG_MAPPING
 
 
+def known_keys(model_type: str) -> set[str]:
+    """What a config of an architecture says by itself, whatever it was made of."""
+    return set(CONFIG_MAPPING[model_type]().to_dict())
+
+
 def encode_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """config.json values with infinities and NaN in transformers' own JSON notation."""
     return PreTrainedConfig._encode_special_floats(dict(values))
