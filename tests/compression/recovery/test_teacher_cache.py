@@ -227,6 +227,15 @@ def test_a_grid_runs_its_teacher_once(lab, tmp_path, monkeypatch):
     assert len(passes) > 0
 
 
+def test_students_of_all_kinds_share_a_cache(lab, tmp_path, monkeypatch):
+    options = {**lab("mixtral"), "results": str(tmp_path)}
+    quantized = "quantize method=rtn bits=4 group_size=8 format=packed"
+    moe_compress.compress(f"{quantized} + qad steps=2 batch=2 cache=topk", **options)
+    passes = counting(monkeypatch, teacher_pass, "forward_layers")
+    moe_compress.compress("expert_drop ratio=0.5 + distill steps=2 batch=2 cache=topk divergence=jsd", **options)
+    assert passes == [] and len(list((tmp_path / "teachers").glob("*/teacher.json"))) == 1
+
+
 def test_losses_without_a_teacher_load_none(lab, tmp_path, monkeypatch):
     loaded = counting(monkeypatch, stage, "WholeModel")
     words = "expert_drop ratio=0.5 + distill loss=labels steps=2 batch=2"
