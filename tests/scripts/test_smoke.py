@@ -40,6 +40,7 @@ import paper_table  # noqa: E402
 import pruning_speed  # noqa: E402
 import quantization_speed  # noqa: E402
 import readme_tables  # noqa: E402
+import recovery_speed  # noqa: E402
 import startup_time  # noqa: E402
 import tiny_families  # noqa: E402
 import train  # noqa: E402
@@ -125,10 +126,10 @@ def command_line(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], None]
         1,
         [
             *((engine_speed.main, "engine"), (trimming_speed.main, "trimming"), (pruning_speed.main, "pruning")),
-            (factorisation_speed.main, "factorisation"),
+            *((factorisation_speed.main, "factorisation"), (recovery_speed.main, "recovery")),
         ],
     ),
-    ids=["engine", "trimming", "pruning", "factorisation"],
+    ids=["engine", "trimming", "pruning", "factorisation", "recovery"],
 )
 def test_speed_of_parts(main: Main, name: str, tmp_path):
     main(["--smoke", "--out", str(tmp_path / "made.json")])
@@ -149,12 +150,12 @@ def test_what_fresh_processes_of_the_speed_scripts_run(tmp_path, capsys):
         engine_speed.main(["--measure", name, "--folder", str(tmp_path / "8"), "--windows", "1"])
     pruning_speed.main(["--peak", "64", "--smoke"])
     factorisation_speed.main(["--peak", "64", "--smoke"])
+    recovery_speed.main(["--memory", "loss", "chunked", "--smoke"])
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     figures = read(RESULTS / "engine.json")
     assert [set(each) for each in said] == [
         *(set(figures[n]) for n in ("peak_8", "forward", "copy")),
-        {"bytes"},
-        {"bytes"},
+        *({"bytes"} for _ in range(3)),
     ]
 
 

@@ -14,6 +14,7 @@ from moe_compress.compression.recovery import teachers
 from moe_compress.compression.recovery.rounded_teacher import rounded_model, rounding_kl
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import ResidentLayers, StreamedLayers
+from moe_compress.methods import registry
 from moe_compress.models import hf
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from support import tiny
@@ -91,6 +92,16 @@ def test_rounding_what_is_packed_is_refused(wide_lab, wide_made, tmp_path):
         folder = wide_made("mixtral", f"quantize method=rtn bits=8 group_size=32 {words}")
         with pytest.raises(ValueError, match=r"teacher_bits=4: .* is packed already; leave teacher_bits= out"):
             moe_compress.compress(f"{RECIPE} teacher={folder} teacher_bits=4", **options)
+
+
+@pytest.mark.parametrize(
+    ("words", "share"),
+    [({}, 1.0), ({"teacher_bits": "4"}, 1 / 8), ({"cache": "topk"}, 0.0), ({"loss": "labels"}, 0.0)],
+)
+def test_memory_is_asked_for_as_the_teacher_takes_it(words, share, family_checkpoint):
+    checkpoint = family_checkpoint("mixtral")
+    found = teachers.online_bytes(registry.find("distill").run(**words), checkpoint, torch.float32)
+    assert found == pytest.approx(share * checkpoint.bytes, abs=8)
 
 
 def test_nothing_is_rounded_of_a_teacher_that_is_not_asked(lab, tmp_path):

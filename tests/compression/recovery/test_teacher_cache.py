@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,7 @@ from moe_compress.methods.recovery.kept_targets import keeping_of
 from moe_compress.models import hf
 from support import tiny
 from support.interrupted import Interrupted, counting
+from support.slow import slow_after
 
 WINDOWS = tiny.windows_of(tiny.token_ids(rows=6, length=16))
 RECIPE = "expert_drop ratio=0.5 + router_kd steps=3 batch=2"
@@ -109,6 +114,30 @@ def test_a_stopped_run_goes_on_behind_the_last_shard(teacher, tmp_path, monkeypa
     assert shards(filled(cache_in(tmp_path), nobody, "nobody", None)) == whole
 
 
+@pytest.mark.parametrize("number", slow_after(1, [14, 3, 20, 27]))
+def test_a_killed_run_goes_on(number, teacher, tmp_path):
+    """Killed in the middle of a tensor: of hidden states between two layers, or of a shard."""
+    whole = shards(fill(tmp_path / "whole", teacher))
+
+    def dies(out: int, data: memoryview, seen: list[int], write: Callable[[int, memoryview], None]) -> None:
+        seen.append(1)
+        if len(seen) == number:
+            os.write(out, data[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(out, data)
+
+    child = os.fork()
+    if child == 0:
+        safetensors_file.write_all = functools.partial(dies, seen=[], write=safetensors_file.write_all)
+        fill(tmp_path, teacher)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert len(shards(cache_in(tmp_path))) < len(whole)
+    found = fill(tmp_path, teacher)
+    assert shards(found) == whole
+    assert sorted(path.name for path in found.folder.iterdir()) == [*sorted(whole), "teacher.json"]
+
+
 def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])
 
@@ -196,6 +225,15 @@ def test_a_grid_runs_its_teacher_once(lab, tmp_path, monkeypatch):
     assert passes == [] and len(loaded) == 3
     moe_compress.compress(f"{RECIPE} cache=sampled", **{**options, "samples": 7})
     assert len(passes) > 0
+
+
+def test_students_of_all_kinds_share_a_cache(lab, tmp_path, monkeypatch):
+    options = {**lab("mixtral"), "results": str(tmp_path)}
+    quantized = "quantize method=rtn bits=4 group_size=8 format=packed"
+    moe_compress.compress(f"{quantized} + qad steps=2 batch=2 cache=topk", **options)
+    passes = counting(monkeypatch, teacher_pass, "forward_layers")
+    moe_compress.compress("expert_drop ratio=0.5 + distill steps=2 batch=2 cache=topk divergence=jsd", **options)
+    assert passes == [] and len(list((tmp_path / "teachers").glob("*/teacher.json"))) == 1
 
 
 def test_losses_without_a_teacher_load_none(lab, tmp_path, monkeypatch):

@@ -48,7 +48,7 @@ def rounded_model(checkpoint: Checkpoint, layers: StreamedLayers, bits: int) -> 
     refuse_if_uneditable(checkpoint.config)
     if is_packed(layers.model) or any(isinstance(entry, StoredWeight) for entry in checkpoint.tensors.values()):
         raise ValueError(f"teacher_bits={bits}: {checkpoint.name} is packed already; leave teacher_bits= out.")
-    needed = bits * (checkpoint.bytes // checkpoint.stored_dtype.itemsize) // 8
+    needed = rounded_bytes(checkpoint, bits)
     if needed > (free := free_memory(layers.device)):
         raise ValueError(
             f"teacher_bits={bits}: {checkpoint.name} takes {gigabytes(needed)} in so few bits, and "
@@ -63,6 +63,11 @@ def rounded_model(checkpoint: Checkpoint, layers: StreamedLayers, bits: int) -> 
             _pack(kept, names, family, bits)
         held[index] = kept
     return model.eval().requires_grad_(False)
+
+
+def rounded_bytes(checkpoint: Checkpoint, bits: int) -> int:
+    """About what it takes in memory in so few bits."""
+    return bits * (checkpoint.bytes // checkpoint.stored_dtype.itemsize) // 8
 
 
 def _pack(layer: nn.Module, names: Mapping[str, Any], family: Family, bits: int) -> None:

@@ -25,7 +25,7 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
-from moe_compress.compression.recovery.teachers import teaching_of
+from moe_compress.compression.recovery.teachers import online_bytes, teaching_of
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
@@ -131,14 +131,14 @@ def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher:
     plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     kept = BYTES_PER_TRAINED * numbers
-    models = [memory_bytes(source, torch.float32), memory_bytes(teacher, run.dtype)]
+    models = [memory_bytes(source, torch.float32), online_bytes(task, teacher, run.dtype)]
     free = free_memory(run.device)
     if sum(models) + kept > free:
         raise ValueError(
             f"{stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, its "
             f"teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
-            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), or one layer at a time (layerwise, "
-            "router_kd solver=ridge)."
+            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what the teacher says "
+            "(cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
         )
 
 

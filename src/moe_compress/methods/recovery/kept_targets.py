@@ -61,7 +61,7 @@ def bucket_divergence(
 
     Never more than that of the whole vocabulary, and nothing where that is nothing.
     """
-    z_PV, id_PK = _wide(student_PV) / temperature, kept[IDS].long()
+    z_PV, id_PK = _at(student_PV, temperature), kept[IDS].long()
     # What is left is summed up itself: 1 less the others would be rounding errors where it is little.
     rest_P1 = z_PV.scatter(1, id_PK, -torch.inf).logsumexp(1, keepdim=True)
     ours_PB = torch.cat([z_PV.gather(1, id_PK), rest_P1], 1)
@@ -82,7 +82,7 @@ def sampled_targets(logits_PV: Tensor, top: int, temperature: float, generator: 
 
 def sampled_kl(student_PV: Tensor, kept: Mapping[str, Tensor], temperature: float) -> Tensor:
     """T^2 KL(teacher || student) of the whole vocabulary as the draws estimate it, [P]; may be below 0 for a token."""
-    z_PV, id_PK = _wide(student_PV) / temperature, kept[IDS].long()
+    z_PV, id_PK = _at(student_PV, temperature), kept[IDS].long()
     likelihood_PK = z_PV.gather(1, id_PK) - z_PV.logsumexp(1, keepdim=True)
     log_p_PK, half = kept[LOG_P].to(z_PV.dtype), id_PK.shape[1] // 2
     drawn = id_PK.shape[1] - half
@@ -93,12 +93,13 @@ def sampled_kl(student_PV: Tensor, kept: Mapping[str, Tensor], temperature: floa
 
 
 def _log_probabilities(logits_PV: Tensor, temperature: float) -> Tensor:
-    return (_wide(logits_PV) / temperature).log_softmax(-1)
+    return _at(logits_PV, temperature).log_softmax(-1)
 
 
-def _wide(logits_PV: Tensor) -> Tensor:
-    """In fp32 at least: sums over a vocabulary in bf16 are off by percents."""
-    return logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
+def _at(logits_PV: Tensor, temperature: float) -> Tensor:
+    """Logits at a temperature, in fp32 at least: sums over a vocabulary in bf16 are off by percents."""
+    wide_PV = logits_PV if logits_PV.dtype == torch.float64 else logits_PV.float()
+    return wide_PV if temperature == 1.0 else wide_PV / temperature
 
 
 def _narrow(id_PK: Tensor, vocabulary: int) -> Tensor:

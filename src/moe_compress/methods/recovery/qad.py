@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from moe_compress.methods.recovery.divergences import Kind, divergence_of
-from moe_compress.methods.recovery_method import Distillation
+from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
+from moe_compress.methods.recovery_method import Distillation, TeacherBits
 from moe_compress.methods.registry import recovery_method
 
 
@@ -14,7 +15,7 @@ from moe_compress.methods.registry import recovery_method
     paper="QAD (arXiv 2601.20088); LSQ (arXiv 1902.08153)",
     lr=1e-4,
     shown_in_names=("learns",),
-    goes_with={"beta": "divergence=jsd"},
+    goes_with={"beta": "divergence=jsd", "top": "cache!=none", "cache=sampled": "divergence=forward"},
 )
 def qad(
     *,
@@ -22,11 +23,19 @@ def qad(
     divergence: Kind = "forward",
     temperature: float = 1.0,
     beta: float = 0.5,
+    cache: Cache = "none",
+    top: int = 64,
+    teacher_bits: TeacherBits = "0",
 ) -> Distillation:
     """Train quantized matrices on what the original says of the calibration text; they stay in the same format.
 
     learns: scales alone, codes as they are; or codes as well, rounded straight through in every step; divergence,
-    temperature, beta: as for distill.
+    temperature, beta, cache, top, teacher_bits: as for distill.
     """
-    trains = frozenset({"scales"} if learns == "scales" else {"scales", "codes"})
-    return Distillation(trains=trains, terms={"logits": 1.0}, divergence=divergence_of(divergence, temperature, beta))
+    return Distillation(
+        trains=frozenset({"scales"} if learns == "scales" else {"scales", "codes"}),
+        terms={"logits": 1.0},
+        divergence=divergence_of(divergence, temperature, beta),
+        keeping=keeping_of(cache, top, divergence, temperature, beta),
+        teacher_bits=int(teacher_bits),
+    )
