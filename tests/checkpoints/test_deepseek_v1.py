@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moe_compress.checkpoints.reader import open_checkpoint
-from moe_compress.edits.edits import KeepExperts
+from moe_compress.edits.edits import KeepExperts, MakeDense
 from moe_compress.engine.forward import forward_layers
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.models import hf
@@ -145,6 +145,26 @@ def test_deepseek_v1_is_written_as_plain_qwen2_moe(kept, tmp_path):
     with torch.no_grad():
         logits = model.eval()(IDS, use_cache=False).logits
     torch.testing.assert_close(logits, Reference(tensors(), kept=kept)(IDS), rtol=0, atol=1e-5)
+
+
+def test_deepseek_v1_with_fixed_gates_is_a_dense_llama(tmp_path):
+    source = open_checkpoint(save(tmp_path / "v1", torch.float32))
+    gates, width = tuple(0.1 * (e + 1) for e in range(EXPERTS)), (EXPERTS + 2) * INNER
+    # The gate of the shared experts is a half, and their down projection twice what it was.
+    edits = [MakeDense(0, (), (), width)] + [MakeDense(n, tuple(range(EXPERTS)), gates, width, 0.5) for n in (1, 2)]
+    model, info = AutoModelForCausalLM.from_pretrained(
+        write(source, edits, tmp_path / "out").folder, output_loading_info=True
+    )
+    assert not any(info.values()) and model.config.model_type == "llama", info
+
+    class Fixed(Reference):
+        def moe(self, x: Tensor, at: str) -> Tensor:
+            routed = [gate * self.mlp(x, f"{at}experts.{e}.") for e, gate in enumerate(gates)]
+            return self.mlp(x, f"{at}shared_experts.") + sum(routed)
+
+    with torch.no_grad():
+        logits = model.eval()(IDS, use_cache=False).logits
+    torch.testing.assert_close(logits, Fixed(tensors())(IDS), rtol=0, atol=1e-5)
 
 
 def test_deepseek_v1_in_bf16_is_the_same_by_copy_and_through_the_model(tmp_path):

@@ -61,6 +61,7 @@ def test_what_is_written_is_what_was_planned(family, lab, made):
         assert list(stored[f"model.layers.{layer}.mlp.up_proj.weight"]) == [width, tiny.HIDDEN]
         assert list(stored[f"model.layers.{layer}.mlp.down_proj.weight"]) == [tiny.HIDDEN, width]
     assert not any("expert" in name or "router" in name for name in stored)
+    assert "mixture-of-experts" not in (folder / "README.md").read_text()
     planned = moe_compress.plan("densify keep=3", **options)
     assert (planned.form, planned.after.bytes) == ("plain", checkpoint.bytes)
     _, model = logits(folder)
@@ -155,6 +156,7 @@ def test_harnesses_take_it_as_any_model(command, lab, made):
         ("distill teacher={moe}", "mistral as it is here has none of these"),
         ("router_kd teacher={moe}", "mistral as it is here has none of these"),
         ("prune", "where=experts: mistral has no such part"),
+        ("quantize where=dense group_size=8", "codes of a mistral model without experts are not stored here"),
     ],
 )
 def test_what_needs_experts_is_refused(sentence, said, lab, made, tmp_path):

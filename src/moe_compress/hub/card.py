@@ -160,7 +160,8 @@ def _head(manifest: Mapping[str, Any], licence: Mapping[str, str], methods: Sequ
     values |= licence
     values |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
     code = ["custom_code"] if edited else []
-    values["tags"] = list(dict.fromkeys(["mixture-of-experts", "moe-compress", *methods, *code]))
+    experts = ["mixture-of-experts"] if "densify" not in methods else []
+    values["tags"] = list(dict.fromkeys([*experts, "moe-compress", *methods, *code]))
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 

@@ -24,7 +24,7 @@ from moe_compress.edits.apply import apply_for_counting
 from moe_compress.edits.edits import Edit, PackMatrices
 from moe_compress.methods.weight_method import NARROWEST, Bits, GridOptions, GroupSizes, group_size_for
 from moe_compress.models import hf
-from moe_compress.models.families import family_of
+from moe_compress.models.families import family_of, made_dense_from
 from moe_compress.models.matrices import Kind, Matrix, layer_matrices, stored_matrices
 from moe_compress.models.moe import moe_views
 from moe_compress.utils.logging import log
@@ -220,6 +220,11 @@ def _format_of(matrices: StageMatrices, grid: GridOptions, stays: Set[Kind]) -> 
     if grid.format == DENSE or not any(matrices.packable.values()):
         return DENSE
     kind, wrapped = matrices.model.config.model_type, hf.is_wrapper(matrices.model.config)
+    if made_dense_from(matrices.model.config):
+        raise ValueError(
+            f"codes of a {kind} model without experts are not stored here: use format=dense, which rounds its weights "
+            "alone, or quantize its checkpoint by a tool for dense models."
+        )
     if grid.format == "auto":
         writers = {name: _writer(name) for name in AUTO}
         found = next(
