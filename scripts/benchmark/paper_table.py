@@ -28,6 +28,7 @@ from moe_compress.evaluation.harnesses import HARNESSES
 from moe_compress.evaluation.speed.report import setting_of
 from moe_compress.evaluation.tasks import selection
 from moe_compress.recipes.parser import parse
+from moe_compress.run.option_uses import USED
 from moe_compress.run.options import Options, make_options
 from moe_compress.utils.choices import coerce
 from moe_compress.utils.files import read_json, require_writable, write_json
@@ -138,7 +139,9 @@ def _words(words: Mapping[str, str], small: bool) -> dict[str, str]:
     if "tasks" in words:
         selection.choose(words["tasks"], asked.get("fewshot", 0))
     found["run"].pop("threads", None)  # which Snakemake shares out
-    found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | found["run"]
+    of_run = {key: value for key, value in found["run"].items() if key in HARNESSES["tasks"].options}
+    found["tasks"] = {"tasks": "local" if small else "paper"} | found["tasks"] | of_run
+    found["evaluate"] = {key: value for key, value in found["run"].items() if key in USED["evaluate"]}
     found["flops"] = {"tokens": f"{TOKENS}", "context": f"{TOKENS}"}
     found["compress"] = {key: value for key, value in found["run"].items() if not key.startswith("eval_")}
     return {name: shlex.join(f"{key}={value}" for key, value in each.items()) for name, each in found.items()}

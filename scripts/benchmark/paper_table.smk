@@ -43,7 +43,7 @@ rule original:
         lambda found: MODELS[found.model]["files"],
     params:
         model=lambda found: MODELS[found.model]["path"],
-        evaluate=WORDS["run"],
+        evaluate=WORDS["evaluate"],
         tasks=WORDS["tasks"],
     log:
         "logs/original/{model}.txt",
@@ -89,7 +89,7 @@ rule evaluate:
         "checkpoints/{cell}",
         lambda found: f"{CELLS[found.cell]['model']}.original",
     params:
-        evaluate=WORDS["run"],
+        evaluate=WORDS["evaluate"],
     log:
         "logs/evaluate/{cell}.txt",
     threads: config["threads"]

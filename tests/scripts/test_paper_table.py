@@ -71,7 +71,8 @@ def test_each_command_is_given_its_own_words():
         "run": run,
         "compress": compress,
         "speed": "quick=true runs=3 dtype=float32 threads=2",
-        "tasks": f"tasks=local limit=5 {run}",
+        "tasks": "tasks=local limit=5 dtype=float32",
+        "evaluate": "eval_samples=4 dtype=float32",
         "sizes": "",
         "flops": "tokens=2048 context=2048",
     }
