@@ -72,7 +72,7 @@ def densify(
     *,
     keep: Annotated[int | str, CountOr((AS_MANY, EVERY))] = AS_MANY,
     score: Annotated[str, NAMES] = "reap",
-    scale: Scale = "mean",
+    scale: Scale = "share",
     seed: int = 0,
 ) -> Plan:
     """Make the model dense: one MLP a layer of its best experts side by side, each with a fixed gate.
