@@ -31,8 +31,8 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
     """
     config = values.get(QUANTIZATION)
     if not config:
-        signs = tuple(layout.SIGN for each in formats().values() for layout in each.layouts)
-        packed = next((name for name in tensors if name.endswith(signs)), None)
+        layouts = [layout for each in formats().values() for layout in each.layouts]
+        packed = next((name for name in tensors if any(_is_sign(name, layout, tensors) for layout in layouts)), None)
         if packed is not None:
             raise ValueError(f"{packed} is packed, but config.json has no quantization_config that says how.")
         return dict(tensors)
@@ -45,7 +45,7 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
             raise ValueError(f"{stem} is packed with {last}, which is not read: use a bf16 copy, or other weights.")
         for layout in format.layouts:
             stem = name.removesuffix(layout.SIGN)
-            if name.endswith(layout.SIGN) and layout.reads(_dtypes(stem, layout, tensors)):
+            if _is_sign(name, layout, tensors):
                 held = _parts(name, stem, layout, tensors)
                 parts = [None if part is None else found.pop(part) for part in held]
                 known = {each.name for each in fields(layout)}
@@ -53,6 +53,11 @@ def with_weights(tensors: Mapping[str, Any], values: Mapping[str, Any]) -> dict[
                 found[f"{stem}{layout.END}"] = layout(*parts, **told)
                 break
     return found
+
+
+def _is_sign(name: str, layout: type[StoredWeight], tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor says that a weight lies so: a router's own `scale` (Gemma-4) has no codes beside it."""
+    return name.endswith(layout.SIGN) and layout.reads(_dtypes(name.removesuffix(layout.SIGN), layout, tensors))
 
 
 def _dtypes(stem: str, layout: type[StoredWeight], tensors: Mapping[str, Any]) -> dict[str, str]:
