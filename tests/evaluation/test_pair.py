@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import moe_compress
 from moe_compress.reports.reading import load_records
+from moe_compress.run.option_uses import USED
 
 Options = dict[str, object]
 
 
 def evaluated(options: Options) -> Options:
     """The words that an evaluation takes."""
-    return {key: value for key, value in options.items() if key not in ("data", "samples")}
+    return {key: value for key, value in options.items() if key in USED["evaluate"]}
 
 
 def made(base: Path, options: Options) -> Path:
