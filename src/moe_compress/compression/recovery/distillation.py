@@ -7,6 +7,7 @@ P predicted tokens, V vocabulary, D model width, T tokens that count.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -214,6 +215,7 @@ def rows_of_step(step: int, batch: int, count: int, seed: int) -> Tensor:
     return torch.stack(found)
 
 
+@functools.lru_cache(maxsize=2)  # a step sees the end of one draw and the beginning of the next
 def _order(epoch: int, count: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % LARGEST_SEED)
     return torch.randperm(count, generator=generator)

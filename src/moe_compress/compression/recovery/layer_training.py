@@ -145,7 +145,7 @@ def rebalance(pair: LayerPair, task: Rebalancing) -> tuple[dict[str, Tensor], Re
     view = learned_view(pair.layer, pair.family)
     if view is None or not pair.routing:
         return {}, {}
-    found = _selection_bias(view)
+    found = _selection_bias(pair.layer, view)
     if found is None:
         raise ValueError(
             f"layer {pair.index} has no selection bias to be moved: rebalance is for routers like DeepSeek-V3's."
@@ -176,16 +176,10 @@ def variation(load_E: Tensor) -> float:
     return float(load_E.std(correction=0) / load_E.mean().clamp_min(1e-12))
 
 
-def _selection_bias(view: MoEView) -> tuple[str, Tensor] | None:
+def _selection_bias(layer: nn.Module, view: MoEView) -> tuple[str, Tensor] | None:
     """Its name in the layer, and the tensor itself."""
     flat = selection_bias(view)
     if flat is None:
         return None
-    for part in ("router", "block"):
-        module = getattr(view, part)
-        for inner, each in module.named_modules():
-            for table in (each._parameters, each._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.data_ptr() == flat.data_ptr():
-                        return ".".join(filter(None, (view.names[part], inner, name))), tensor.detach()
-    return None
+    named = (*layer.named_parameters(), *layer.named_buffers())
+    return next(((name, each.detach()) for name, each in named if each.data_ptr() == flat.data_ptr()), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,25 @@ from moe_compress.utils.logging import log
 BYTES_PER_TRAINED = 12
 
 
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A student that is to be recovered into `writer`, its teacher, the edits between the two, and the text."""
+
+    stage: Stage
+    source: Checkpoint
+    teacher: Checkpoint
+    edits: Sequence[Edit]
+    windows: Windows
+    run: Run
+    writer: CheckpointWriter
+    progress: Progress | None
+
+    @property
+    def options(self) -> TrainingOptions:
+        """How it trains."""
+        return TrainingOptions.of(self.stage.parameters)
+
+
 def run_recovery_stage(
     stage: Stage,
     source: Checkpoint,
@@ -72,39 +92,28 @@ def run_recovery_stage(
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
-    given = (stage, source, teacher, [*led, *edits], windows, run, writer, progress)
+    job = _Job(stage, source, teacher, [*led, *edits], windows, run, writer, progress)
     if isinstance(task, Distillation):
-        report = _whole(task, *given, lambda target, so_far: finish(target, {**about, **so_far}))
+        report = _whole(task, job, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
-        report = _by_layer(task, *given)
+        report = _by_layer(task, job)
     return WeightStageResult({**about, **report}, [], dict(source.values))
 
 
-def _whole(
-    task: Distillation,
-    stage: Stage,
-    source: Checkpoint,
-    teacher: Checkpoint,
-    edits: Sequence[Edit],
-    windows: Windows,
-    run: Run,
-    writer: CheckpointWriter,
-    progress: Progress | None,
-    finish: Finish,
-) -> dict[str, Any]:
+def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     """Train end to end."""
-    options = TrainingOptions.of(stage.parameters)
+    source, run, writer, options = job.source, job.run, job.writer, job.options
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
-    _require_room(task, stage, source, teacher, run)
-    teaching = teaching_of(task, teacher, windows, run, progress)
+    _require_room(task, job)
+    teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
     student = WholeModel(source, run, torch.float32, recompute=options.recompute)
     parameters = trained_parameters(student.model, task.trains)
     if not task.trains & {CODES, SCALES}:
         require_plain(source, parameters)
     layered = teaching.online if compares_layers(task) else None
-    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
+    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, job.edits)
     taught_by = teaching.online or teaching.cache
-    training = DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed)
+    training = DistillationRun(task, options, student, taught_by, job.windows, parameters, kin, run.options.seed)
 
     def fill(target: CheckpointWriter) -> None:
         changed = _by_layers(source, student.model, parameters)
@@ -116,7 +125,7 @@ def _whole(
     )
     steps.begin()
     follow = Follower(
-        options, run.log, tracker, progress,
+        options, run.log, tracker, job.progress,
         then=lambda curve: steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report()}),
     )  # fmt: skip
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
@@ -125,18 +134,18 @@ def _whole(
     return {TRAINING: {**report, **teaching.report}}
 
 
-def _require_room(task: Distillation, stage: Stage, source: Checkpoint, teacher: Checkpoint, run: Run) -> None:
+def _require_room(task: Distillation, job: _Job) -> None:
     """ValueError, with what would fit, where two models and what training remembers do not fit into memory."""
-    coded = task.trains & {CODES, SCALES}
+    source, run, coded = job.source, job.run, task.trains & {CODES, SCALES}
     plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     kept = BYTES_PER_TRAINED * numbers
-    models = [memory_bytes(source, torch.float32), online_bytes(task, teacher, run.dtype)]
+    models = [memory_bytes(source, torch.float32), online_bytes(task, job.teacher, run.dtype)]
     free = free_memory(run.device)
     if sum(models) + kept > free:
         raise ValueError(
-            f"{stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, its "
-            f"teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
+            f"{job.stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, "
+            f"its teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
             f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what the teacher says "
             "(cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
         )
@@ -162,29 +171,19 @@ def _by_layers(
     return found
 
 
-def _by_layer(
-    task: LayerDistillation | RouterFit | Rebalancing,
-    stage: Stage,
-    source: Checkpoint,
-    teacher: Checkpoint,
-    edits: Sequence[Edit],
-    windows: Windows,
-    run: Run,
-    writer: CheckpointWriter,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _by_layer(task: LayerDistillation | RouterFit | Rebalancing, job: _Job) -> dict[str, Any]:
     """Train, fit or rebalance one layer after the other."""
-    theirs = run.layers(teacher)
+    source, run, writer, windows, options = job.source, job.run, job.writer, job.windows, job.options
+    theirs = run.layers(job.teacher)
     ours = StreamedLayers(source, run.device, torch.float32, run.options.attn)
-    kin = lineage(ours.model, theirs.model, edits)
-    options = TrainingOptions.of(stage.parameters)
+    kin = lineage(ours.model, theirs.model, job.edits)
     visitor = LayerVisitor(task, options, source, ours.model, kin, writer, run.options.seed)
     if not writer.has(None):
         writer.copy(None)
     # A step then takes whole batches, and as many windows as it is told.
     most = min(windows_per_batch(windows), options.batch)
     size = next(n for n in range(most, 0, -1) if options.batch % n == 0)
-    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size, progress=progress)
+    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size, progress=job.progress)
     notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
     return {"layers": {i: note for i, note in notes.items() if note}}
 

@@ -18,7 +18,7 @@ from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint, regions_of
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
-from moe_compress.models.modeling.bit_packing import WORD, pack
+from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.sublayers import block_names
 
@@ -45,21 +45,22 @@ class TrainedMatrix(nn.Module):
         codes_OI, scale_OG = matrix.codes(), matrix.scales.detach().float()
         self.register_buffer(CODES, codes_OI)
         self.scales = nn.Parameter(scale_OG, requires_grad=False)
-        self.latent = nn.Parameter(codes_OI * self._spread(scale_OG), requires_grad=False) if with_codes else None
+        self.latent = nn.Parameter(dequantized(codes_OI, scale_OG), requires_grad=False) if with_codes else None
         self.alive = codes_OI != 0 if is_pruned(codes_OI) else None
 
-    def _spread(self, scale_OG: Tensor) -> Tensor:
-        return scale_OG.repeat_interleave(self.in_features // scale_OG.shape[1], 1)
+    def _rounded(self) -> Tensor:
+        """Codes [O, I] in fp32, through which gradients go to what is behind them, and to scales."""
+        if self.latent is None:
+            return self.codes.float()
+        half = 2 ** (self.bits - 1)
+        scale_OI = self.scales.repeat_interleave(self.in_features // self.scales.shape[1], 1)
+        real_OI = (self.latent / scale_OI).clamp(-half, half - 1)
+        rounded_OI = real_OI + (real_OI.round() - real_OI).detach()
+        return rounded_OI if self.alive is None else rounded_OI * self.alive
 
     def weight(self) -> Tensor:
         """The numbers that it stands for [O, I], in fp32."""
-        scale_OI = self._spread(self.scales)
-        if self.latent is None:
-            return self.codes * scale_OI
-        half = 2 ** (self.bits - 1)
-        real_OI = (self.latent / scale_OI).clamp(-half, half - 1)
-        rounded_OI = (real_OI + (real_OI.round() - real_OI).detach()) * scale_OI
-        return rounded_OI if self.alive is None else rounded_OI * self.alive
+        return dequantized(self._rounded(), self.scales)
 
     def forward(self, x_RI: Tensor) -> Tensor:
         """The product with rows of inputs."""
@@ -68,12 +69,7 @@ class TrainedMatrix(nn.Module):
     @torch.no_grad()
     def coded(self, dtype: torch.dtype) -> CodedMatrix:
         """Its codes, and scales in the dtype that they are stored in."""
-        codes_OI = self.codes
-        if self.latent is not None:
-            half = 2 ** (self.bits - 1)
-            codes_OI = (self.latent / self._spread(self.scales)).clamp(-half, half - 1).round().to(torch.int8)
-            codes_OI = codes_OI if self.alive is None else codes_OI * self.alive
-        return CodedMatrix(codes_OI, self.scales.detach().to(dtype), self.bits)
+        return CodedMatrix(self._rounded().round().to(torch.int8), self.scales.detach().to(dtype), self.bits)
 
 
 def is_pruned(codes_OI: Tensor) -> bool:
@@ -109,7 +105,8 @@ def release(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Param
 def coded_numbers(source: Checkpoint, parts: frozenset[str]) -> int:
     """How many numbers of a checkpoint's packed matrices `release` would let be trained."""
     skeleton = source.skeleton(torch.float32)
-    shapes = [(each.weight_like.numel(), each.scales.numel()) for each in packed_matrices(skeleton)]
+    matrices = (each for each in skeleton.modules() if isinstance(each, PackedMatrix))
+    shapes = [(each.weight_like.numel(), each.scales.numel()) for each in matrices]
     for key in source.packed:
         scales, *others = regions_of(source.tensors[key])
         bits = getattr(source.tensors[key], "bits", None) or WORD // 8
@@ -117,15 +114,10 @@ def coded_numbers(source: Checkpoint, parts: frozenset[str]) -> int:
     return sum(CODES in parts and codes for codes, _ in shapes) + sum(SCALES in parts and each for _, each in shapes)
 
 
-def packed_matrices(model: PreTrainedModel) -> list[PackedMatrix]:
-    """All matrices that a model holds packed."""
-    return [each for each in model.modules() if isinstance(each, PackedMatrix)]
-
-
 def packed_again(source: Checkpoint, model: PreTrainedModel) -> dict[str, Tensor | StoredWeight]:
     """What trained matrices are stored as, by the checkpoint's names, in the format that it has."""
-    parts = format_in(source.values).writer.parts if _plain(source) else None  # type: ignore[union-attr]
-    if parts is None:
+    writer = format_in(source.values).writer
+    if writer is None or writer.parts is None:
         return _as_modules(model, source.dense_dtype)
     found: dict[str, Tensor | StoredWeight] = {}
     skeleton = source.skeleton(source.stored_dtype)
@@ -137,14 +129,8 @@ def packed_again(source: Checkpoint, model: PreTrainedModel) -> dict[str, Tensor
             if isinstance(matrix, TrainedMatrix):
                 with source.read([key]) as tensors:
                     scale_OG = tensors[key].packed()[1]
-                found[key] = parts(matrix.coded(scale_OG.dtype))
+                found[key] = writer.parts(matrix.coded(scale_OG.dtype))
     return found
-
-
-def _plain(source: Checkpoint) -> bool:
-    """Whether a quantization_config says what is packed, and its format can be written."""
-    writer = format_in(source.values).writer
-    return writer is not None and writer.parts is not None
 
 
 def _as_modules(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor | StoredWeight]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from moe_compress.methods.recovery.divergences import Kind, divergence_of
-from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
+from moe_compress.methods.recovery.divergences import Kind
+from moe_compress.methods.recovery.kept_targets import Cache, towards_teacher
 from moe_compress.methods.recovery_method import Distillation, TeacherBits, Term, trained_parts, weighted_terms
 from moe_compress.methods.registry import recovery_method
 
@@ -46,13 +46,10 @@ def distill(
         raise ValueError(f"loss={loss} with teacher_bits={teacher_bits}: nothing is asked of the original.")
     if cache != "none":
         _require_kept(cache, loss, terms)
-    return Distillation(
-        trains=trained_parts(train),
-        terms=terms,
-        divergence=divergence_of(divergence, temperature, beta),
-        keeping=keeping_of(cache, top, divergence, temperature, beta),
-        teacher_bits=int(teacher_bits),
-    )
+    return towards_teacher(
+        trained_parts(train), terms, divergence=divergence, temperature=temperature, beta=beta, cache=cache, top=top,
+        teacher_bits=teacher_bits,
+    )  # fmt: skip
 
 
 def _require_kept(cache: Cache, loss: str, terms: Mapping[Term, float]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moe_compress.methods.recovery.divergences import Kind, divergence_of
-from moe_compress.methods.recovery_method import Keeping
+from moe_compress.methods.recovery_method import Distillation, Keeping, TeacherBits, Term
 
 Cache = Literal["none", "topk", "sampled"]
 IDS, LOG_P, LOG_REST = "ids", "log_p", "log_rest"
@@ -43,6 +43,27 @@ def keeping_of(cache: Cache, top: int, divergence: Kind, temperature: float, bet
         keep=lambda logits_PV, _: top_targets(logits_PV, top, temperature),
         divergence=lambda student_PV, kept: bucket_divergence(student_PV, kept, divergence, temperature, beta),
         disagreement=lambda teacher_PV, kept: bucket_divergence(teacher_PV, kept, "forward", temperature),
+    )
+
+
+def towards_teacher(
+    trains: frozenset[str],
+    terms: Mapping[Term, float],
+    *,
+    divergence: Kind = "forward",
+    temperature: float,
+    beta: float = 0.5,
+    cache: Cache,
+    top: int,
+    teacher_bits: TeacherBits,
+) -> Distillation:
+    """Distillation of some parts, in the words of a recipe. ValueError for words of which no loss could be made."""
+    return Distillation(
+        trains=trains,
+        terms=terms,
+        divergence=divergence_of(divergence, temperature, beta),
+        keeping=keeping_of(cache, top, divergence, temperature, beta),
+        teacher_bits=int(teacher_bits),
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moe_compress.methods.recovery.divergences import Kind, divergence_of
-from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
+from moe_compress.methods.recovery.divergences import Kind
+from moe_compress.methods.recovery.kept_targets import Cache, towards_teacher
 from moe_compress.methods.recovery_method import Distillation, TeacherBits
 from moe_compress.methods.registry import recovery_method
 
@@ -32,10 +32,8 @@ def qad(
     learns: scales alone, codes as they are; or codes as well, rounded straight through in every step; divergence,
     temperature, beta, cache, top, teacher_bits: as for distill.
     """
-    return Distillation(
-        trains=frozenset({"scales"} if learns == "scales" else {"scales", "codes"}),
-        terms={"logits": 1.0},
-        divergence=divergence_of(divergence, temperature, beta),
-        keeping=keeping_of(cache, top, divergence, temperature, beta),
-        teacher_bits=int(teacher_bits),
-    )
+    trains = frozenset({"scales"} if learns == "scales" else {"scales", "codes"})
+    return towards_teacher(
+        trains, {"logits": 1.0}, divergence=divergence, temperature=temperature, beta=beta, cache=cache, top=top,
+        teacher_bits=teacher_bits,
+    )  # fmt: skip

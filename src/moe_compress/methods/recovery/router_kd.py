@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from moe_compress.methods.recovery.divergences import divergence_of
-from moe_compress.methods.recovery.kept_targets import Cache, keeping_of
+from moe_compress.methods.recovery.kept_targets import Cache, towards_teacher
 from moe_compress.methods.recovery_method import Distillation, RouterFit, TeacherBits
 from moe_compress.methods.registry import recovery_method
 
@@ -48,10 +47,7 @@ def router_kd(
         if not 0.0 < ridge < float("inf"):
             raise ValueError(f"ridge={ridge:g}: a number above 0 is needed.")
         return RouterFit(ridge=ridge)
-    return Distillation(
-        trains=frozenset({"routers"}),
-        terms={"logits": 1.0},
-        divergence=divergence_of("forward", temperature, 0.5),
-        keeping=keeping_of(cache, top, "forward", temperature, 0.5),
-        teacher_bits=int(teacher_bits),
-    )
+    return towards_teacher(
+        frozenset({"routers"}), {"logits": 1.0}, temperature=temperature, cache=cache, top=top,
+        teacher_bits=teacher_bits,
+    )  # fmt: skip
