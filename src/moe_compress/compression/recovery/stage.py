@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def run_recovery_stage(
     teacher = resolve_model(named) if named else origin
     if teacher.fingerprint == source.fingerprint:
         raise ValueError(itself(source))
-    task = task_of(stage)
+    task, started = task_of(stage), time.process_time()
     led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
@@ -97,7 +98,14 @@ def run_recovery_stage(
         report = _whole(task, job, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
         report = _by_layer(task, job)
-    return WeightStageResult({**about, **report}, [], dict(source.values))
+    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(time.process_time() - started, 3)}
+    return WeightStageResult({**about, **report, "recovery": cost}, [], dict(source.values))
+
+
+def _tokens(report: Mapping[str, Any], windows: Windows) -> int:
+    """What was trained on, all steps together (layer by layer: in one layer); of a closed form, what it was made of."""
+    trained = [note["tokens"] for note in report.get("layers", {}).values() if "tokens" in note]
+    return int(report[TRAINING]["tokens"] if TRAINING in report else max(trained, default=windows.tokens))
 
 
 def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
