@@ -17,6 +17,7 @@ from typing import Any
 import moe_compress
 from common import RESULTS, add_smoke
 from moe_compress import zoo
+from moe_compress.checkpoints.folder import stage_folder
 from moe_compress.cli.terminal import set_up_logging
 from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.methods.score_registry import scores
@@ -243,30 +244,40 @@ def run_model(model: str, results: Path, smoke: bool) -> None:
     """All recipes on one model (of a smoke run, the first on a little text); checkpoints are measured and removed."""
     runs = [(sentence, seed, dict[str, Any]()) for sentence, seed in recipes(model)]
     runs += [(sentence, seed, RECOVERY_TEXT) for sentence, seed in recovered()]
-    records = results / "records"
     for sentence, seed, given in runs[: 1 if smoke else None]:
-        options: Mapping[str, Any] = SMOKE if smoke else given
-        words = (
-            sentence.replace("expert_drop ", "")
-            .replace(" ", "-")
-            .replace("=", "-")
-            .replace(":", ".")
-            .replace("+", "then")
-        )
-        name = f"{model}-{words}{'-of-512' if given else ''}-seed{seed}"
-        if (records / f"{name}.json").is_file():
+        options: Mapping[str, Any] = {"seed": seed, **(SMOKE if smoke else given)}
+        name = run_name(model, sentence, seed, bool(given))
+        if (results / "records" / f"{name}.json").is_file():
             continue
         out = results / "checkpoints" / name
         shutil.rmtree(out, ignore_errors=True)
         try:
-            moe_compress.compress(
-                sentence, model=model, seed=seed, name=name, out=str(out), results=str(results), **options
-            )
+            if " + " in sentence and given:
+                _begin_with_student(sentence.partition(" + ")[0], model, results, out, options)
+            moe_compress.compress(sentence, model=model, name=name, out=str(out), results=str(results), **options)
         except ValueError as error:
             failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
             failure.save(results / "failures")
             continue
         shutil.rmtree(out)
+    shutil.rmtree(results / "students" / model, ignore_errors=True)
+
+
+def run_name(model: str, sentence: str, seed: int, recovers: bool) -> str:
+    """What the record of a run is called."""
+    words = (
+        sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-").replace(":", ".").replace("+", "then")
+    )
+    return f"{model}-{words}{'-of-512' if recovers else ''}-seed{seed}"
+
+
+def _begin_with_student(student: str, model: str, results: Path, out: Path, options: Mapping[str, Any]) -> None:
+    """Put a student, made once for all that recovers it, where the recipe's first stage would leave it."""
+    place = results / "students" / model / run_name(model, student, options["seed"], recovers=True)
+    moe_compress.compress(student, model=model, out=str(place), results=str(results), eval=False, **options)
+    begun = stage_folder(out, 0)
+    shutil.rmtree(begun, ignore_errors=True)
+    shutil.copytree(place, begun)
 
 
 def run_all(results: Path) -> None:
