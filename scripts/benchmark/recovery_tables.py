@@ -12,7 +12,6 @@ from scipy.stats import kendalltau
 from moe_compress.evaluation.statistics import per_token
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
-from moe_compress.reports.table import sentence_of
 from moe_compress.reports.table_formats import Cells, markdown, with_interval
 
 # The folder in results/ of all that recovers.
@@ -48,11 +47,23 @@ COSTS = ("tokens", "processor_seconds")
 
 def recovered() -> list[tuple[str, int]]:
     """(sentence, seed) of every run that recovers, and of those beside which it stands."""
-    runs = []
-    for letter, student in STUDENTS.items():
-        runs += [(student, 0), *((f"{student} + {recovery}", 0) for recovery in _recoveries(letter))]
-    # Of one student, every recovery is trained with another seed as well.
-    return runs + [(f"{STUDENTS['A']} + {recovery}", 1) for recovery in RECOVERIES]
+    return [(_sentence(letter, recovery), seed) for letter, recovery, seed in _runs()]
+
+
+def run_name(model: str, sentence: str, seed: int) -> str:
+    """What the record of a run is called."""
+    words = sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-").replace(":", ".")
+    return f"{model}-{words.replace('+', 'then')}-seed{seed}"
+
+
+def _runs() -> list[tuple[str, str, int]]:
+    """What is recovered, how (empty: not), and the seed; of one student, every recovery with another seed as well."""
+    runs = [(letter, recovery, 0) for letter in STUDENTS for recovery in ("", *_recoveries(letter))]
+    return [*runs, *(("A", recovery, 1) for recovery in RECOVERIES)]
+
+
+def _sentence(letter: str, recovery: str) -> str:
+    return f"{STUDENTS[letter]} + {recovery}" if recovery else STUDENTS[letter]
 
 
 def _recoveries(letter: str) -> tuple[str, ...]:
@@ -85,15 +96,10 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self.documents = folder / "documents"
         self.found: dict[tuple[str, str, str, int], Record] = {}
-        known = {
-            _words(f"{student} + {recovery}" if recovery else student): (letter, recovery)
-            for letter, student in STUDENTS.items()
-            for recovery in ("", *_recoveries(letter))
-        }
         for record in load_records(sorted((folder / "records").glob("*.json"))):
-            key = known.get(_words(sentence_of(record.recipe)))
-            if key is not None:
-                self.found[record.model, *key, record.seed] = record
+            for letter, recovery, seed in _runs():
+                if record.name == run_name(record.model, _sentence(letter, recovery), seed):
+                    self.found[record.model, letter, recovery, seed] = record
         self.models = sorted({model for model, *_ in self.found})
 
     def changes(self) -> list[dict[str, str]]:
@@ -155,11 +161,6 @@ class Runs:
                 row[model] = _order(after, before)
             rows.append(row)
         return rows
-
-
-def _words(sentence: str) -> tuple[frozenset[str], ...]:
-    """A recipe without the order of its stages' words."""
-    return tuple(frozenset(stage.split()) for stage in sentence.split(" + "))
 
 
 def _order(after: Mapping[str, float | None], before: Mapping[str, float | None]) -> str:

@@ -26,7 +26,7 @@ from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Failure, now
 from moe_compress.reports.table import write_tables
 from readme_tables import write_picture, write_summary
-from recovery_tables import RECOVERED, RECOVERY_TEXT, recovered
+from recovery_tables import RECOVERED, RECOVERY_TEXT, recovered, run_name
 
 README = RESULTS.parent / "README.md"
 SMOKE = {"samples": 2, "length": 64, "eval_samples": 4, "eval_length": 64}
@@ -218,10 +218,7 @@ def run_recipe(
     sentence: str, model: str, results: Path, options: Mapping[str, Any], students: Path | None = None
 ) -> None:
     """One run that is not yet recorded. students: where what is recovered is made once for all that recovers it."""
-    words = (
-        sentence.replace("expert_drop ", "").replace(" ", "-").replace("=", "-").replace(":", ".").replace("+", "then")
-    )
-    name = f"{model}-{words}-seed{options['seed']}"
+    name = run_name(model, sentence, options["seed"])
     if (results / "records" / f"{name}.json").is_file():
         return
     out = results / "checkpoints" / name
