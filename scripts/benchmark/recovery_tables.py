@@ -41,6 +41,8 @@ PACKED_RECOVERIES = (
     f"qad steps={STEPS} lr=0.001",
     f"qad learns=codes steps={STEPS} lr=0.001",
 )
+# What is trained with two seeds.
+SEEDED = "C"
 METRIC = "delta_nll"
 COSTS = ("tokens", "processor_seconds")
 
@@ -59,7 +61,7 @@ def run_name(model: str, sentence: str, seed: int) -> str:
 def _runs() -> list[tuple[str, str, int]]:
     """What is recovered, how (empty: not), and the seed; of one student, every recovery with another seed as well."""
     runs = [(letter, recovery, 0) for letter in STUDENTS for recovery in ("", *_recoveries(letter))]
-    return [*runs, *(("A", recovery, 1) for recovery in RECOVERIES)]
+    return [*runs, *((SEEDED, recovery, 1) for recovery in ("", *RECOVERIES))]
 
 
 def _sentence(letter: str, recovery: str) -> str:
@@ -79,7 +81,7 @@ def recovery(folder: Path) -> str:
     parts = [
         f"**Recovery** of {students}. Change of NLL, and behind it the difference to no recovery, paired by document:",
         markdown(Cells.of(runs.changes())),
-        "Of A with two seeds, which draw the order of the text anew and, for the calibration, its windows:",
+        f"{SEEDED} with two seeds, which draw the windows of the text and their order in training anew:",
         markdown(Cells.of(runs.seeds())),
         "What a recovery took, the median over what is recovered and over the models:",
         markdown(Cells.of(runs.costs())),
@@ -125,12 +127,12 @@ class Runs:
         return with_interval(metric["value"], metric["interval"], "+.3f")
 
     def seeds(self) -> list[dict[str, str]]:
-        """A row for every recovery of A; columns: models; cells: of both seeds."""
+        """A row for what is trained twice and every recovery of it; columns: models; cells: of both seeds."""
         rows = []
-        for recovery in RECOVERIES:
-            row = {"recovery": f"A + {recovery}"}
+        for recovery in ("", *RECOVERIES):
+            row = {"recovery": f"{SEEDED} + {recovery}" if recovery else f"**{SEEDED}**"}
             for model in self.models:
-                values = [self._value(model, "A", recovery, seed) for seed in (0, 1)]
+                values = [self._value(model, SEEDED, recovery, seed) for seed in (0, 1)]
                 row[model] = " and ".join("" if value is None else f"{value:.3f}" for value in values)
             rows.append(row)
         return rows
