@@ -12,6 +12,7 @@ import torch
 import moe_compress
 from moe_compress.checkpoints import steps as steps_module
 from moe_compress.checkpoints.folder import read_manifest
+from moe_compress.checkpoints.life_signs import SIGN
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.checkpoints.steps import finished_steps, require_own_steps, step_folder, steps_folder
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -73,7 +74,7 @@ def test_they_are_ordinary_checkpoints_of_the_student_so_far(told, tmp_path):
 def test_the_oldest_go_and_the_first_stays(told):
     out = moe_compress.compress(RECIPE, "checkpoint_every=1", "keep_checkpoints=2", **told).folder
     assert there(out) == [0, 4, 5]
-    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", "step-00005"}
+    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", "step-00005", SIGN}
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
@@ -99,7 +100,7 @@ def test_a_run_that_was_stopped_between_two_files_leaves_nothing_unfinished(told
         counting(patch, place, name, stop_at=number)
         moe_compress.compress(RECIPE, *words, **told)
     out = moe_compress.compress(RECIPE, *words, **told).folder
-    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004"}
+    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", SIGN}
 
 
 def test_what_is_being_written_is_none(told, tmp_path):

@@ -84,6 +84,11 @@ def task_of(stage: Stage) -> Recovery:
     return task
 
 
+def trains_end_to_end(stage: Stage) -> bool:
+    """Whether it trains a whole model, which may be followed."""
+    return registry.find(stage.method).scope == "recovery" and isinstance(task_of(stage), Distillation)
+
+
 def compares_layers(task: Recovery) -> bool:
     """Whether layers or routers of the student are held beside the teacher's."""
     return not isinstance(task, Distillation) or bool({"hidden", "router"} & task.terms.keys())
