@@ -119,7 +119,7 @@ def evaluate(
         return _record(opened, base, run)
 
 
-def watch(
+def watch(  # noqa: PLR0913 - these are the command's words
     run_folder: str | Path,
     /,
     *,

@@ -216,8 +216,7 @@ def _training(job: _Job, run: str) -> dict[str, Any]:
     found = job.report[-1].get(TRAINING)
     if job.stage is None or found is None:
         return {}
-    losses = {term: values[-1] for term, values in found["curve"].items()}
-    steps = job.stage.parameters["steps"]
+    steps, losses = job.stage.parameters["steps"], found["recent"]
     return {TRAINING: {"run": run, "step": found["steps"], "steps": steps, "tokens": found["tokens"], "losses": losses}}
 
 

@@ -71,6 +71,16 @@ def test_they_are_ordinary_checkpoints_of_the_student_so_far(told, tmp_path):
     moe_compress.load(step_folder(out, 4))
 
 
+@pytest.mark.parametrize(("words", "since"), [(["checkpoint_every=4"], {4: 0, 6: 4}), ([], {6: 0})])
+def test_losses_are_means_since_the_checkpoint_before(told, words, since):
+    out = moe_compress.compress(RECIPE, *words, **told).folder
+    curve = (read_manifest(out) or {})["report"][-1]["training"]["curve"]["logits"]
+    assert len(curve) == 6 and len(set(curve)) > 1
+    for step, start in since.items():
+        losses = (read_manifest(out if step == 6 else step_folder(out, step)) or {})["training"]["losses"]
+        assert losses["logits"] == pytest.approx(sum(curve[start:step]) / (step - start), rel=1e-5)
+
+
 def test_the_oldest_go_and_the_first_stays(told):
     out = moe_compress.compress(RECIPE, "checkpoint_every=1", "keep_checkpoints=2", **told).folder
     assert there(out) == [0, 4, 5]
