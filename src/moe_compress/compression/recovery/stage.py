@@ -151,7 +151,7 @@ def _require_room(task: Distillation, job: _Job) -> None:
     plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     kept = BYTES_PER_TRAINED * numbers
-    models = [memory_bytes(source, torch.float32), online_bytes(task, job.teacher, run.dtype)]
+    models = [memory_bytes(source, torch.float32, run.device), online_bytes(task, job.teacher, run)]
     free = free_memory(run.device)
     if sum(models) + kept > free:
         raise ValueError(
