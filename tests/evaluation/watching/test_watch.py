@@ -347,6 +347,21 @@ def test_a_folder_of_something_else_is_not_waited_for(out, watch, tmp_path):
             watch(folder, once=False)
 
 
+@pytest.mark.parametrize("once", [True, False])
+def test_a_training_that_is_removed_while_it_is_watched_is_a_row_and_the_end(out, watch, once):
+    say(out, "runs")
+
+    def gone(job: Job) -> None:
+        if not job.of_original and number(job) == 2:
+            for folder in (out, steps_folder(out)):
+                shutil.rmtree(folder)
+            raise ValueError("it is not a folder.")
+
+    found, evaluator = watch(out, gone, once=once, poll=0.01, best="kl")
+    assert evaluator.steps == [None, 0, 2] and rows(found) == [None, 0, 2] and found.exit_code == 1
+    assert once or "is gone: the training ended" in found.ended
+
+
 @pytest.mark.parametrize("words", [{"poll": -1.0}, {"timeout": "nan"}])
 def test_times_that_cannot_be_waited_are_refused(out, watch, words):
     with pytest.raises(ValueError, match=f"{next(iter(words))}=.*: seconds, a number from 0 up, are needed"):

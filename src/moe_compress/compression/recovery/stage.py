@@ -93,6 +93,8 @@ def run_recovery_stage(
     led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    if (batch := stage.parameters.get("batch", 0)) > len(windows):
+        log.warning("batch=%d: the text has %d windows, so that a step sees some of them again.", batch, len(windows))
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
     job = _Job(stage, source, teacher, [*led, *edits], windows, run, writer, progress)
     if isinstance(task, Distillation):

@@ -66,8 +66,11 @@ class TrainedMatrix(nn.Module):
 
     @torch.no_grad()
     def coded(self, dtype: torch.dtype) -> CodedMatrix:
-        """Its codes, and scales in the dtype that they are stored in."""
-        return CodedMatrix(self._rounded().round().to(torch.int8), self.scales.detach().to(dtype), self.bits)
+        """Its codes, and scales in the dtype that they are stored in. ValueError for NaN and infinity."""
+        scale_OG = self.scales.detach().to(dtype)
+        if not bool((scale_OG if dtype.itemsize > 1 else scale_OG.float()).isfinite().all()):
+            raise ValueError("trained scales would hold NaN or infinity: nothing is written. A lower lr= helps.")
+        return CodedMatrix(self._rounded().round().to(torch.int8), scale_OG, self.bits)
 
 
 def is_pruned(codes_OI: Tensor) -> bool:

@@ -154,7 +154,7 @@ class Watch:
                 job = self.next_job(there)
                 if job is not None:
                     self.do(*job, tracker)
-                elif self.finished():
+                elif self.finished(there):
                     break
                 else:
                     self.wait(self.words.poll)
@@ -191,9 +191,10 @@ class Watch:
                 return step, of_original
         return None
 
-    def finished(self) -> bool:
-        """Whether nothing is left to be tried again, and nothing more will come."""
-        waiting = any(attempts < ATTEMPTS for attempts, _ in self.failed.values())
+    def finished(self, there: list[TrainingStep]) -> bool:
+        """Whether nothing that still is there is left to be tried again, and nothing more will come."""
+        keys = {step.identity for step in there} | ({self.base.fingerprint} if there or self.written else set())
+        waiting = any(attempts < ATTEMPTS for key, (attempts, _) in self.failed.items() if key in keys)
         return not waiting and (self.words.once or self.ended is not None or self.has_outcome())
 
     def has_outcome(self) -> bool:
