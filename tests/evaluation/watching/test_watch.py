@@ -2,95 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import moe_compress
 from moe_compress.checkpoints.folder import read_manifest
-from moe_compress.checkpoints.life_signs import LifeSign, sign_file
 from moe_compress.checkpoints.steps import finished_steps, rotate, step_folder, steps_folder, training_step
 from moe_compress.evaluation.watching import watch as watching
-from moe_compress.evaluation.watching.evaluated import Evaluation, in_order, read_evaluations
+from moe_compress.evaluation.watching.evaluated import Evaluation, read_evaluations
 from moe_compress.evaluation.watching.process import Job
-from moe_compress.evaluation.watching.watched import Watched
 from support.interrupted import Interrupted
-
-STEPS = [0, 2, 4]
-LAST = 6
-# Of the stand-in: step 4 is the best by kl, step 2 by accuracy.
-KL = {0: 0.9, 2: 0.5, 4: 0.2, LAST: 0.3}
-ACCURACY = {0: 0.1, 2: 0.8, 4: 0.7, LAST: 0.8}
-
-
-@pytest.fixture(scope="module")
-def trained(lab, tmp_path_factory) -> Path:
-    """A training's outcome, with its steps beside it."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    words = f"expert_drop keep=3 + distill steps={LAST} batch=2 checkpoint_every=2"
-    moe_compress.compress(words, **{**lab("mixtral"), "out": str(out)})
-    return out
-
-
-@pytest.fixture
-def out(trained: Path, tmp_path: Path) -> Path:
-    """A copy, to be rotated and renamed, that says nothing of how it ended."""
-    shutil.copytree(steps_folder(trained), steps_folder(tmp_path / "run"))
-    sign_file(tmp_path / "run").unlink()
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-class StandIn:
-    """Stands for the process that evaluates; `before` is called with every job, and may raise."""
-
-    def __init__(self, before: Callable[[Job], None] = lambda _: None) -> None:
-        self.before, self.steps = before, list[int | None]()  # in the order of evaluation; None: the original
-
-    def __enter__(self) -> StandIn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, job: Job) -> dict[str, Any]:
-        self.steps.append(None if job.of_original else number(job))
-        self.before(job)
-        step = training_step(job.folder)
-        assert step is not None and list(job.folder.glob("*.safetensors"))
-        values = {"perplexity": 2.0}
-        if not job.of_original:
-            values |= {"kl": KL[step.step], "accuracy": ACCURACY[step.step]}
-        metrics = {name: {"value": value, "unit": "", "interval": None} for name, value in values.items()}
-        return {"metrics": metrics, "record": "name"}
-
-
-def number(job: Job) -> int:
-    step = training_step(job.folder)
-    assert step is not None
-    return step.step
-
-
-@pytest.fixture
-def watch(lab, tmp_path, monkeypatch) -> Callable[..., tuple[Watched, StandIn]]:
-    """Watch with a stand-in; returns what was found, and the stand-in."""
-
-    def run(out: Path, before: Callable[[Job], None] = lambda _: None, **words: Any) -> tuple[Watched, StandIn]:
-        evaluator = StandIn(before)
-        monkeypatch.setattr(watching, "Evaluator", lambda _threads: evaluator)
-        given = {key: lab("mixtral")[key] for key in ("eval_data", "eval_samples", "eval_length")}
-        told = {"once": True, "poll": 0.0, "results": str(tmp_path / "results"), **given, **words}
-        return moe_compress.watch(out, **told), evaluator
-
-    return run
-
-
-def rows(found: Watched) -> list[int | None]:
-    return [each.step for each in in_order(found.evaluations)]
+from support.watched import KL, LAST, STEPS, number, rows
 
 
 def test_the_original_and_the_student_before_the_training_come_first(out, watch):
@@ -278,94 +204,6 @@ def test_metrics_are_shown_with_their_steps(out, watch, monkeypatch, kind):
     monkeypatch.setattr(watching, "open_tracker", lambda *_: Tracker())
     watch(out, log=kind)
     assert told == [*((step, KL[step]) for step in (*STEPS, LAST)), (-1, 0.0)]
-
-
-# --- the end of a training ---------------------------------------------------------------------------------------
-
-
-def say(out: Path, state: str, reason: str = "") -> None:
-    run = next(step.run for folder in (out, step_folder(out, 0)) if (step := training_step(folder)) is not None)
-    sign = LifeSign(run=run, state=state, reason=reason, process=1, host="here", started="")  # type: ignore[arg-type]
-    sign_file(out).write_text(json.dumps(dataclasses.asdict(sign)))
-
-
-def test_a_training_that_failed_ends_the_watch_once_all_that_is_there_is_evaluated(out, watch):
-    shutil.rmtree(out)
-    say(out, "failed", "the loss is no number.")
-    found, evaluator = watch(out, once=False)
-    assert evaluator.steps == [None, *STEPS] and found.exit_code == 1
-    assert found.ended == "the training failed: the loss is no number." and found.ended in found.markdown()
-
-
-def test_a_training_that_was_killed_ends_the_watch_after_the_timeout(out, watch):
-    shutil.rmtree(out)
-    say(out, "runs")
-    found, evaluator = watch(out, once=False, poll=0.01, timeout=0.05)
-    assert evaluator.steps == [None, *STEPS] and found.exit_code == 1 and "no sign of life" in found.ended
-
-
-def test_a_training_that_is_started_again_goes_on_being_watched(out, watch, monkeypatch):
-    out.rename(out.with_name("apart"))
-    say(out, "runs")
-    waited = []
-
-    def wait(seconds: float) -> None:
-        waited.append(seconds)
-        if len(waited) == 3:
-            out.with_name("apart").rename(out)
-            say(out, "finished")
-
-    real = watching.Watch
-    monkeypatch.setattr(watching, "Watch", lambda *args: real(*args, wait=wait))
-    found, evaluator = watch(out, once=False, poll=0.01)
-    assert evaluator.steps == [None, *STEPS, LAST] and len(waited) == 3 and not found.ended and found.exit_code == 0
-
-
-def test_a_training_that_finished_is_not_waited_for_though_its_outcome_went(out, watch):
-    say(out, "finished")
-    shutil.rmtree(out)
-    found, evaluator = watch(out, once=False)
-    assert evaluator.steps == [None, *STEPS] and found.exit_code == 0 and not found.ended
-
-
-def test_a_training_that_failed_before_its_first_checkpoint_is_a_sentence(out, watch):
-    say(out, "failed", "there is no text.")
-    for folder in (out, *(step_folder(out, step) for step in STEPS)):
-        shutil.rmtree(folder)
-    with pytest.raises(ValueError, match=r"no checkpoint in .*: the training failed: there is no text\."):
-        watch(out, once=False)
-    sign_file(out).unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .*: no training has begun, for .* \(timeout=0\.01\)"):
-        watch(out, once=False, timeout=0.01)
-
-
-def test_a_folder_of_something_else_is_not_waited_for(out, watch, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "text").write_text("mine")
-    for folder in (tmp_path / "mine", tmp_path / "mine" / "text"):
-        with pytest.raises(ValueError, match="there is no checkpoint of a training"):
-            watch(folder, once=False)
-
-
-@pytest.mark.parametrize("once", [True, False])
-def test_a_training_that_is_removed_while_it_is_watched_is_a_row_and_the_end(out, watch, once):
-    say(out, "runs")
-
-    def gone(job: Job) -> None:
-        if not job.of_original and number(job) == 2:
-            for folder in (out, steps_folder(out)):
-                shutil.rmtree(folder)
-            raise ValueError("it is not a folder.")
-
-    found, evaluator = watch(out, gone, once=once, poll=0.01, best="kl")
-    assert evaluator.steps == [None, 0, 2] and rows(found) == [None, 0, 2] and found.exit_code == 1
-    assert once or "is gone: the training ended" in found.ended
-
-
-@pytest.mark.parametrize("words", [{"poll": -1.0}, {"timeout": "nan"}])
-def test_times_that_cannot_be_waited_are_refused(out, watch, words):
-    with pytest.raises(ValueError, match=f"{next(iter(words))}=.*: seconds, a number from 0 up, are needed"):
-        watch(out, **words)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------
