@@ -303,6 +303,8 @@ def main() -> None:
         if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
         hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
+        if isinstance(error, FileNotFoundError):  # what is not there from the start is a ValueError
+            hint = ": it was removed while it was used; run the same command again."
         typer.echo(f"error: {' '.join(printable(str(error)).split())}{hint}", err=True)
         sys.exit(2)
     except SystemExit as stop:
