@@ -27,8 +27,12 @@ from moe_compress.models.sublayers import within
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 
-# Numbers of training options that may be 0, too.
-FROM_ZERO = ("decay", "clip")
+# What is needed of training options that may be 0, too.
+LIMITS = {
+    **dict.fromkeys(("decay", "clip"), "a number from 0 up"),
+    "warmup": "a share from 0 to 1",
+    "holdout": "a share from 0 to less than 1",
+}
 
 
 def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, Any], *, first: bool) -> None:
@@ -160,11 +164,11 @@ def _require_sense(stage: Stage) -> None:
         "keep_checkpoints": options.keep_checkpoints < 0,
         "lr": not 0.0 < options.lr < float("inf"),
         "warmup": not 0.0 <= options.warmup <= 1.0,
+        "holdout": not 0.0 <= options.holdout < 1.0,
         "decay": not 0.0 <= options.decay < float("inf"),
         "clip": not 0.0 <= options.clip < float("inf"),
     }
     for name, bad in wrong.items():
         if bad:
-            limit = "a share from 0 to 1" if name == "warmup" else "a number above 0"
-            limit = "a number from 0 up" if name in FROM_ZERO else limit
+            limit = LIMITS.get(name, "a number above 0")
             raise ValueError(f"{stage.method}.{name}={getattr(options, name)}: {limit} is needed.")

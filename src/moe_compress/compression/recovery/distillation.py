@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moe_compress.compression.recovery.following import Follow
+from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
-from moe_compress.compression.recovery.training_state import resume, save
+from moe_compress.compression.recovery.training_state import Curve, resume, save
 from moe_compress.compression.recovery.whole_model import (
     TOKENS_AT_ONCE,
     TextBatch,
@@ -63,6 +64,7 @@ class DistillationRun:
         self.task, self.options, self.student, self.teacher = task, options, student, teacher
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
+        self.holdout = Holdout.of(options.holdout, windows)
 
     def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
         """Train; what is to be reported of it. ValueError where the loss is no number.
@@ -72,6 +74,8 @@ class DistillationRun:
         """
         curve = resume(state, self.optimiser)
         started = time.perf_counter() - curve.seconds
+        if not curve.steps:
+            self._measure(curve)
         if follow is not None:
             follow(curve)
         for step in range(curve.steps, self.options.steps):
@@ -81,12 +85,24 @@ class DistillationRun:
                 self._require_gradients(losses)
             self.optimiser.step(step)
             curve.seconds = time.perf_counter() - started
+            kept = (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps
+            if kept:
+                self._measure(curve)
             if follow is not None:
                 follow(curve)
-            if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
+            if kept:
                 save(state, self.optimiser, curve)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
-        return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
+        measured = self.holdout.settle(self.optimiser, curve.held)
+        return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes, **measured}
+
+    @torch.no_grad()
+    def _measure(self, curve: Curve) -> None:
+        """Note the loss on the windows that are held aside, and remember the best state so far."""
+        if self.holdout.rows.numel():
+            losses, _ = self._over(self.holdout.rows)
+            total = sum(self.task.terms[term] * losses[term] for term in self.task.terms)
+            self.holdout.note(self.optimiser, curve.held, curve.steps, total)
 
     def _require_gradients(self, losses: Mapping[str, float]) -> None:
         """Raise ValueError for a loss that nothing of what is trained has a part in."""
@@ -99,7 +115,11 @@ class DistillationRun:
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Leave the gradients of one step; its losses by term, and how many tokens it saw."""
-        rows = rows_of_step(step, self.options.batch, len(self.windows), self.seed)
+        rows = rows_of_step(step, self.options.batch, self.holdout.trained, self.seed)
+        return self._over(rows)
+
+    def _over(self, rows: Tensor) -> tuple[dict[str, float], int]:
+        """The losses of some windows by term, and how many tokens of them count, a part of them at a time."""
         size = max(1, TOKENS_AT_ONCE // self.windows.ids_NS.shape[1])
         batches = [text_batch(self.windows, part, self.student.device) for part in rows.split(size)]
         predicted = sum(len(batch.where_P2) for batch in batches)
@@ -112,7 +132,7 @@ class DistillationRun:
         return losses, counted
 
     def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
-        """Bring the gradients of a part of a step back; its share of each loss."""
+        """Bring the gradients of a part of a step back, where they are enabled; its share of each loss."""
         routed = "router" in self.task.terms
         theirs, said = self._teach(batch, routed)
         with _routers(self.student, routed) as ours:
@@ -129,7 +149,8 @@ class DistillationRun:
             losses[term], gradient_PD = self._next_tokens(term, states, said, batch, predicted)
             ends.append(self.student.final(batch, states))
             gradients.append(gradient_PD)
-        torch.autograd.backward(ends, gradients)
+        if torch.is_grad_enabled():
+            torch.autograd.backward(ends, gradients)
         return losses
 
     @torch.no_grad()

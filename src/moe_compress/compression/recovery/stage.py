@@ -23,6 +23,7 @@ from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.following import Follower
+from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
@@ -111,6 +112,7 @@ def _tokens(report: Mapping[str, Any], windows: Windows) -> int:
 def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     """Train end to end."""
     source, run, writer, options = job.source, job.run, job.writer, job.options
+    Holdout.of(options.holdout, job.windows)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     _require_room(task, job)
     teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
@@ -147,7 +149,7 @@ def _require_room(task: Distillation, job: _Job) -> None:
     source, run, coded = job.source, job.run, task.trains & {CODES, SCALES}
     plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
-    kept = BYTES_PER_TRAINED * numbers
+    kept = (BYTES_PER_TRAINED + (4 if job.options.holdout else 0)) * numbers
     models = [memory_bytes(source, torch.float32), online_bytes(task, job.teacher, run.dtype)]
     free = free_memory(run.device)
     if sum(models) + kept > free:

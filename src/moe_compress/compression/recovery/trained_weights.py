@@ -36,6 +36,7 @@ PARTS = {
 NEW = "new"
 NOVICES = "novices"
 BETAS = (0.9, 0.95)
+BEST = "best"
 
 
 def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
@@ -98,6 +99,7 @@ class Optimiser:
     parameters: Mapping[str, nn.Parameter]
     options: TrainingOptions
     masks: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for parameter in self.parameters.values():
@@ -133,9 +135,19 @@ class Optimiser:
         found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
         return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
 
+    def remember(self) -> None:
+        """Keep the values as they are now, for `recall`."""
+        self.best = {name: each.detach().clone() for name, each in self.parameters.items()}
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Go back to the values that were remembered last."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
+
     def state(self) -> dict[str, Tensor]:
-        """What it needs to go on: values and moments."""
-        found: dict[str, Tensor] = {}
+        """What it needs to go on: values, moments, and values that are remembered."""
+        found = {f"{name}|{BEST}": each for name, each in self.best.items()}
         for name, parameter in self.parameters.items():
             found[f"{name}|value"] = parameter.detach()
             for key, tensor in self.adam.state.get(parameter, {}).items():
@@ -147,7 +159,9 @@ class Optimiser:
         """Put back what `state` gave."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"{name}|value"])
-            keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith("|value")]
+            if f"{name}|{BEST}" in state:
+                self.best[name] = state[f"{name}|{BEST}"].to(parameter.device)
+            keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith(("|value", f"|{BEST}"))]
             if keys:
                 device = parameter.device
                 self.adam.state[parameter] = {

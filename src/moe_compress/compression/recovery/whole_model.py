@@ -96,6 +96,7 @@ def chunked_loss(
 
     loss_of: logits [p, V] of some of the tokens, and which -> their losses [p]. Logits are made and left a chunk at a
     time, so that memory does not grow with tokens times vocabulary; gradients of the head itself add up meanwhile.
+    Where gradients are not enabled, there are none.
     """
     gradient_PD = torch.zeros_like(hidden_PD)
     rows, total = hf.head_rows(student.model), 0.0
@@ -103,8 +104,9 @@ def chunked_loss(
         part = slice(start, start + rows)
         leaf_pD = hidden_PD[part].detach().requires_grad_()
         loss = loss_of(hf.logits(student.model, leaf_pD), part).sum()
-        torch.autograd.backward(loss * scale)
         total += float(loss.detach())
-        assert leaf_pD.grad is not None
-        gradient_PD[part] = leaf_pD.grad
+        if torch.is_grad_enabled():
+            torch.autograd.backward(loss * scale)
+            assert leaf_pD.grad is not None
+            gradient_PD[part] = leaf_pD.grad
     return total, gradient_PD

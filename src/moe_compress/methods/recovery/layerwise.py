@@ -12,7 +12,7 @@ from moe_compress.methods.registry import recovery_method
     group="recovery",
     paper="ModelOpt's LayerwiseDistillationModel; AA-SVD (arXiv 2604.02119)",
     shown_in_names=("train",),
-    lacks=("recompute", "keep", "checkpoint_every", "keep_checkpoints", "log"),
+    lacks=("recompute", "keep", "holdout", "checkpoint_every", "keep_checkpoints", "log"),
 )
 def layerwise(
     *, train: str = "experts,routers", inputs: Literal["student", "teacher"] = "student"
