@@ -12,6 +12,7 @@ from moe_compress.checkpoints.formats.registry import QUANTIZATION
 from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.compression.recovery.adapters import adapted_parameters, require_smaller
 from moe_compress.compression.recovery.lineage import edits_from, lineage
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES
 from moe_compress.compression.recovery.trained_weights import PARTS, trained_parameters
@@ -72,12 +73,20 @@ def _require_trainable(
         why = "layerwise trains plain numbers alone" if packed else "nothing is packed there"
         raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
     for word in packed:
+        if task.adapters is not None and word in task.adapters.parts:
+            raise ValueError(
+                f"train={stage.parameters['train']}: {word} are packed there, and what adapters add would make them "
+                "dense: train scales (qad) or routers (train=routers), or put this stage before the one that quantizes."
+            )
         if word in task.trains or "all" in task.trains:
             raise ValueError(
                 f"train={','.join(sorted(task.trains))}: {word} are packed there, and codes cannot be trained: train "
                 "what is plain, such as routers, or put this stage before the one that quantizes."
             )
     found = trained_parameters(model, task.trains - coded) if task.trains - coded else {}
+    if task.adapters is not None:
+        require_smaller(model, task.adapters)
+        found |= adapted_parameters(model, task.adapters.parts)
     if isinstance(task, LayerDistillation) and not any(name.startswith(hf.layers_prefix(model)) for name in found):
         raise ValueError(f"train={','.join(sorted(task.trains))}: none of that lies in a layer.")
 

@@ -37,6 +37,8 @@ NEW = "new"
 NOVICES = "novices"
 BETAS = (0.9, 0.95)
 BEST = "best"
+# The factors of an adapter; the second begins at zero.
+LORA_A, LORA_B = "lora_A", "lora_B"
 
 
 def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
@@ -112,7 +114,8 @@ class Optimiser:
             alive = parameter.detach() != 0
             leaf = name.rpartition(".")[2]
             # Codes are often zero, which of those were pruned their matrix knows.
-            if parameter.dim() > 1 and "bias" not in leaf and leaf != LATENT and not bool(alive.all()):
+            zeros_mean_nothing = "bias" in leaf or leaf in (LATENT, LORA_A, LORA_B)
+            if parameter.dim() > 1 and not zeros_mean_nothing and not bool(alive.all()):
                 self.masks[name] = alive
 
     def step(self, number: int) -> None:
@@ -131,9 +134,12 @@ class Optimiser:
 
     @property
     def felt(self) -> float:
-        """How much the loss could change by doubling everything, as the gradients that are there have it at most."""
+        """How much the loss could change by doubling everything, as the gradients that are there have it at most.
+
+        What is zero as a whole counts as if its norm were 1: of adapters, nothing else is felt at first.
+        """
         found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
-        return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
+        return sum((float(each.detach().norm()) or 1.0) * float(gradient.norm()) for each, gradient in found)
 
     def remember(self) -> None:
         """Keep the values as they are now, for `recall`."""

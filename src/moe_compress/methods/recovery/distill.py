@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
 
 from moe_compress.methods.recovery.divergences import Kind
 from moe_compress.methods.recovery.kept_targets import Cache, towards_teacher
-from moe_compress.methods.recovery_method import Distillation, TeacherBits, Term, trained_parts, weighted_terms
+from moe_compress.methods.recovery_method import (
+    ALPHA,
+    RANK,
+    Distillation,
+    TeacherBits,
+    Term,
+    parts_and_adapters,
+    weighted_terms,
+)
 from moe_compress.methods.registry import recovery_method
+from moe_compress.utils.choices import Added
 
 
 @recovery_method(
@@ -19,6 +30,8 @@ from moe_compress.methods.registry import recovery_method
 def distill(
     *,
     train: str = "experts,routers",
+    rank: Annotated[int, Added()] = RANK,
+    alpha: Annotated[float, Added()] = ALPHA,
     loss: str = "logits",
     divergence: Kind = "forward",
     temperature: float = 1.0,
@@ -30,7 +43,9 @@ def distill(
     """Train the compressed model on what the original says of the calibration text.
 
     train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms and new
-    (factors, and constants in place of experts); loss: a comma-separated list, each with its weight behind a colon, of
+    (factors, and constants in place of experts), or lora: low-rank adapters on the matrices of experts and attention,
+    or of those of experts, attention, shared and dense that are named beside it, added to them in the end; rank, alpha:
+    of adapters, which are scaled by alpha / rank; loss: a comma-separated list, each with its weight behind a colon, of
     logits (next-token divergence), hidden (squared error of what leaves each layer), router (KL of the routing) and
     labels (cross-entropy of the text itself); divergence, temperature, beta: forward KL, reverse KL, or generalised
     Jensen-Shannon with the original's share beta, of logits divided by the temperature; cache: run the original once on
@@ -46,10 +61,12 @@ def distill(
         raise ValueError(f"loss={loss} with teacher_bits={teacher_bits}: nothing is asked of the original.")
     if cache != "none":
         _require_kept(cache, loss, terms)
-    return towards_teacher(
-        trained_parts(train), terms, divergence=divergence, temperature=temperature, beta=beta, cache=cache, top=top,
+    trains, adapters = parts_and_adapters(train, rank, alpha)
+    task = towards_teacher(
+        trains, terms, divergence=divergence, temperature=temperature, beta=beta, cache=cache, top=top,
         teacher_bits=teacher_bits,
     )  # fmt: skip
+    return replace(task, adapters=adapters)
 
 
 def _require_kept(cache: Cache, loss: str, terms: Mapping[Term, float]) -> None:
