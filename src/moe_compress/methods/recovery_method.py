@@ -19,8 +19,10 @@ LORA = "lora"
 ADAPTED = ("experts", "attention", "shared", "dense")
 RANK, ALPHA = 8, 16.0
 # Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
-Term = Literal["logits", "hidden", "router", "labels"]
-TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")
+Term = Literal["logits", "hidden", "router", "experts", "labels"]
+TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "experts", "labels")
+# Those for which teacher and student are held beside each other, layer by layer.
+LAYERED: tuple[Term, ...] = ("hidden", "router", "experts")
 # Bits that teacher_bits= may name; 0: the teacher's weights as they are.
 TeacherBits = Literal["0", "8", "4"]
 # Of logits [P, V] of the student and of the teacher, the loss of each token, [P].

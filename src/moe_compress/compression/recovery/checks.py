@@ -17,11 +17,19 @@ from moe_compress.compression.recovery.lineage import edits_from, lineage
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES
 from moe_compress.compression.recovery.trained_weights import PARTS, trained_parameters
 from moe_compress.methods import registry
-from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
+from moe_compress.methods.recovery_method import (
+    LAYERED,
+    Distillation,
+    LayerDistillation,
+    Rebalancing,
+    Recovery,
+    RouterFit,
+)
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.component_map import EXPERTS, component_of_modules
 from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.modeling.rerouting import rerouting_of
 from moe_compress.models.moe import all_moe_views, moe_views
 from moe_compress.models.router_rule import selection_bias
 from moe_compress.models.sublayers import within
@@ -62,6 +70,8 @@ def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, An
         )
     if isinstance(task, Distillation) and "router" in task.terms and not all_moe_views(model):
         raise ValueError("loss=router: no layer that is left has a router.")
+    if isinstance(task, Distillation) and "experts" in task.terms:
+        _require_pairs(model)
 
 
 def _require_trainable(
@@ -91,6 +101,19 @@ def _require_trainable(
         raise ValueError(f"train={','.join(sorted(task.trains))}: none of that lies in a layer.")
 
 
+def _require_pairs(model: PreTrainedModel) -> None:
+    """Raise ValueError where experts of the student cannot be held beside the teacher's."""
+    views = all_moe_views(model)
+    if not views:
+        raise ValueError("loss=experts: no layer that is left has experts: use loss=hidden.")
+    skipping = [index for index, view in views.items() if rerouting_of(view.experts)["threshold"] is not None]
+    if skipping:
+        raise ValueError(
+            f"loss=experts: tokens skip experts by their gates (layers {skipping[:5]}), so that which ones are "
+            "compared would change as they learn: put this stage before the one that skips, or use loss=hidden."
+        )
+
+
 def task_of(stage: Stage) -> Recovery:
     """What a stage asks for."""
     task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
@@ -99,7 +122,7 @@ def task_of(stage: Stage) -> Recovery:
 
 def compares_layers(task: Recovery) -> bool:
     """Whether layers or routers of the student are held beside the teacher's."""
-    return not isinstance(task, Distillation) or bool({"hidden", "router"} & task.terms.keys())
+    return not isinstance(task, Distillation) or bool(set(LAYERED) & task.terms.keys())
 
 
 def check_teachers(recipe: Recipe, source: Checkpoint, run: Run) -> None:

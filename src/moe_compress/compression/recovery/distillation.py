@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moe_compress.compression.recovery.expert_outputs import ExpertOutputs
 from moe_compress.compression.recovery.following import Follow
 from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.lineage import Lineage
@@ -31,6 +32,7 @@ from moe_compress.compression.recovery.whole_model import (
     text_batch,
 )
 from moe_compress.data.windows import Windows
+from moe_compress.methods.recovery.relative_error import relative_error
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import Distillation, Term
 from moe_compress.methods.stage_options import TrainingOptions
@@ -65,6 +67,10 @@ class DistillationRun:
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
         self.holdout = Holdout.of(options.holdout, windows)
+        self.experts: ExpertOutputs | None = None
+        if "experts" in task.terms:
+            assert isinstance(teacher, WholeModel)
+            self.experts = ExpertOutputs(student, teacher, kin)
 
     def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
         """Train; what is to be reported of it. ValueError where the loss is no number.
@@ -143,20 +149,31 @@ class DistillationRun:
         if routed:
             found["router"] = self._router(ours, theirs, batch) / counted
         losses: dict[str, float] = {term: float(loss.detach()) for term, loss in found.items()}
+        if self.experts is not None:
+            losses["experts"] = self._experts(self.experts, batch, counted)
         ends = [self.task.terms[term] * loss for term, loss in found.items()]
         gradients = [torch.ones_like(each) for each in ends]
         for term in (each for each in NEXT_TOKENS if each in self.task.terms):
             losses[term], gradient_PD = self._next_tokens(term, states, said, batch, predicted)
             ends.append(self.student.final(batch, states))
             gradients.append(gradient_PD)
-        if torch.is_grad_enabled():
+        if ends and torch.is_grad_enabled():
             torch.autograd.backward(ends, gradients)
         return losses
+
+    def _experts(self, experts: ExpertOutputs, batch: TextBatch, counted: int) -> float:
+        """The loss of experts, a mean over tokens; its gradients are brought back layer by layer."""
+        total = 0.0
+        for loss in experts.losses(batch):
+            total += float(loss.detach()) / counted
+            if torch.is_grad_enabled():
+                torch.autograd.backward(loss * (self.task.terms["experts"] / counted))
+        return total
 
     @torch.no_grad()
     def _teach(self, batch: TextBatch, routed: bool) -> tuple[Mapping[int, Tensor], list[Tensor]]:
         """What the teacher's routers give, and its hidden states; nothing of one that does not run."""
-        if not isinstance(self.teacher, WholeModel):
+        if not isinstance(self.teacher, WholeModel) or self.task.terms.keys() <= {"experts", "labels"}:
             return {}, []
         with _routers(self.teacher, routed) as theirs:
             return theirs, self.teacher.states(batch)
@@ -189,11 +206,8 @@ class DistillationRun:
         """Squared error of what leaves each layer over the square of what the teacher's gives, by token; summed."""
         total = states[-1].new_zeros((), dtype=torch.float32)
         for layer, end in enumerate(self.kin.ends):
-            ours_TD, theirs_TD = (
-                each[batch.counted_BS].flatten(1).float() for each in (states[layer + 1], said[end + 1])
-            )
-            error_T = (ours_TD - theirs_TD).square().sum(1) / theirs_TD.square().sum(1).clamp_min(1e-12)
-            total = total + error_T.sum() / len(self.kin.ends)
+            ours_TD, theirs_TD = (each[batch.counted_BS].flatten(1) for each in (states[layer + 1], said[end + 1]))
+            total = total + relative_error(ours_TD, theirs_TD).sum() / len(self.kin.ends)
         return total
 
     def _router(self, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], batch: TextBatch) -> Tensor:

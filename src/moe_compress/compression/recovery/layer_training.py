@@ -18,6 +18,7 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, RoutingObse
 from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.engine.forward import Batch, Stream
+from moe_compress.methods.recovery.relative_error import relative_error
 from moe_compress.methods.recovery.ridge import ridge_step
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import LayerDistillation, Rebalancing, RouterFit
@@ -75,10 +76,10 @@ def _batch_error(pair: LayerPair, enters: Stream, batch: Batch, arithmetic: Arit
     with arithmetic.layer(pair.layer):
         output = hf.layer_output(pair.layer, enters.hidden_NSD[batch.rows], call, enters.handed_to(batch))
     ours_TD, theirs_TD = (
-        each.flatten(0, 1).flatten(1)[batch.info.real_T].float()
+        each.flatten(0, 1).flatten(1)[batch.info.real_T]
         for each in (output.hidden_BSD, pair.target.hidden_NSD[batch.rows])
     )
-    return (ours_TD - theirs_TD).square().sum(1) / theirs_TD.square().sum(1).clamp_min(1e-12)
+    return relative_error(ours_TD, theirs_TD)
 
 
 @torch.no_grad()
