@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import moe_compress
+from moe_compress.checkpoints.steps import finished_steps
 from moe_compress.compression.recovery import stage as recovery_stage
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.recipes.parser import parse
@@ -123,6 +124,15 @@ def test_a_stopped_run_goes_on(engine, lab, made, monkeypatch, tmp_path):
         moe_compress.compress(words, **given)
     assert len(steps) == (1 if engine == "distill" else 6) and leftovers(tmp_path) == []
     assert outcome(tmp_path / "out") == outcome(made("mixtral", words))
+
+
+def test_checkpoints_on_the_way_are_ordinary_ones(lab, made, tmp_path):
+    """With what has been added to their matrices by then."""
+    given = {**lab("mixtral"), "results": str(tmp_path), "out": str(tmp_path / "out")}
+    folder = moe_compress.compress(f"{LORA} checkpoint_every=2", **given).folder
+    first, (step,) = made("mixtral", DROP), [each for each in finished_steps(folder) if each.step == 2]
+    assert changed_tensors(first, step.folder) == changed_tensors(step.folder, folder) == changed_tensors(first, folder)
+    assert outcome(folder) == outcome(made("mixtral", LORA))
 
 
 def test_layers_learn_one_by_one(lab, made):
