@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.folder import MANIFEST
 from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.compression.recovery.adapters import trained_of
+from moe_compress.compression.recovery.arithmetic import arithmetic_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.lineage import Lineage, lineage
-from moe_compress.compression.recovery.trained_weights import trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.data.windows import Windows
 from moe_compress.edits.plan_file import PLAN, read_plan
@@ -35,7 +36,12 @@ def windows_of(ids: Tensor = WORDS, mask: Tensor | None = None, said: Tensor | N
 
 
 def training(
-    student: Path, options: Options, windows: Windows, words: Mapping[str, Any] | None = None, **engine: Any
+    student: Path,
+    options: Options,
+    windows: Windows,
+    words: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **engine: Any,
 ) -> DistillationRun:
     """A run of `distill` on a checkpoint of ours, with the model it was made of as its teacher.
 
@@ -44,12 +50,13 @@ def training(
     run = run_of(options)
     task = registry.find("distill").run(**(words or {}))
     given = TrainingOptions(**{"batch": len(windows), **engine})
-    dtype = torch.float32
-    ours = WholeModel(open_checkpoint(student), run, dtype, recompute=given.recompute)
+    ours = WholeModel(open_checkpoint(student), run, torch.float32, recompute=given.recompute)
     theirs = WholeModel(open_checkpoint(Path(str(options["model"]))), run, dtype)
     edits = [edit for stage in read_plan(student / PLAN)[0] for edit in stage.plan.edits]
     kin: Lineage = lineage(ours.model, theirs.model, edits)
-    return DistillationRun(task, given, ours, theirs, windows, trained_parameters(ours.model, task.trains), kin, 0)
+    trained = trained_of(ours.model, task, 0)
+    ours.arithmetic = arithmetic_of(ours.model, trained, run.device, dtype)
+    return DistillationRun(task, given, ours, theirs, windows, trained.parameters, kin, 0)
 
 
 def gradients(run: DistillationRun) -> tuple[dict[str, float], dict[str, Tensor]]:

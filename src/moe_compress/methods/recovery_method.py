@@ -12,11 +12,17 @@ from typing import Any, Literal
 from torch import Generator, Tensor
 
 # Parts of a model that train=, a comma-separated list, may name; `new`: factors, and constants in place of experts;
-# `scales`, `codes`: of what is packed.
-TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new", "scales", "codes")
+# `scales`, `codes`: of what is packed; `lora`: low-rank adapters.
+TRAINED = ("all", "routers", "experts", "shared", "attention", "dense", "norms", "new", "scales", "codes", "lora")
+LORA = "lora"
+# Of these parts matrices may have adapters; `lora` alone means the first two.
+ADAPTED = ("experts", "attention", "shared", "dense")
+RANK, ALPHA = 8, 16.0
 # Losses that loss=, a comma-separated list of `term` or `term:weight`, may name.
-Term = Literal["logits", "hidden", "router", "labels"]
-TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "labels")
+Term = Literal["logits", "hidden", "router", "experts", "labels"]
+TERMS: tuple[Term, ...] = ("logits", "hidden", "router", "experts", "labels")
+# Those for which teacher and student are held beside each other, layer by layer.
+LAYERED: tuple[Term, ...] = ("hidden", "router", "experts")
 # Bits that teacher_bits= may name; 0: the teacher's weights as they are.
 TeacherBits = Literal["0", "8", "4"]
 # Of logits [P, V] of the student and of the teacher, the loss of each token, [P].
@@ -38,11 +44,21 @@ class Keeping:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """Matrices of these parts are held, and what is added to them learns: alpha / rank times B A, of this rank."""
+
+    parts: frozenset[str]
+    rank: int
+    alpha: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
     """The whole model learns to say what the teacher says.
 
-    trains: parts of it; terms: the weight of each loss; divergence: what `logits` means; keeping: what is kept of the
-    teacher instead of running it in every step; teacher_bits: in which its weights are held, 0 for as they are.
+    trains: parts of it; adapters: what others of its matrices are given, where any are; terms: the weight of each loss;
+    divergence: what `logits` means; keeping: what is kept of the teacher instead of running it in every step;
+    teacher_bits: in which its weights are held, 0 for as they are.
     """
 
     trains: frozenset[str]
@@ -50,17 +66,20 @@ class Distillation:
     divergence: Divergence
     keeping: Keeping | None = None
     teacher_bits: int = 0
+    adapters: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerDistillation:
     """Each layer learns by itself to give what the teacher's layers give in its place.
 
-    trains: parts of it; inputs: what enters it meanwhile, the teacher's hidden states or those that the student has.
+    trains: parts of it; adapters: what others of its matrices are given, where any are; inputs: what enters it
+    meanwhile, the teacher's hidden states or those that the student has.
     """
 
     trains: frozenset[str]
     inputs: Literal["teacher", "student"]
+    adapters: LowRank | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +115,29 @@ def trained_parts(text: str) -> frozenset[str]:
     if strange is not None or not words:
         raise ValueError(f"train={text}: a comma-separated list of {', '.join(TRAINED)} is needed.")
     return frozenset(words)
+
+
+def parts_and_adapters(text: str, rank: int, alpha: float) -> tuple[frozenset[str], LowRank | None]:
+    """The parts of a comma-separated list that are trained whole, and, where it says `lora`, the adapters of others.
+
+    Matrices of the parts beside `lora` get them, else those of experts and attention; routers, norms and what is new
+    beside it are trained whole. ValueError for words that do not go together.
+    """
+    words, said = trained_parts(text), f"rank={rank} alpha={alpha:g}"
+    if LORA not in words:
+        if (rank, alpha) != (RANK, ALPHA):
+            raise ValueError(f"{said} would do nothing: adapters are asked for by train=lora.")
+        return words, None
+    strange = next((word for word in ("all", "codes", "scales") if word in words), None)
+    if strange is not None:
+        raise ValueError(
+            f"train={text}: {strange} beside lora means nothing: it goes with {', '.join(ADAPTED)} (whose matrices get "
+            "adapters), or routers, norms and new (which are trained whole)."
+        )
+    if rank < 1 or not 0.0 < alpha < float("inf"):
+        raise ValueError(f"{said}: numbers above 0 are needed.")
+    parts = words & frozenset(ADAPTED) or frozenset(ADAPTED[:2])
+    return words - parts - {LORA}, LowRank(parts=parts, rank=rank, alpha=alpha)
 
 
 def weighted_terms(text: str) -> dict[Term, float]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
-from moe_compress.utils.choices import Means
+from moe_compress.utils.choices import Added, Means
 from moe_compress.utils.declarations import Declaration, Parameter, of_function
 
 
@@ -49,9 +49,11 @@ class TrainingOptions(EngineOptions):
     from; steps: of the optimiser, AdamW; batch: windows of the calibration text that a step sees; lr: the highest
     learning rate, reached after the share `warmup` of the steps, and left on a cosine; decay: of weights; clip: norm to
     which gradients are cut (0: none); recompute: make what a layer computes again on the way back, which saves memory;
-    keep: steps after which a killed run goes on; checkpoint_every: steps after which the student so far is written as a
-    checkpoint of its own (0: never); keep_checkpoints: how many of the latest of these stay (0: all); log: where losses
-    are shown besides the run's log.
+    keep: steps after which a killed run goes on; holdout: share of the windows, the last ones, that it never trains on:
+    the loss on them is measured before the first step, every `keep` steps and at the end, and the best state is what is
+    left (0: none is held aside, and the last state is left); checkpoint_every: steps after which the student so far is
+    written as a checkpoint of its own (0: never); keep_checkpoints: how many of the latest of these stay (0: all); log:
+    where losses are shown besides the run's log.
     """
 
     teacher: Annotated[str, Means("empty: the model that the recipe starts from")] = ""
@@ -63,6 +65,7 @@ class TrainingOptions(EngineOptions):
     clip: Annotated[float, Means("0: none")] = 1.0
     recompute: bool = False
     keep: int = 50
+    holdout: Annotated[float, Added(), Means("0: none")] = 0.0
     checkpoint_every: Annotated[int, Means("0: never")] = 0
     keep_checkpoints: Annotated[int, Means("0: all")] = 0
     log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl"

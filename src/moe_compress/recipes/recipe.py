@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from moe_compress.methods import registry
 from moe_compress.methods.stage_options import FOLLOWED
 from moe_compress.run.options import Options, make_options
+from moe_compress.utils.choices import is_added
 
 
 class Stage(BaseModel):
@@ -39,8 +40,13 @@ class Stage(BaseModel):
 
     @property
     def lasting_parameters(self) -> dict[str, Any]:
-        """The parameters that the outcome depends on: all but those that say how a training is followed."""
-        return {name: value for name, value in self.parameters.items() if name not in FOLLOWED}
+        """The parameters that the outcome depends on: all but those that say how a training is followed.
+
+        Those that came later are named only where they are set, so that identities stay what they were.
+        """
+        known = registry.find(self.method).parameters
+        idle = {name for name, each in known.items() if is_added(each.hint) and self.parameters[name] == each.default}
+        return {name: value for name, value in self.parameters.items() if name not in (*FOLLOWED, *idle)}
 
     @property
     def own_parameters(self) -> dict[str, Any]:

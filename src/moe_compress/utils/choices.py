@@ -72,6 +72,19 @@ class Means:
 
 
 @dataclass(frozen=True)
+class Added:
+    """A parameter that methods had not from the beginning: Annotated[float, Added()] = 0.0.
+
+    What leaves it at its default is what it was before there was such a parameter, and keeps its identity.
+    """
+
+
+def is_added(hint: Any) -> bool:
+    """Whether an annotation says so."""
+    return any(isinstance(each, Added) for each in getattr(hint, "__metadata__", ()))
+
+
+@dataclass(frozen=True)
 class AtLeast:
     """Whole numbers from one up. sentence: what is needed, in messages."""
 

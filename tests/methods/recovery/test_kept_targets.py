@@ -117,7 +117,8 @@ def test_words_that_mean_nothing_together(sentence, said):
     ("words", "said"),
     [
         ({"loss": "logits,hidden:0.1"}, "loss=logits,hidden:0.1 with cache=topk: a cache holds next-token"),
-        ({"loss": "router"}, "no hidden states or routing"),
+        ({"loss": "logits,experts"}, "no hidden states, routing or experts"),
+        ({"loss": "router"}, "no hidden states, routing or experts"),
         ({"loss": "labels"}, "nothing is asked of the original"),
         ({"top": 0}, "top=0: at least 1 token is needed"),
     ],

@@ -12,15 +12,24 @@ from moe_compress.checkpoints.formats.registry import QUANTIZATION
 from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
+from moe_compress.compression.recovery.adapters import adapted_parameters, require_smaller
 from moe_compress.compression.recovery.lineage import edits_from, lineage
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES
 from moe_compress.compression.recovery.trained_weights import PARTS, trained_parameters
 from moe_compress.methods import registry
-from moe_compress.methods.recovery_method import Distillation, LayerDistillation, Rebalancing, Recovery, RouterFit
+from moe_compress.methods.recovery_method import (
+    LAYERED,
+    Distillation,
+    LayerDistillation,
+    Rebalancing,
+    Recovery,
+    RouterFit,
+)
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.component_map import EXPERTS, component_of_modules
 from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.modeling.rerouting import rerouting_of
 from moe_compress.models.moe import all_moe_views, moe_views
 from moe_compress.models.router_rule import selection_bias
 from moe_compress.models.sublayers import within
@@ -29,8 +38,12 @@ from moe_compress.run.context import Run
 
 # Beyond it a step of AdamW is no float32 any more.
 LARGEST_RATE = 1e30
-# Numbers of training options that may be 0, too.
-FROM_ZERO = ("decay", "clip", "checkpoint_every", "keep_checkpoints")
+# What is needed of training options that may be 0, too.
+LIMITS = {
+    **dict.fromkeys(("decay", "clip", "checkpoint_every", "keep_checkpoints"), "a number from 0 up"),
+    "warmup": "a share from 0 to 1",
+    "holdout": "a share from 0 to less than 1",
+}
 
 
 def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, Any], *, first: bool) -> None:
@@ -59,6 +72,8 @@ def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, An
         )
     if isinstance(task, Distillation) and "router" in task.terms and not all_moe_views(model):
         raise ValueError("loss=router: no layer that is left has a router.")
+    if isinstance(task, Distillation) and "experts" in task.terms:
+        _require_pairs(model)
 
 
 def _require_trainable(
@@ -70,14 +85,35 @@ def _require_trainable(
         why = "layerwise trains plain numbers alone" if packed else "nothing is packed there"
         raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
     for word in packed:
+        if task.adapters is not None and word in task.adapters.parts:
+            raise ValueError(
+                f"train={stage.parameters['train']}: {word} are packed there, and what adapters add would make them "
+                "dense: train scales (qad) or routers (train=routers), or put this stage before the one that quantizes."
+            )
         if word in task.trains or "all" in task.trains:
             raise ValueError(
                 f"train={','.join(sorted(task.trains))}: {word} are packed there, and codes cannot be trained: train "
                 "what is plain, such as routers, or put this stage before the one that quantizes."
             )
     found = trained_parameters(model, task.trains - coded) if task.trains - coded else {}
+    if task.adapters is not None:
+        require_smaller(model, task.adapters)
+        found |= adapted_parameters(model, task.adapters.parts)
     if isinstance(task, LayerDistillation) and not any(name.startswith(hf.layers_prefix(model)) for name in found):
         raise ValueError(f"train={','.join(sorted(task.trains))}: none of that lies in a layer.")
+
+
+def _require_pairs(model: PreTrainedModel) -> None:
+    """Raise ValueError where experts of the student cannot be held beside the teacher's."""
+    views = all_moe_views(model)
+    if not views:
+        raise ValueError("loss=experts: no layer that is left has experts: use loss=hidden.")
+    skipping = [index for index, view in views.items() if rerouting_of(view.experts)["threshold"] is not None]
+    if skipping:
+        raise ValueError(
+            f"loss=experts: tokens skip experts by their gates (layers {skipping[:5]}), so that which ones are "
+            "compared would change as they learn: put this stage before the one that skips, or use loss=hidden."
+        )
 
 
 def task_of(stage: Stage) -> Recovery:
@@ -93,7 +129,7 @@ def trains_end_to_end(stage: Stage) -> bool:
 
 def compares_layers(task: Recovery) -> bool:
     """Whether layers or routers of the student are held beside the teacher's."""
-    return not isinstance(task, Distillation) or bool({"hidden", "router"} & task.terms.keys())
+    return not isinstance(task, Distillation) or bool(set(LAYERED) & task.terms.keys())
 
 
 def check_teachers(recipe: Recipe, source: Checkpoint, run: Run) -> None:
@@ -167,6 +203,7 @@ def _require_sense(stage: Stage) -> None:
         "keep_checkpoints": options.keep_checkpoints < 0,
         "lr": not 0.0 < options.lr < float("inf"),
         "warmup": not 0.0 <= options.warmup <= 1.0,
+        "holdout": not 0.0 <= options.holdout < 1.0,
         "decay": not 0.0 <= options.decay < float("inf"),
         "clip": not 0.0 <= options.clip < float("inf"),
     }
@@ -174,6 +211,5 @@ def _require_sense(stage: Stage) -> None:
         raise ValueError(f"{stage.method}.lr={options.lr:g}: a number up to {LARGEST_RATE:g} is needed.")
     for name, bad in wrong.items():
         if bad:
-            limit = "a share from 0 to 1" if name == "warmup" else "a number above 0"
-            limit = "a number from 0 up" if name in FROM_ZERO else limit
+            limit = LIMITS.get(name, "a number above 0")
             raise ValueError(f"{stage.method}.{name}={getattr(options, name)}: {limit} is needed.")

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moe_compress.compression.recovery.expert_outputs import ExpertOutputs
 from moe_compress.compression.recovery.following import Follow
+from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
-from moe_compress.compression.recovery.training_state import resume, save
+from moe_compress.compression.recovery.training_state import Curve, resume, save
 from moe_compress.compression.recovery.whole_model import (
     TOKENS_AT_ONCE,
     TextBatch,
@@ -30,6 +32,7 @@ from moe_compress.compression.recovery.whole_model import (
     text_batch,
 )
 from moe_compress.data.windows import Windows
+from moe_compress.methods.recovery.relative_error import relative_error
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import Distillation, Term
 from moe_compress.methods.stage_options import TrainingOptions
@@ -63,6 +66,11 @@ class DistillationRun:
         self.task, self.options, self.student, self.teacher = task, options, student, teacher
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
+        self.holdout = Holdout.of(options.holdout, windows)
+        self.experts: ExpertOutputs | None = None
+        if "experts" in task.terms:
+            assert isinstance(teacher, WholeModel)
+            self.experts = ExpertOutputs(student, teacher, kin)
 
     def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
         """Train; what is to be reported of it. ValueError where the loss is no number.
@@ -72,6 +80,8 @@ class DistillationRun:
         """
         curve = resume(state, self.optimiser)
         started = time.perf_counter() - curve.seconds
+        if not curve.steps:
+            self._measure(curve)
         if follow is not None:
             follow(curve)
         for step in range(curve.steps, self.options.steps):
@@ -81,13 +91,25 @@ class DistillationRun:
                 self._require_gradients(losses)
             self.optimiser.step(step)
             curve.seconds = time.perf_counter() - started
+            kept = (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps
+            if kept:
+                self._measure(curve)
             if follow is not None:
                 follow(curve)
-            if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
+            if kept:
                 save(state, self.optimiser, curve)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
+        measured = self.holdout.settle(self.optimiser, curve.held)
         report = curve.report(self.options.checkpoint_every)
-        return {**report, "trained": count, "optimiser_bytes": self.optimiser.bytes}
+        return {**report, "trained": count, "optimiser_bytes": self.optimiser.bytes, **measured}
+
+    @torch.no_grad()
+    def _measure(self, curve: Curve) -> None:
+        """Note the loss on the windows that are held aside, and remember the best state so far."""
+        if self.holdout.rows.numel():
+            losses, _ = self._over(self.holdout.rows)
+            total = sum(self.task.terms[term] * losses[term] for term in self.task.terms)
+            self.holdout.note(self.optimiser, curve.held, curve.steps, total)
 
     def _require_gradients(self, losses: Mapping[str, float]) -> None:
         """Raise ValueError for a loss that nothing of what is trained has a part in."""
@@ -100,7 +122,11 @@ class DistillationRun:
 
     def step(self, step: int) -> tuple[dict[str, float], int]:
         """Leave the gradients of one step; its losses by term, and how many tokens it saw."""
-        rows = rows_of_step(step, self.options.batch, len(self.windows), self.seed)
+        rows = rows_of_step(step, self.options.batch, self.holdout.trained, self.seed)
+        return self._over(rows)
+
+    def _over(self, rows: Tensor) -> tuple[dict[str, float], int]:
+        """The losses of some windows by term, and how many tokens of them count, a part of them at a time."""
         size = max(1, TOKENS_AT_ONCE // self.windows.ids_NS.shape[1])
         batches = [text_batch(self.windows, part, self.student.device) for part in rows.split(size)]
         predicted = sum(len(batch.where_P2) for batch in batches)
@@ -113,7 +139,7 @@ class DistillationRun:
         return losses, counted
 
     def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
-        """Bring the gradients of a part of a step back; its share of each loss."""
+        """Bring the gradients of a part of a step back, where they are enabled; its share of each loss."""
         routed = "router" in self.task.terms
         theirs, said = self._teach(batch, routed)
         with _routers(self.student, routed) as ours:
@@ -124,19 +150,31 @@ class DistillationRun:
         if routed:
             found["router"] = self._router(ours, theirs, batch) / counted
         losses: dict[str, float] = {term: float(loss.detach()) for term, loss in found.items()}
+        if self.experts is not None:
+            losses["experts"] = self._experts(self.experts, batch, counted)
         ends = [self.task.terms[term] * loss for term, loss in found.items()]
         gradients = [torch.ones_like(each) for each in ends]
         for term in (each for each in NEXT_TOKENS if each in self.task.terms):
             losses[term], gradient_PD = self._next_tokens(term, states, said, batch, predicted)
             ends.append(self.student.final(batch, states))
             gradients.append(gradient_PD)
-        torch.autograd.backward(ends, gradients)
+        if ends and torch.is_grad_enabled():
+            torch.autograd.backward(ends, gradients)
         return losses
+
+    def _experts(self, experts: ExpertOutputs, batch: TextBatch, counted: int) -> float:
+        """The loss of experts, a mean over tokens; its gradients are brought back layer by layer."""
+        total = 0.0
+        for loss in experts.losses(batch):
+            total += float(loss.detach()) / counted
+            if torch.is_grad_enabled():
+                torch.autograd.backward(loss * (self.task.terms["experts"] / counted))
+        return total
 
     @torch.no_grad()
     def _teach(self, batch: TextBatch, routed: bool) -> tuple[Mapping[int, Tensor], list[Tensor]]:
         """What the teacher's routers give, and its hidden states; nothing of one that does not run."""
-        if not isinstance(self.teacher, WholeModel):
+        if not isinstance(self.teacher, WholeModel) or self.task.terms.keys() <= {"experts", "labels"}:
             return {}, []
         with _routers(self.teacher, routed) as theirs:
             return theirs, self.teacher.states(batch)
@@ -169,11 +207,8 @@ class DistillationRun:
         """Squared error of what leaves each layer over the square of what the teacher's gives, by token; summed."""
         total = states[-1].new_zeros((), dtype=torch.float32)
         for layer, end in enumerate(self.kin.ends):
-            ours_TD, theirs_TD = (
-                each[batch.counted_BS].flatten(1).float() for each in (states[layer + 1], said[end + 1])
-            )
-            error_T = (ours_TD - theirs_TD).square().sum(1) / theirs_TD.square().sum(1).clamp_min(1e-12)
-            total = total + error_T.sum() / len(self.kin.ends)
+            ours_TD, theirs_TD = (each[batch.counted_BS].flatten(1) for each in (states[layer + 1], said[end + 1]))
+            total = total + relative_error(ours_TD, theirs_TD).sum() / len(self.kin.ends)
         return total
 
     def _router(self, ours: Mapping[int, Tensor], theirs: Mapping[int, Tensor], batch: TextBatch) -> Tensor:

@@ -47,13 +47,14 @@ class Follower:
 
     def _tell(self, curve: Curve) -> None:
         step, losses = curve.steps, curve.last
+        held = {"holdout": curve.held[step]} if step in curve.held else {}
         speed = (curve.tokens - self.tokens) / max(curve.seconds - self.seconds, 1e-9)
         rate = self.options.lr * schedule(step - 1, self.options)
         self.log.event(
-            "step", step=step, tokens=curve.tokens, tokens_per_second=round(speed, 1), lr=rate, losses=losses
+            "step", step=step, tokens=curve.tokens, tokens_per_second=round(speed, 1), lr=rate, losses=losses, **held
         )
         if self.tracker is not None:
-            self.tracker.log(step, {**losses, "tokens": curve.tokens, "tokens_per_second": speed, "lr": rate})
+            self.tracker.log(step, {**losses, **held, "tokens": curve.tokens, "tokens_per_second": speed, "lr": rate})
         _show(self.progress, "training", losses, speed, step, self.options.steps)
 
 

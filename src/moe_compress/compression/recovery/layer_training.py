@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_compress.compression.recovery.adapters import Trained
+from moe_compress.compression.recovery.arithmetic import Arithmetic
 from moe_compress.compression.recovery.distillation import rows_of_step
 from moe_compress.compression.recovery.layer_pairs import LayerPair, RoutingObserver
 from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.engine.forward import Batch, Stream
+from moe_compress.methods.recovery.relative_error import relative_error
 from moe_compress.methods.recovery.ridge import ridge_step
 from moe_compress.methods.recovery.router_targets import mapped_logits, router_kl
 from moe_compress.methods.recovery_method import LayerDistillation, Rebalancing, RouterFit
@@ -40,16 +43,17 @@ LONGER, SHORTER = 1.2, 0.5
 def train_layer(
     pair: LayerPair,
     task: LayerDistillation,
-    parameters: Mapping[str, nn.Parameter],
+    trained: Trained,
     options: TrainingOptions,
     seed: int,
     follow: FollowStep,
 ) -> Report:
     """Train some parameters of a layer, in place, to give what the teacher's layers give; never leaves it worse."""
+    parameters, arithmetic = trained.parameters, Arithmetic(pair.stream.hidden_NSD.device, adapters=trained.adapters)
     enters = pair.entered if task.inputs == "teacher" else pair.stream
     before = {name: each.detach().clone() for name, each in parameters.items()}
     optimiser = Optimiser(parameters, options)
-    first = _error(pair, enters)
+    first = _error(pair, enters, arithmetic)
     at_once = max(1, options.batch // (pair.batches[0].rows.stop - pair.batches[0].rows.start))
     tokens = 0
     for step in range(options.steps):
@@ -58,13 +62,13 @@ def train_layer(
         loss = 0.0
         for batch in chosen:
             with torch.enable_grad():
-                share = _batch_error(pair, enters, batch).sum() / max(counted, 1)
+                share = _batch_error(pair, enters, batch, arithmetic).sum() / max(counted, 1)
                 share.backward()
             loss += float(share.detach())
         optimiser.step(step)
         tokens += counted
         follow(step + 1, loss, tokens)
-    last = _error(pair, enters)
+    last = _error(pair, enters, arithmetic)
     if not last < first:  # NaN counts as worse
         log.warning("layer %d stays as it was, for its error has not fallen: a lower lr= may help.", pair.index)
         with torch.no_grad():
@@ -75,21 +79,22 @@ def train_layer(
     return {"error": [first, min(last, first) if last == last else first], "tokens": tokens}
 
 
-def _batch_error(pair: LayerPair, enters: Stream, batch: Batch) -> Tensor:
+def _batch_error(pair: LayerPair, enters: Stream, batch: Batch, arithmetic: Arithmetic) -> Tensor:
     """Squared error of what leaves the layer, over the square of what should, of each token that counts, [T]."""
     call = batch.calls[pair.index]
-    output = hf.layer_output(pair.layer, enters.hidden_NSD[batch.rows], call, enters.handed_to(batch))
+    with arithmetic.layer(pair.layer):
+        output = hf.layer_output(pair.layer, enters.hidden_NSD[batch.rows], call, enters.handed_to(batch))
     ours_TD, theirs_TD = (
-        each.flatten(0, 1).flatten(1)[batch.info.real_T].float()
+        each.flatten(0, 1).flatten(1)[batch.info.real_T]
         for each in (output.hidden_BSD, pair.target.hidden_NSD[batch.rows])
     )
-    return (ours_TD - theirs_TD).square().sum(1) / theirs_TD.square().sum(1).clamp_min(1e-12)
+    return relative_error(ours_TD, theirs_TD)
 
 
 @torch.no_grad()
-def _error(pair: LayerPair, enters: Stream) -> float:
+def _error(pair: LayerPair, enters: Stream, arithmetic: Arithmetic) -> float:
     """The mean over all tokens."""
-    return float(torch.cat([_batch_error(pair, enters, batch) for batch in pair.batches]).double().mean())
+    return float(torch.cat([_batch_error(pair, enters, batch, arithmetic) for batch in pair.batches]).double().mean())
 
 
 # --- routers in closed form ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ R rows of the teacher's router.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
@@ -22,12 +22,14 @@ from moe_compress.models.moe import MoEView, all_moe_views
 @dataclass(frozen=True, slots=True)
 class Lineage:
     """sources: by layer of the student, the teacher's that it was; ends: the teacher's last one whose work it does;
-    rows: by layer with experts, of each row of the teacher's router the student's, -1 for none.
+    rows: by layer with experts, of each row of the teacher's router the student's, -1 for none; experts: of each of the
+    student's experts there, which of the teacher's it was made of, with their shares.
     """
 
     sources: list[int]
     ends: list[int]
     rows: dict[int, list[int]]
+    experts: dict[int, list[dict[int, float]]] = field(default_factory=dict)
 
     def span(self, layer: int) -> range:
         """The teacher's layers in whose place a layer of the student stands."""
@@ -64,6 +66,7 @@ def lineage(student: PreTrainedModel, teacher: PreTrainedModel, edits: Sequence[
     _require_same_width(student, teacher)
     # What a layer that is gone did is the work of the one before it; of the first ones, of the one behind them.
     ends, rows = [*(place - 1 for place in sources[1:]), total - 1], dict[int, list[int]]()
+    experts: dict[int, list[dict[int, float]]] = {}
     for layer, view in ours.items():
         there = theirs.get(sources[layer])
         rows[layer] = [] if there is None else rows_after(made[sources[layer]], there)
@@ -71,7 +74,8 @@ def lineage(student: PreTrainedModel, teacher: PreTrainedModel, edits: Sequence[
             raise ValueError(
                 f"the router of layer {layer} does not descend from the teacher's: it was made of another."
             )
-    return Lineage(sources, ends, rows)
+        experts[layer] = [] if there is None else members_after(made[sources[layer]], there.num_experts)
+    return Lineage(sources, ends, rows, experts)
 
 
 def _require_same_width(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
@@ -103,6 +107,32 @@ def rows_after(edits: Sequence[Edit], view: MoEView) -> list[int]:
         experts, before = len(edit.experts if isinstance(edit, KeepExperts) else edit.groups), experts
         ends += experts - before + (before - experts if isinstance(edit, KeepExperts) and edit.novices else 0)
     return place
+
+
+def members_after(edits: Sequence[Edit], experts: int) -> list[dict[int, float]]:
+    """Of each expert that is left after the edits of a layer, the ones that it was made of, with their shares.
+
+    Merges weigh their members by what these were used.
+    """
+    members = [{expert: 1.0} for expert in range(experts)]
+    for edit in edits:
+        if isinstance(edit, KeepExperts):
+            members = [members[expert] for expert in edit.experts]
+        elif isinstance(edit, MergeExperts):
+            members = [
+                _joined([members[each] for each in group], weights)
+                for group, weights in zip(edit.groups, edit.weights, strict=True)
+            ]
+    return members
+
+
+def _joined(members: Sequence[Mapping[int, float]], weights: Sequence[float]) -> dict[int, float]:
+    """What several experts were made of, each with its share of the weights; those without one have no part in it."""
+    found: dict[int, float] = {}
+    for each, weight in zip(members, weights, strict=True):
+        for expert, share in each.items() if weight else ():
+            found[expert] = found.get(expert, 0.0) + share * weight / sum(weights)
+    return found
 
 
 def _targets(edit: KeepExperts | MergeExperts, experts: int, ends: int) -> tuple[dict[int, int], Mapping[int, int]]:

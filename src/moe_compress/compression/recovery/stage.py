@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,19 @@ from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.recovery.adapters import (
+    Trained,
+    adapted_numbers,
+    adapted_parameters,
+    adapters_on,
+    require_trained_plain,
+    trained_of,
+)
+from moe_compress.compression.recovery.arithmetic import arithmetic_of, load_dtype, training_dtype
 from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.following import Follower, LayerFollower, before_and_after
+from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
@@ -43,12 +53,13 @@ from moe_compress.models import hf
 from moe_compress.recipes.recipe import Stage
 from moe_compress.run.context import Run
 from moe_compress.run.trackers import open_tracker
-from moe_compress.utils.devices import free_memory
+from moe_compress.utils.devices import dtype_name, free_memory
 from moe_compress.utils.files import gigabytes, read_json, write_json
 from moe_compress.utils.logging import log
 
 # A gradient and two moments, in fp32.
 BYTES_PER_TRAINED = 12
+FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +126,23 @@ def _tokens(report: Mapping[str, Any], windows: Windows) -> int:
 def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     """Train end to end."""
     source, run, writer, options = job.source, job.run, job.writer, job.options
+    Holdout.of(options.holdout, job.windows)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     _require_room(task, job)
     teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
-    student = WholeModel(source, run, torch.float32, recompute=options.recompute)
-    parameters = trained_parameters(student.model, task.trains)
-    if not task.trains & {CODES, SCALES}:
-        require_plain(source, parameters)
+    student = WholeModel(source, run, load_dtype(source.stored_dtype, run.dtype), recompute=options.recompute)
+    trained = trained_of(student.model, task, run.options.seed)
+    require_trained_plain(source, task, trained)
+    student.arithmetic = arithmetic_of(student.model, trained, run.device, run.dtype)
     layered = teaching.online if compares_layers(task) else None
     kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, job.edits)
     taught_by = teaching.online or teaching.cache
-    training = DistillationRun(task, options, student, taught_by, job.windows, parameters, kin, run.options.seed)
+    training = DistillationRun(
+        task, options, student, taught_by, job.windows, trained.parameters, kin, run.options.seed
+    )
 
     def fill(target: CheckpointWriter) -> None:
-        changed = _by_layers(source, student.model, parameters)
+        changed = _by_layers(source, student.model, trained.weights())
         for index in (None, *range(source.num_layers)):
             target.copy(index, changed.get(index))
 
@@ -149,19 +163,35 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
 
 def _require_room(task: Distillation, job: _Job) -> None:
     """ValueError, with what would fit, where two models and what training remembers do not fit into memory."""
-    source, run, coded = job.source, job.run, task.trains & {CODES, SCALES}
-    plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
-    numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
-    kept = BYTES_PER_TRAINED * numbers
-    models = [memory_bytes(source, torch.float32, run.device), online_bytes(task, job.teacher, run)]
-    free = free_memory(run.device)
-    if sum(models) + kept > free:
+    run, dtype = job.run, training_dtype(job.run.dtype)
+    student, kept = _student_bytes(task, job)
+    teacher, free = online_bytes(task, job.teacher, run), free_memory(run.device)
+    if student + teacher + kept > free:
         raise ValueError(
-            f"{job.stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, "
-            f"its teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
-            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what the teacher says "
-            "(cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
+            f"{job.stage.method} takes {gigabytes(student + teacher + kept)} (the model in {dtype_name(dtype)} "
+            f"{gigabytes(student)}, its teacher {gigabytes(teacher)}, gradients and moments of what is trained "
+            f"{gigabytes(kept)}), but {run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what "
+            "the teacher says (cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
         )
+
+
+def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
+    """What the weights of the student take as it trains, and what is remembered beside them."""
+    source, run, coded = job.source, job.run, task.trains & {CODES, SCALES}
+    skeleton = source.skeleton(torch.float32)
+    plain = trained_parameters(skeleton, task.trains - coded) if task.trains - coded else {}
+    whole = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
+    added, adapted = adapted_numbers(skeleton, task.adapters)
+    loaded, dtype = load_dtype(source.stored_dtype, run.dtype), training_dtype(run.dtype)
+    weights = memory_bytes(source, dtype, run.device)
+    if dtype != torch.float32:
+        # What is trained is held in fp32, beside its copy; what is adapted as it was loaded.
+        weights += FLOAT * whole + (loaded.itemsize - dtype.itemsize) * adapted
+    weights = max(weights, memory_bytes(source, loaded, run.device)) + FLOAT * added
+    # Each forward makes adapted matrices anew, and keeps them for the way back unless it is to recompute them.
+    weights += 0 if job.options.recompute else dtype.itemsize * adapted
+    best = FLOAT if job.options.holdout else 0
+    return weights, (BYTES_PER_TRAINED + best) * (whole + added)
 
 
 def _by_layers(
@@ -219,10 +249,16 @@ class LayerVisitor:
     ) -> None:
         self.task, self.options, self.model, self.kin = task, options, model, kin
         self.writer, self.seed, self.prefix, self.follow = writer, seed, hf.layers_prefix(model), follow
-        self.names: list[str] = []
+        self.whole: list[str] = []
+        self.adapted: list[str] = []
         if isinstance(task, LayerDistillation):
-            self.names = [name for name in trained_parameters(model, task.trains) if name.startswith(self.prefix)]
-            require_plain(source, self.names)
+            self.whole = self._inside(trained_parameters(model, task.trains) if task.trains else ())
+            self.adapted = self._inside(adapted_parameters(model, task.adapters.parts) if task.adapters else ())
+            require_plain(source, [*self.whole, *self.adapted])
+
+    def _inside(self, names: Iterable[str]) -> list[str]:
+        """Those of parameters within the layers."""
+        return [name for name in names if name.startswith(self.prefix)]
 
     def visit(self, pair: LayerPair) -> None:
         """One layer: recover it, write it, note what came of it."""
@@ -239,13 +275,22 @@ class LayerVisitor:
             return fit_router(pair, self.task, self.kin)
         if isinstance(self.task, Rebalancing):
             return rebalance(pair, self.task)
-        start = f"{self.prefix}{pair.index}."
-        here = {name.removeprefix(start) for name in self.names if name.startswith(start)}
-        parameters = {name: each for name, each in pair.layer.named_parameters() if name in here}
-        if not parameters:
+        trained = self._trained(pair, self.task)
+        if not trained.parameters:
             return {}, {}
-        report = train_layer(pair, self.task, parameters, self.options, self.seed, self.follow.step)
-        return {name: each.detach() for name, each in parameters.items()}, report
+        report = train_layer(pair, self.task, trained, self.options, self.seed, self.follow.step)
+        return {name: each.detach() for name, each in trained.weights().items()}, report
+
+    def _trained(self, pair: LayerPair, task: LayerDistillation) -> Trained:
+        """What of a layer is trained, by names in it."""
+        start, own = f"{self.prefix}{pair.index}.", dict(pair.layer.named_parameters())
+        whole, adapted = (
+            {name: each for name, each in own.items() if f"{start}{name}" in names}
+            for names in (self.whole, self.adapted)
+        )
+        if task.adapters is None:
+            return Trained(whole)
+        return Trained(whole, adapters_on(adapted, task.adapters, self.seed + pair.index))
 
     def notes_file(self, index: int) -> Path:
         """What was reported of a layer."""

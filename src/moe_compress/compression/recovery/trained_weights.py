@@ -36,6 +36,9 @@ PARTS = {
 NEW = "new"
 NOVICES = "novices"
 BETAS = (0.9, 0.95)
+BEST = "best"
+# The factors of an adapter; the second begins at zero.
+LORA_A, LORA_B = "lora_A", "lora_B"
 
 
 def trained_parameters(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Parameter]:
@@ -98,6 +101,7 @@ class Optimiser:
     parameters: Mapping[str, nn.Parameter]
     options: TrainingOptions
     masks: dict[str, Tensor] = field(default_factory=dict)
+    best: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for parameter in self.parameters.values():
@@ -110,7 +114,8 @@ class Optimiser:
             alive = parameter.detach() != 0
             leaf = name.rpartition(".")[2]
             # Codes are often zero, which of those were pruned their matrix knows.
-            if parameter.dim() > 1 and "bias" not in leaf and leaf != LATENT and not bool(alive.all()):
+            zeros_mean_nothing = "bias" in leaf or leaf in (LATENT, LORA_A, LORA_B)
+            if parameter.dim() > 1 and not zeros_mean_nothing and not bool(alive.all()):
                 self.masks[name] = alive
 
     def step(self, number: int) -> None:
@@ -129,13 +134,26 @@ class Optimiser:
 
     @property
     def felt(self) -> float:
-        """How much the loss could change by doubling everything, as the gradients that are there have it at most."""
+        """How much the loss could change by doubling everything, as the gradients that are there have it at most.
+
+        What is zero as a whole counts as if its norm were 1: of adapters, nothing else is felt at first.
+        """
         found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
-        return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
+        return sum((float(each.detach().norm()) or 1.0) * float(gradient.norm()) for each, gradient in found)
+
+    def remember(self) -> None:
+        """Keep the values as they are now, for `recall`."""
+        self.best = {name: each.detach().clone() for name, each in self.parameters.items()}
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Go back to the values that were remembered last."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
 
     def state(self) -> dict[str, Tensor]:
-        """What it needs to go on: values and moments."""
-        found: dict[str, Tensor] = {}
+        """What it needs to go on: values, moments, and values that are remembered."""
+        found = {f"{name}|{BEST}": each for name, each in self.best.items()}
         for name, parameter in self.parameters.items():
             found[f"{name}|value"] = parameter.detach()
             for key, tensor in self.adam.state.get(parameter, {}).items():
@@ -147,7 +165,9 @@ class Optimiser:
         """Put back what `state` gave."""
         for name, parameter in self.parameters.items():
             parameter.copy_(state[f"{name}|value"])
-            keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith("|value")]
+            if f"{name}|{BEST}" in state:
+                self.best[name] = state[f"{name}|{BEST}"].to(parameter.device)
+            keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith(("|value", f"|{BEST}"))]
             if keys:
                 device = parameter.device
                 self.adam.state[parameter] = {

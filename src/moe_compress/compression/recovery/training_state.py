@@ -19,16 +19,20 @@ from moe_compress.utils.logging import log
 
 # A curve is reported by at most so many of its steps.
 SHOWN = 40
-TOKENS, SECONDS, LOSSES = "curve|tokens", "curve|seconds", "curve|loss|"
+TOKENS, SECONDS, LOSSES, HELD = "curve|tokens", "curve|seconds", "curve|loss|", "curve|held"
 
 
 @dataclass
 class Curve:
-    """Losses by term of every step so far, the tokens that it saw, and the seconds that all of it took."""
+    """Losses by term of every step so far, the tokens that it saw, and the seconds that all of it took.
+
+    held: by steps taken, the whole loss on windows that are held aside, where it was measured.
+    """
 
     losses: dict[str, list[float]] = field(default_factory=dict)
     tokens: int = 0
     seconds: float = 0.0
+    held: dict[int, float] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -72,6 +76,8 @@ def save(file: Path, optimiser: Optimiser, curve: Curve) -> None:
     """Keep all that the next step depends on, in one file that is written as a whole."""
     losses = {f"{LOSSES}{term}": torch.tensor(each, dtype=torch.float64) for term, each in curve.losses.items()}
     numbers = {TOKENS: torch.tensor(curve.tokens), SECONDS: torch.tensor(curve.seconds, dtype=torch.float64)}
+    if curve.held:
+        numbers[HELD] = torch.tensor([*curve.held.items()], dtype=torch.float64)
     write_shard(file, {**optimiser.state(), **losses, **numbers})
 
 
@@ -84,6 +90,8 @@ def resume(file: Path, optimiser: Optimiser) -> Curve:
     except SafetensorError:
         return Curve()
     curve = Curve(tokens=int(kept.pop(TOKENS)), seconds=float(kept.pop(SECONDS)))
+    if HELD in kept:
+        curve.held = {int(step): loss for step, loss in kept.pop(HELD).tolist()}
     for key in [key for key in kept if key.startswith(LOSSES)]:
         curve.losses[key.removeprefix(LOSSES)] = kept.pop(key).tolist()
     optimiser.restore(kept)

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.load import load_as_run
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.compression.recovery.arithmetic import Arithmetic
 from moe_compress.data.windows import Windows
 from moe_compress.models import hf
 from moe_compress.run.context import Run
@@ -68,21 +69,34 @@ class WholeModel:
             model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
         self.model = model
         self.model.requires_grad_(False)
+        self.arithmetic = Arithmetic(run.device)
         hf.remember_names(self.model, checkpoint.tensors)
         hf.use_experts_function(self.model)
 
     def states(self, batch: TextBatch) -> list[Tensor]:
         """What enters the first layer and leaves each, [B, S, D]; with gradients where they are enabled."""
-        hidden_BSD, calls = hf.entered(self.model, batch.ids_BS, batch.mask_BS)
-        found, handed = [hidden_BSD], None
+        with self.arithmetic.running():
+            hidden_BSD, calls = hf.entered(self.model, batch.ids_BS, batch.mask_BS)
+        found, handed = [hidden_BSD.float() if self.arithmetic.mixed else hidden_BSD], None
         for layer, call in zip(hf.decoder_layers(self.model), calls, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                output = recomputed(hf.layer_output, layer, found[-1], call, handed, use_reentrant=False)
+                output = recomputed(self._layer_output, layer, found[-1], call, handed, use_reentrant=False)
             else:
-                output = hf.layer_output(layer, found[-1], call, handed)
+                output = self._layer_output(layer, found[-1], call, handed)
             found.append(output.hidden_BSD)
             handed = output.handed
         return found
+
+    def _layer_output(
+        self, layer: nn.Module, hidden_BSD: Tensor, call: hf.LayerCall, handed: Tensor | None
+    ) -> hf.LayerOutput:
+        with self.arithmetic.layer(layer):
+            return hf.layer_output(layer, hidden_BSD, call, handed)
+
+    def logits(self, hidden_PD: Tensor) -> Tensor:
+        """Logits [P, V] of final hidden states."""
+        with self.arithmetic.running():
+            return hf.logits(self.model, hidden_PD)
 
     def final(self, batch: TextBatch, states: list[Tensor]) -> Tensor:
         """The last states of the tokens that predict, [P, ...]."""
@@ -96,15 +110,17 @@ def chunked_loss(
 
     loss_of: logits [p, V] of some of the tokens, and which -> their losses [p]. Logits are made and left a chunk at a
     time, so that memory does not grow with tokens times vocabulary; gradients of the head itself add up meanwhile.
+    Where gradients are not enabled, there are none.
     """
     gradient_PD = torch.zeros_like(hidden_PD)
     rows, total = hf.head_rows(student.model), 0.0
     for start in range(0, len(hidden_PD), rows):
         part = slice(start, start + rows)
         leaf_pD = hidden_PD[part].detach().requires_grad_()
-        loss = loss_of(hf.logits(student.model, leaf_pD), part).sum()
-        torch.autograd.backward(loss * scale)
+        loss = loss_of(student.logits(leaf_pD), part).sum()
         total += float(loss.detach())
-        assert leaf_pD.grad is not None
-        gradient_PD[part] = leaf_pD.grad
+        if torch.is_grad_enabled():
+            torch.autograd.backward(loss * scale)
+            assert leaf_pD.grad is not None
+            gradient_PD[part] = leaf_pD.grad
     return total, gradient_PD

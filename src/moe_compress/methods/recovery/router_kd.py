@@ -10,7 +10,8 @@ from moe_compress.methods.registry import recovery_method
 
 TRAINING = "solver=adam"
 TRAINED_BY = (
-    "steps", "batch", "lr", "warmup", "decay", "clip", "recompute", "keep", "checkpoint_every", "log",
+    "steps", "batch", "lr", "warmup", "decay", "clip", "recompute", "keep", "holdout", "checkpoint_every",
+    "log",
 )  # fmt: skip
 
 

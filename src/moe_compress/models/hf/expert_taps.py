@@ -104,6 +104,11 @@ def run_rows(experts: Any, input_END: Tensor) -> Tensor:
     return run(experts, input_END.flatten(0, 1), number_R, None)[1].view(count, each, -1)
 
 
+def output_rows(experts: Any, input_RD: Tensor, expert_R: Tensor) -> Tensor:
+    """What experts return for rows sorted by expert [R, D], with weight one; nobody who listens is told."""
+    return run(experts, input_RD, expert_R, _ends(experts, expert_R))[1]
+
+
 def inner_rows(experts: Any, input_RD: Tensor, expert_R: Tensor) -> Tensor:
     """What fused experts' down projections would be given of rows sorted by expert; nobody who listens is told."""
     return multiplied(experts, activated(experts, entering(experts, input_RD, expert_R, _ends(experts, expert_R))))
