@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.load import memory_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.checkpoints.steps import TRAINING
 from moe_compress.checkpoints.writer import CheckpointWriter
+from moe_compress.compression.recovery.assistance import Order, address
 from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.following import Follower
@@ -27,10 +26,11 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
-from moe_compress.compression.recovery.teachers import online_bytes, teaching_of
-from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
+from moe_compress.compression.recovery.teachers import Teaching, online_bytes, teaching_of
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, coded_numbers
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
-from moe_compress.compression.recovery.whole_model import WholeModel
+from moe_compress.compression.recovery.training_state import Curve
+from moe_compress.compression.recovery.whole_training import changed_by_layer, training_of
 from moe_compress.compression.weights.stage import WeightStageResult
 from moe_compress.data.windows import Windows
 from moe_compress.edits.edits import Edit
@@ -48,6 +48,7 @@ from moe_compress.utils.logging import log
 
 # A gradient and two moments, in fp32.
 BYTES_PER_TRAINED = 12
+STATE = "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,9 @@ def run_recovery_stage(
         report = _whole(task, job, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
         report = _by_layer(task, job)
-    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(time.process_time() - started, 3)}
+    helped = sum(run.processes.all_say(0.0)) if isinstance(task, Distillation) else 0.0
+    seconds = time.process_time() - started + helped
+    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(seconds, 3)}
     return WeightStageResult({**about, **report, "recovery": cost}, [], dict(source.values))
 
 
@@ -113,18 +116,10 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     source, run, writer, options = job.source, job.run, job.writer, job.options
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     _require_room(task, job)
-    teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
-    student = WholeModel(source, run, torch.float32, recompute=options.recompute)
-    parameters = trained_parameters(student.model, task.trains)
-    if not task.trains & {CODES, SCALES}:
-        require_plain(source, parameters)
-    layered = teaching.online if compares_layers(task) else None
-    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, job.edits)
-    taught_by = teaching.online or teaching.cache
-    training = DistillationRun(task, options, student, taught_by, job.windows, parameters, kin, run.options.seed)
+    training, teaching = _prepared(task, job)
 
     def fill(target: CheckpointWriter) -> None:
-        changed = _by_layers(source, student.model, parameters)
+        changed = changed_by_layer(source, training)
         for index in (None, *range(source.num_layers)):
             target.copy(index, changed.get(index))
 
@@ -132,14 +127,31 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
         writer.out, source, writer.identity, options.checkpoint_every, options.keep_checkpoints, finish
     )
     steps.begin()
-    follow = Follower(
-        options, run.log, tracker, job.progress,
-        then=lambda curve: steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report()}),
-    )  # fmt: skip
+
+    def write_step(curve: Curve) -> None:
+        due = steps.due(curve.steps, options.steps)
+        if options.checkpoint_every and run.processes.mesh is not None:
+            run.processes.first(due)  # all of them put together what is written
+        if due:
+            steps.write(curve.steps, fill, {TRAINING: curve.report()})
+
+    follow = Follower(options, run.log, tracker, job.progress, then=write_step)
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
-        report = training.run(writer.scratch / "training.safetensors", follow)
+        report = training.run(writer.scratch / STATE, follow)
     fill(writer)
-    return {TRAINING: {**report, **teaching.report}}
+    count = run.processes.count
+    return {TRAINING: {**report, **teaching.report, **({"processes": count} if count > 1 else {})}}
+
+
+def _prepared(task: Distillation, job: _Job) -> tuple[DistillationRun, Teaching]:
+    """A training that can begin, in all processes; who teaches it."""
+    run, processes = job.run, job.run.processes
+    student, teacher = address(job.source), address(job.teacher)
+    state = (job.writer.scratch / STATE).absolute()
+    processes.first(Order(job.stage, student, teacher, job.edits, job.windows, run.options, state))
+    with processes.together():
+        teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
+        return training_of(task, job.options, job.source, teaching, job.edits, job.windows, run), teaching
 
 
 def _require_room(task: Distillation, job: _Job) -> None:
@@ -149,34 +161,19 @@ def _require_room(task: Distillation, job: _Job) -> None:
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     kept = BYTES_PER_TRAINED * numbers
     models = [memory_bytes(source, torch.float32), online_bytes(task, job.teacher, run.dtype)]
-    free = free_memory(run.device)
-    if sum(models) + kept > free:
+    free, processes = free_memory(run.device), run.processes
+    share = processes.count if processes.mesh is not None else 1
+    beside = processes.local if run.device.type == "cpu" else 1
+    if (sum(models) + kept) * beside > free * share:
+        among = f", {beside} times" if beside > 1 else ""
+        among += f", shared out among {share} processes" if share > 1 else ""
         raise ValueError(
-            f"{job.stage.method} takes {gigabytes(sum(models) + kept)} (the model in float32 {gigabytes(models[0])}, "
-            f"its teacher {gigabytes(models[1])}, gradients and moments of what is trained {gigabytes(kept)}), but "
-            f"{run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what the teacher says "
-            "(cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
+            f"{job.stage.method} takes {gigabytes(sum(models) + kept)}{among} (the model in float32 "
+            f"{gigabytes(models[0])}, its teacher {gigabytes(models[1])}, gradients and moments of what is trained "
+            f"{gigabytes(kept)}), but {run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what "
+            "the teacher says (cache=), share layers out among GPUs (docs/training.md), or train one layer at a time "
+            "(layerwise, router_kd solver=ridge)."
         )
-
-
-def _by_layers(
-    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
-) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
-    """Changed parameters by layer (None: outside of them), under the checkpoint's names; what is tied under each."""
-    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
-    inside = {
-        name: each.detach()
-        for name, each in named.items()
-        if name.startswith(hf.layers_prefix(model)) and name.rpartition(".")[0] not in coded
-    }
-    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
-    for key, tensor in {**stored_tensors(model, inside), **(packed_again(source, model) if coded else {})}.items():
-        found[hf.layer_of(key)][key] = tensor
-    changed, outside = {id(each) for each in named.values()}, hf.names_outside(model, source.keys(None))
-    for name, each in model.named_parameters(remove_duplicate=False):
-        if id(each) in changed and name in outside:
-            found[None][outside[name]] = each.detach()
-    return found
 
 
 def _by_layer(task: LayerDistillation | RouterFit | Rebalancing, job: _Job) -> dict[str, Any]:

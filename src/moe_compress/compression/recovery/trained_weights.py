@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.compression.recovery.shared_out import by_kind, clip_gradients, everywhere, shared_as, whole
 from moe_compress.compression.recovery.trained_codes import CODES, LATENT, SCALES, release
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
@@ -103,14 +104,13 @@ class Optimiser:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         options = self.options
-        self.adam = torch.optim.AdamW(
-            list(self.parameters.values()), lr=options.lr, betas=BETAS, weight_decay=options.decay
-        )
+        groups = [{"params": kind} for kind in by_kind(self.parameters.values())]
+        self.adam = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, weight_decay=options.decay)
         for name, parameter in self.parameters.items():
             alive = parameter.detach() != 0
             leaf = name.rpartition(".")[2]
             # Codes are often zero, which of those were pruned their matrix knows.
-            if parameter.dim() > 1 and "bias" not in leaf and leaf != LATENT and not bool(alive.all()):
+            if parameter.dim() > 1 and "bias" not in leaf and leaf != LATENT and not bool(everywhere(alive.all())):
                 self.masks[name] = alive
 
     def step(self, number: int) -> None:
@@ -123,7 +123,7 @@ class Optimiser:
                 # Without a gradient a zero has no moments either, and AdamW leaves it where it is.
                 gradient.mul_(alive)
         if self.options.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+            clip_gradients(self.parameters.values(), self.options.clip)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 
@@ -131,27 +131,31 @@ class Optimiser:
     def felt(self) -> float:
         """How much the loss could change by doubling everything, as the gradients that are there have it at most."""
         found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
-        return sum(float(each.detach().norm()) * float(gradient.norm()) for each, gradient in found)
+        norms = ([float(everywhere(tensor.detach().norm())) for tensor in pair] for pair in found)
+        return sum(value * gradient for value, gradient in norms)
 
     def state(self) -> dict[str, Tensor]:
-        """What it needs to go on: values and moments."""
+        """What it needs to go on: values and moments, of all processes together."""
         found: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            found[f"{name}|value"] = parameter.detach()
+            found[f"{name}|value"] = whole(parameter.detach())
             for key, tensor in self.adam.state.get(parameter, {}).items():
-                found[f"{name}|{key}"] = tensor
+                found[f"{name}|{key}"] = whole(tensor)
         return found
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(state[f"{name}|value"])
+            parameter.copy_(shared_as(state[f"{name}|value"], parameter))
             keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith("|value")]
             if keys:
                 device = parameter.device
                 self.adam.state[parameter] = {
-                    key.rpartition("|")[2]: state[key].to("cpu" if key.endswith("|step") else device) for key in keys
+                    key.rpartition("|")[2]: state[key].to("cpu")
+                    if key.endswith("|step")
+                    else shared_as(state[key].to(device), parameter)
+                    for key in keys
                 }
 
     @property
