@@ -40,7 +40,7 @@ from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import all_moe_views, router_logits
 from moe_compress.run.launch import ElsewhereError
-from moe_compress.run.processes import ALONE, Processes
+from moe_compress.run.processes import ALONE, Processes, connected
 
 LARGEST_SEED = 2**31
 # What a gradient promises that is no more than rounding, as a share of the loss.
@@ -72,6 +72,7 @@ class DistillationRun:
         self.windows, self.kin, self.seed = windows, kin, seed
         self.optimiser = Optimiser(parameters, options)
 
+    @connected()
     def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
         """Train; what is to be reported of it. ValueError where the loss is no number.
 

@@ -24,6 +24,7 @@ from moe_compress.methods.recovery_method import Distillation
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
 from moe_compress.run.context import Run
+from moe_compress.run.processes import connected
 
 
 def training_of(
@@ -46,6 +47,7 @@ def training_of(
     return DistillationRun(task, options, student, taught_by, windows, parameters, kin, run.options.seed, run.processes)
 
 
+@connected()
 def changed_by_layer(
     source: Checkpoint, training: DistillationRun
 ) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
