@@ -301,7 +301,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
     launch = launched()
     if launch.rank:
-        _help(launch.rank)
+        _run_beside(launch.rank)
         return
     try:
         app(args=normalised(sys.argv[1:]))
@@ -316,7 +316,7 @@ def main() -> None:
         raise
 
 
-def _help(rank: int) -> None:
+def _run_beside(rank: int) -> None:
     """Run beside the first of several processes, which speaks for all: say but what ended this one alone."""
     try:
         with (

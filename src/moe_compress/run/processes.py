@@ -67,6 +67,9 @@ class Processes:
             return
         with connected():
             for bucket in _buckets(tensors):
+                if len(bucket) == 1 and bucket[0].is_contiguous():
+                    dist.all_reduce(bucket[0])
+                    continue
                 flat = torch.cat([each.reshape(-1) for each in bucket])
                 dist.all_reduce(flat)
                 for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
