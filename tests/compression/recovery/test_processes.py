@@ -19,10 +19,13 @@ from torch.distributed.tensor import DTensor
 import moe_compress
 from moe_compress import api
 from moe_compress.compression.recovery import stage as recovery_stage
+from moe_compress.compression.recovery.assistance import Order, assist
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.shared_out import add_gradients
+from moe_compress.recipes.parser import parse
 from moe_compress.run.context import Run, start
 from moe_compress.run.launch import ElsewhereError, Launch, launched, require_known
+from moe_compress.run.options import Options
 from moe_compress.run.processes import Processes, joined, process_device
 from support import processes as program
 from support.pruned import refused as refused_in
@@ -172,6 +175,35 @@ def test_an_error_of_another_process_is_said_by_the_first(monkeypatch):
         pass
     with pytest.raises(KeyError), Processes(0, 2).together():
         raise KeyError("own")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordered(Processes):
+    """The second of two, which is given one order."""
+
+    orders: list[Any] = dataclasses.field(default_factory=list)
+
+    def first(self, what: Any = None) -> Any:
+        return self.orders.pop()
+
+    def all_say(self, what: Any) -> list[Any]:
+        return [None, what]
+
+
+def test_a_process_that_does_not_see_the_folders_says_so(lab, made, tmp_path):
+    stage = parse(f"{DROP}router_kd steps=1", [], {}).stages[-1]
+    here, gone = Path(str(lab("mixtral")["model"])), tmp_path / "gone"
+    order = Order(stage, (gone, "student"), (here, "teacher"), [], windows_of(), Options(), tmp_path / "state")
+    with pytest.raises(ElsewhereError, match=r"^process 1: .*gone is not there: all processes need the same folders"):
+        assist(Ordered(1, 2, orders=[None, order]))
+    assert assist(Ordered(1, 2, orders=[None])) is None
+
+
+def test_a_state_that_not_all_see_is_not_gone_on_with(lab, made, tmp_path):
+    run = training(made("mixtral", DROP.removesuffix(" + ")), lab("mixtral"), windows_of(), steps=1)
+    run.processes = Ordered(1, 2)
+    with pytest.raises(ElsewhereError, match=r"not all processes see .*state: folders that they share are needed"):
+        run.run(tmp_path / "state")
 
 
 def test_memory_is_that_of_all_processes_of_the_machine(lab, tmp_path, monkeypatch):

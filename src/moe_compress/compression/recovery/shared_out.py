@@ -69,13 +69,13 @@ def by_kind(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
     """Cut the norm of all gradients together to `most`."""
-    groups = by_kind(parameters)
+    felt = by_kind(each for each in parameters if each.grad is not None)
     norms = [
-        everywhere(nn.utils.get_total_norm([each.grad for each in group if each.grad is not None])) for group in groups
+        everywhere(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in felt
     ]
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for group in groups:
-        nn.utils.clip_grads_with_norm_(group, most, total)
+    for kind in felt:
+        nn.utils.clip_grads_with_norm_(kind, most, total)
 
 
 def add_gradients(
