@@ -9,7 +9,7 @@ import shutil
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ import transformers
 import moe_compress
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
 from moe_compress.engine import forward
-from support import editing, quantized, readers, tiny
+from moe_compress.evaluation.verification import verify
+from support import editing, quantized, readers, stock_process, tiny
 from support.identity import rewritten
 
 transformers.utils.logging.set_verbosity_error()
@@ -37,6 +38,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _verified_in_copies() -> Iterator[None]:
+    """Stock transformers is imported once for all checkpoints that are verified; test_verify's own process does so."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "run_isolated", stock_process.run_copied)
+        yield
 
 
 @pytest.fixture(scope="session")

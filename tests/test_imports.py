@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -76,13 +77,17 @@ def module_name(file: Path) -> str:
 
 MODULES = {module_name(file): file for file in FILES}
 SHIPPED = [name for name in MODULES if name.startswith(f"{MODELING}.")]
-TREES = {name: ast.parse(file.read_text(encoding="utf-8")) for name, file in MODULES.items()}
+
+
+@functools.cache
+def tree(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
 
 
 def imported(name: str) -> Iterator[tuple[str, bool]]:
     """Full dotted names that a module imports anywhere, and whether it does so when it is itself imported."""
-    top = set(map(id, TREES[name].body))
-    for node in ast.walk(TREES[name]):
+    top = set(map(id, tree(name).body))
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.Import):
             yield from ((alias.name, id(node) in top) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -136,7 +141,7 @@ def test_reaches_into_transformers_only_at_the_seam(name):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_files_need_torch_and_transformers_alone(name):
     assert all(within(target, (MODELING,)) for target in ours(name))
-    relative = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.ImportFrom) and node.level]
+    relative = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ImportFrom) and node.level]
     assert {f"{MODELING}.{node.module}" for node in relative} == ours(name)
     others = {target.split(".")[0] for target, _ in imported(name)} - {PACKAGE}
     assert others <= set(SHIPPED_WITH)
@@ -158,13 +163,13 @@ def test_the_engine_names_no_family():
     from moe_compress.models.families import FAMILIES
 
     for name in ("engine.forward", "compression.surgery", "checkpoints.writer"):
-        words = {node.value for node in ast.walk(TREES[name]) if isinstance(node, ast.Constant)}
+        words = {node.value for node in ast.walk(tree(name)) if isinstance(node, ast.Constant)}
         assert not words & set(FAMILIES)
 
 
 def test_no_family_is_asked_for_by_class():
-    for name, tree in TREES.items():
-        asked = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    for name in MODULES:
+        asked = [ast.unparse(node) for node in ast.walk(tree(name)) if isinstance(node, ast.Call)]
         assert [call for call in asked if call.startswith("isinstance(model,")] == [], name
 
 
@@ -201,8 +206,8 @@ def test_any_module_may_be_the_first_that_is_imported():
 def test_files_and_functions_stay_small(name):
     text = MODULES[name].read_text(encoding="utf-8")
     assert len(text.splitlines()) <= MAX_FILE_LINES
-    assert ast.get_docstring(TREES[name])
-    for node in ast.walk(TREES[name]):
+    assert ast.get_docstring(tree(name))
+    for node in ast.walk(tree(name)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
 

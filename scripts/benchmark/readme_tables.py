@@ -19,6 +19,7 @@ from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import make_tables, one_row_each
 from recipe_pairs import FACTORED_PAIRS, PAIRS, QUANTIZED_PAIRS
+from recovery_tables import RECOVERED, recovery
 
 BEGIN, END = "<!-- results: made by scripts/benchmark/tables.sh -->", "<!-- end of results -->"
 HEADING = """# Results
@@ -288,12 +289,13 @@ def summary(records: Sequence[Record], documents: Path) -> str:
     ]
     parts += ["**Rounded activations**; behind each cell how much of a token's experts stays the same (Jaccard):"]
     parts += [rounding(records)]
+    parts += [recovery(documents.parent / RECOVERED)]
     if (documents.parent / "quantization.json").is_file():
         where = "Loaded and run in bf16 on two CPU cores, where products in bf16 are slow, the original beside it;"
         parts += [f"{where} models this small have little to gain:", loaded(documents.parent)]
     if (documents.parent / "paper_table" / "paper_table.md").is_file():
         parts += [paper(documents.parent / "paper_table")]
-    return "\n\n".join(part.rstrip() for part in parts) + "\n"
+    return "\n\n".join(part.rstrip() for part in parts if part) + "\n"
 
 
 def shown(records: Sequence[Record]) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import moe_compress
 from common import RESULTS, add_smoke
 from moe_compress import zoo
+from moe_compress.checkpoints.folder import stage_folder
 from moe_compress.cli.terminal import set_up_logging
 from moe_compress.evaluation.harnesses import report_columns
 from moe_compress.methods.score_registry import scores
@@ -25,6 +26,7 @@ from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Failure, now
 from moe_compress.reports.table import write_tables
 from readme_tables import write_picture, write_summary
+from recovery_tables import RECOVERED, RECOVERY_TEXT, recovered, run_name
 
 README = RESULTS.parent / "README.md"
 SMOKE = {"samples": 2, "length": 64, "eval_samples": 4, "eval_length": 64}
@@ -176,38 +178,6 @@ FACTORED = (
     "expert_drop ratio=0.25 + factorise structure=auto ratio=0.75",
     "channels score=camera ratio=0.25 + factorise structure=auto ratio=0.75",
 )
-# What each way to recover makes of the best of each kind of compression, with one budget of training tokens, steps
-# times 8 windows of 256. They see more text than the other rows, and so do the rows before recovery beside them.
-RECOVERY_TEXT = {"samples": 512}
-STEPS = 100
-STUDENTS = (
-    "expert_drop score=reap budget=search ratio=0.25",
-    "expert_drop score=reap budget=search ratio=0.5",
-    "expert_merge grouping=hc_smoe by=logits average=saliency align=both router=sum ratio=0.25",
-    "factorise structure=auto ratio=0.5",
-    "block_drop drop=2",
-)
-RECOVERIES = (
-    "router_kd solver=ridge",
-    f"router_kd steps={STEPS}",
-    f"layerwise train=all steps={STEPS}",
-    f"distill train=all steps={STEPS}",
-)
-PACKED_STUDENT = "quantize method=gptq bits=2 group_size=32"
-PACKED_RECOVERIES = (
-    "router_kd solver=ridge",
-    f"router_kd steps={STEPS}",
-    f"qad steps={STEPS} lr=0.001",
-    f"qad learns=codes steps={STEPS} lr=0.001",
-)
-RECOVERED = (
-    *STUDENTS,
-    *(f"{student} + {recovery}" for student in STUDENTS for recovery in RECOVERIES),
-    PACKED_STUDENT,
-    *(f"{PACKED_STUDENT} + {recovery}" for recovery in PACKED_RECOVERIES),
-)
-# Of one student, every recovery is trained with another seed as well.
-SEEDED = tuple(f"{STUDENTS[0]} + {recovery}" for recovery in RECOVERIES)
 SHARED = {
     "tiny-mixtral": (),
     "tiny-deepseek": (
@@ -234,39 +204,46 @@ def recipes(model: str) -> list[tuple[str, int]]:
     return found
 
 
-def recovered() -> list[tuple[str, int]]:
-    """(sentence, seed) of every run that recovers, and of those beside which it stands."""
-    return [*((sentence, 0) for sentence in RECOVERED), *((sentence, 1) for sentence in SEEDED)]
-
-
 def run_model(model: str, results: Path, smoke: bool) -> None:
     """All recipes on one model (of a smoke run, the first on a little text); checkpoints are measured and removed."""
-    runs = [(sentence, seed, dict[str, Any]()) for sentence, seed in recipes(model)]
-    runs += [(sentence, seed, RECOVERY_TEXT) for sentence, seed in recovered()]
-    records = results / "records"
-    for sentence, seed, given in runs[: 1 if smoke else None]:
-        options: Mapping[str, Any] = SMOKE if smoke else given
-        words = (
-            sentence.replace("expert_drop ", "")
-            .replace(" ", "-")
-            .replace("=", "-")
-            .replace(":", ".")
-            .replace("+", "then")
-        )
-        name = f"{model}-{words}{'-of-512' if given else ''}-seed{seed}"
-        if (records / f"{name}.json").is_file():
-            continue
-        out = results / "checkpoints" / name
-        shutil.rmtree(out, ignore_errors=True)
-        try:
-            moe_compress.compress(
-                sentence, model=model, seed=seed, name=name, out=str(out), results=str(results), **options
-            )
-        except ValueError as error:
-            failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
-            failure.save(results / "failures")
-            continue
-        shutil.rmtree(out)
+    for sentence, seed in recipes(model)[: 1 if smoke else None]:
+        run_recipe(sentence, model, results, {"seed": seed, **(SMOKE if smoke else {})})
+    students = results / RECOVERED / "students" / model
+    for sentence, seed in [] if smoke else recovered():
+        run_recipe(sentence, model, results / RECOVERED, {"seed": seed, **RECOVERY_TEXT}, students)
+    shutil.rmtree(students, ignore_errors=True)
+
+
+def run_recipe(
+    sentence: str, model: str, results: Path, options: Mapping[str, Any], students: Path | None = None
+) -> None:
+    """One run that is not yet recorded. students: where what is recovered is made once for all that recovers it."""
+    name = run_name(model, sentence, options["seed"])
+    if (results / "records" / f"{name}.json").is_file():
+        return
+    out = results / "checkpoints" / name
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        if students is not None and " + " in sentence:
+            _begin_with_student(sentence.partition(" + ")[0], model, results, out, options, students)
+        moe_compress.compress(sentence, model=model, name=name, out=str(out), results=str(results), **options)
+    except ValueError as error:
+        failure = Failure(name=name, model=model, recipe=sentence, reason=str(error), written=now())
+        failure.save(results / "failures")
+        return
+    for folder in (out, stage_folder(out, 0)):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _begin_with_student(
+    student: str, model: str, results: Path, out: Path, options: Mapping[str, Any], students: Path
+) -> None:
+    """Put what is recovered where the recipe's first stage would leave it."""
+    place = students / f"{student.replace(' ', '-')}-seed{options['seed']}"
+    moe_compress.compress(student, model=model, out=str(place), results=str(results), eval=False, **options)
+    begun = stage_folder(out, 0)
+    shutil.rmtree(begun, ignore_errors=True)
+    shutil.copytree(place, begun)
 
 
 def run_all(results: Path) -> None:
@@ -282,8 +259,10 @@ def run_all(results: Path) -> None:
 
 def rebuild(results: Path) -> None:
     """What follows from the records, and from the sums per document beside them, alone."""
-    for path in write_tables(moe_compress.table([results / "records"]), results):
-        print(path)
+    for folder in (results, results / RECOVERED):
+        if (folder / "records").is_dir():
+            for path in write_tables(moe_compress.table([folder / "records"]), folder):
+                print(path)
     write_summary(results, README if results.resolve() == RESULTS else None)
     for path in write_picture(load_records(sorted((results / "records").glob("*.json"))), results):
         print(path)

@@ -128,7 +128,7 @@ def evaluate(
         return _record(opened, base, run)
 
 
-def watch(
+def watch(  # noqa: PLR0913 - these are the command's words
     run_folder: str | Path,
     /,
     *,
@@ -138,21 +138,23 @@ def watch(
     best: Annotated[str, Means("empty: none is kept")] = "",
     once: bool = False,
     poll: float = 10.0,
+    timeout: Annotated[float, Means("0: for ever")] = 3600.0,
     original: Annotated[str | None, Means("none: the one that it was made from")] = None,
     png: bool = False,
     log: Literal["jsonl", "wandb", "tensorboard"] = "jsonl",
     **options: Any,
 ) -> Watched:
-    """Evaluate the checkpoints of a training as they appear, in a process of their own, until its outcome is there.
+    """Evaluate the checkpoints of a training as they appear, in a process of their own, until it has ended.
 
     run_folder: the training's out=; tasks, limit: as of the command tasks, and none without; every: only steps that
     this divides, and the last; best: a metric (kl, perplexity, accuracy, ...), whose best checkpoint is kept as
-    RUN_FOLDER.best; once: what is there, and end; poll: seconds between two looks; original: to compare with; png: the
-    curve as PNG too; log: where metrics are shown besides.
+    RUN_FOLDER.best; once: what is there, and end; poll: seconds between two looks; timeout: seconds without a sign of
+    life after which a training is given up; original: to compare with; png: the curve as PNG too; log: where metrics
+    are shown besides.
     """
     given = {
-        "tasks": tasks, "limit": limit, "every": every, "best": best, "once": once, "poll": poll, "original": original,
-        "png": png, "log": log,
+        "tasks": tasks, "limit": limit, "every": every, "best": best, "once": once, "poll": poll, "timeout": timeout,
+        "original": original, "png": png, "log": log,
     }  # fmt: skip
     typed = typed_words("watch", function_of(__name__, "watch"), {**given, **options})
     words = WatchWords(**{key: typed[key] for key in given})

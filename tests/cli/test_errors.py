@@ -64,6 +64,19 @@ def test_the_command_line_says_one_sentence(words, said, reader_folder, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_removed_meanwhile_is_a_sentence(monkeypatch, capsys):
+    def gone(*_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory", "runs/out.partial/state.json")
+
+    monkeypatch.setattr(moe_compress.api, "run_recipe", gone)
+    monkeypatch.setattr(sys, "argv", ["moe-compress", "compress", "expert_drop", "model=tiny-mixtral"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.count("\n") == 1
+    assert "out.partial/state.json': it was removed while it was used; run the same command again." in said
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [(["compres"], "No such command 'compres'. Did you mean 'compress'"), (["compress"], "Missing argument 'WORDS'")],

@@ -19,7 +19,15 @@ PUBLISHED = {
     if read_json(each / "config.json")["model_type"] in CONFIG_MAPPING
 }
 # No configs of theirs are shipped: what transformers takes by default is what is published, and what else they say.
-DEFAULTS: dict[str, dict[str, Any]] = {"deepseek_v4": {"expert_dtype": "fp4"}, "qwen3_vl_moe": {}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"expert_dtype": "fp4"},
+    "qwen3_vl_moe": {
+        "vision_config": {
+            "model_type": "qwen3_vl_moe", "depth": 2, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2,
+            "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+        }
+    },
+}  # fmt: skip
 # Of DBRX no tensor and no key is called as in others; its rope_theta is where transformers passes over it.
 DEFAULTS["dbrx"] = {"rope_parameters": None}
 RECIPES = (

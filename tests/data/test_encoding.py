@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import io
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -15,11 +17,11 @@ from moe_compress.data.documents import DataSpec
 from moe_compress.data.encoding import digest_of, first_ids
 from moe_compress.data.local import LongText
 from moe_compress.data.windows import make_windows
-from moe_compress.zoo.text import Document, documents
+from moe_compress.zoo.text import Document
 from support import readers
 from support.slow import slow_after
 
-TEXT = "\n".join(document.text for document in documents("calibration")[:8])
+TEXT = Path(inspect.__file__).read_text(encoding="utf-8")
 CHINESE = "".join(chr(0x4E00 + number * 7919 % 3000) for number in range(20_000))
 
 

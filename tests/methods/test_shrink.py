@@ -43,6 +43,13 @@ def test_it_is_the_recipe_of_its_stages(tmp_path):
     assert again.options.samples == 3
 
 
+def test_words_of_one_of_its_stages_are_said_to_need_the_recipe_written_out():
+    with pytest.raises(
+        ValueError, match=r"no stage 'distill'; stages: shrink, top_k\. For words of one stage of shrink"
+    ):
+        parse("shrink + top_k k=1", ["distill.batch=1"])
+
+
 def test_what_stays_whole_is_no_stage():
     assert [each.method for each in parse("shrink experts=1 stages=1").stages] == ["channels", "distill"]
     assert [each.method for each in parse("shrink width=1 stages=2").stages] == 2 * ["expert_drop", "distill"]

@@ -8,7 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from moe_compress.reports import html_report, learning_curve
-from moe_compress.reports.learning_curve import curves_of
+from moe_compress.reports.learning_curve import LOSS, curves_of
 from moe_compress.reports.record import digest_of
 from support.records import HOSTILE, ORIGINAL, WORSE
 
@@ -37,13 +37,13 @@ GOOD = [
 
 def test_panels_hold_steps_in_their_order_and_the_originals_level():
     curves = curves_of(GOOD)
-    assert list(curves) == ["loss", "KL to the original, nats", "perplexity", "share of right answers"]
+    assert list(curves) == [LOSS, "KL to the original, nats", "perplexity", "share of right answers"]
     (kl,) = curves["KL to the original, nats"]
     assert [(step, value) for step, value, _ in kl.points] == [(0, 0.9), (20, 0.2)] and kl.original is None
     (perplexity,) = curves["perplexity"]
     assert perplexity.original == 2.5
     assert [line.name for line in curves["share of right answers"]] == ["quiz", "cloze", "average"]
-    (loss,) = curves["loss"]
+    (loss,) = curves[LOSS]
     assert [step for step, *_ in loss.points] == [20]
     one = curves_of([evaluation(0, accuracy_quiz=0.5, accuracy=0.5), evaluation(2, accuracy=0.5, task_accuracy=0.5)])
     assert [line.name for line in one["share of right answers"]] == ["quiz"]

@@ -226,12 +226,15 @@ def test_the_grid_and_what_is_made_of_it(tmp_path):
 
 @pytest.mark.usefixtures("shipped")
 def test_results_are_rebuilt_byte_for_byte_from_their_records(tmp_path):
-    for name in ("records", "documents", "paper_table", "quantization.json"):
+    given = ["records", "documents", "paper_table", "quantization.json", "recovered/records", "recovered/documents"]
+    (tmp_path / "recovered").mkdir()
+    for name in given:
         (tmp_path / name).symlink_to(RESULTS / name)
     zoo_grid.main(["--tables-only", "--results", str(tmp_path)])
-    made = [path for path in tmp_path.iterdir() if not path.is_symlink()]
-    assert {path.name for path in made} > {"tables.md", "tables.tex", "tables.json", "summary.md", "README.md"}
-    assert [path.name for path in made if path.read_bytes() != (RESULTS / path.name).read_bytes()] == []
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if not path.is_symlink() and path.is_file()]
+    made = {str(path) for path in files}
+    assert made > {"tables.md", "tables.tex", "tables.json", "summary.md", "README.md", "recovered/tables.md"}
+    assert [name for name in sorted(made) if (tmp_path / name).read_bytes() != (RESULTS / name).read_bytes()] == []
     plots = html_report.make_report([TABLE / "records"], tmp_path / "page", report_columns(), True)
     kept = {path.name: path for path in (TABLE / "plots").iterdir()}
     assert {path.name for path in plots.files[1:]} == set(kept) and len(kept) == 12

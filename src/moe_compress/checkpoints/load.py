@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from moe_compress.checkpoints.formats.edited_packed import packed_matrix
 from moe_compress.checkpoints.formats.stored_weight import PackedWeight, StoredWeight
 from moe_compress.checkpoints.normalizers import require_bounded
-from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
+from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint, packed_size
 from moe_compress.models import hf
 from moe_compress.models.families import family_named
 from moe_compress.models.matrices import require_masks, stored_matrices
@@ -58,7 +58,7 @@ def load_model(folder: Path, dtype: torch.dtype | None = None, **keywords: Any) 
 
 def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device: torch.device, why: str) -> None:
     """ValueError, with what is needed, if these do not fit as whole models in `dtype` where the device has room."""
-    sizes = [memory_bytes(each, dtype) for each in checkpoints]
+    sizes = [memory_bytes(each, dtype, device) for each in checkpoints]
     free = free_memory(device)
     if sum(sizes) > free:
         names = " and ".join(each.name for each in checkpoints)
@@ -68,11 +68,16 @@ def require_memory(checkpoints: Sequence[Checkpoint], dtype: torch.dtype, device
         )
 
 
-def memory_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """What a whole model takes in memory in `dtype`; what is packed stays so."""
-    if checkpoint.packed:
-        return checkpoint.bytes
-    return checkpoint.bytes * dtype.itemsize // checkpoint.stored_dtype.itemsize
+def memory_bytes(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
+    """What a whole model takes in memory in `dtype`: what is stored in codes is dense there, unless it stays packed."""
+    stored = any(isinstance(entry, StoredWeight) for entry in checkpoint.tensors.values())
+    if stored and checkpoint.loads_as_stock and device.type != "cpu":
+        return checkpoint.bytes  # stock transformers has kernels for it there
+    found = sum(parameter.nbytes for parameter in checkpoint.skeleton(dtype).parameters())
+    for key in checkpoint.packed:
+        numbers, scales, codes = packed_size(checkpoint.tensors[key])
+        found += codes + (scales - numbers) * dtype.itemsize
+    return found
 
 
 def load_as_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from moe_compress.checkpoints.stored_twice import require_stored_once
 from moe_compress.edits.manifest import require_manifest
 from moe_compress.models import hf
 from moe_compress.models.families import REFUSED, family_of
+from moe_compress.models.modeling.bit_packing import WORD
 from moe_compress.models.modeling.edited_model import PREFIX
 from moe_compress.models.prediction_layers import module_pattern, prediction_layers
 from moe_compress.utils.files import read_json
@@ -59,6 +61,13 @@ def regions_of(entry: Entry) -> list[FileRegion]:
         return list(entry.parts().values())
     found = entry if isinstance(entry, FileRegion) else entry.source
     return [] if found is None else [found]
+
+
+def packed_size(entry: Entry) -> tuple[int, int, int]:
+    """Of a packed matrix: how many numbers it has, how many scales, and the bytes of all but the scales."""
+    scales, *others = regions_of(entry)
+    bits = getattr(entry, "bits", None) or WORD // 8
+    return others[0].bytes * 8 // bits, math.prod(scales.shape), sum(each.bytes for each in others)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class TrainingStep:
     """The checkpoint of a training after `step` of `steps` steps, over `tokens`.
 
     identity: the checkpoint's; run: that of the training, which is the final checkpoint's; base: what the manifest says
-    of the original.
+    of the original; losses: means over the steps since the checkpoint before.
     """
 
     folder: Path

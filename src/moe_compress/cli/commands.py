@@ -333,6 +333,8 @@ def _run_beside(rank: int) -> None:
 
 def _sentence(error: Exception) -> str:
     hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
+    if isinstance(error, FileNotFoundError):  # what is not there from the start is a ValueError
+        hint = ": it was removed while it was used; run the same command again."
     return " ".join(printable(str(error)).split()) + hint
 
 

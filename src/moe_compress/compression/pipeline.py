@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from moe_compress.checkpoints.folder import (
     stage_folder,
 )
 from moe_compress.checkpoints.gguf.base_model import shape_values
+from moe_compress.checkpoints.life_signs import living
 from moe_compress.checkpoints.lock import exclusive_output
 from moe_compress.checkpoints.partly_packed import after_edits
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
@@ -34,7 +36,7 @@ from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, made_before, preflight, read_texts, stage_identity
-from moe_compress.compression.recovery.checks import check_teachers
+from moe_compress.compression.recovery.checks import check_teachers, trains_end_to_end
 from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
@@ -89,7 +91,12 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
         for target, identity in zip(targets, identities, strict=True):
             require_own_steps(target, identity)
         read_texts(recipe, source, run)
-        with exclusive_output(out, identities), failures.record_failure(recipe, recipe.options.name or out.name, run):
+        trained = [trains_end_to_end(stage) for stage in recipe.stages]
+        with (
+            exclusive_output(out, identities),
+            failures.record_failure(recipe, recipe.options.name or out.name, run),
+            living(dict(itertools.compress(zip(targets, identities, strict=True), trained))),
+        ):
             _run_stages(recipe, source, targets, identities, run)
     for folder in targets[:-1]:
         remove_intermediate(folder)
@@ -209,8 +216,7 @@ def _training(job: _Job, run: str) -> dict[str, Any]:
     found = job.report[-1].get(TRAINING)
     if job.stage is None or found is None:
         return {}
-    losses = {term: values[-1] for term, values in found["curve"].items()}
-    steps = job.stage.parameters["steps"]
+    steps, losses = job.stage.parameters["steps"], found["recent"]
     return {TRAINING: {"run": run, "step": found["steps"], "steps": steps, "tokens": found["tokens"], "losses": losses}}
 
 

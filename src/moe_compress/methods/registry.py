@@ -325,21 +325,18 @@ def weight_method(
     return register
 
 
-def recovery_method(
-    *, needs: Needs | Need = "text", check: Callable[..., Any] | None = None, **said: Any
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def recovery_method(**said: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function that says what of a compressed model is trained, and towards what, under its own name.
 
     The recipe's parameters are its keyword-only arguments and those of `TrainingOptions`. What it returns is one of the
-    kinds in `methods/recovery_method.py`. check: same parameters, on a skeleton of the compressed model; said, as
-    values that the source alone tells: group, paper, presets, exclusive, shown_in_names, goes_with as for `method`; lr:
-    the default of the learning rate; trains: whether it trains at all: else there is the teacher alone; lacks: training
-    options that mean nothing to it.
+    kinds in `methods/recovery_method.py`; asked before a weight is read, it raises ValueError for words that mean
+    nothing. said, as values that the source alone tells: group, paper, presets, exclusive, shown_in_names, goes_with as
+    for `method`; lr: the default of the learning rate; trains: whether it trains at all: else there is the teacher
+    alone; lacks: training options that mean nothing to it.
     """
 
     def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        asked: Needs = needs if callable(needs) else lambda _: needs
-        _enter(of_function(run, "recovery_method", **said), Implementation(run=run, needs=asked, check=check))
+        _enter(of_function(run, "recovery_method", **said), Implementation(run=run, needs=lambda _: "text"))
         return run
 
     return register

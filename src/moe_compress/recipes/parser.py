@@ -104,8 +104,7 @@ def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str,
         if dot:
             named = [draft for draft in trailing if label in (draft.method, str(draft.number))]
             if not named:
-                names = ", ".join(draft.method for draft in trailing)
-                raise ValueError(f"{word}: the recipe has no stage {label!r}; stages: {names}.")
+                raise ValueError(f"{word}: the recipe has no stage {label!r}; {_stages_of(trailing)}")
             if not named[0].takes(parameter):
                 raise ValueError(registry.find(named[0].method).unknown(parameter))
             _target(parameter, named, None)[parameter] = value
@@ -115,6 +114,13 @@ def _override(words: Sequence[str], stages: Sequence[_Draft], options: dict[str,
         for key in registry.find(stage.method).displaced_by(later.given):
             stage.given.pop(key, None)
         stage.given |= later.given
+
+
+def _stages_of(drafts: Sequence[_Draft]) -> str:
+    """Which stages a recipe has, as they were written."""
+    preset = next((each.method for each in drafts if registry.find(each.method).scope == "stages"), None)
+    apart = "" if preset is None else f" For words of one stage of {preset} alone, write its stages out."
+    return f"stages: {', '.join(each.method for each in drafts)}.{apart}"
 
 
 def _target(key: str, stages: Sequence[_Draft], options: dict[str, Any] | None) -> dict[str, Any]:

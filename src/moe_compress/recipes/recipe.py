@@ -76,7 +76,7 @@ def _written_out(stages: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[tu
     for name, given in stages:
         method = registry.find(name)
         if method.scope == "stages":
-            yield from method.run(**method.bind(given))
+            yield from _written_out(method.run(**method.bind(given)))
         else:
             yield name, given
 

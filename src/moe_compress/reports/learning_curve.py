@@ -20,6 +20,7 @@ SHOWN = {
     "top1_agreement": "same top token as the original",
 }
 TASKS, TASK, ACCURACY = "share of right answers", "accuracy_", "accuracy"
+LOSS = "loss, mean since the checkpoint before"
 # Where there are several tasks, `accuracy` is their average.
 AVERAGE = "average"
 Interval = Sequence[float] | None
@@ -51,7 +52,7 @@ def curves_of(evaluations: Sequence[Mapping[str, Any]]) -> Curves:
         for term in terms
     ]
     if losses:
-        found["loss"] = losses
+        found[LOSS] = losses
     for metric, title in SHOWN.items():
         if metric in names:
             found[title] = [_line(metric, metric, steps, original)]

@@ -37,6 +37,7 @@ METRICS = {
     "tasks right": ("task_accuracy", ".3f"),
 }
 SECONDS, PEAK = "calibration + writing s", "peak MiB"
+TOKENS, PROCESSOR = "recovered on tokens", "recovery processor s"
 
 
 @dataclass(frozen=True)
@@ -209,16 +210,21 @@ def _row(name: str, records: Sequence[Record]) -> dict[str, str]:
     cells |= {column: _cell(records, key, form) for column, (key, form) in METRICS.items()}
     if table_formats.detectable(records) is False:
         cells["change of NLL"] += f" {SAME}"
-    cost = _cost(first)
-    return cells | ({SECONDS: f"{cost[SECONDS]:.1f}", PEAK: f"{cost[PEAK]:,.0f}"} if cost else {})
+    forms = {SECONDS: ".1f", PEAK: ",.0f", TOKENS: ",.0f", PROCESSOR: ".1f"}
+    return cells | {column: f"{value:{forms[column]}}" for column, value in _cost(first).items()}
 
 
 def _cost(record: Record) -> dict[str, float]:
-    """Seconds and MiB that a compression took; nothing for a model that was only measured."""
+    """Seconds and MiB that a compression took, and a recovery; nothing for a model that was only measured."""
     cost = record.cost
     if not cost:
         return {}
-    return {SECONDS: cost["calibration_seconds"] + cost["surgery_seconds"], PEAK: cost["peak_bytes"] / BYTES}
+    found = {SECONDS: cost["calibration_seconds"] + cost["surgery_seconds"], PEAK: cost["peak_bytes"] / BYTES}
+    recovered = [stage["recovery"] for stage in record.report if "recovery" in stage]
+    if recovered:
+        found[TOKENS] = sum(stage["tokens"] for stage in recovered)
+        found[PROCESSOR] = sum(stage["processor_seconds"] for stage in recovered)
+    return found
 
 
 def row_numbers(records: Sequence[Record]) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import moe_compress
+from moe_compress.compression import pipeline
 from moe_compress.compression.recovery.layer_training import variation
 from moe_compress.edits.plan_file import PLAN, read_plan
+from moe_compress.run.progress import Bar
 from support import tiny
 from support.pruned import moe_layers, reference, windows
 from support.recovered import changed_tensors, layer_notes, reports, said_by
@@ -36,6 +40,57 @@ def learned(lab, family: str, student: Path, words: str, place: Path, **given: o
     """What a model that was changed by hand learns from the one it was made of."""
     options = {**lab(family), "model": str(student), "out": str(place), **given}
     return moe_compress.compress(f"{words} teacher={lab(family)['model']}", **options).folder
+
+
+# --- what is told meanwhile ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "family", "name"),
+    [
+        (f"{DROP} + layerwise steps=3", "mixtral", "error"),
+        (f"{DROP} + router_kd solver=ridge", "mixtral", "kl"),
+        ("expert_drop score=weight_norm keep=4 + rebalance rounds=2", "deepseek_v3", "variation"),
+    ],
+)
+def test_every_layer_is_a_line_of_the_log(words, family, name, lab, tmp_path, caplog):
+    told = {**lab(family), "out": str(tmp_path / "out"), "results": str(tmp_path / "runs")}
+    with caplog.at_level("INFO", "moe_compress"):
+        folder = moe_compress.compress(words, **told).folder
+    (log,) = (tmp_path / "runs" / "logs").glob("*.jsonl")
+    lines = [line for line in map(json.loads, log.read_text().splitlines()) if line["event"] == "layer"]
+    reported = reports(folder)[-1]["layers"]
+    assert {str(line["layer"]): line[name] for line in lines} == {n: note[name] for n, note in reported.items()}
+    assert lines and all(line["tokens_per_second"] > 0 for line in lines)
+    assert any(f": {name} " in said and " -> " in said for said in caplog.messages)
+
+
+class Shown(Bar):
+    """A bar that remembers what it shows."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+        self.said: list[str] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self.seen.append((done, total))
+
+    def say(self, what: str, said: str) -> None:
+        self.said.append(f"{what}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "term"), [("layerwise steps=2", 2, "error"), ("router_kd solver=ridge", 1, "kl")]
+)
+def test_the_bar_goes_on_with_every_step_of_every_layer(words, steps, term, lab, tmp_path, monkeypatch):
+    bar = Shown()
+    monkeypatch.setattr(pipeline, "progress_bar", lambda _: contextlib.nullcontext(bar))
+    moe_compress.compress(f"{DROP} + {words}", **{**lab("mixtral"), "out": str(tmp_path / "out")})
+    total = tiny.LAYERS * steps
+    shown = [done for done, of in bar.seen[-len(bar.said) :] if of == total]
+    assert shown == sorted(shown) and {*shown} >= {*range(1, total + 1)}
+    assert len(shown) == len(bar.said) and all(f": {term} " in said and " tokens/s" in said for said in bar.said)
+    assert bar.said[-1].startswith(f"layer {tiny.LAYERS} of {tiny.LAYERS}: ")
 
 
 # --- layerwise ----------------------------------------------------------------------------------------------

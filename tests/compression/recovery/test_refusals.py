@@ -7,10 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 import moe_compress
 from moe_compress.compression.recovery import stage as recovery_stage
 from moe_compress.compression.recovery import whole_model
+from moe_compress.compression.recovery.trained_codes import TrainedMatrix, release
 from support import readers, tiny
 from support.pruned import refused as refused_in
 from support.recovered import reports
@@ -25,6 +27,8 @@ DROP = "expert_drop score=weight_norm keep=4 + "
         ("distill steps=0", "distill.steps=0: a number above 0 is needed."),
         ("distill steps=-5", "distill.steps=-5: a number above 0 is needed."),
         ("layerwise batch=0", "layerwise.batch=0: a number above 0 is needed."),
+        ("distill checkpoint_every=-1", "distill.checkpoint_every=-1: a number from 0 up is needed."),
+        ("distill lr=1e39", "distill.lr=1e+39: a number up to 1e+30 is needed."),
         ("distill keep=0", "distill.keep=0: a number above 0 is needed."),
         ("router_kd lr=-1", "router_kd.lr=-1.0: a number above 0 is needed."),
         ("router_kd lr=0", "router_kd.lr=0.0: a number above 0 is needed."),
@@ -185,3 +189,19 @@ def test_a_plan_does_not_hold_what_was_learned(lab, made, tmp_path):
     with pytest.raises(ValueError, match=r"its stage router_kd changes weights, which no plan holds"):
         moe_compress.apply(folder / "plan.json", **{"out": str(tmp_path / "out"), "results": str(tmp_path)})
     assert json.loads((folder / "plan.json").read_text())["stages"][-1]["edits"] == []
+
+
+def test_a_step_larger_than_the_text_is_named(lab, tmp_path, caplog):
+    told = {**lab("mixtral"), "out": str(tmp_path / "out"), "samples": 3}
+    moe_compress.compress(DROP + "distill steps=1 batch=4", **told)
+    assert "batch=4: the text has 3 windows, so that a step sees some of them again." in caplog.messages
+
+
+def test_scales_that_are_no_numbers_are_not_written(made):
+    model = moe_compress.load(made("mixtral", "quantize bits=4 group_size=16"))
+    release(model, frozenset({"scales"}))
+    matrix = next(each for each in model.modules() if isinstance(each, TrainedMatrix))
+    matrix.scales.data[0, 0] = 1e30
+    assert matrix.coded(torch.bfloat16).scale_OG.isfinite().all()
+    with pytest.raises(ValueError, match="trained scales would hold NaN or infinity: nothing is written"):
+        matrix.coded(torch.float16)

@@ -19,6 +19,7 @@ from moe_compress.models import hf
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from support import tiny
 from support.interrupted import counting
+from support.pruned import run_of
 from support.slow import slow_families
 
 pytestmark = pytest.mark.filterwarnings("ignore:packed weights are made dense")
@@ -98,9 +99,9 @@ def test_rounding_what_is_packed_is_refused(wide_lab, wide_made, tmp_path):
     ("words", "share"),
     [({}, 1.0), ({"teacher_bits": "4"}, 1 / 8), ({"cache": "topk"}, 0.0), ({"loss": "labels"}, 0.0)],
 )
-def test_memory_is_asked_for_as_the_teacher_takes_it(words, share, family_checkpoint):
+def test_memory_is_asked_for_as_the_teacher_takes_it(words, share, family_checkpoint, lab):
     checkpoint = family_checkpoint("mixtral")
-    found = teachers.online_bytes(registry.find("distill").run(**words), checkpoint, torch.float32)
+    found = teachers.online_bytes(registry.find("distill").run(**words), checkpoint, run_of(lab("mixtral")))
     assert found == pytest.approx(share * checkpoint.bytes, abs=8)
 
 

@@ -12,6 +12,7 @@ import torch
 import moe_compress
 from moe_compress.checkpoints import steps as steps_module
 from moe_compress.checkpoints.folder import read_manifest
+from moe_compress.checkpoints.life_signs import SIGN
 from moe_compress.checkpoints.reader import open_checkpoint
 from moe_compress.checkpoints.steps import finished_steps, require_own_steps, step_folder, steps_folder
 from moe_compress.checkpoints.writer import CheckpointWriter
@@ -70,10 +71,20 @@ def test_they_are_ordinary_checkpoints_of_the_student_so_far(told, tmp_path):
     moe_compress.load(step_folder(out, 4))
 
 
+@pytest.mark.parametrize(("words", "since"), [(["checkpoint_every=4"], {4: 0, 6: 4}), ([], {6: 0})])
+def test_losses_are_means_since_the_checkpoint_before(told, words, since):
+    out = moe_compress.compress(RECIPE, *words, **told).folder
+    curve = (read_manifest(out) or {})["report"][-1]["training"]["curve"]["logits"]
+    assert len(curve) == 6 and len(set(curve)) > 1
+    for step, start in since.items():
+        losses = (read_manifest(out if step == 6 else step_folder(out, step)) or {})["training"]["losses"]
+        assert losses["logits"] == pytest.approx(sum(curve[start:step]) / (step - start), rel=1e-5)
+
+
 def test_the_oldest_go_and_the_first_stays(told):
     out = moe_compress.compress(RECIPE, "checkpoint_every=1", "keep_checkpoints=2", **told).folder
     assert there(out) == [0, 4, 5]
-    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", "step-00005"}
+    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", "step-00005", SIGN}
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 5])
@@ -99,7 +110,7 @@ def test_a_run_that_was_stopped_between_two_files_leaves_nothing_unfinished(told
         counting(patch, place, name, stop_at=number)
         moe_compress.compress(RECIPE, *words, **told)
     out = moe_compress.compress(RECIPE, *words, **told).folder
-    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004"}
+    assert {path.name for path in steps_folder(out).iterdir()} == {"step-00000", "step-00004", SIGN}
 
 
 def test_what_is_being_written_is_none(told, tmp_path):

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,80 +13,10 @@ import moe_compress
 from moe_compress.checkpoints.folder import read_manifest
 from moe_compress.checkpoints.steps import finished_steps, rotate, step_folder, steps_folder, training_step
 from moe_compress.evaluation.watching import watch as watching
-from moe_compress.evaluation.watching.evaluated import Evaluation, in_order, read_evaluations
+from moe_compress.evaluation.watching.evaluated import Evaluation, read_evaluations
 from moe_compress.evaluation.watching.process import Job
-from moe_compress.evaluation.watching.watched import Watched
 from support.interrupted import Interrupted
-
-STEPS = [0, 2, 4]
-LAST = 6
-# Of the stand-in: step 4 is the best by kl, step 2 by accuracy.
-KL = {0: 0.9, 2: 0.5, 4: 0.2, LAST: 0.3}
-ACCURACY = {0: 0.1, 2: 0.8, 4: 0.7, LAST: 0.8}
-
-
-@pytest.fixture(scope="module")
-def trained(lab, tmp_path_factory) -> Path:
-    """A training's outcome, with its steps beside it."""
-    out = tmp_path_factory.mktemp("trained") / "run"
-    words = f"expert_drop keep=3 + distill steps={LAST} batch=2 checkpoint_every=2"
-    moe_compress.compress(words, **{**lab("mixtral"), "out": str(out)})
-    return out
-
-
-@pytest.fixture
-def out(trained: Path, tmp_path: Path) -> Path:
-    """A copy, to be rotated and renamed."""
-    shutil.copytree(steps_folder(trained), steps_folder(tmp_path / "run"))
-    return Path(shutil.copytree(trained, tmp_path / "run"))
-
-
-class StandIn:
-    """Stands for the process that evaluates; `before` is called with every job, and may raise."""
-
-    def __init__(self, before: Callable[[Job], None] = lambda _: None) -> None:
-        self.before, self.steps = before, list[int | None]()  # in the order of evaluation; None: the original
-
-    def __enter__(self) -> StandIn:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __call__(self, job: Job) -> dict[str, Any]:
-        self.steps.append(None if job.of_original else number(job))
-        self.before(job)
-        step = training_step(job.folder)
-        assert step is not None and list(job.folder.glob("*.safetensors"))
-        values = {"perplexity": 2.0}
-        if not job.of_original:
-            values |= {"kl": KL[step.step], "accuracy": ACCURACY[step.step]}
-        metrics = {name: {"value": value, "unit": "", "interval": None} for name, value in values.items()}
-        return {"metrics": metrics, "record": "name"}
-
-
-def number(job: Job) -> int:
-    step = training_step(job.folder)
-    assert step is not None
-    return step.step
-
-
-@pytest.fixture
-def watch(lab, tmp_path, monkeypatch) -> Callable[..., tuple[Watched, StandIn]]:
-    """Watch with a stand-in; returns what was found, and the stand-in."""
-
-    def run(out: Path, before: Callable[[Job], None] = lambda _: None, **words: Any) -> tuple[Watched, StandIn]:
-        evaluator = StandIn(before)
-        monkeypatch.setattr(watching, "Evaluator", lambda _threads: evaluator)
-        given = {key: lab("mixtral")[key] for key in ("eval_data", "eval_samples", "eval_length")}
-        told = {"once": True, "poll": 0.0, "results": str(tmp_path / "results"), **given, **words}
-        return moe_compress.watch(out, **told), evaluator
-
-    return run
-
-
-def rows(found: Watched) -> list[int | None]:
-    return [each.step for each in in_order(found.evaluations)]
+from support.watched import KL, LAST, STEPS, number, rows
 
 
 def test_the_original_and_the_student_before_the_training_come_first(out, watch):

@@ -27,8 +27,10 @@ from moe_compress.models.sublayers import within
 from moe_compress.recipes.recipe import Recipe, Stage
 from moe_compress.run.context import Run
 
+# Beyond it a step of AdamW is no float32 any more.
+LARGEST_RATE = 1e30
 # Numbers of training options that may be 0, too.
-FROM_ZERO = ("decay", "clip")
+FROM_ZERO = ("decay", "clip", "checkpoint_every", "keep_checkpoints")
 
 
 def check_recovery(stage: Stage, model: PreTrainedModel, values: Mapping[str, Any], *, first: bool) -> None:
@@ -82,6 +84,11 @@ def task_of(stage: Stage) -> Recovery:
     """What a stage asks for."""
     task: Recovery = registry.find(stage.method).run(**stage.own_parameters)
     return task
+
+
+def trains_end_to_end(stage: Stage) -> bool:
+    """Whether it trains a whole model, which may be followed."""
+    return registry.find(stage.method).scope == "recovery" and isinstance(task_of(stage), Distillation)
 
 
 def compares_layers(task: Recovery) -> bool:
@@ -163,6 +170,8 @@ def _require_sense(stage: Stage) -> None:
         "decay": not 0.0 <= options.decay < float("inf"),
         "clip": not 0.0 <= options.clip < float("inf"),
     }
+    if LARGEST_RATE < options.lr < float("inf"):
+        raise ValueError(f"{stage.method}.lr={options.lr:g}: a number up to {LARGEST_RATE:g} is needed.")
     for name, bad in wrong.items():
         if bad:
             limit = "a share from 0 to 1" if name == "warmup" else "a number above 0"

@@ -97,7 +97,8 @@ class DistillationRun:
             if (step + 1) % self.options.keep == 0 or step + 1 == self.options.steps:
                 save(state, self.optimiser, curve, writes=not self.processes.rank)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
-        return {**curve.report(), "trained": count, "optimiser_bytes": self.optimiser.bytes}
+        report = curve.report(self.options.checkpoint_every)
+        return {**report, "trained": count, "optimiser_bytes": self.optimiser.bytes}
 
     def _require_gradients(self, losses: Mapping[str, float]) -> None:
         """Raise ValueError for a loss that nothing of what is trained has a part in."""

@@ -17,7 +17,6 @@ from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.data.windows import Windows
 from moe_compress.engine.forward import (
     Batch,
-    Progress,
     Stream,
     embed_windows,
     resume_streams,
@@ -98,7 +97,6 @@ def walk_pairs(
     *,
     state: Path,
     size: int | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Visit every layer of the student, which a visit may change in place, and go on behind it as it then is.
 
@@ -123,5 +121,3 @@ def walk_pairs(
             with torch.no_grad():
                 run_batches(layer, module, ours, batches, (), go_on=True)
         save_streams(state, layer + 1, [theirs, ours])
-        if progress is not None:
-            progress(layer + 1, count)

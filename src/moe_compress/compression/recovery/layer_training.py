@@ -5,7 +5,7 @@ B windows of S positions, T tokens that count, D model width, E experts or rows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,11 @@ from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.moe import MoEView, learned_view
 from moe_compress.models.router_rule import selection_bias
+from moe_compress.utils.logging import log
 
 Report = dict[str, Any]
+# Called behind every step of a layer's training: how many were taken, the last one's loss, the tokens of all.
+FollowStep = Callable[[int, float, int], None]
 # How far a router's logits may be from its rows times its inputs, of the largest, to be called linear.
 LINEAR = 1e-3
 # An expert's step while it is on the same side of the mean load, and where it has changed sides.
@@ -40,6 +43,7 @@ def train_layer(
     parameters: Mapping[str, nn.Parameter],
     options: TrainingOptions,
     seed: int,
+    follow: FollowStep,
 ) -> Report:
     """Train some parameters of a layer, in place, to give what the teacher's layers give; never leaves it worse."""
     enters = pair.entered if task.inputs == "teacher" else pair.stream
@@ -51,13 +55,18 @@ def train_layer(
     for step in range(options.steps):
         chosen = [pair.batches[n] for n in rows_of_step(step, at_once, len(pair.batches), seed).tolist()]
         counted = sum(int(batch.info.real_T.sum()) for batch in chosen)
+        loss = 0.0
         for batch in chosen:
             with torch.enable_grad():
-                (_batch_error(pair, enters, batch).sum() / max(counted, 1)).backward()
+                share = _batch_error(pair, enters, batch).sum() / max(counted, 1)
+                share.backward()
+            loss += float(share.detach())
         optimiser.step(step)
         tokens += counted
+        follow(step + 1, loss, tokens)
     last = _error(pair, enters)
     if not last < first:  # NaN counts as worse
+        log.warning("layer %d stays as it was, for its error has not fallen: a lower lr= may help.", pair.index)
         with torch.no_grad():
             for name, each in parameters.items():
                 each.copy_(before[name])

@@ -21,7 +21,7 @@ from moe_compress.checkpoints.writer import CheckpointWriter
 from moe_compress.compression.recovery.assistance import Order, address
 from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
-from moe_compress.compression.recovery.following import Follower
+from moe_compress.compression.recovery.following import Follower, LayerFollower, before_and_after
 from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
@@ -93,12 +93,15 @@ def run_recovery_stage(
     led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
+    if (batch := stage.parameters.get("batch", 0)) > len(windows):
+        log.warning("batch=%d: the text has %d windows, so that a step sees some of them again.", batch, len(windows))
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
     job = _Job(stage, source, teacher, [*led, *edits], windows, run, writer, progress)
     if isinstance(task, Distillation):
         report = _whole(task, job, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
         report = _by_layer(task, job)
+    log.info("%s: %s.", stage.method, before_and_after(report) or "nothing was there to be recovered")
     helped = sum(run.processes.all_say(0.0)) if isinstance(task, Distillation) else 0.0
     seconds = time.process_time() - started + helped
     cost = {"tokens": _tokens(report, windows), "processor_seconds": round(seconds, 3)}
@@ -133,7 +136,7 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
         if options.checkpoint_every and run.processes.mesh is not None:
             run.processes.first(due)  # all of them put together what is written
         if due:
-            steps.write(curve.steps, fill, {TRAINING: curve.report()})
+            steps.write(curve.steps, fill, {TRAINING: curve.report(options.checkpoint_every)})
 
     follow = Follower(options, run.log, tracker, job.progress, then=write_step)
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
@@ -160,7 +163,7 @@ def _require_room(task: Distillation, job: _Job) -> None:
     plain = trained_parameters(source.skeleton(torch.float32), task.trains - coded) if task.trains - coded else {}
     numbers = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     kept = BYTES_PER_TRAINED * numbers
-    models = [memory_bytes(source, torch.float32), online_bytes(task, job.teacher, run.dtype)]
+    models = [memory_bytes(source, torch.float32, run.device), online_bytes(task, job.teacher, run)]
     free, processes = free_memory(run.device), run.processes
     share = processes.count if processes.mesh is not None else 1
     beside = processes.local if run.device.type == "cpu" else 1
@@ -182,13 +185,15 @@ def _by_layer(task: LayerDistillation | RouterFit | Rebalancing, job: _Job) -> d
     theirs = run.layers(job.teacher)
     ours = StreamedLayers(source, run.device, torch.float32, run.options.attn)
     kin = lineage(ours.model, theirs.model, job.edits)
-    visitor = LayerVisitor(task, options, source, ours.model, kin, writer, run.options.seed)
+    steps = options.steps if isinstance(task, LayerDistillation) else 1
+    follow = LayerFollower(run.log, job.progress, source.num_layers, steps, windows.tokens)
+    visitor = LayerVisitor(task, options, source, ours.model, kin, writer, run.options.seed, follow)
     if not writer.has(None):
         writer.copy(None)
     # A step then takes whole batches, and as many windows as it is told.
     most = min(windows_per_batch(windows), options.batch)
     size = next(n for n in range(most, 0, -1) if options.batch % n == 0)
-    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size, progress=job.progress)
+    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size)
     notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
     return {"layers": {i: note for i, note in notes.items() if note}}
 
@@ -205,9 +210,10 @@ class LayerVisitor:
         kin: Lineage,
         writer: CheckpointWriter,
         seed: int,
+        follow: LayerFollower,
     ) -> None:
         self.task, self.options, self.model, self.kin = task, options, model, kin
-        self.writer, self.seed, self.prefix = writer, seed, hf.layers_prefix(model)
+        self.writer, self.seed, self.prefix, self.follow = writer, seed, hf.layers_prefix(model), follow
         self.names: list[str] = []
         if isinstance(task, LayerDistillation):
             self.names = [name for name in trained_parameters(model, task.trains) if name.startswith(self.prefix)]
@@ -215,10 +221,12 @@ class LayerVisitor:
 
     def visit(self, pair: LayerPair) -> None:
         """One layer: recover it, write it, note what came of it."""
+        self.follow.begin(pair.index)
         changed, note = self._recovered(pair)
         full = {f"{self.prefix}{pair.index}.{name}": tensor for name, tensor in changed.items()}
         self.writer.copy(pair.index, stored_tensors(self.model, full) if full else None)
         write_json(self.notes_file(pair.index), note)
+        self.follow.end(note)
 
     def _recovered(self, pair: LayerPair) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The layer's changed tensors by their names in it, and what is to be reported."""
@@ -231,7 +239,7 @@ class LayerVisitor:
         parameters = {name: each for name, each in pair.layer.named_parameters() if name in here}
         if not parameters:
             return {}, {}
-        report = train_layer(pair, self.task, parameters, self.options, self.seed)
+        report = train_layer(pair, self.task, parameters, self.options, self.seed, self.follow.step)
         return {name: each.detach() for name, each in parameters.items()}, report
 
     def notes_file(self, index: int) -> Path:

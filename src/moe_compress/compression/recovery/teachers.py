@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from moe_compress.checkpoints.load import memory_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.recovery.rounded_teacher import rounded_bytes, rounded_model, rounding_kl
@@ -48,11 +46,13 @@ def teaching_of(
     return Teaching(WholeModel(teacher, run, run.dtype, model=layers.model), report={TEACHER_KL: kl})
 
 
-def online_bytes(task: Distillation, teacher: Checkpoint, dtype: torch.dtype) -> int:
+def online_bytes(task: Distillation, teacher: Checkpoint, run: Run) -> int:
     """What the teacher takes in memory beside the student."""
     if task.keeping is not None or task.terms.keys() == {"labels"}:
         return 0
-    return rounded_bytes(teacher, task.teacher_bits) if task.teacher_bits else memory_bytes(teacher, dtype)
+    if task.teacher_bits:
+        return rounded_bytes(teacher, task.teacher_bits)
+    return memory_bytes(teacher, run.dtype, run.device)
 
 
 def _kept(

@@ -5,8 +5,6 @@ O outputs, I inputs, G groups of inputs.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -15,10 +13,10 @@ from transformers import PreTrainedModel
 from moe_compress.checkpoints.formats.edited_packed import matrix_module
 from moe_compress.checkpoints.formats.registry import CodedMatrix, format_in
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
-from moe_compress.checkpoints.reader import Checkpoint, regions_of
+from moe_compress.checkpoints.reader import Checkpoint, packed_size
 from moe_compress.models import hf
 from moe_compress.models.matrices import stored_matrices
-from moe_compress.models.modeling.bit_packing import WORD, dequantized, pack
+from moe_compress.models.modeling.bit_packing import dequantized, pack
 from moe_compress.models.modeling.packed_linear import PackedMatrix
 from moe_compress.models.sublayers import block_names
 
@@ -68,8 +66,11 @@ class TrainedMatrix(nn.Module):
 
     @torch.no_grad()
     def coded(self, dtype: torch.dtype) -> CodedMatrix:
-        """Its codes, and scales in the dtype that they are stored in."""
-        return CodedMatrix(self._rounded().round().to(torch.int8), self.scales.detach().to(dtype), self.bits)
+        """Its codes, and scales in the dtype that they are stored in. ValueError for NaN and infinity."""
+        scale_OG = self.scales.detach().to(dtype)
+        if not bool((scale_OG if dtype.itemsize > 1 else scale_OG.float()).isfinite().all()):
+            raise ValueError("trained scales would hold NaN or infinity: nothing is written. A lower lr= helps.")
+        return CodedMatrix(self._rounded().round().to(torch.int8), scale_OG, self.bits)
 
 
 def is_pruned(codes_OI: Tensor) -> bool:
@@ -107,10 +108,7 @@ def coded_numbers(source: Checkpoint, parts: frozenset[str]) -> int:
     skeleton = source.skeleton(torch.float32)
     matrices = (each for each in skeleton.modules() if isinstance(each, PackedMatrix))
     shapes = [(each.weight_like.numel(), each.scales.numel()) for each in matrices]
-    for key in source.packed:
-        scales, *others = regions_of(source.tensors[key])
-        bits = getattr(source.tensors[key], "bits", None) or WORD // 8
-        shapes.append((sum(each.bytes for each in others[:1]) * 8 // bits, math.prod(scales.shape)))
+    shapes += [packed_size(source.tensors[key])[:2] for key in source.packed]
     return sum(CODES in parts and codes for codes, _ in shapes) + sum(SCALES in parts and each for _, each in shapes)
 
 

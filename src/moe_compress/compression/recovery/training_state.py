@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -51,14 +52,19 @@ class Curve:
             self.losses.setdefault(term, []).append(value)
         self.tokens += tokens
 
-    def report(self) -> dict[str, Any]:
-        """Tokens, seconds, and the losses at evenly spaced steps, the first and the last among them."""
+    def recent(self, every: int) -> dict[str, float]:
+        """Mean losses since the checkpoint before, where one is written after `every` steps (0: since the first)."""
+        start = (self.steps - 1) // every * every if every else 0
+        return {term: float(f"{fmean(values[start:]):.6g}") for term, values in self.losses.items() if values}
+
+    def report(self, every: int) -> dict[str, Any]:
+        """Tokens, seconds, the losses at evenly spaced steps, the first and the last among them, and recent ones."""
         count = self.steps
         at = sorted({round(n * (count - 1) / (SHOWN - 1)) for n in range(SHOWN)}) if count else []
         curve = {term: [float(f"{values[n]:.6g}") for n in at] for term, values in self.losses.items()}
         return {
             "tokens": self.tokens, "seconds": round(self.seconds, 3), "steps": count,
-            "curve_steps": [n + 1 for n in at], "curve": curve,
+            "curve_steps": [n + 1 for n in at], "curve": curve, "recent": self.recent(every),
         }  # fmt: skip
 
 

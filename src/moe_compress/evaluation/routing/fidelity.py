@@ -88,7 +88,7 @@ def fidelity(before: Samples, after: Samples, ancestry: Ancestry, windows: Windo
         for name in SUMMED:
             totals[name] = totals.get(name, torch.zeros_like(per_token[name])) + per_token[name]
     if not layers:
-        raise ValueError("the two models have no layer with experts in common: there is no routing to compare.")
+        raise ValueError("the two models have no layer with experts in common.")
     together = {name: _by_document(total / len(layers), document_T, UNITS[name]) for name, total in totals.items()}
     return Fidelity(layers, together)
 

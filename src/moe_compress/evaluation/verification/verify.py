@@ -185,18 +185,23 @@ def _in_fresh_process(checkpoint: Checkpoint, trust: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         ids, out = Path(place) / "ids.safetensors", Path(place) / "out"
         write_shard(ids, {"ids": _ids(checkpoint)})
-        # -I: without the caller's folders, so that this package cannot help.
         said = "yes" if trust else "no"
         kind = checkpoint.auto_class
         asked = [str(checkpoint.folder), str(ids), str(out), said, str(NEW_TOKENS), kind.__name__]
         asked.append(hf.text_part(kind._model_mapping[type(checkpoint.config)]))
-        words = [sys.executable, "-I", "-c", STOCK, *asked]
-        quiet = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"}
-        done = subprocess.run(words, capture_output=True, text=True, check=False, env=quiet, stdin=subprocess.DEVNULL)
+        done = run_isolated(STOCK, asked, {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": f"{place}/modules"})
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"stock transformers does not load it: {last}")
         return {**read_json(out.with_suffix(".json")), **load_file(out.with_suffix(".safetensors"))}
+
+
+def run_isolated(code: str, words: Sequence[str], variables: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run code in a Python process without the caller's folders, so that this package cannot help."""
+    command, environment = [sys.executable, "-I", "-c", code, *words], {**os.environ, **variables}
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, stdin=subprocess.DEVNULL
+    )
 
 
 UNASKED = "stock transformers reads no such layout, so there was nothing to compare; moe_compress runs it"

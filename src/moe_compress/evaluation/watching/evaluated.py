@@ -23,9 +23,10 @@ TASK = "accuracy_"
 class Evaluation(SavedReport):
     """Of one checkpoint, or of the original (which has no step), under one protocol; or why there is none.
 
-    model: the training's name; run: its identity; checkpoint: that of what was evaluated; tokens, losses: of the
-    training, up to there; metrics: value, unit and interval by name; error: of the last attempt, if none came to an
-    end; protocol: what else the numbers depend on; id: of checkpoint and protocol.
+    model: the training's name; run: its identity; checkpoint: that of what was evaluated; tokens: of the training up to
+    there; losses: means over its steps since the checkpoint before; metrics: value, unit and interval by name; error:
+    of the last attempt, if none came to an end; protocol: what else the numbers depend on; id: of checkpoint and
+    protocol.
     """
 
     model: str

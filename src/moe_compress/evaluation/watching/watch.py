@@ -15,6 +15,7 @@ from moe_compress.evaluation.tasks import selection
 from moe_compress.evaluation.watching.best import best_of, keep_best, require_own_best
 from moe_compress.evaluation.watching.evaluated import Evaluation, read_evaluations
 from moe_compress.evaluation.watching.held import Held
+from moe_compress.evaluation.watching.patience import Patience
 from moe_compress.evaluation.watching.process import Evaluator, Found, Job
 from moe_compress.evaluation.watching.watched import Watched, write_curve
 from moe_compress.reports.record import now
@@ -40,15 +41,16 @@ class WatchWords:
     best: str = ""
     once: bool = False
     poll: float = 10.0
+    timeout: float = 3600.0
     original: str | None = None
     png: bool = False
     log: Kind = "jsonl"
 
 
 def watch_training(folder: Path, words: WatchWords, options: Options) -> Watched:
-    """Evaluate what there is and what comes, until the training's outcome is evaluated; what was found.
+    """Evaluate what there is and what comes, until the training has ended and all is evaluated; what was found.
 
-    Raises ValueError for words that no checkpoint could be evaluated with.
+    Raises ValueError for words that no checkpoint could be evaluated with, and where there will be none.
     """
     out = folder.with_name(folder.name.removesuffix(STEPS))
     place = Path(options.results) / "watch" / out.name
@@ -56,27 +58,40 @@ def watch_training(folder: Path, words: WatchWords, options: Options) -> Watched
     require_tracker(words.log)
     if words.tasks:
         selection.version()
-    first = _first(out, words)
+    _require_sense(words)
+    patience = Patience(out, words.timeout)
+    first = _first(out, words, patience)
     run, base = _run_beside(first, words, options)
     protocol = _protocol(base, run, words)
     with one_at_a_time(place / f"{protocol[:8]}.lock", f"watching {out.name}"), Evaluator(options.threads) as evaluator:
-        return Watch(out, place, words, protocol, first.run, base, run, evaluator).run_to_end()
+        return Watch(out, place, words, protocol, first.run, base, run, evaluator, patience).run_to_end()
 
 
-def _first(out: Path, words: WatchWords) -> TrainingStep:
-    """The first checkpoint that is there, once one is."""
+def _require_sense(words: WatchWords) -> None:
+    """Raise ValueError for times that cannot be waited."""
+    for name, value in (("poll", words.poll), ("timeout", words.timeout)):
+        if not 0.0 <= value < float("inf"):
+            raise ValueError(f"{name}={value:g}: seconds, a number from 0 up, are needed.")
+
+
+def _first(out: Path, words: WatchWords, patience: Patience) -> TrainingStep:
+    """The first checkpoint that is there, once one is. ValueError where none will come."""
     said = False
     while True:
+        # Asked first: what it left is there by then.
+        ended, taken = patience.end(), out.exists() and (not out.is_dir() or any(out.iterdir()))
         held = [step for folder in steps_folder(out).glob("held-*/*") if (step := training_step(folder)) is not None]
         final = training_step(out)
         found = [*finished_steps(out), *held, *([final] if final is not None else [])]
         if found:
             return found[0]
-        if words.once or (out / "config.json").is_file():
+        if words.once or taken or ended == "":
             raise ValueError(
                 f"there is no checkpoint of a training in {steps_folder(out)}, nor is {out} what one from end to end "
                 "left: name the out= of a recipe with distill or router_kd, and give that checkpoint_every=."
             )
+        if ended:
+            raise ValueError(f"there is no checkpoint in {steps_folder(out)}: {ended}")
         if not said:
             log.info("waiting for the first checkpoint in %s.", steps_folder(out))
             said = True
@@ -113,12 +128,14 @@ class Watch:
     base: Checkpoint
     run: Run
     evaluate: Evaluate
+    patience: Patience
     wait: Callable[[float], None] = time.sleep
     failed: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.held = Held(self.out, self.protocol, self.training)
         self.written: list[TrainingStep] = []
+        self.ended: str | None = None
         self.evaluations = {
             each.checkpoint: each
             for each in read_evaluations(self.place).values()
@@ -126,17 +143,18 @@ class Watch:
         }
 
     def run_to_end(self) -> Watched:
-        """Look, evaluate, wait; until the outcome is evaluated, or with `once` until nothing is left to be done."""
+        """Look, evaluate, wait; until nothing is left to be done, and (but with `once`) the training has ended."""
         if self.words.best:
             require_own_best(self.out, self.training)
         tracker = open_tracker(self.words.log, self.run.results("logs"), self.out.name, self.training, "evaluation")
         try:
             while True:
+                self.ended = self.patience.end(self.training)  # asked first: what it left is there by then
                 there = self.look()
                 job = self.next_job(there)
                 if job is not None:
                     self.do(*job, tracker)
-                elif self.finished():
+                elif self.finished(there):
                     break
                 else:
                     self.wait(self.words.poll)
@@ -173,10 +191,15 @@ class Watch:
                 return step, of_original
         return None
 
-    def finished(self) -> bool:
-        """Whether nothing is left to be tried again, and nothing more will come."""
-        waiting = any(attempts < ATTEMPTS for attempts, _ in self.failed.values())
-        return not waiting and (self.words.once or any(each.final for each in self.evaluations.values()))
+    def finished(self, there: list[TrainingStep]) -> bool:
+        """Whether nothing that still is there is left to be tried again, and nothing more will come."""
+        keys = {step.identity for step in there} | ({self.base.fingerprint} if there or self.written else set())
+        waiting = any(attempts < ATTEMPTS for key, (attempts, _) in self.failed.items() if key in keys)
+        return not waiting and (self.words.once or self.ended is not None or self.has_outcome())
+
+    def has_outcome(self) -> bool:
+        """Whether the training's outcome has had its evaluation."""
+        return any(each.final for each in self.evaluations.values())
 
     def do(self, step: TrainingStep, of_original: bool, tracker: Tracker | None) -> None:
         """Evaluate one, and keep what was found, or what went wrong."""
@@ -212,7 +235,8 @@ class Watch:
     def watched(self) -> Watched:
         """What was found so far."""
         best = best_of(self.evaluations.values(), self.words.best) if self.words.best else None
-        return Watched(self.out, self.place, list(self.evaluations.values()), self.words.best, best)
+        ended = "" if self.words.once or self.has_outcome() else self.ended or ""
+        return Watched(self.out, self.place, list(self.evaluations.values()), self.words.best, best, ended)
 
     def _job(self, step: TrainingStep, of_original: bool) -> Job:
         # Of the options those of the run, but for the model, which is the checkpoint itself.

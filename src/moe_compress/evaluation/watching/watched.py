@@ -17,18 +17,22 @@ COLUMNS = {"perplexity": "perplexity", "kl": "KL", "top1_agreement": "same top t
 
 @dataclass(frozen=True)
 class Watched:
-    """The evaluations of a training. best: that of the best checkpoint by `metric`, where one was asked for."""
+    """The evaluations of a training. best: that of the best checkpoint by `metric`, where one was asked for.
+
+    ended: why no outcome came, in a sentence; empty where one did, or was not waited for.
+    """
 
     out: Path
     place: Path
     evaluations: Sequence[Evaluation]
     metric: str = ""
     best: Evaluation | None = None
+    ended: str = ""
 
     @property
     def exit_code(self) -> int:
-        """1 where a checkpoint could not be evaluated."""
-        return int(any(each.error for each in self.evaluations))
+        """1 where a checkpoint could not be evaluated, or the training came to no outcome."""
+        return int(bool(self.ended) or any(each.error for each in self.evaluations))
 
     def markdown(self) -> str:
         """A row a checkpoint, in the order of their steps, and where the files are."""
@@ -44,6 +48,8 @@ class Watched:
         said = [f"### {self.out.name}", table_formats.markdown(Cells.of(rows).filled()), f"evaluations: {self.place}"]
         if self.best is not None:
             said.append(f"best by {self.metric}: {self.best.title}, {best_folder(self.out)}")
+        if self.ended:
+            said.append(self.ended)
         return "\n\n".join(said) + "\n"
 
 
