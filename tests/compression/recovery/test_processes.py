@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 import moe_compress
@@ -21,8 +22,9 @@ from moe_compress import api
 from moe_compress.compression.recovery import stage as recovery_stage
 from moe_compress.compression.recovery.assistance import Order, assist
 from moe_compress.compression.recovery.distillation import DistillationRun
-from moe_compress.compression.recovery.shared_out import add_gradients
+from moe_compress.compression.recovery.shared_out import add_gradients, shard_layer
 from moe_compress.recipes.parser import parse
+from moe_compress.run import processes
 from moe_compress.run.context import Run, start
 from moe_compress.run.launch import ElsewhereError, Launch, launched, require_known
 from moe_compress.run.options import Options
@@ -133,6 +135,36 @@ def test_what_is_kept_of_shared_layers_is_that_of_one_process(lab, made, tmp_pat
     expected = plain.optimiser.state()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], each, rtol=1e-4, atol=1e-6) for name, each in expected.items())
+
+
+class Layer(nn.Module):
+    """A linear map in bf16, a router in fp32, and codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.router = nn.Linear(8, 8, dtype=torch.bfloat16), nn.Linear(8, 4)
+        self.codes = nn.Parameter(torch.zeros(4, dtype=torch.int32), requires_grad=False)
+
+
+def test_routers_in_fp32_and_codes_stay_whole(shared):
+    layer, alone, mesh = Layer(), nn.Module(), init_device_mesh("cpu", (1,))
+    alone.codes = layer.codes
+    for each in (layer, alone):
+        shard_layer(each, mesh)
+    kinds = {name: isinstance(each, DTensor) for name, each in layer.named_parameters()}
+    assert {name for name, is_shared in kinds.items() if is_shared} == {"map.weight", "map.bias"}
+    assert not isinstance(alone, FSDPModule) and not isinstance(alone.codes, DTensor)
+
+
+@pytest.mark.parametrize("bucket", [1, 5, 100])
+def test_every_number_is_summed_once(bucket, monkeypatch):
+    """Whatever goes together, and however it lies in memory."""
+    monkeypatch.setattr(processes, "BUCKET", bucket)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    tensors = [torch.ones(2), torch.arange(6.0).view(2, 3).t(), torch.ones(1, dtype=torch.float64), torch.ones(2, 2)]
+    expected = [2 * each for each in tensors]
+    Processes(0, 2).add(tensors)
+    assert all(torch.equal(each, other) for each, other in zip(tensors, expected, strict=True))
 
 
 # --- launches -----------------------------------------------------------------------------------------------

@@ -24,11 +24,12 @@ def shard_layer(layer: nn.Module, mesh: DeviceMesh) -> None:
     coded = {each for module in layer.modules() if isinstance(module, PackedMatrix) for each in module.parameters()}
     numbers = Counter[torch.dtype]()
     for each in layer.parameters():
-        numbers[each.dtype] += each.numel() * each.is_floating_point()
+        if each.is_floating_point() and each not in coded:
+            numbers[each.dtype] += each.numel()
+    if not numbers:
+        return
     usual = max(numbers, key=lambda dtype: numbers[dtype])
     kept = {each for each in layer.parameters() if each in coded or each.dtype != usual}
-    if len(kept) == sum(1 for _ in layer.parameters()):
-        return
     # A layer that is called by itself counts as a root, which would stay whole unless told otherwise.
     unit = fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
     # Losses are divided by the tokens of all processes already: sums, not means.
