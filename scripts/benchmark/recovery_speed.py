@@ -28,11 +28,10 @@ import moe_compress
 from common import RESULTS, add_smoke, save_figures
 from moe_compress import zoo
 from moe_compress.checkpoints.reader import Checkpoint, open_checkpoint
-from moe_compress.compression.recovery.distillation import DistillationRun
-from moe_compress.compression.recovery.lineage import Lineage
 from moe_compress.compression.recovery.teachers import Teaching, teaching_of
 from moe_compress.compression.recovery.trained_weights import trained_parameters
 from moe_compress.compression.recovery.whole_model import WholeModel, chunked_loss, text_batch
+from moe_compress.compression.recovery.whole_training import training_of
 from moe_compress.methods import registry
 from moe_compress.methods.recovery.divergences import forward_kl
 from moe_compress.methods.recovery_method import Distillation
@@ -84,12 +83,8 @@ class Lesson:
         self.teacher: Checkpoint = open_checkpoint(zoo.path(MODEL), MODEL)
         self.windows = run.windows("calibration", self.teacher)
         self.taught: Teaching = teaching_of(task, self.teacher, self.windows, run, None)
-        self.student = WholeModel(self.source, run, torch.float32)
         options = TrainingOptions(steps=setting.steps)
-        self.training = DistillationRun(
-            task, options, self.student, self.taught.online or self.taught.cache, self.windows,
-            trained_parameters(self.student.model, task.trains), Lineage([], [], {}), 0,
-        )  # fmt: skip
+        self.training = training_of(task, options, self.source, self.taught, [], self.windows, run)
 
     def step(self, number: int) -> float:
         """One step; its loss."""
@@ -104,7 +99,7 @@ class Lesson:
         for rows in torch.arange(len(self.windows)).split(8):
             batch = text_batch(self.windows, rows, CPU)
             theirs, ours = (
-                hf.head(each.model, each.final(batch, each.states(batch))) for each in (teacher, self.student)
+                hf.head(each.model, each.final(batch, each.states(batch))) for each in (teacher, self.training.student)
             )
             found.append(forward_kl(ours, theirs))
         return float(torch.cat(found).double().mean())

@@ -25,6 +25,7 @@ from moe_compress.compression.forecast import Forecast, forecast
 from moe_compress.compression.full_matrices import in_factors, write_full_matrices
 from moe_compress.compression.gguf_plan import cut_gguf
 from moe_compress.compression.pipeline import Outcome, apply_plan_file, compress_checkpoint
+from moe_compress.compression.recovery.assistance import assist
 from moe_compress.data.show import ShownData, show
 from moe_compress.evaluation.generations import MAX_TOKENS, Comparison, compare_checkpoints
 from moe_compress.evaluation.harnesses import HARNESSES, report_columns
@@ -43,6 +44,7 @@ from moe_compress.reports.record import Record
 from moe_compress.reports.table import Table, read_tables
 from moe_compress.run.context import Run, start, text_spec
 from moe_compress.run.options import Options, make_options, typed_words
+from moe_compress.run.processes import joined
 from moe_compress.run.progress import progress_bar
 from moe_compress.utils.choices import AtLeast, Means, coerce
 from moe_compress.utils.declarations import function_of
@@ -87,10 +89,17 @@ def compress(sentence: str, /, *overrides: str, **options: Any) -> Result:
 
 
 def run_recipe(recipe: Recipe) -> Result:
-    """Compress, evaluate, save the records."""
-    run = start(recipe.options)
+    """Compress, evaluate, save the records. Of several processes (torchrun), the others help the first one train.
+
+    What these get is empty.
+    """
     with threads(recipe.options.threads):
-        outcome = compress_checkpoint(recipe, run)
+        with joined(recipe.options.device) as processes:
+            if processes.rank:
+                assist(processes)
+                return Result(None, None, None)
+            run = start(recipe.options, processes)
+            outcome = compress_checkpoint(recipe, run)
         with failures.record_failure(recipe, recipe.options.name or outcome.folder.name, run):
             return _evaluated(outcome, run)
 

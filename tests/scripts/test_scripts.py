@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 
 from moe_compress import api
 from moe_compress.run.options import Options
@@ -54,6 +55,23 @@ def test_scripts_run_from_anywhere_in_the_callers_folder(script, clone, tmp_path
             assert next(line for line in commands if " compress " in line).endswith("data=mine.txt")
         elif any(word in script for word in ("compress", "evaluate", "recover", "run.sh")):
             assert given.startswith("-P -m moe_compress ") and given.endswith("data=mine.txt")
+
+
+def test_several_processes_are_asked_for_in_the_environment(clone, tmp_path):
+    done = subprocess.run(
+        ["bash", str(clone / "scripts/recover/distill.sh"), "data=mine.txt"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"], "NPROC": "2"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    given = done.stdout.strip().split("|")[2]
+    assert given.startswith("-P -m torch.distributed.run --standalone --nproc-per-node 2 -m moe_compress compress ")
+    assert given.endswith("data=mine.txt")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ddp", "MULTI_GPU"), ("fsdp2", "FSDP")])
+def test_accelerate_reads_the_shipped_configurations(name, kind):
+    found = load_config_from_file(str(ROOT / "scripts" / "recover" / "accelerate" / f"{name}.yaml"))
+    assert found.distributed_type == kind and found.mixed_precision == "no"
+    assert kind == "MULTI_GPU" or found.fsdp_config["fsdp_version"] == 2
 
 
 def test_a_users_runs_are_apart_from_the_shipped_grid(monkeypatch, tmp_path):

@@ -56,7 +56,7 @@ def training(
     kin: Lineage = lineage(ours.model, theirs.model, edits)
     trained = trained_of(ours.model, task, 0)
     ours.arithmetic = arithmetic_of(ours.model, trained, run.device, dtype)
-    return DistillationRun(task, given, ours, theirs, windows, trained.parameters, kin, 0)
+    return DistillationRun(task, given, ours, theirs, windows, trained, kin, 0)
 
 
 def gradients(run: DistillationRun) -> tuple[dict[str, float], dict[str, Tensor]]:

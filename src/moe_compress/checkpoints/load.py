@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,16 @@ def load_as_run(
 
 
 @torch.no_grad()
-def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, attn: str | None) -> PreTrainedModel:
+def load_packed(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    attn: str | None,
+    placed: Callable[[nn.Module], None] | None = None,
+) -> PreTrainedModel:
     """A model whose packed matrices stay packed: they are read a layer at a time, and never made dense as a whole.
 
-    What cannot stay packed is made dense, with a warning.
+    What cannot stay packed is made dense, with a warning. placed: is given every layer once its weights are there.
     """
     model = checkpoint.skeleton(dtype, attn)
     names = block_names(model)
@@ -108,6 +114,8 @@ def load_packed(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device
                 )
             rest = {key: tensor for key, tensor in tensors.items() if key not in packed}
             hf.materialize(model, rest, device, towers=True)
+        if placed is not None and index is not None:
+            placed(hf.decoder_layers(model)[index])
         return_memory()
     hf.tie(model)
     dense = [key for key, entry in checkpoint.tensors.items() if isinstance(entry, StoredWeight)]

@@ -7,6 +7,7 @@ what is wrong with a word is said before torch is imported: commands import what
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import os
@@ -22,6 +23,7 @@ from moe_compress.checkpoints.model_names import require_model_name
 from moe_compress.cli.arguments import normalised, only, option_pairs
 from moe_compress.cli.help import FUNCTIONS, TABLES, WithWords
 from moe_compress.evaluation.harnesses import HARNESSES, Harness, report_columns
+from moe_compress.run.launch import ElsewhereError, launched
 from moe_compress.run.option_uses import USED, require_used
 from moe_compress.run.options import typed_words
 from moe_compress.utils.choices import coerce
@@ -297,20 +299,43 @@ def main() -> None:
     # The system takes back all that is left at the end: to look for cycles in it first is a seventh of a short command.
     atexit.register(gc.freeze)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # so that what was begun is ended as well
+    launch = launched()
+    if launch.rank:
+        _run_beside(launch.rank)
+        return
     try:
         app(args=normalised(sys.argv[1:]))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("MOE_COMPRESS_DEBUG") or (isinstance(error, RuntimeError) and not _out_of_memory(error)):
             raise
-        hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
-        if isinstance(error, FileNotFoundError):  # what is not there from the start is a ValueError
-            hint = ": it was removed while it was used; run the same command again."
-        typer.echo(f"error: {' '.join(printable(str(error)).split())}{hint}", err=True)
+        typer.echo(f"error: {_sentence(error)}", err=True)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
+        if stop.code == INTERRUPTED or (stop.code == TERMINATED and launch.count > 1):
             typer.echo("interrupted: the same command goes on from whatever was kept.", err=True)
         raise
+
+
+def _run_beside(rank: int) -> None:
+    """Run beside the first of several processes, which speaks for all: say but what ended this one alone."""
+    try:
+        with (
+            Path(os.devnull).open("w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            app(args=normalised(sys.argv[1:]))
+    except Exception as error:
+        if not isinstance(error, ValueError | ElsewhereError):
+            typer.echo(f"error: process {rank}: {_sentence(error)}", err=True)
+        sys.exit(2)
+
+
+def _sentence(error: Exception) -> str:
+    hint = " Use fewer or shorter windows, or device=cpu." if _out_of_memory(error) else ""
+    if isinstance(error, FileNotFoundError):  # what is not there from the start is a ValueError
+        hint = ": it was removed while it was used; run the same command again."
+    return " ".join(printable(str(error)).split()) + hint
 
 
 def _out_of_memory(error: Exception) -> bool:

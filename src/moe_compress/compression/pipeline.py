@@ -36,7 +36,7 @@ from moe_compress.compression.factor_statistics import factor_statistics
 from moe_compress.compression.full_matrices import FACTORED
 from moe_compress.compression.planning import plan_stage
 from moe_compress.compression.preflight import default_name, made_before, preflight, read_texts, stage_identity
-from moe_compress.compression.recovery.checks import check_teachers, trains_end_to_end
+from moe_compress.compression.recovery.checks import check_teachers, require_shareable, trains_end_to_end
 from moe_compress.compression.recovery.stage import run_recovery_stage
 from moe_compress.compression.rounding import times_rounded
 from moe_compress.compression.surgery import rewrite
@@ -79,6 +79,7 @@ def compress_checkpoint(recipe: Recipe, run: Run) -> Outcome:
     preflight(recipe, out)
     source = resolve_model(recipe.options.model, recipe.options.revision)
     check_teachers(recipe, source, run)
+    require_shareable(recipe, run)
     identities = [stage_identity(recipe.stages[: n + 1], source, run) for n in range(len(recipe.stages))]
     if not recipe.options.out:
         out = made_before(out, identities[-1])

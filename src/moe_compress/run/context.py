@@ -15,9 +15,11 @@ from moe_compress.data.documents import DataSpec, Use
 from moe_compress.data.windows import Windows, make_windows
 from moe_compress.engine.layers import StreamedLayers
 from moe_compress.reports.record import now
+from moe_compress.run.launch import launched
 from moe_compress.run.log import RunLog
 from moe_compress.run.options import Options
-from moe_compress.utils.devices import resolve_device, resolve_dtype
+from moe_compress.run.processes import ALONE, Processes, process_device
+from moe_compress.utils.devices import resolve_dtype
 from moe_compress.utils.files import require_writable
 from moe_compress.utils.logging import log
 
@@ -26,16 +28,17 @@ KEPT = ("logs", "records", "documents", "originals", "calibrations")
 
 @dataclass
 class Run:
-    """One run of a command: layers are computed on `device` in `dtype`."""
+    """One run of a command: layers are computed on `device` in `dtype`, and `processes` train together."""
 
     options: Options
     log: RunLog
+    processes: Processes = ALONE
     device: torch.device = field(init=False)
     dtype: torch.dtype = field(init=False)
     cut: dict[DataSpec, Windows] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self.device = resolve_device(self.options.device)
+        self.device = process_device(self.options.device, launched())
         self.dtype = resolve_dtype(self.options.dtype, self.device)
 
     def results(self, folder: str) -> Path:
@@ -93,10 +96,10 @@ def text_spec(options: Options, use: Use) -> DataSpec:
     )
 
 
-def start(options: Options) -> Run:
+def start(options: Options, processes: Processes = ALONE) -> Run:
     """A run with its own log file under runs/logs (results=). ValueError where its folders cannot be written to."""
     for folder in KEPT:
         require_writable(Path(options.results) / folder, f"results={options.results}")
     stamp = now().replace(":", "")
     path = Path(options.results) / "logs" / f"{stamp}-{os.getpid()}.jsonl"
-    return Run(options, RunLog(path, options=options.model_dump()))
+    return Run(options, RunLog(path, options=options.model_dump()), processes)

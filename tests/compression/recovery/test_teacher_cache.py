@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import moe_compress
 from moe_compress.checkpoints import safetensors_file
-from moe_compress.compression.recovery import stage, teacher_cache, teacher_pass
+from moe_compress.compression.recovery import teacher_cache, teacher_pass, whole_training
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.teacher_pass import filled
 from moe_compress.engine import forward
@@ -214,7 +214,7 @@ def curve(folder: Path) -> list[float]:
 def test_a_grid_runs_its_teacher_once(lab, tmp_path, monkeypatch):
     options = {**lab("mixtral"), "results": str(tmp_path)}
     online = curve(moe_compress.compress(RECIPE, **options).folder)
-    loaded = counting(monkeypatch, stage, "WholeModel")
+    loaded = counting(monkeypatch, whole_training, "WholeModel")
     first = curve(moe_compress.compress(f"{RECIPE} cache=sampled", **options).folder)
     # Of 320 tokens that a random model knows nothing of, 64 tell little by themselves.
     assert first == pytest.approx(online, rel=0.2) and len(loaded) == 1
@@ -237,7 +237,7 @@ def test_students_of_all_kinds_share_a_cache(lab, tmp_path, monkeypatch):
 
 
 def test_losses_without_a_teacher_load_none(lab, tmp_path, monkeypatch):
-    loaded = counting(monkeypatch, stage, "WholeModel")
+    loaded = counting(monkeypatch, whole_training, "WholeModel")
     words = "expert_drop ratio=0.5 + distill loss=labels steps=2 batch=2"
     moe_compress.compress(words, **{**lab("mixtral"), "results": str(tmp_path)})
     assert len(loaded) == 1

@@ -122,6 +122,23 @@ def task_of(stage: Stage) -> Recovery:
     return task
 
 
+def require_shareable(recipe: Recipe, run: Run) -> None:
+    """Raise ValueError for trainings that cannot share out layers, where a launch asks for that."""
+    if run.processes.mesh is None:
+        return
+    for stage in recipe.stages:
+        task = task_of(stage) if trains_end_to_end(stage) else None
+        if not isinstance(task, Distillation):
+            continue
+        words = {"train=lora": task.adapters is not None, "loss=experts": "experts" in task.terms}
+        found = next((word for word, asked in words.items() if asked), None)
+        if found is not None:
+            raise ValueError(
+                f"{stage.method} {found} works on whole layers, which this launch would share out (FSDP): launch it "
+                "without, as scripts/recover/accelerate/ddp.yaml does."
+            )
+
+
 def trains_end_to_end(stage: Stage) -> bool:
     """Whether it trains a whole model, which may be followed."""
     return registry.find(stage.method).scope == "recovery" and isinstance(task_of(stage), Distillation)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moe_compress.compression.recovery.adapters import Trained
 from moe_compress.compression.recovery.expert_outputs import ExpertOutputs
 from moe_compress.compression.recovery.following import Follow
 from moe_compress.compression.recovery.holdout import Holdout
 from moe_compress.compression.recovery.lineage import Lineage
+from moe_compress.compression.recovery.shared_out import add_gradients
 from moe_compress.compression.recovery.teacher_cache import TeacherCache
 from moe_compress.compression.recovery.trained_weights import Optimiser
 from moe_compress.compression.recovery.training_state import Curve, resume, save
@@ -29,6 +32,7 @@ from moe_compress.compression.recovery.whole_model import (
     TextBatch,
     WholeModel,
     chunked_loss,
+    silent,
     text_batch,
 )
 from moe_compress.data.windows import Windows
@@ -39,6 +43,8 @@ from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.families import family_of
 from moe_compress.models.moe import all_moe_views, router_logits
+from moe_compress.run.launch import ElsewhereError
+from moe_compress.run.processes import ALONE, Processes, connected
 
 LARGEST_SEED = 2**31
 # What a gradient promises that is no more than rounding, as a share of the loss.
@@ -49,7 +55,8 @@ NEXT_TOKENS: tuple[Term, ...] = ("logits", "labels")
 class DistillationRun:
     """A student that is trained, its teacher, and the text; `run` takes all steps, or those that are left.
 
-    The teacher runs beside the student, or is a cache of what it said, or (of loss=labels) nobody.
+    The teacher runs beside the student, or is a cache of what it said, or (of loss=labels) nobody. Of several processes
+    each has all of these and takes its share of every step's windows; all take the same steps.
     """
 
     def __init__(
@@ -59,19 +66,22 @@ class DistillationRun:
         student: WholeModel,
         teacher: WholeModel | TeacherCache | None,
         windows: Windows,
-        parameters: Mapping[str, nn.Parameter],
+        trained: Trained,
         kin: Lineage,
         seed: int,
+        processes: Processes = ALONE,
     ) -> None:
+        self.processes = processes
         self.task, self.options, self.student, self.teacher = task, options, student, teacher
         self.windows, self.kin, self.seed = windows, kin, seed
-        self.optimiser = Optimiser(parameters, options)
+        self.trained, self.optimiser = trained, Optimiser(trained.parameters, options)
         self.holdout = Holdout.of(options.holdout, windows)
         self.experts: ExpertOutputs | None = None
         if "experts" in task.terms:
             assert isinstance(teacher, WholeModel)
             self.experts = ExpertOutputs(student, teacher, kin)
 
+    @connected()
     def run(self, state: Path, follow: Follow | None = None) -> dict[str, Any]:
         """Train; what is to be reported of it. ValueError where the loss is no number.
 
@@ -79,6 +89,8 @@ class DistillationRun:
         counts as done, so that a killed run loses nothing of it.
         """
         curve = resume(state, self.optimiser)
+        if len({*self.processes.all_say(curve.steps)}) > 1:
+            raise ElsewhereError(f"not all processes see {state}: folders that they share are needed (out=, results=).")
         started = time.perf_counter() - curve.seconds
         if not curve.steps:
             self._measure(curve)
@@ -97,7 +109,7 @@ class DistillationRun:
             if follow is not None:
                 follow(curve)
             if kept:
-                save(state, self.optimiser, curve)
+                save(state, self.optimiser, curve, writes=not self.processes.rank)
         count = sum(each.numel() for each in self.optimiser.parameters.values())
         measured = self.holdout.settle(self.optimiser, curve.held)
         report = curve.report(self.options.checkpoint_every)
@@ -126,17 +138,30 @@ class DistillationRun:
         return self._over(rows)
 
     def _over(self, rows: Tensor) -> tuple[dict[str, float], int]:
-        """The losses of some windows by term, and how many tokens of them count, a part of them at a time."""
-        size = max(1, TOKENS_AT_ONCE // self.windows.ids_NS.shape[1])
-        batches = [text_batch(self.windows, part, self.student.device) for part in rows.split(size)]
-        predicted = sum(len(batch.where_P2) for batch in batches)
-        counted = sum(int(batch.counted_BS.sum()) for batch in batches)
+        """The losses of some windows by term, and how many tokens of them count, those of all processes together."""
+        text = self.windows.select(rows)
+        predicted, counted = len(text.predictions()), text.tokens
         losses: dict[str, float] = dict.fromkeys(map(str, self.task.terms), 0.0)
-        for batch in batches:
+        for batch in self._share(rows):
             # Of conversations there may be windows in which nobody says anything that counts.
             for term, value in self.back(batch, max(predicted, 1), max(counted, 1)).items():
                 losses[term] += value
-        return losses, counted
+        return add_gradients(self.processes, list(self.optimiser.parameters.values()), losses), counted
+
+    def _share(self, rows_B: Tensor) -> list[TextBatch]:
+        """The windows of a step that this process runs, at most so many at a time.
+
+        Where layers are shared out, all run as many batches, for each is put together by all.
+        """
+        size = max(1, TOKENS_AT_ONCE // self.windows.ids_NS.shape[1])
+        mine_B = self.processes.share(rows_B)
+        parts = mine_B.split(size) if len(mine_B) else ()
+        batches = [text_batch(self.windows, part, self.student.device) for part in parts]
+        if self.processes.mesh is not None:
+            most = math.ceil(math.ceil(len(rows_B) / self.processes.count) / size)
+            spare = silent(text_batch(self.windows, rows_B[:1], self.student.device))
+            batches += [spare] * (most - len(batches))
+        return batches
 
     def back(self, batch: TextBatch, predicted: int, counted: int) -> dict[str, float]:
         """Bring the gradients of a part of a step back, where they are enabled; its share of each loss."""

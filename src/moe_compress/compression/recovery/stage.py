@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.load import memory_bytes
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
@@ -25,10 +23,9 @@ from moe_compress.compression.recovery.adapters import (
     adapted_numbers,
     adapted_parameters,
     adapters_on,
-    require_trained_plain,
-    trained_of,
 )
-from moe_compress.compression.recovery.arithmetic import arithmetic_of, load_dtype, training_dtype
+from moe_compress.compression.recovery.arithmetic import load_dtype
+from moe_compress.compression.recovery.assistance import Order, address
 from moe_compress.compression.recovery.checks import compares_layers, itself, task_of
 from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.following import Follower, LayerFollower, before_and_after
@@ -37,11 +34,11 @@ from moe_compress.compression.recovery.layer_pairs import LayerPair, walk_pairs
 from moe_compress.compression.recovery.layer_training import fit_router, rebalance, train_layer
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
-from moe_compress.compression.recovery.teachers import online_bytes, teaching_of
-from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TrainedMatrix, coded_numbers, packed_again
+from moe_compress.compression.recovery.teachers import Teaching, online_bytes, teaching_of
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, coded_numbers
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.training_state import Curve
-from moe_compress.compression.recovery.whole_model import WholeModel
+from moe_compress.compression.recovery.whole_training import changed_by_layer, dtype_of, training_of
 from moe_compress.compression.weights.stage import WeightStageResult
 from moe_compress.data.windows import Windows
 from moe_compress.edits.edits import Edit
@@ -60,6 +57,7 @@ from moe_compress.utils.logging import log
 # A gradient and two moments, in fp32.
 BYTES_PER_TRAINED = 12
 FLOAT = 4
+STATE = "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +111,9 @@ def run_recovery_stage(
     else:
         report = _by_layer(task, job)
     log.info("%s: %s.", stage.method, before_and_after(report) or "nothing was there to be recovered")
-    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(time.process_time() - started, 3)}
+    helped = sum(run.processes.all_say(0.0)) if isinstance(task, Distillation) else 0.0
+    seconds = time.process_time() - started + helped
+    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(seconds, 3)}
     return WeightStageResult({**about, **report, "recovery": cost}, [], dict(source.values))
 
 
@@ -129,20 +129,10 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     Holdout.of(options.holdout, job.windows)
     tracker = open_tracker(options.log, run.results("logs"), writer.out.name, writer.identity, TRAINING)
     _require_room(task, job)
-    teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
-    student = WholeModel(source, run, load_dtype(source.stored_dtype, run.dtype), recompute=options.recompute)
-    trained = trained_of(student.model, task, run.options.seed)
-    require_trained_plain(source, task, trained)
-    student.arithmetic = arithmetic_of(student.model, trained, run.device, run.dtype)
-    layered = teaching.online if compares_layers(task) else None
-    kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, job.edits)
-    taught_by = teaching.online or teaching.cache
-    training = DistillationRun(
-        task, options, student, taught_by, job.windows, trained.parameters, kin, run.options.seed
-    )
+    training, teaching = _prepared(task, job)
 
     def fill(target: CheckpointWriter) -> None:
-        changed = _by_layers(source, student.model, trained.weights())
+        changed = changed_by_layer(source, training)
         for index in (None, *range(source.num_layers)):
             target.copy(index, changed.get(index))
 
@@ -151,27 +141,48 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     )
     steps.begin()
 
-    def keep(curve: Curve) -> None:
-        steps.write(curve.steps, options.steps, fill, {TRAINING: curve.report(options.checkpoint_every)})
+    def write_step(curve: Curve) -> None:
+        due = steps.due(curve.steps, options.steps)
+        if options.checkpoint_every and run.processes.mesh is not None:
+            run.processes.first(due)  # all of them put together what is written
+        if due:
+            steps.write(curve.steps, fill, {TRAINING: curve.report(options.checkpoint_every)})
 
-    follow = Follower(options, run.log, tracker, job.progress, then=keep)
+    follow = Follower(options, run.log, tracker, job.progress, then=write_step)
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
-        report = training.run(writer.scratch / "training.safetensors", follow)
+        report = training.run(writer.scratch / STATE, follow)
     fill(writer)
-    return {TRAINING: {**report, **teaching.report}}
+    count = run.processes.count
+    return {TRAINING: {**report, **teaching.report, **({"processes": count} if count > 1 else {})}}
+
+
+def _prepared(task: Distillation, job: _Job) -> tuple[DistillationRun, Teaching]:
+    """A training that can begin, in all processes; who teaches it."""
+    run, processes = job.run, job.run.processes
+    student, teacher = address(job.source), address(job.teacher)
+    state = (job.writer.scratch / STATE).absolute()
+    processes.first(Order(job.stage, student, teacher, job.edits, job.windows, run.options, state))
+    with processes.together():
+        teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
+        return training_of(task, job.options, job.source, teaching, job.edits, job.windows, run), teaching
 
 
 def _require_room(task: Distillation, job: _Job) -> None:
     """ValueError, with what would fit, where two models and what training remembers do not fit into memory."""
-    run, dtype = job.run, training_dtype(job.run.dtype)
+    run, dtype = job.run, dtype_of(job.run)
     student, kept = _student_bytes(task, job)
     teacher, free = online_bytes(task, job.teacher, run), free_memory(run.device)
-    if student + teacher + kept > free:
+    share = run.processes.count if run.processes.mesh is not None else 1
+    beside = run.processes.local if run.device.type == "cpu" else 1
+    if (student + teacher + kept) * beside > free * share:
+        among = f", {beside} times" if beside > 1 else ""
+        among += f", shared out among {share} processes" if share > 1 else ""
         raise ValueError(
-            f"{job.stage.method} takes {gigabytes(student + teacher + kept)} (the model in {dtype_name(dtype)} "
+            f"{job.stage.method} takes {gigabytes(student + teacher + kept)}{among} (the model in {dtype_name(dtype)} "
             f"{gigabytes(student)}, its teacher {gigabytes(teacher)}, gradients and moments of what is trained "
-            f"{gigabytes(kept)}), but {run.device.type} has {gigabytes(free)} free: train less (router_kd), keep what "
-            "the teacher says (cache=), or train one layer at a time (layerwise, router_kd solver=ridge)."
+            f"{gigabytes(kept)}), but {run.device.type} has {gigabytes(free)} free: train less (router_kd, "
+            "train=lora), keep what the teacher says (cache=), share layers out among GPUs (docs/training.md), or "
+            "train one layer at a time (layerwise, router_kd solver=ridge)."
         )
 
 
@@ -182,7 +193,8 @@ def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
     plain = trained_parameters(skeleton, task.trains - coded) if task.trains - coded else {}
     whole = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
     added, adapted = adapted_numbers(skeleton, task.adapters)
-    loaded, dtype = load_dtype(source.stored_dtype, run.dtype), training_dtype(run.dtype)
+    dtype = dtype_of(run)
+    loaded = load_dtype(source.stored_dtype, dtype)
     weights = memory_bytes(source, dtype, run.device)
     if dtype != torch.float32:
         # What is trained is held in fp32, beside its copy; what is adapted as it was loaded.
@@ -192,26 +204,6 @@ def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
     weights += 0 if job.options.recompute else dtype.itemsize * adapted
     best = FLOAT if job.options.holdout else 0
     return weights, (BYTES_PER_TRAINED + best) * (whole + added)
-
-
-def _by_layers(
-    source: Checkpoint, model: PreTrainedModel, named: Mapping[str, Tensor]
-) -> dict[int | None, dict[str, Tensor | StoredWeight]]:
-    """Changed parameters by layer (None: outside of them), under the checkpoint's names; what is tied under each."""
-    coded = {name for name, each in model.named_modules() if isinstance(each, TrainedMatrix)}
-    inside = {
-        name: each.detach()
-        for name, each in named.items()
-        if name.startswith(hf.layers_prefix(model)) and name.rpartition(".")[0] not in coded
-    }
-    found: dict[int | None, dict[str, Tensor | StoredWeight]] = defaultdict(dict)
-    for key, tensor in {**stored_tensors(model, inside), **(packed_again(source, model) if coded else {})}.items():
-        found[hf.layer_of(key)][key] = tensor
-    changed, outside = {id(each) for each in named.values()}, hf.names_outside(model, source.keys(None))
-    for name, each in model.named_parameters(remove_duplicate=False):
-        if id(each) in changed and name in outside:
-            found[None][outside[name]] = each.detach()
-    return found
 
 
 def _by_layer(task: LayerDistillation | RouterFit | Rebalancing, job: _Job) -> dict[str, Any]:

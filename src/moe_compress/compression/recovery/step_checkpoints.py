@@ -36,14 +36,17 @@ class StepCheckpoints:
             clear_unfinished(self.out)
             rotate(self.out, self.keep)
 
-    def write(self, step: int, steps: int, fill: Callable[[CheckpointWriter], None], report: Mapping[str, Any]) -> None:
-        """Write the one of this step, if there is to be one and a run that was killed later has not written it.
+    def due(self, step: int, steps: int) -> bool:
+        """Whether that of this step is to be written, and a run that was killed later has not done so.
 
-        That of the last step is what the training leaves. fill: writes all tensors.
+        That of the last step is what the training leaves.
         """
-        last = max((each.step for each in finished_steps(self.out)), default=-1) if self.every else step
-        if not self.every or step % self.every or step == steps or step <= last:
-            return
+        if not self.every or step % self.every or step == steps:
+            return False
+        return step > max((each.step for each in finished_steps(self.out)), default=-1)
+
+    def write(self, step: int, fill: Callable[[CheckpointWriter], None], report: Mapping[str, Any]) -> None:
+        """Write the one of this step. fill: writes all tensors."""
         writer = CheckpointWriter(step_folder(self.out, step), self.source, fingerprint(self.run, step))
         fill(writer)
         self.finish(writer, report)

@@ -70,7 +70,8 @@ def _kept(
         layers, cache.about[TEACHER_KL] = _rounded(task, teacher, windows, run)
         return layers
 
-    return filled(cache, load, teacher.name, progress)
+    # The first process fills it for all, before any of them takes a step.
+    return cache if run.processes.rank else filled(cache, load, teacher.name, progress)
 
 
 def _rounded(task: Distillation, teacher: Checkpoint, windows: Windows, run: Run) -> tuple[ResidentLayers, float]:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
+from moe_compress.compression.recovery.shared_out import by_kind, clip_gradients, everywhere, shared_as, whole
 from moe_compress.compression.recovery.trained_codes import CODES, LATENT, SCALES, release
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
@@ -107,15 +108,14 @@ class Optimiser:
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         options = self.options
-        self.adam = torch.optim.AdamW(
-            list(self.parameters.values()), lr=options.lr, betas=BETAS, weight_decay=options.decay
-        )
+        groups = [{"params": kind} for kind in by_kind(self.parameters.values())]
+        self.adam = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS, weight_decay=options.decay)
         for name, parameter in self.parameters.items():
             alive = parameter.detach() != 0
             leaf = name.rpartition(".")[2]
             # Codes are often zero, which of those were pruned their matrix knows.
             zeros_mean_nothing = "bias" in leaf or leaf in (LATENT, LORA_A, LORA_B)
-            if parameter.dim() > 1 and not zeros_mean_nothing and not bool(alive.all()):
+            if parameter.dim() > 1 and not zeros_mean_nothing and not bool(everywhere(alive.all())):
                 self.masks[name] = alive
 
     def step(self, number: int) -> None:
@@ -128,7 +128,7 @@ class Optimiser:
                 # Without a gradient a zero has no moments either, and AdamW leaves it where it is.
                 gradient.mul_(alive)
         if self.options.clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.options.clip)
+            clip_gradients(self.parameters.values(), self.options.clip)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
 
@@ -139,7 +139,8 @@ class Optimiser:
         What is zero as a whole counts as if its norm were 1: of adapters, nothing else is felt at first.
         """
         found = ((each, each.grad) for each in self.parameters.values() if each.grad is not None)
-        return sum((float(each.detach().norm()) or 1.0) * float(gradient.norm()) for each, gradient in found)
+        norms = ([float(everywhere(tensor.detach().norm())) for tensor in pair] for pair in found)
+        return sum((value or 1.0) * gradient for value, gradient in norms)
 
     def remember(self) -> None:
         """Keep the values as they are now, for `recall`."""
@@ -152,26 +153,29 @@ class Optimiser:
             parameter.copy_(self.best[name])
 
     def state(self) -> dict[str, Tensor]:
-        """What it needs to go on: values, moments, and values that are remembered."""
-        found = {f"{name}|{BEST}": each for name, each in self.best.items()}
+        """What it needs to go on: values, moments, and values that are remembered, of all processes together."""
+        found = {f"{name}|{BEST}": whole(each) for name, each in self.best.items()}
         for name, parameter in self.parameters.items():
-            found[f"{name}|value"] = parameter.detach()
+            found[f"{name}|value"] = whole(parameter.detach())
             for key, tensor in self.adam.state.get(parameter, {}).items():
-                found[f"{name}|{key}"] = tensor
+                found[f"{name}|{key}"] = whole(tensor)
         return found
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `state` gave."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(state[f"{name}|value"])
+            parameter.copy_(shared_as(state[f"{name}|value"], parameter))
             if f"{name}|{BEST}" in state:
-                self.best[name] = state[f"{name}|{BEST}"].to(parameter.device)
+                self.best[name] = shared_as(state[f"{name}|{BEST}"].to(parameter.device), parameter)
             keys = [key for key in state if key.startswith(f"{name}|") and not key.endswith(("|value", f"|{BEST}"))]
             if keys:
                 device = parameter.device
                 self.adam.state[parameter] = {
-                    key.rpartition("|")[2]: state[key].to("cpu" if key.endswith("|step") else device) for key in keys
+                    key.rpartition("|")[2]: state[key].to("cpu")
+                    if key.endswith("|step")
+                    else shared_as(state[key].to(device), parameter)
+                    for key in keys
                 }
 
     @property

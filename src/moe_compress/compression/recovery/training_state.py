@@ -72,13 +72,18 @@ class Curve:
         }  # fmt: skip
 
 
-def save(file: Path, optimiser: Optimiser, curve: Curve) -> None:
-    """Keep all that the next step depends on, in one file that is written as a whole."""
+def save(file: Path, optimiser: Optimiser, curve: Curve, *, writes: bool = True) -> None:
+    """Keep all that the next step depends on, in one file that is written as a whole.
+
+    Of several processes, all put it together, and one writes it.
+    """
     losses = {f"{LOSSES}{term}": torch.tensor(each, dtype=torch.float64) for term, each in curve.losses.items()}
     numbers = {TOKENS: torch.tensor(curve.tokens), SECONDS: torch.tensor(curve.seconds, dtype=torch.float64)}
     if curve.held:
         numbers[HELD] = torch.tensor([*curve.held.items()], dtype=torch.float64)
-    write_shard(file, {**optimiser.state(), **losses, **numbers})
+    state = optimiser.state()
+    if writes:
+        write_shard(file, {**state, **losses, **numbers})
 
 
 def resume(file: Path, optimiser: Optimiser) -> Curve:

@@ -6,16 +6,17 @@ B windows of S positions, D model width, P predicted tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.load import load_as_run
+from moe_compress.checkpoints.load import load_as_run, load_packed
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.compression.recovery.arithmetic import Arithmetic
+from moe_compress.compression.recovery.shared_out import shard_layer
 from moe_compress.data.windows import Windows
 from moe_compress.models import hf
 from moe_compress.run.context import Run
@@ -43,6 +44,11 @@ class TextBatch:
         return self.ids_BS[self.where_P2[:, 0], self.where_P2[:, 1] + 1]
 
 
+def silent(batch: TextBatch) -> TextBatch:
+    """The same windows, of which nothing counts: for a process that has none left, but takes part in layers."""
+    return replace(batch, counted_BS=torch.zeros_like(batch.counted_BS), where_P2=batch.where_P2[:0])
+
+
 def text_batch(windows: Windows, rows: Tensor, device: torch.device) -> TextBatch:
     """The windows of these numbers."""
     mask_BS, counted_BS = windows.mask_NS[rows], windows.counted_NS[rows]
@@ -66,7 +72,7 @@ class WholeModel:
         """model: where it is in memory already."""
         self.device, self.recompute = run.device, recompute
         if model is None:
-            model = load_as_run(checkpoint, dtype, run.device, run.options.attn)
+            model = _loaded(checkpoint, run, dtype)
         self.model = model
         self.model.requires_grad_(False)
         self.arithmetic = Arithmetic(run.device)
@@ -101,6 +107,14 @@ class WholeModel:
     def final(self, batch: TextBatch, states: list[Tensor]) -> Tensor:
         """The last states of the tokens that predict, [P, ...]."""
         return states[-1][batch.where_P2[:, 0], batch.where_P2[:, 1]]
+
+
+def _loaded(checkpoint: Checkpoint, run: Run, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in memory; where layers are shared out, read one at a time, so that no process ever holds all."""
+    mesh, attn = run.processes.mesh, run.options.attn
+    if mesh is None:
+        return load_as_run(checkpoint, dtype, run.device, attn)
+    return load_packed(checkpoint, dtype, run.device, attn, placed=lambda layer: shard_layer(layer, mesh))
 
 
 def chunked_loss(
