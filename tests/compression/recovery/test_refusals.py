@@ -164,7 +164,7 @@ def test_two_models_and_what_training_remembers_have_to_fit(lab, tmp_path, monke
     monkeypatch.setattr(recovery_stage, "free_memory", lambda _device: 3 * model)
     monkeypatch.setattr(whole_model, "load_as_run", None)
     said = refused_in(f"{DROP}distill train=all", lab("mixtral"), tmp_path)
-    assert "gradients and moments of what is trained" in said and "train less (router_kd)" in said
+    assert "gradients and moments of what is trained" in said and "train less (router_kd, train=lora)" in said
     assert "one layer at a time (layerwise, router_kd solver=ridge)" in said
     monkeypatch.undo()
     monkeypatch.setattr(recovery_stage, "free_memory", lambda _device: 3 * model)
