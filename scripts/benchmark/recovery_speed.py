@@ -152,7 +152,7 @@ def loss_memory(way: str, setting: Setting) -> int:
         leaf_PD = hidden_PD.detach().requires_grad_()
         forward_kl(hf.logits(student, leaf_PD), hf.head(teacher, hidden_PD)).mean().backward()
     else:
-        whole = cast(WholeModel, SimpleNamespace(model=student))
+        whole = cast(WholeModel, SimpleNamespace(model=student, logits=lambda hidden: hf.logits(student, hidden)))
         chunked_loss(
             whole,
             hidden_PD,

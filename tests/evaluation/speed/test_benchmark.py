@@ -200,7 +200,8 @@ def test_a_worker_that_is_killed_is_one_sentence(when, reader_folder, monkeypatc
     assert killed.process.poll() is not None
 
 
-@pytest.mark.parametrize("copied", slow_after(1, [True, False]))
+@pytest.mark.slow  # the two models above are timed in two starts each
+@pytest.mark.parametrize("copied", [True, False])
 def test_every_start_is_another_process(copied, reader_folder):
     seen = []
     with worker.Worker(reader_folder("mixtral"), worker.RunSetup("float32", "cpu", 1, copied)) as started:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import moe_compress
 from moe_compress.checkpoints.load import load_tokenizer
 from moe_compress.checkpoints.reader import open_checkpoint
+from moe_compress.cli.commands import main
 from moe_compress.evaluation.verification.verify import verification
 from moe_compress.models import hf
 from moe_compress.models.hf import shipped_code
@@ -121,14 +122,17 @@ def coded(reader_folder, tmp_path) -> Path:
     return folder
 
 
-def test_a_tokenizer_that_is_code_is_refused_and_asks_nobody(coded, tmp_path):
+def test_a_tokenizer_that_is_code_is_refused_and_asks_nobody(coded, tmp_path, monkeypatch, capsys):
     """Stock transformers would ask on the terminal, and take a `y` from whatever stands there."""
     config = json.loads((coded / "config.json").read_text()) | {"model_type": "mixtral"}
     (coded / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    words = [sys.executable, "-m", "moe_compress", "compress", "expert_drop keep=6", f"model={coded}", "eval=false",
-             f"results={tmp_path / 'results'}"]  # fmt: skip
-    done = subprocess.run(words, input="y\n", capture_output=True, text=True, check=False, timeout=120)
-    assert not (tmp_path / "mark").exists(), done.stdout
+    words = ["compress", "expert_drop keep=6", f"model={coded}", "eval=false", f"results={tmp_path / 'results'}"]
+    monkeypatch.setattr(sys, "argv", ["moe-compress", *words])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and not (tmp_path / "mark").exists(), capsys.readouterr()
+    assert sys.stdin.read() == "y\n"
 
 
 def test_a_tokenizer_s_code_goes_with_the_checkpoint(coded, options, tmp_path, monkeypatch):

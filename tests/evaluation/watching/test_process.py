@@ -44,6 +44,7 @@ def test_it_measures_what_evaluate_does(step, told, tmp_path):
     assert any("step=2" in name for name in table.cells.column("recipe")), "steps are rows of their own"
 
 
+@pytest.mark.slow  # what it is asked is answered here above, and how it is asked, by a smaller process below
 def test_another_process_evaluates_as_this_one_does(step, told, tmp_path):
     with Evaluator(1) as evaluate:
         assert evaluate(job(step, told, tmp_path)) == evaluate_job(job(step, told, tmp_path))
