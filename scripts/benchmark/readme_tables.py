@@ -19,7 +19,7 @@ from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
 from moe_compress.reports.table import make_tables, one_row_each
 from recipe_pairs import FACTORED_PAIRS, PAIRS, QUANTIZED_PAIRS
-from recovery_tables import RECOVERED, recovery
+from recovery_tables import RECOVERED, conclusions, recovery
 
 BEGIN, END = "<!-- results: made by scripts/benchmark/tables.sh -->", "<!-- end of results -->"
 HEADING = """# Results
@@ -332,7 +332,8 @@ def write_picture(records: Sequence[Record], results: Path) -> list[Path]:
 def write_summary(results: Path, readme: Path | None) -> None:
     """Write summary.md and README.md beside the records, and a few rows between the markers of `readme`, if given."""
     records = load_records(sorted((results / "records").glob("*.json")))
-    text, few = summary(records, results / "documents"), shown(records)
+    text, said = summary(records, results / "documents"), conclusions(results / RECOVERED)
+    few = f"{shown(records)}\n{said}" if said else shown(records)
     (results / "summary.md").write_text(text, encoding="utf-8")
     # Links of the page lead from its own folder.
     page = f"{HEADING}\nOn {SHOWN_MODEL}, in short:\n\n{few}\n{text.replace('results/', '')}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file
 from scipy.stats import kendalltau
 
+from moe_compress import zoo
 from moe_compress.evaluation.statistics import per_token
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
@@ -43,8 +45,9 @@ PACKED_RECOVERIES = (
 )
 # What is trained with two seeds.
 SEEDED = "C"
+# What is packed, and trained as such.
+PACKED = "F"
 METRIC = "delta_nll"
-COSTS = ("tokens", "processor_seconds")
 
 
 def recovered() -> list[tuple[str, int]]:
@@ -69,7 +72,7 @@ def _sentence(letter: str, recovery: str) -> str:
 
 
 def _recoveries(letter: str) -> tuple[str, ...]:
-    return PACKED_RECOVERIES if letter == "F" else RECOVERIES
+    return PACKED_RECOVERIES if letter == PACKED else RECOVERIES
 
 
 def recovery(folder: Path) -> str:
@@ -90,6 +93,29 @@ def recovery(folder: Path) -> str:
         markdown(Cells.of(runs.orders())),
     ]
     return "\n\n".join(part.rstrip() for part in parts) + "\n"
+
+
+def conclusions(folder: Path) -> str:
+    """What the records say in five sentences, figures from the least to the most of the models; empty without all."""
+    runs = Runs(folder)
+    if len(runs.found) < len(zoo.NAMES) * len(_runs()):
+        return ""
+    ridge, routers, layers, whole = RECOVERIES
+    unpacked = STUDENTS.keys() - {PACKED}
+    behind, compared = runs.behind("C", "A")
+    merged, dropped = runs.span("C", routers), runs.span("A", routers)
+    said = [
+        f"Router KD helps merging: {merged} comes back, {dropped} where as many experts were dropped.",
+        f"Routers in closed form (`solver=ridge`) bring back {runs.span(STUDENTS, ridge)}.",
+        f"All weights bring back {runs.span(unpacked, layers)} layer by layer, "
+        f"{runs.span(unpacked, whole)} end to end.",
+        f"In experts of 2 bits, scales bring back {runs.span(PACKED, layers)}, codes too {runs.span(PACKED, whole)}.",
+        "The order of methods after recovery is much that before it (Kendall's tau "
+        f"{runs.taus(routers)} after Router KD, {runs.taus(layers)} layer by layer, {runs.taus(whole)} end to end); "
+        f"merging is behind dropping in {behind} of {compared} pairs.",
+    ]
+    heading = f"Recovered on {runs.median(whole, 'tokens'):,.0f} tokens, of the NLL that was lost:"
+    return "\n".join([heading, "", *(f"- {sentence}" for sentence in said)]) + "\n"
 
 
 class Runs:
@@ -145,33 +171,55 @@ class Runs:
         """A row for every recovery: tokens it was trained on, or made of, and processor seconds."""
         rows = []
         for name in dict.fromkeys((*RECOVERIES, *PACKED_RECOVERIES)):
-            told = [record.report[-1]["recovery"] for (*_, each, _), record in self.found.items() if each == name]
-            if told:
-                tokens, seconds = (statistics.median(each[key] for each in told) for key in COSTS)
+            tokens, seconds = (self.median(name, cost) for cost in ("tokens", "processor_seconds"))
+            if tokens == tokens:
                 rows.append({"recovery": name, "tokens": f"{tokens:,.0f}", "processor seconds": f"{seconds:.0f}"})
         return rows
 
     def orders(self) -> list[dict[str, str]]:
         """A row for no recovery and for every kind of it; columns: models; cells: letters from best to worst."""
         rows = []
-        for place, name in enumerate(("", *RECOVERIES)):
+        for name in ("", *RECOVERIES):
             row = {"recovery": name or "none"}
             for model in self.models:
-                asked = {letter: name and _recoveries(letter)[place - 1] for letter in STUDENTS}
-                after = {letter: self._value(model, letter, each) for letter, each in asked.items()}
-                before = {letter: self._value(model, letter, "") for letter in asked}
-                row[model] = _order(after, before)
+                sides = self.sides(model, name)
+                order = " ".join(sorted(sides, key=lambda letter: sides[letter][0]))
+                row[model] = f"{order} ({_tau(sides):.2f})" if len(sides) > 1 else order
             rows.append(row)
         return rows
 
+    def sides(self, model: str, recovery: str) -> dict[str, tuple[float, float]]:
+        """What everything lost after a recovery (of what is packed: that in its place) and before, where both are."""
+        found = {}
+        for letter in STUDENTS:
+            own = _recoveries(letter)[RECOVERIES.index(recovery)] if recovery else ""
+            after, before = self._value(model, letter, own), self._value(model, letter, "")
+            if after is not None and before is not None:
+                found[letter] = after, before
+        return found
 
-def _order(after: Mapping[str, float | None], before: Mapping[str, float | None]) -> str:
-    """Letters from best to worst, and Kendall's tau with the order before, of those that have both values."""
-    both = {
-        letter: (new, old)
-        for letter, new in after.items()
-        for old in [before[letter]]
-        if new is not None and old is not None
-    }
-    order = " ".join(sorted(both, key=lambda letter: both[letter][0]))
-    return f"{order} ({kendalltau(*zip(*both.values(), strict=True)).statistic:.2f})" if len(both) > 1 else order
+    def span(self, letters: Iterable[str], recovery: str) -> str:
+        """The least and the most that comes back of what was lost, over models and what is recovered."""
+        pairs = [pair for m in self.models for each, pair in self.sides(m, recovery).items() if each in letters]
+        found = [1 - after / before for after, before in pairs]
+        return f"{min(found):.0%} to {max(found):.0%}"
+
+    def taus(self, recovery: str) -> str:
+        """How far the orders after and before agree, the least and the most of the models."""
+        found = [_tau(self.sides(model, recovery)) for model in self.models]
+        return f"{min(found):.2f} to {max(found):.2f}"
+
+    def behind(self, worse: str, better: str) -> tuple[int, int]:
+        """In how many pairs, of models and recoveries (and none), one loses more than the other; how many there are."""
+        found = [self.sides(model, recovery) for model in self.models for recovery in ("", *RECOVERIES)]
+        return sum(sides[worse][0] > sides[better][0] for sides in found), len(found)
+
+    def median(self, recovery: str, cost: str) -> float:
+        """Of what a recovery took, over models and what is recovered; NaN where it has no run."""
+        told = [record.report[-1]["recovery"] for (*_, each, _), record in self.found.items() if each == recovery]
+        return statistics.median(each[cost] for each in told) if told else math.nan
+
+
+def _tau(sides: Mapping[str, tuple[float, float]]) -> float:
+    """Kendall's tau of the orders after and before."""
+    return float(kendalltau(*zip(*sides.values(), strict=True)).statistic)
