@@ -30,8 +30,9 @@ PATTERN = 4
 class TrainedMatrix(nn.Module):
     """A matrix of few bits whose scales learn, and whose codes do where `latent` is there: rounded straight through.
 
-    Codes follow the numbers behind them, weight / scale, in whole steps; gradients pass the rounding as if it were not
-    there, and stop where it is clipped (LSQ, arXiv 1902.08153).
+    Codes follow the numbers behind them, weight / scale, in whole steps; gradients of these numbers pass the rounding as
+    if it were not there, and stop where it is clipped (as in LSQ, arXiv 1902.08153). Those of scales are what they are
+    while no code changes: where training begins on the codes, LSQ's would be zero.
     """
 
     codes: Tensor
@@ -52,7 +53,7 @@ class TrainedMatrix(nn.Module):
             return self.codes.float()
         half = 2 ** (self.bits - 1)
         scale_OI = self.scales.repeat_interleave(self.in_features // self.scales.shape[1], 1)
-        real_OI = (self.latent / scale_OI).clamp(-half, half - 1)
+        real_OI = (self.latent / scale_OI.detach()).clamp(-half, half - 1)
         rounded_OI = real_OI + (real_OI.round() - real_OI).detach()
         return rounded_OI if self.alive is None else rounded_OI * self.alive
 
