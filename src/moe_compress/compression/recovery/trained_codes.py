@@ -30,9 +30,9 @@ PATTERN = 4
 class TrainedMatrix(nn.Module):
     """A matrix of few bits whose scales learn, and whose codes do where `latent` is there: rounded straight through.
 
-    Codes follow the numbers behind them, weight / scale, in whole steps; gradients of these numbers pass the rounding as
-    if it were not there, and stop where it is clipped (as in LSQ, arXiv 1902.08153). Those of scales are what they are
-    while no code changes: where training begins on the codes, LSQ's would be zero.
+    Codes follow the numbers behind them, weight / scale, in whole steps; gradients of these numbers pass the rounding
+    as if it were not there, and stop where it is clipped (as in LSQ, arXiv 1902.08153). Those of scales are what they
+    are while no code changes: where training begins on the codes, LSQ's would be zero.
     """
 
     codes: Tensor
