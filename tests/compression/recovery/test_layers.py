@@ -113,15 +113,23 @@ def test_a_layer_that_gained_nothing_keeps_its_bytes(made, lab, tmp_path):
     assert changed_tensors(first, learned(lab, "mixtral", first, "layerwise steps=4 lr=1e6", tmp_path / "out")) == set()
 
 
-def test_the_error_reported_is_what_a_stock_model_makes_of_the_text(lab, made):
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_the_error_reported_is_what_a_stock_model_makes_of_the_text(train, lab, made):
     """inputs=student: the last layer's error after it has learned is the whole model's at that place."""
-    folder = made("mixtral", f"{DROP} + layerwise steps=4 train=all")
+    folder = made("mixtral", f"{DROP} + layerwise steps=4 train={train}")
     ids = windows(lab("mixtral")).ids_NS
     (_, ours), (_, theirs) = (said_by(f, "mixtral", ids)[0] for f in (folder, lab("mixtral")["model"]))
     expected = [
         float(((a - b).square().sum(-1) / b.square().sum(-1)).mean()) for a, b in zip(ours, theirs, strict=True)
     ]
     assert [after for _, after in layer_notes(folder, "error")] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", slow_after(1, ["phimoe", "dbrx", "qwen3_next"]))
+def test_a_teacher_in_bf16_teaches_layers_in_fp32(family, lab, tmp_path):
+    words = {**lab(family), "dtype": "bfloat16", "out": str(tmp_path / "out")}
+    folder = moe_compress.compress(f"{DROP} + layerwise steps=2 inputs=teacher", **words).folder
+    assert all(after <= before for before, after in layer_notes(folder, "error"))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import moe_compress
 from moe_compress.compression.recovery import stage as recovery_stage
 from moe_compress.compression.recovery import whole_model
+from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.trained_codes import TrainedMatrix, release
 from support import readers, tiny
 from support.pruned import refused as refused_in
@@ -148,8 +150,16 @@ def test_next_tokens_are_learned_from_any_model_of_the_same_tokens(strangers, ma
 
 def test_a_loss_that_is_no_number_ends_the_run(lab, tmp_path):
     said = refused_in(f"{DROP}distill lr=1e30 warmup=0 steps=8 clip=0 train=all", lab("mixtral"), tmp_path)
-    assert "is no number: nothing is written. A lower lr= helps, or a longer warmup=." in said
+    assert "is no number: a lower lr= helps, or a longer warmup=. Nothing is written." in said
     assert "the loss (logits) of step " in said and not list(tmp_path.rglob("*.partial"))
+
+
+def test_a_loss_that_is_no_number_leaves_the_last_checkpoint(lab, tmp_path, monkeypatch):
+    real = DistillationRun.step
+    monkeypatch.setattr(DistillationRun, "step", lambda run, n: real(run, n) if n < 2 else ({"logits": math.nan}, 1))
+    with pytest.raises(ValueError, match="of step 3 is no number") as caught:
+        moe_compress.compress(f"{DROP}distill steps=4 checkpoint_every=1", **lab("mixtral"), out=str(tmp_path / "out"))
+    assert str(caught.value).endswith(f"The last checkpoint is {tmp_path / 'out.steps' / 'step-00002'}.")
 
 
 def test_too_little_text_for_a_window(lab, tmp_path, refused):

@@ -111,12 +111,20 @@ def test_a_run_stopped_between_writes_goes_on(name, place, function, call, lab, 
     require_same(tmp_path, whole(name))
 
 
+def test_the_processor_s_time_of_killed_processes_counts(tmp_path):
+    first = training_state.Spent(tmp_path / "spent.json")
+    while first.seconds < 0.02:
+        sum(range(1000))
+    first.keep()
+    assert training_state.Spent(tmp_path / "spent.json").seconds > 0.02
+
+
 @pytest.mark.slow
 def test_a_broken_state_counts_for_nothing(lab, whole, monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         counting(patch, Optimiser, "step", stop_at=5)
         moe_compress.compress(RECIPES["distill"], **own(lab, tmp_path))
-    (state,) = tmp_path.rglob("training.safetensors")
+    (state,) = tmp_path.rglob("training-float32.safetensors")
     state.write_bytes(state.read_bytes()[:-100])
     moe_compress.compress(RECIPES["distill"], **own(lab, tmp_path))
     require_same(tmp_path, whole("distill"))

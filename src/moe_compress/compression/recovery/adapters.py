@@ -61,6 +61,11 @@ class Trained:
         added = {f"{name}.{LORA_A}": each.a for name, each in self.adapters.items()}
         return {**self.whole, **added, **{f"{name}.{LORA_B}": each.b for name, each in self.adapters.items()}}
 
+    @property
+    def names(self) -> list[str]:
+        """Of the model's own parameters that change."""
+        return [*self.whole, *self.adapters]
+
     def weights(self) -> dict[str, Tensor]:
         """What stands for the model's own parameters by now, of those that changed."""
         return {**self.whole, **{name: each.merged() for name, each in self.adapters.items()}}

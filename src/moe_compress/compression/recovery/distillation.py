@@ -167,7 +167,9 @@ class DistillationRun:
         """Bring the gradients of a part of a step back, where they are enabled; its share of each loss."""
         routed = "router" in self.task.terms
         theirs, said = self._teach(batch, routed)
-        with _routers(self.student, routed) as ours:
+        # What experts are sent is taken as it is: of them alone, nothing goes back through the layers.
+        felt = torch.is_grad_enabled() and self.task.terms.keys() != {"experts"}
+        with _routers(self.student, routed) as ours, torch.set_grad_enabled(felt):
             states = self.student.states(batch)
         found: dict[Term, Tensor] = {}
         if "hidden" in self.task.terms:

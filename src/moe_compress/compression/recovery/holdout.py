@@ -58,5 +58,6 @@ class Holdout:
                 "left is the state behind step %d, of %.4g. A lower lr= may help, or fewer steps=.",
                 first, last, best, held[best],
             )  # fmt: skip
-        said = {"windows": len(self.rows), "steps": [*held], "losses": [float(f"{each:.6g}") for each in held.values()]}
+        losses = [float(f"{each:.6g}") if math.isfinite(each) else None for each in held.values()]
+        said = {"windows": len(self.rows), "steps": [*held], "losses": losses}
         return {"holdout": {**said, "kept_step": best, "worse_at_the_end": last > first}}

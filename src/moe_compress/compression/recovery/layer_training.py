@@ -74,6 +74,9 @@ def train_layer(
         with torch.no_grad():
             for name, each in parameters.items():
                 each.copy_(before[name])
+    with torch.no_grad():  # what later layers see
+        for adapter in trained.adapters.values():
+            adapter.held.copy_(adapter.merged())
     for each in parameters.values():
         each.requires_grad_(False)
     return {"error": [first, min(last, first) if last == last else first], "tokens": tokens}
@@ -81,9 +84,12 @@ def train_layer(
 
 def _batch_error(pair: LayerPair, enters: Stream, batch: Batch, arithmetic: Arithmetic) -> Tensor:
     """Squared error of what leaves the layer, over the square of what should, of each token that counts, [T]."""
-    call = batch.calls[pair.index]
+    call, handed = batch.calls[pair.index], enters.handed_to(batch)
+    if handed is not None and handed.is_floating_point():
+        handed = handed.float()
+    # The teacher's stream may be in bf16; the student's layer is not.
     with arithmetic.layer(pair.layer):
-        output = hf.layer_output(pair.layer, enters.hidden_NSD[batch.rows], call, enters.handed_to(batch))
+        output = hf.layer_output(pair.layer, enters.hidden_NSD[batch.rows].float(), call, handed)
     ours_TD, theirs_TD = (
         each.flatten(0, 1).flatten(1)[batch.info.real_T]
         for each in (output.hidden_BSD, pair.target.hidden_NSD[batch.rows])

@@ -74,6 +74,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], most: float) -> None:
     norms = [
         everywhere(nn.utils.get_total_norm([each.grad for each in kind if each.grad is not None])) for kind in felt
     ]
+    if not norms:
+        return
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for kind in felt:
         nn.utils.clip_grads_with_norm_(kind, most, total)

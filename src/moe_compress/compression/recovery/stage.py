@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +36,7 @@ from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheck
 from moe_compress.compression.recovery.teachers import Teaching, online_bytes, teaching_of
 from moe_compress.compression.recovery.trained_codes import CODES, SCALES, coded_numbers
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
-from moe_compress.compression.recovery.training_state import Curve
+from moe_compress.compression.recovery.training_state import Curve, DivergedError, Spent
 from moe_compress.compression.recovery.whole_training import changed_by_layer, dtype_of, training_of
 from moe_compress.compression.weights.stage import WeightStageResult
 from moe_compress.data.windows import Windows
@@ -57,7 +56,6 @@ from moe_compress.utils.logging import log
 # A gradient and two moments, in fp32.
 BYTES_PER_TRAINED = 12
 FLOAT = 4
-STATE = "training.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +69,7 @@ class _Job:
     windows: Windows
     run: Run
     writer: CheckpointWriter
+    spent: Spent
     progress: Progress | None
 
     @property
@@ -98,22 +97,21 @@ def run_recovery_stage(
     teacher = resolve_model(named) if named else origin
     if teacher.fingerprint == source.fingerprint:
         raise ValueError(itself(source))
-    task, started = task_of(stage), time.process_time()
+    task, spent = task_of(stage), Spent(writer.scratch / "spent.json")
     led = edits_from(teacher, origin) if compares_layers(task) else []
     windows = run.windows("calibration", source)
     log.info("%s: %d tokens of %s (%s).", stage.method, windows.tokens, run.options.data, windows.fingerprint)
     if (batch := stage.parameters.get("batch", 0)) > len(windows):
         log.warning("batch=%d: the text has %d windows, so that a step sees some of them again.", batch, len(windows))
     about = {"calibration": {**windows.description, "seconds": 0.0, "peak_bytes": 0}, "teacher": teacher.name}
-    job = _Job(stage, source, teacher, [*led, *edits], windows, run, writer, progress)
+    job = _Job(stage, source, teacher, [*led, *edits], windows, run, writer, spent, progress)
     if isinstance(task, Distillation):
         report = _whole(task, job, lambda target, so_far: finish(target, {**about, **so_far}))
     else:
         report = _by_layer(task, job)
     log.info("%s: %s.", stage.method, before_and_after(report) or "nothing was there to be recovered")
     helped = sum(run.processes.all_say(0.0)) if isinstance(task, Distillation) else 0.0
-    seconds = time.process_time() - started + helped
-    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(seconds, 3)}
+    cost = {"tokens": _tokens(report, windows), "processor_seconds": round(spent.seconds + helped, 3)}
     return WeightStageResult({**about, **report, "recovery": cost}, [], dict(source.values))
 
 
@@ -142,6 +140,8 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
     steps.begin()
 
     def write_step(curve: Curve) -> None:
+        if curve.steps % options.keep == 0:
+            job.spent.keep()
         due = steps.due(curve.steps, options.steps)
         if options.checkpoint_every and run.processes.mesh is not None:
             run.processes.first(due)  # all of them put together what is written
@@ -150,21 +150,30 @@ def _whole(task: Distillation, job: _Job, finish: Finish) -> dict[str, Any]:
 
     follow = Follower(options, run.log, tracker, job.progress, then=write_step)
     with contextlib.closing(tracker) if tracker is not None else contextlib.nullcontext():
-        report = training.run(writer.scratch / STATE, follow)
+        try:
+            report = training.run(_state(job), follow)
+        except DivergedError as error:
+            raise DivergedError(f"{error} {steps.left()}") from error
     fill(writer)
-    count = run.processes.count
-    return {TRAINING: {**report, **teaching.report, **({"processes": count} if count > 1 else {})}}
+    count, dtype = run.processes.count, dtype_of(run)
+    launched = {"processes": count} if count > 1 else {}
+    said = {"dtype": dtype_name(dtype)} if dtype != run.dtype else {}
+    return {TRAINING: {**report, **teaching.report, **launched, **said}}
 
 
 def _prepared(task: Distillation, job: _Job) -> tuple[DistillationRun, Teaching]:
     """A training that can begin, in all processes; who teaches it."""
     run, processes = job.run, job.run.processes
     student, teacher = address(job.source), address(job.teacher)
-    state = (job.writer.scratch / STATE).absolute()
-    processes.first(Order(job.stage, student, teacher, job.edits, job.windows, run.options, state))
+    processes.first(Order(job.stage, student, teacher, job.edits, job.windows, run.options, _state(job)))
     with processes.together():
         teaching = teaching_of(task, job.teacher, job.windows, run, job.progress)
         return training_of(task, job.options, job.source, teaching, job.edits, job.windows, run), teaching
+
+
+def _state(job: _Job) -> Path:
+    """Where a training is kept, in the numbers that it multiplies in: another launch may do so in others."""
+    return (job.writer.scratch / f"training-{dtype_name(dtype_of(job.run))}.safetensors").absolute()
 
 
 def _require_room(task: Distillation, job: _Job) -> None:
@@ -220,7 +229,12 @@ def _by_layer(task: LayerDistillation | RouterFit | Rebalancing, job: _Job) -> d
     # A step then takes whole batches, and as many windows as it is told.
     most = min(windows_per_batch(windows), options.batch)
     size = next(n for n in range(most, 0, -1) if options.batch % n == 0)
-    walk_pairs(theirs, ours, kin, windows, visitor.visit, state=writer.scratch, size=size)
+
+    def visit(pair: LayerPair) -> None:
+        visitor.visit(pair)
+        job.spent.keep()
+
+    walk_pairs(theirs, ours, kin, windows, visit, state=writer.scratch, size=size)
     notes = {i: read_json(visitor.notes_file(i)) for i in range(source.num_layers)}
     return {"layers": {i: note for i, note in notes.items() if note}}
 
@@ -271,7 +285,7 @@ class LayerVisitor:
         if not trained.parameters:
             return {}, {}
         report = train_layer(pair, self.task, trained, self.options, self.seed, self.follow.step)
-        return {name: each.detach() for name, each in trained.weights().items()}, report
+        return {name: dict(pair.layer.named_parameters())[name].detach() for name in trained.names}, report
 
     def _trained(self, pair: LayerPair, task: LayerDistillation) -> Trained:
         """What of a layer is trained, by names in it."""

@@ -45,6 +45,11 @@ class StepCheckpoints:
             return False
         return step > max((each.step for each in finished_steps(self.out)), default=-1)
 
+    def left(self) -> str:
+        """What a training that came to nothing leaves, in a sentence."""
+        last = max(finished_steps(self.out), key=lambda each: each.step, default=None)
+        return "Nothing is written." if last is None else f"The last checkpoint is {last.folder}."
+
     def write(self, step: int, fill: Callable[[CheckpointWriter], None], report: Mapping[str, Any]) -> None:
         """Write the one of this step. fill: writes all tensors."""
         writer = CheckpointWriter(step_folder(self.out, step), self.source, fingerprint(self.run, step))

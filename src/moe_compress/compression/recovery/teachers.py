@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,4 +78,6 @@ def _kept(
 def _rounded(task: Distillation, teacher: Checkpoint, windows: Windows, run: Run) -> tuple[ResidentLayers, float]:
     """The teacher in few bits, and its divergence from what it was."""
     layers = ResidentLayers(rounded_model(teacher, run.layers(teacher), task.teacher_bits))
+    if run.processes.rank:  # the first says it for all
+        return layers, math.nan
     return layers, float(f"{rounding_kl(run.layers(teacher), layers, windows):.6g}")

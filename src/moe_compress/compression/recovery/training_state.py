@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,16 @@ from safetensors.torch import load_file
 
 from moe_compress.checkpoints.safetensors_file import write_shard
 from moe_compress.compression.recovery.trained_weights import Optimiser
+from moe_compress.utils.files import read_json, write_json
 from moe_compress.utils.logging import log
 
 # A curve is reported by at most so many of its steps.
 SHOWN = 40
 TOKENS, SECONDS, LOSSES, HELD = "curve|tokens", "curve|seconds", "curve|loss|", "curve|held"
+
+
+class DivergedError(ValueError):
+    """A training whose loss is no number any more."""
 
 
 @dataclass
@@ -45,12 +51,11 @@ class Curve:
         return {term: values[-1] for term, values in self.losses.items() if values}
 
     def add(self, step: int, losses: Mapping[str, float], tokens: int) -> None:
-        """Enter a step. ValueError for a loss that is no number."""
+        """Enter a step. DivergedError for a loss that is no number."""
         wrong = next((term for term, value in losses.items() if not math.isfinite(value)), None)
         if wrong is not None:
-            raise ValueError(
-                f"the loss ({wrong}) of step {step + 1} is no number: nothing is written. A lower lr= helps, or a "
-                "longer warmup=."
+            raise DivergedError(
+                f"the loss ({wrong}) of step {step + 1} is no number: a lower lr= helps, or a longer warmup=."
             )
         for term, value in losses.items():
             self.losses.setdefault(term, []).append(value)
@@ -70,6 +75,23 @@ class Curve:
             "tokens": self.tokens, "seconds": round(self.seconds, 3), "steps": count,
             "curve_steps": [n + 1 for n in at], "curve": curve, "recent": self.recent(every),
         }  # fmt: skip
+
+
+class Spent:
+    """Processor seconds since it was made, and those of processes before that were killed, from a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.started = file, time.process_time()
+        self.before: float = read_json(file)["processor_seconds"] if file.is_file() else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """All of them so far."""
+        return self.before + time.process_time() - self.started
+
+    def keep(self) -> None:
+        """Let a later process know of them."""
+        write_json(self.file, {"processor_seconds": self.seconds})
 
 
 def save(file: Path, optimiser: Optimiser, curve: Curve, *, writes: bool = True) -> None:
