@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 from moe_compress.reports import html_report, learning_curve
 from moe_compress.reports.learning_curve import LOSS, curves_of
 from moe_compress.reports.record import digest_of
-from support.records import HOSTILE, ORIGINAL, WORSE
+from support.records import HOSTILE, ORIGINAL, WORSE, record
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -81,3 +81,12 @@ def test_the_page_has_a_section_a_training(tmp_path, monkeypatch):
     assert page.count("<h2>Training of") == 2 and "<h2>Training of run</h2>" in page and HOSTILE not in page
     assert "kl, step 20: 0.2" in page and "KL to the original, nats" in page
     assert len(made.skipped) == 1 and "broken.json is no watch file" in made.skipped[0]
+
+
+def test_a_training_that_nobody_watched_shows_its_losses(tmp_path):
+    training = {"curve_steps": [1, 20], "curve": {"logits": [0.5, 0.25]}}
+    trained = record("trained", 2.2, [("distill", {})]).model_copy(update={"report": [{"training": training}]})
+    for row in (ORIGINAL, trained):
+        row.save(tmp_path / "records")
+    page = Path(html_report.make_report(tmp_path / "records", tmp_path / "page", {}).files[0]).read_text()
+    assert "<h2>Training of trained</h2>" in page and "logits, step 20: 0.25" in page and "loss of a step" in page

@@ -12,7 +12,7 @@ from moe_compress.reports.companions import LATENCY, Columns, CompanionResult, J
 from moe_compress.reports.fronts import write_front
 from moe_compress.reports.page import Contents, Gallery, Section, render
 from moe_compress.reports.reading import Places, failures_of, gather, sibling_folders
-from moe_compress.reports.record import write_whole
+from moe_compress.reports.record import Record, write_whole
 from moe_compress.reports.table import Table, make_tables, stems
 from moe_compress.utils.files import require_writable
 from moe_compress.utils.logging import log
@@ -45,6 +45,8 @@ def make_report(records: Places, out: str | Path, columns: Mapping[str, Columns]
         found[folder], skipped = [result for results in read for result in results], skipped + wrong
     galleries, wrong = _galleries(places)
     skipped += wrong
+    watched = {gallery.title for gallery in galleries}
+    galleries = [*(each for each in _losses(good) if each.title not in watched), *galleries]
     sections = [_section(table, places, columns, found) for table in tables]
     models = {table.title for table in tables}
     homeless = [failure for failure in failures if failure.model not in models]
@@ -104,6 +106,15 @@ def _trainings(places: Sequence[Path]) -> tuple[list[Gallery], list[str]]:
         title = f"Training of {name}" + f" ({protocol[:6]})" * (sum(key[0] == name for key in groups) > 1)
         galleries.append(Gallery(title, learning_curve.pictures(learning_curve.curves_of(group))))
     return [gallery for gallery in galleries if gallery.pictures], wrong
+
+
+def _losses(records: Sequence[Record]) -> Iterator[Gallery]:
+    """Losses of what was trained, by record."""
+    for record in records:
+        for stage in record.report:
+            if "training" in stage:
+                curves = learning_curve.curves_of_losses(stage["training"]["curve_steps"], stage["training"]["curve"])
+                yield Gallery(f"Training of {record.name}", learning_curve.pictures(curves))
 
 
 def _plots(sections: Sequence[Section], folder: Path, png: bool) -> list[Path]:

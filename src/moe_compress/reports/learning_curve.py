@@ -21,6 +21,7 @@ SHOWN = {
 }
 TASKS, TASK, ACCURACY = "share of right answers", "accuracy_", "accuracy"
 LOSS = "loss, mean since the checkpoint before"
+LOSS_OF_STEP = "loss of a step"
 # Where there are several tasks, `accuracy` is their average.
 AVERAGE = "average"
 Interval = Sequence[float] | None
@@ -63,6 +64,15 @@ def curves_of(evaluations: Sequence[Mapping[str, Any]]) -> Curves:
     if wanted:
         found[TASKS] = [_line(metric, name, steps, original) for metric, name in wanted.items()]
     return found
+
+
+def curves_of_losses(steps: Sequence[int], losses: Mapping[str, Sequence[float]]) -> Curves:
+    """The panel of losses by term at these steps."""
+    lines = [
+        Line(name, [(step, value, None) for step, value in zip(steps, values, strict=True)])
+        for name, values in losses.items()
+    ]
+    return {LOSS_OF_STEP: lines} if steps and lines else {}
 
 
 def _line(metric: str, name: str, steps: Sequence[Mapping[str, Any]], original: Mapping[str, Any]) -> Line:

@@ -187,6 +187,11 @@ def rebalance(pair: LayerPair, task: Rebalancing) -> tuple[dict[str, Tensor], Re
         if variation(load_E) < best:
             best, kept = variation(load_E), bias.clone()
     bias.copy_(kept)
+    if best > goal * (1 + task.tolerance):
+        log.warning(
+            "layer %d: its experts' load varies by %.3g after rounds=%d, the original's by %.3g: more rounds may help.",
+            pair.index, best, task.rounds, goal,
+        )  # fmt: skip
     return {name: bias}, {"variation": [first, best], "teacher": goal}
 
 

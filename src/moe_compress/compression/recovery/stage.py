@@ -183,7 +183,9 @@ def _require_room(task: Distillation, job: _Job) -> None:
     teacher, free = online_bytes(task, job.teacher, run), free_memory(run.device)
     share = run.processes.count if run.processes.mesh is not None else 1
     beside = run.processes.local if run.device.type == "cpu" else 1
-    if (student + teacher + kept) * beside > free * share:
+    # What is trained of codes, and an original in few bits, each process has all of.
+    whole = (kept if task.trains & {CODES, SCALES} else 0) + (teacher if task.teacher_bits else 0)
+    if (whole + (student + teacher + kept - whole) / share) * beside > free:
         among = f", {beside} times" if beside > 1 else ""
         among += f", shared out among {share} processes" if share > 1 else ""
         raise ValueError(
