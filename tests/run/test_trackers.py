@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,18 @@ def test_tensorboard_reads_what_was_written(tmp_path):
     tracker.close()
     events = EventAccumulator(str(next((Path(tmp_path) / "tensorboard").iterdir()))).Reload()
     assert [(each.step, each.value) for each in events.Scalars("training/loss")] == [(2, 0.5), (1, 0.25)]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+def test_wandb_keeps_what_it_is_told_where_it_is_offline(tmp_path):
+    code = (
+        "from moe_compress.run.trackers import open_tracker; from pathlib import Path\n"
+        "tracker = open_tracker('wandb', Path('logs'), 'name', 'abcdefgh', 'training')\n"
+        "tracker.log(2, {'loss': 0.5}); tracker.log(1, {'loss': 0.625}); tracker.close()"
+    )
+    offline = {**os.environ, "WANDB_MODE": "offline", "HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=offline, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("logs/wandb/offline-run-*-abcdefgh-training/*.wandb")
+    kept = file.read_bytes()
+    assert kept.count(b"training/loss") >= 2 and b"0.625" in kept and b"0.5" in kept
