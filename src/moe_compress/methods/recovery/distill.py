@@ -43,8 +43,8 @@ def distill(
 ) -> Distillation:
     """Train the compressed model on what the original says of the calibration text.
 
-    train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms and new
-    (factors, and constants in place of experts), or lora: low-rank adapters on the matrices of experts and attention,
+    train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms, new
+    (factors, and constants in place of experts), and, of packed matrices, scales and codes; or lora: low-rank adapters on the matrices of experts and attention,
     or of those of experts, attention, shared and dense that are named beside it, added to them in the end; rank, alpha:
     of adapters, which are scaled by alpha / rank; loss: a comma-separated list, each with its weight behind a colon, of
     logits (next-token divergence), hidden (squared error of what leaves each layer), router (KL of the routing),
