@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 
@@ -60,3 +61,26 @@ def hidden_error(student: Tensor, teacher: Tensor) -> float:
     """Squared error of one token's hidden state over the square of what it should be."""
     pairs = list(zip(student.flatten().tolist(), teacher.flatten().tolist(), strict=True))
     return sum((a - b) ** 2 for a, b in pairs) / sum(b * b for _, b in pairs)
+
+
+def coded_gradients(
+    x_RI: Tensor, gradient_RO: Tensor, codes_OI: Tensor, scale_OG: Tensor, latent_OI: Tensor | None, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of scales [O, G], and of what is behind codes [O, I], of rows through clamp(round(latent / s)) * s.
+
+    Codes count as constant for scales; rounding passes gradients, and clipping stops them.
+    """
+    (outputs, inputs), groups, half = codes_OI.shape, scale_OG.shape[1], 2 ** (bits - 1)
+    scale, latent = (scale_OG.new_zeros(size, dtype=torch.float64) for size in (scale_OG.shape, codes_OI.shape))
+    for o in range(outputs):
+        for i in range(inputs):
+            g = i * groups // inputs
+            code, inside = float(codes_OI[o, i]), True
+            if latent_OI is not None:
+                real = float(latent_OI[o, i] / scale_OG[o, g])
+                inside = -half <= real <= half - 1
+                code = min(max(round(real), -half), half - 1)
+            of_weight = sum(float(gradient_RO[r, o]) * float(x_RI[r, i]) for r in range(len(x_RI)))
+            scale[o, g] += of_weight * code
+            latent[o, i] = of_weight if inside else 0.0
+    return scale, latent

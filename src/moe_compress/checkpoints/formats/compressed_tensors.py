@@ -161,6 +161,17 @@ def _settings(config: Config) -> dict[str, Any]:
     return {**common_bits(_grids(config)), "block": blocks.pop() if len(blocks) == 1 else None}
 
 
+def _whole_codes(config: Config) -> bool:
+    """Whether any group is packed whole numbers without zero points and act-order, or INT8 with scales of rows."""
+    for group in config["config_groups"].values():
+        weights, kind = group["weights"], group.get("format") or config.get("format")
+        by_rows = kind == "pack-quantized" or weights.get("strategy") == "channel"
+        plain = weights.get("symmetric", True) and not weights.get("actorder")
+        if weights.get("type", "int") == "int" and by_rows and plain:
+            return True
+    return False
+
+
 def _scale_bytes(config: Config, itemsize: int) -> dict[int, float]:
     """By bits, of the first group with so many."""
     found = dict[int, float]()
@@ -266,6 +277,7 @@ def compressed_tensors() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         settings=_settings,
+        whole_codes=_whole_codes,
         scale_bytes=_scale_bytes,
         leave_out=_leave_out,
         joined=_joined,

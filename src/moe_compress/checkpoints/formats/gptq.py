@@ -127,8 +127,12 @@ def _grids(config: Config) -> list[Grid]:
     return [Grid(bits=config["bits"], group_size=max(config["group_size"], 0), targets=(LINEAR,), ignore=ignore)]
 
 
+def _regular(config: Config) -> bool:
+    return bool(config["sym"] and not config.get("desc_act"))
+
+
 def _settings(config: Config) -> dict[str, Any]:
-    regular = config["sym"] and not config.get("desc_act")
+    regular = _regular(config)
     return {**common_bits(_grids(config)), "regular": regular, "less": LESS[config.get("checkpoint_format") or FIRST]}
 
 
@@ -164,6 +168,7 @@ def gptq() -> Format:
         unreadable=_unreadable,
         grids=_grids,
         settings=_settings,
+        whole_codes=_regular,
         leave_out=_leave_out,
         # fp16, and a zero point of as many bits as a weight.
         scale_bytes=lambda config, _: {config["bits"]: SCALE_BYTES + config["bits"] / 8},

@@ -209,6 +209,9 @@ class Format:
     `joined` are given a config with what stands apart of it of
     experts.
 
+    whole_codes: whether codes and a scale each are all that there is of what a config says is packed, so that it stays
+    packed in memory, of some matrices at least.
+
     kept_by_stock: whether stock transformers has kernels of its own for it, and loads whole models; else this package
     does, and makes dense in memory what has no kernel.
 
@@ -227,6 +230,7 @@ class Format:
     joined: Callable[[Config, Config], dict[str, Any] | None] = lambda _before, _new: None
     foreign: tuple[str, ...] = ()
     experts: tuple[str, ...] = ()
+    whole_codes: Callable[[Config], bool] = lambda _: False
     kept_by_stock: bool = False
     loaders: Loaders = OURS_ALONE
     writer: Writer | None = None

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moe_compress.checkpoints.formats.registry import QUANTIZATION
+from moe_compress.checkpoints.formats.registry import QUANTIZATION, format_in
 from moe_compress.checkpoints.quantization_config import packed_edits
 from moe_compress.checkpoints.reader import Checkpoint
 from moe_compress.checkpoints.resolve import resolve_model
 from moe_compress.compression.recovery.adapters import adapted_parameters, require_smaller
 from moe_compress.compression.recovery.lineage import edits_from, lineage
-from moe_compress.compression.recovery.trained_codes import CODES, SCALES
+from moe_compress.compression.recovery.trained_codes import CODES, SCALES, TRAINABLE
 from moe_compress.compression.recovery.trained_weights import PARTS, trained_parameters
 from moe_compress.methods import registry
 from moe_compress.methods.recovery_method import (
@@ -28,7 +28,7 @@ from moe_compress.methods.recovery_method import (
 from moe_compress.methods.stage_options import TEACHER, TrainingOptions
 from moe_compress.models import hf
 from moe_compress.models.component_map import EXPERTS, component_of_modules
-from moe_compress.models.modeling.packed_linear import PackedMatrix
+from moe_compress.models.modeling.packed_linear import PackedMatrix, is_packed
 from moe_compress.models.modeling.rerouting import rerouting_of
 from moe_compress.models.moe import all_moe_views, moe_views
 from moe_compress.models.router_rule import selection_bias
@@ -84,6 +84,12 @@ def _require_trainable(
     if coded and (not packed or isinstance(task, LayerDistillation)):
         why = "layerwise trains plain numbers alone" if packed else "nothing is packed there"
         raise ValueError(f"train={','.join(sorted(task.trains))}: {why}: put {stage.method} behind `quantize`.")
+    if coded and not _holds_codes(model, values):
+        raise ValueError(
+            f"train={','.join(sorted(task.trains))}: what {format_in(values).name} packs has more than whole codes and "
+            f"scales (zero points), or codes of floating point: put {stage.method} behind `quantize` with "
+            f"{TRAINABLE}."
+        )
     for word in packed:
         if task.adapters is not None and word in task.adapters.parts:
             raise ValueError(
@@ -207,6 +213,12 @@ def _packed_words(model: PreTrainedModel, values: Mapping[str, Any]) -> list[str
             inside = view is not None and within(name, view.names["experts"])
             components.add(EXPERTS if inside else places.get(f"{prefix}{edit.layer}.{name}", ""))
     return [word for word, meant in PARTS.items() if components & set(meant)]
+
+
+def _holds_codes(model: PreTrainedModel, values: Mapping[str, Any]) -> bool:
+    """Whether any matrix is held in whole codes with scales, as modules of the skeleton or config.json say."""
+    config = values.get(QUANTIZATION)
+    return is_packed(model) or bool(config and format_in(values).whole_codes(config))
 
 
 def _require_sense(stage: Stage) -> None:

@@ -202,7 +202,7 @@ def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
     source, run, coded = job.source, job.run, task.trains & {CODES, SCALES}
     skeleton = source.skeleton(torch.float32)
     plain = trained_parameters(skeleton, task.trains - coded) if task.trains - coded else {}
-    whole = sum(each.numel() for each in plain.values()) + (coded_numbers(source, coded) if coded else 0)
+    whole = sum(each.numel() for each in plain.values())
     added, adapted = adapted_numbers(skeleton, task.adapters)
     dtype = dtype_of(run)
     loaded = load_dtype(source.stored_dtype, dtype)
@@ -210,6 +210,11 @@ def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
     if dtype != torch.float32:
         # What is trained is held in fp32, beside its copy; what is adapted as it was loaded.
         weights += FLOAT * whole + (loaded.itemsize - dtype.itemsize) * adapted
+    if coded:
+        # Released one after the other: each is given up for what it is trained as.
+        numbers = coded_numbers(source, dtype)
+        weights += numbers.bytes(coded) - numbers.packed_bytes
+        whole += numbers.trained(coded)
     weights = max(weights, memory_bytes(source, loaded, run.device)) + FLOAT * added
     # Each forward makes adapted matrices anew, and keeps them for the way back unless it is to recompute them.
     weights += 0 if job.options.recompute else dtype.itemsize * adapted

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moe_compress.checkpoints.formats.stored_weight import StoredWeight
 from moe_compress.checkpoints.reader import Checkpoint
@@ -17,14 +18,15 @@ from moe_compress.compression.recovery.distillation import DistillationRun
 from moe_compress.compression.recovery.lineage import Lineage, lineage
 from moe_compress.compression.recovery.shared_out import whole
 from moe_compress.compression.recovery.teachers import Teaching
-from moe_compress.compression.recovery.trained_codes import TrainedMatrix, packed_again
-from moe_compress.compression.recovery.trained_weights import stored_tensors
+from moe_compress.compression.recovery.trained_codes import TrainedMatrix, packed_again, pruned_kinds
+from moe_compress.compression.recovery.trained_weights import PARTS, stored_tensors
 from moe_compress.compression.recovery.whole_model import WholeModel
 from moe_compress.data.windows import Windows
 from moe_compress.edits.edits import Edit
 from moe_compress.methods.recovery_method import Distillation
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.models import hf
+from moe_compress.models.component_map import component_of_modules
 from moe_compress.run.context import Run
 from moe_compress.run.processes import connected
 
@@ -43,11 +45,20 @@ def training_of(
     student = WholeModel(source, run, load_dtype(source.stored_dtype, dtype), recompute=options.recompute)
     trained = trained_of(student.model, task, run.options.seed)
     require_trained_plain(source, task, trained)
+    hold_zeros(student.model, pruned_kinds(source.folder))
     student.arithmetic = arithmetic_of(student.model, trained, run.device, dtype)
     layered = teaching.online if compares_layers(task) else None
     kin = Lineage([], [], {}) if layered is None else lineage(student.model, layered.model, edits)
     taught_by = teaching.online or teaching.cache
     return DistillationRun(task, options, student, taught_by, windows, trained, kin, run.options.seed, run.processes)
+
+
+def hold_zeros(model: PreTrainedModel, kinds: frozenset[str]) -> None:
+    """Let codes that are zero stay so in these parts of a layer, whatever their pattern."""
+    held, places = {each for kind in kinds for each in PARTS.get(kind, ())}, component_of_modules(model)
+    for name, module in model.named_modules():
+        if isinstance(module, TrainedMatrix) and places[name] in held:
+            module.pruned = True
 
 
 def dtype_of(run: Run) -> torch.dtype:

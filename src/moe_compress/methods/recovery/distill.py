@@ -43,13 +43,13 @@ def distill(
 ) -> Distillation:
     """Train the compressed model on what the original says of the calibration text.
 
-    train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms and new
-    (factors, and constants in place of experts), or lora: low-rank adapters on the matrices of experts and attention,
-    or of those of experts, attention, shared and dense that are named beside it, added to them in the end; rank, alpha:
-    of adapters, which are scaled by alpha / rank; loss: a comma-separated list, each with its weight behind a colon, of
-    logits (next-token divergence), hidden (squared error of what leaves each layer), router (KL of the routing),
-    experts (squared error of what each expert gives on the tokens that it is sent) and labels (cross-entropy of the
-    text itself); divergence, temperature, beta: forward KL, reverse KL, or generalised
+    train: what of it, a comma-separated list of all, routers, experts, shared, attention, dense, norms, new (factors,
+    and constants in place of experts), and, of packed matrices, scales and codes; or lora: low-rank adapters on the
+    matrices of experts and attention, or of those of experts, attention, shared and dense that are named beside it,
+    added to them in the end; rank, alpha: of adapters, which are scaled by alpha / rank; loss: a comma-separated list,
+    each with its weight behind a colon, of logits (next-token divergence), hidden (squared error of what leaves each
+    layer), router (KL of the routing), experts (squared error of what each expert gives on the tokens that it is sent)
+    and labels (cross-entropy of the text itself); divergence, temperature, beta: forward KL, reverse KL, or generalised
     Jensen-Shannon with the original's share beta, of logits divided by the temperature; cache: run the original once on
     the text, for every model that learns from it, and keep of each distribution the `top` likeliest tokens and what
     the others have together (topk), or half as many and draws from the others, which estimate the KL without bias

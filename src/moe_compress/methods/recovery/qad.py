@@ -29,7 +29,8 @@ def qad(
 ) -> Distillation:
     """Train quantized matrices on what the original says of the calibration text; they stay in the same format.
 
-    learns: scales alone, codes as they are; or codes as well, rounded straight through in every step; divergence,
+    learns: scales alone, codes as they are; or codes as well, rounded straight through in every step, where those
+    that were pruned stay zero; divergence,
     temperature, beta, cache, top, teacher_bits: as for distill.
     """
     trains = frozenset({"scales"} if learns == "scales" else {"scales", "codes"})
