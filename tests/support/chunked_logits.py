@@ -32,7 +32,7 @@ def main(way: str, tokens: int, vocabulary: int) -> None:
     reset_peak_memory(cpu)
     before = peak_memory_bytes(cpu)
     if way == "chunked":
-        student: Any = SimpleNamespace(model=model)
+        student: Any = SimpleNamespace(model=model, logits=lambda hidden: hf.logits(model, hidden))
         chunked_loss(student, ours, lambda logits, part: of(logits, hf.head(model, theirs[part])), 1 / tokens)
     else:
         leaf = ours.requires_grad_()
