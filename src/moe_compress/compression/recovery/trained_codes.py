@@ -124,6 +124,11 @@ def release(model: PreTrainedModel, parts: frozenset[str]) -> dict[str, nn.Param
         outer, _, leaf = name.rpartition(".")
         matrix = model.get_submodule(name)
         assert isinstance(matrix, PackedMatrix)
+        if matrix.groups > 1:
+            raise ValueError(
+                f"train={','.join(sorted(parts))}: groups of outputs of {name} have rows of their own, which is not "
+                "trained in codes: quantize other parts (where=), or train routers."
+            )
         trained = TrainedMatrix(matrix, with_codes=CODES in parts)
         setattr(model.get_submodule(outer), leaf, trained)
         if SCALES in parts:
