@@ -19,7 +19,7 @@ from moe_compress.methods import registry
 from moe_compress.methods.registry import Method
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.declarations import declarations
-from support.pages import DOCS, commands, require_command
+from support.pages import DOCS, commands, require_command, table_words
 
 TEXT = (DOCS / "extending" / "model_method.md").read_text(encoding="utf-8")
 NAME = "busiest_experts"
@@ -31,12 +31,6 @@ def example(in_package: Callable[[str], str]) -> str:
     name = in_package("model_method")
     registry.METHODS.update({d.name: registry._method(d) for d in declarations(registry.PACKAGE, "method")})
     return name
-
-
-def table(title: str) -> list[str]:
-    """The first cells of a table."""
-    rows = TEXT.partition(f"\n| {title} |")[2].partition("\n\n")[0]
-    return [name for row in re.findall(r"^\| (`.*?) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
 
 
 def test_it_is_known_before_it_is_imported(example):
@@ -92,8 +86,8 @@ def test_what_the_source_says_is_what_the_module_says(example):
 
 def test_the_tables_name_every_argument_need_and_edit():
     own = {field.name for field in dataclasses.fields(Method)} - {"name", "scope", "declaration", "parameters"}
-    assert set(table("argument")) >= {*own - {"quantizes", "leaves_pattern", "allocates"}, "needs", "check"}
-    needs = {*table("`needs` | the method is given")}
+    assert set(table_words(TEXT, "argument")) >= {*own - {"quantizes", "leaves_pattern", "allocates"}, "needs", "check"}
+    needs = {*table_words(TEXT, "`needs` | the method is given")}
     assert needs == set(get_args(registry.Need)) - {"input_squares", "input_grams"}
     kinds = [each.__name__ for each in get_args(edits.Edit)]
     said = TEXT.partition("one of the eleven kinds")[2].partition("Edits are carried")[0]

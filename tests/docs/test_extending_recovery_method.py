@@ -19,7 +19,7 @@ from moe_compress.methods import recovery_method, registry
 from moe_compress.methods.stage_options import TrainingOptions
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.declarations import declarations
-from support.pages import DOCS, commands, require_command
+from support.pages import DOCS, commands, require_command, table_words
 from support.recovered import changed_tensors
 
 TEXT = (DOCS / "extending" / "recovery_method.md").read_text(encoding="utf-8")
@@ -32,12 +32,6 @@ def example(in_package: Callable[[str], str]) -> str:
     name = in_package("recovery_method")
     registry.METHODS.update({d.name: registry._method(d) for d in declarations(registry.PACKAGE, "recovery_method")})
     return name
-
-
-def table(title: str) -> list[str]:
-    """The words in the first cells of a table."""
-    rows = TEXT.partition(f"\n| {title} |")[2].partition("\n\n")[0]
-    return [name for row in re.findall(r"^\| (`.*?) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
 
 
 def test_it_is_known_before_it_is_imported(example):
@@ -89,10 +83,10 @@ def test_a_module_of_ones_own_is_enough(elsewhere, lab):
 
 def test_the_tables_name_every_argument_parameter_and_kind():
     arguments = registry.NEEDED["recovery_method"] | registry.ALLOWED["recovery_method"]
-    assert set(table("argument of `@recovery_method`")) == arguments
-    assert set(table("parameter")) == {field.name for field in dataclasses.fields(TrainingOptions)}
+    assert set(table_words(TEXT, "argument of `@recovery_method`")) == arguments
+    assert set(table_words(TEXT, "parameter")) == {field.name for field in dataclasses.fields(TrainingOptions)}
     rows = TEXT.partition("\n| kind | fields |")[2].partition("\n\n")[0]
     said = {row.split("`")[1]: re.findall(r"`(\w+)`", row.split("|")[2]) for row in re.findall(r"^\| `.*$", rows, re.M)}
     kinds = get_args(recovery_method.Recovery)
     assert said == {kind.__name__: [field.name for field in dataclasses.fields(kind)] for kind in kinds}
-    assert table("field") == [field.name for field in dataclasses.fields(recovery_method.Distillation)]
+    assert table_words(TEXT, "field") == [field.name for field in dataclasses.fields(recovery_method.Distillation)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import sys
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ from moe_compress.methods.stage_options import WeightStageOptions
 from moe_compress.methods.weight_method import MatrixGroup, NewMatrices
 from moe_compress.recipes.parser import parse
 from moe_compress.utils.declarations import declarations
-from support.pages import DOCS, commands, require_command
+from support.pages import DOCS, commands, require_command, table_words
 
 TEXT = (DOCS / "extending" / "weight_method.md").read_text(encoding="utf-8")
 
@@ -30,12 +29,6 @@ def example(in_package: Callable[[str], str]) -> str:
     name = in_package("weight_method")
     registry.METHODS.update({d.name: registry._method(d) for d in declarations(registry.PACKAGE, "weight_method")})
     return name
-
-
-def table(title: str) -> list[str]:
-    """The words in the first cells of a table."""
-    rows = TEXT.partition(f"\n| {title} |")[2].partition("\n\n")[0]
-    return [name for row in re.findall(r"^\| (`.*?) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
 
 
 def test_it_is_known_before_it_is_imported(example):
@@ -92,7 +85,7 @@ def test_the_tables_name_every_argument_and_field():
     own -= {"name", "scope", "declaration", "parameters", "breaks_patterns"}
     arguments = set(inspect.signature(registry.weight_method).parameters) - {"said"}
     said = {"unseen", "min_tokens", "allocates", "selection_after"}
-    assert set(table("argument of `@weight_method`")) == own | arguments | said
-    assert set(table("parameter")) == {field.name for field in dataclasses.fields(WeightStageOptions)}
-    assert set(table("of `MatrixGroup`")) == {field.name for field in dataclasses.fields(MatrixGroup)}
+    assert set(table_words(TEXT, "argument of `@weight_method`")) == own | arguments | said
+    assert set(table_words(TEXT, "parameter")) == {field.name for field in dataclasses.fields(WeightStageOptions)}
+    assert set(table_words(TEXT, "of `MatrixGroup`")) == {field.name for field in dataclasses.fields(MatrixGroup)}
     assert f"NewMatrices({', '.join(field.name for field in dataclasses.fields(NewMatrices))})" in TEXT

@@ -71,6 +71,12 @@ def repository_with_a_python_that_only_prints(place: Path) -> Path:
     return place
 
 
+def table_words(text: str, title: str) -> list[str]:
+    """The words in the first cells of a page's table, by the title of its first column."""
+    rows = text.partition(f"\n| {title} |")[2].partition("\n\n")[0]
+    return [name for row in re.findall(r"^\| (`.*?) \|", rows, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)]
+
+
 def require_words(words: list[str], printing: Path) -> None:
     """Raise ValueError if a command of a page would be refused for its words; printing: see above."""
     if words[0] == "moe-compress":
