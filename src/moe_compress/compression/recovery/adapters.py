@@ -107,7 +107,7 @@ def _is_matrix(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bo
 def require_trained_plain(source: Checkpoint, task: Distillation, trained: Trained) -> None:
     """Raise ValueError if one of the parameters is stored packed, unless it is trained as such."""
     if not task.trains & {CODES, SCALES}:
-        require_plain(source, trained.weights())
+        require_plain(source, trained.names)
 
 
 # --- counting -----------------------------------------------------------------------------------------------

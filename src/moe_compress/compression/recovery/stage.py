@@ -34,7 +34,7 @@ from moe_compress.compression.recovery.layer_training import fit_router, rebalan
 from moe_compress.compression.recovery.lineage import Lineage, edits_from, lineage
 from moe_compress.compression.recovery.step_checkpoints import Finish, StepCheckpoints
 from moe_compress.compression.recovery.teachers import Teaching, online_bytes, teaching_of
-from moe_compress.compression.recovery.trained_codes import CODES, SCALES, coded_numbers
+from moe_compress.compression.recovery.trained_codes import CODES, FLOAT_BYTES, SCALES, coded_numbers
 from moe_compress.compression.recovery.trained_weights import require_plain, stored_tensors, trained_parameters
 from moe_compress.compression.recovery.training_state import Curve, DivergedError, Spent
 from moe_compress.compression.recovery.whole_training import changed_by_layer, dtype_of, training_of
@@ -55,7 +55,6 @@ from moe_compress.utils.logging import log
 
 # A gradient and two moments, in fp32.
 BYTES_PER_TRAINED = 12
-FLOAT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,16 +208,16 @@ def _student_bytes(task: Distillation, job: _Job) -> tuple[int, int]:
     weights = memory_bytes(source, dtype, run.device)
     if dtype != torch.float32:
         # What is trained is held in fp32, beside its copy; what is adapted as it was loaded.
-        weights += FLOAT * whole + (loaded.itemsize - dtype.itemsize) * adapted
+        weights += FLOAT_BYTES * whole + (loaded.itemsize - dtype.itemsize) * adapted
     if coded:
         # Released one after the other: each is given up for what it is trained as.
         numbers = coded_numbers(source, dtype)
         weights += numbers.bytes(coded) - numbers.packed_bytes
         whole += numbers.trained(coded)
-    weights = max(weights, memory_bytes(source, loaded, run.device)) + FLOAT * added
+    weights = max(weights, memory_bytes(source, loaded, run.device)) + FLOAT_BYTES * added
     # Each forward makes adapted matrices anew, and keeps them for the way back unless it is to recompute them.
     weights += 0 if job.options.recompute else dtype.itemsize * adapted
-    best = FLOAT if job.options.holdout else 0
+    best = FLOAT_BYTES if job.options.holdout else 0
     return weights, (BYTES_PER_TRAINED + best) * (whole + added)
 
 
@@ -292,7 +291,8 @@ class LayerVisitor:
         if not trained.parameters:
             return {}, {}
         report = train_layer(pair, self.task, trained, self.options, self.seed, self.follow.step)
-        return {name: dict(pair.layer.named_parameters())[name].detach() for name in trained.names}, report
+        own = dict(pair.layer.named_parameters())
+        return {name: own[name].detach() for name in trained.names}, report
 
     def _trained(self, pair: LayerPair, task: LayerDistillation) -> Trained:
         """What of a layer is trained, by names in it."""
