@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from moe_compress.data.windows import Windows
+from moe_compress.evaluation.statistics import per_token
+from moe_compress.reports.table_formats import with_interval
 from moe_compress.utils.files import atomic_write
 
 RESULTS = Path(__file__).resolve().parents[2] / "results"
@@ -49,3 +52,11 @@ def save_figures(figures: Mapping[str, Any], out: Path, smoke: bool) -> None:
         print(f"a smoke run: nothing is written to {RESULTS}.")
         return
     atomic_write(out, (json.dumps(figures, indent=1) + "\n").encode())
+
+
+def paired_difference(better: Sequence[Path], worse: Sequence[Path]) -> str:
+    """Mean difference of NLL per token with its interval, of sums per document; each side is the mean of its files."""
+    sides = [[load_file(file) for file in side] for side in (better, worse)]
+    means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
+    found = per_token((means[0] - means[1]).numpy(), sides[0][0]["tokens"].numpy(), "nats/token")
+    return with_interval(found["value"], found["interval"], "+.3f")

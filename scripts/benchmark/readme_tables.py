@@ -8,10 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
-from moe_compress.evaluation.statistics import per_token
+from common import paired_difference
 from moe_compress.methods import registry
 from moe_compress.reports import pareto
 from moe_compress.reports.fronts import write_front
@@ -222,11 +219,8 @@ def _difference(better: Row, worse: Row, documents: Path) -> str:
     shared = {record.seed for record in better} & {record.seed for record in worse}
     fixed = any(parameters.get("method") in SEEDLESS for parameters in given)
     rows = [[record for record in row if fixed or record.seed in shared] for row in (better, worse)]
-    sides = [[load_file(_sums(record, documents)) for record in row] for row in rows]
-    means = [torch.stack([found["nll"] for found in side]).mean(0) for side in sides]
-    found = per_token((means[0] - means[1]).numpy(), sides[0][0]["tokens"].numpy(), "nats/token")
-    low, high = found["interval"]
-    return f"{found['value']:+.3f} [{low:+.3f}, {high:+.3f}]"
+    first, second = ([_sums(record, documents) for record in row] for row in rows)
+    return paired_difference(first, second)
 
 
 def _sums(record: Record, documents: Path) -> Path:

@@ -7,11 +7,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from safetensors.torch import load_file
 from scipy.stats import kendalltau
 
+from common import paired_difference
 from moe_compress import zoo
-from moe_compress.evaluation.statistics import per_token
 from moe_compress.reports.reading import load_records
 from moe_compress.reports.record import Record
 from moe_compress.reports.table_formats import Cells, markdown, with_interval
@@ -148,9 +147,8 @@ class Runs:
         return f"{said}; {self._difference(after, before)}" if recovery else said
 
     def _difference(self, after: Record, before: Record) -> str:
-        sums = [load_file(self.documents / f"{record.name}.safetensors") for record in (after, before)]
-        metric = per_token((sums[0]["nll"] - sums[1]["nll"]).numpy(), sums[0]["tokens"].numpy(), "nats/token")
-        return with_interval(metric["value"], metric["interval"], "+.3f")
+        sums = [self.documents / f"{record.name}.safetensors" for record in (after, before)]
+        return paired_difference(sums[:1], sums[1:])
 
     def seeds(self) -> list[dict[str, str]]:
         """A row for what is trained twice and every recovery of it; columns: models; cells: of both seeds."""
